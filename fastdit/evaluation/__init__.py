@@ -1,0 +1,1 @@
+"""Feature extraction and distances between sets of images."""

@@ -1,0 +1,1 @@
+"""Fused Triton kernels, imported as `fastdit.kernels` (setup.py maps this folder)."""

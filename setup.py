@@ -1,0 +1,39 @@
+"""Install fastdit; the folder `kernels/` is installed as `fastdit.kernels`.
+
+A top-level import name `kernels` would overwrite Hugging Face's package of that name in site-packages.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fastdit",
+    version="0.1.0",
+    description="Train diffusion transformers (DiT, SiT) fast, exactly and resumably",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
+    package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "diffusers>=0.36",
+        "transformers>=4.57",
+        "accelerate>=1.0",
+        "webdataset>=1.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "torchdiffeq>=0.2.5",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
+        "pillow>=11",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19.5"],
+        "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "torchao>=0.14", "liger-kernel>=0.6"],
+        "test": ["deepspeed>=0.19.5", "triton>=3.6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["fastdit=fastdit.cli:main"]},
+)
