@@ -1,1 +1,13 @@
 """Fused Triton kernels, imported as `fastdit.kernels` (setup.py maps this folder)."""
+
+if __name__ == "kernels":  # found from the repository root by a library that means Hugging Face's package: step aside
+    import sys
+    from importlib import machinery, util
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = machinery.PathFinder.find_spec("kernels", [p for p in sys.path if Path(p or ".").resolve() != _root])
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
+    sys.modules["kernels"] = util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["kernels"])
