@@ -1,4 +1,4 @@
-"""Layers of the diffusion transformer (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names."""
+"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names."""
 
 import math
 

@@ -1,0 +1,91 @@
+"""Configuration: shipped files load, values are converted by annotation, and a mistake names key, value and remedy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastdit.config import Choice, bind, build, load_config, save_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_values_are_converted_by_their_annotations(write):
+    path = write("training: {lr: 1e-4, steps: 4e5, betas: [0.9, 0.95]}\nsampling: {steps: 50}\nobjective: flow\n")
+    config = load_config(path, ["training.weight_decay=3e-2", "data.hflip=false", "objective.time=logit_normal"])
+    assert config.training.lr == 1e-4 and isinstance(config.training.lr, float)
+    assert config.training.steps == 400_000 and isinstance(config.training.steps, int)
+    assert config.training.betas == (0.9, 0.95) and config.training.weight_decay == 0.03
+    assert config.sampling.steps == "50" and config.data.hflip is False
+
+
+def test_overrides_reach_a_choice_and_its_options(write):
+    path = write("objective: {name: flow}\n")
+    assert load_config(path, ["objective.sigma=2"]).objective == Choice("flow", {"sigma": 2})
+    assert load_config(path, ["objective=ddpm"]).objective == Choice("ddpm")
+
+
+@pytest.mark.parametrize(
+    "text, overrides, words",
+    [
+        ("training: {lrr: 1}", [], ["training.lrr=1", "did you mean 'lr'"]),
+        ("trainin: {lr: 1}", [], ["trainin=", "did you mean 'training'"]),
+        ("", ["training.lr=fast"], ["training.lr='fast'", "a number"]),
+        ("", ["training.steps=2.5"], ["training.steps=2.5", "whole number"]),
+        ("", ["training.compile=1"], ["training.compile=1", "true or false"]),
+        ("", ["training.precision=fp16"], ["training.precision='fp16'", "bf16, fp32"]),
+        ("", ["training.lr=-1"], ["training.lr=-1.0", "positive"]),
+        ("", ["training.lr"], ["section.key=value"]),
+        ("", ["training=3"], ["training=3", "section with keys steps"]),
+        ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
+        ("- a", [], ["sections"]),
+        ("a: [", [], ["not valid YAML"]),
+    ],
+)
+def test_mistakes_name_file_key_value_and_remedy(write, text, overrides, words):
+    with pytest.raises(ValueError) as error:
+        load_config(write(text), overrides)
+    assert all(word in str(error.value) for word in words), error
+
+
+def test_a_missing_file_says_where_the_shipped_ones_are():
+    with pytest.raises(ValueError, match="no.yaml does not exist; .* configs/"):
+        load_config("no.yaml")
+
+
+@dataclass(frozen=True)
+class Ball:
+    radius: float = 1.0
+    colour: str = "red"
+
+
+def throw(ball: Ball, *, speed: float = 1.0, wind=None) -> float:
+    return ball.radius * speed
+
+
+def test_a_choice_is_built_from_its_own_signature():
+    assert build({"ball": Ball}, Choice("ball", {"radius": "2e0"}), "toy") == Ball(2.0)
+    assert bind({"throw": throw}, Choice("throw", {"speed": 3}), "act")(Ball(2.0)) == 6.0
+    with pytest.raises(ValueError, match="toy.radios=1 is not a known key; did you mean 'radius'"):
+        build({"ball": Ball}, Choice("ball", {"radios": 1}), "toy")
+    with pytest.raises(ValueError, match="toy.name='bal' is unknown; did you mean 'ball'"):
+        build({"ball": Ball}, Choice("bal"), "toy")
+    with pytest.raises(ValueError, match="act.wind"):
+        bind({"throw": throw}, Choice("throw", {"wind": 1}), "act")
