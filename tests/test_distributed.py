@@ -1,0 +1,38 @@
+"""Randomness by (seed, step) and by image: independent of processes, micro-batches and neighbours."""
+
+import torch
+
+from fastdit.distributed import ImageRandom, StepRandom, seed_of
+
+
+def draw(rows: slice, step: int = 3) -> list[torch.Tensor]:
+    random = StepRandom(0, step, rows, 12)
+    return [random.randn(2, 2), random.rand(), random.randn(1)]
+
+
+def test_step_random_cuts_the_same_numbers_for_any_number_of_processes():
+    whole = draw(slice(0, 12))
+    for world in (2, 3, 4):
+        share = 12 // world
+        parts = [draw(slice(r * share, (r + 1) * share)) for r in range(world)]
+        for i, expected in enumerate(whole):
+            assert torch.equal(torch.cat([part[i] for part in parts]), expected)
+    assert not torch.equal(draw(slice(0, 12), step=4)[0], whole[0])
+
+
+def test_step_random_is_standard():
+    random = StepRandom(1, 2, slice(0, 50_000), 50_000)
+    normal, uniform = random.randn(2), random.rand()
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    assert abs(uniform.mean() - 0.5) < 0.01 and 0 <= uniform.min() and uniform.max() < 1
+
+
+def test_an_image_draws_the_same_numbers_in_any_batch():
+    alone, together = ImageRandom([7]), ImageRandom([5, 6, 7])
+    for _ in range(3):  # and goes on drawing its own
+        assert torch.equal(alone(torch.empty(1, 4, 2, 2))[0], together(torch.empty(3, 4, 2, 2))[2])
+
+
+def test_seeds_are_mixed():
+    seeds = {seed_of(a, b) for a in range(30) for b in range(30)}
+    assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
