@@ -40,7 +40,8 @@ class Ranks:
 
 def init(device: str | None = None) -> Ranks:
     """Join the process group that torchrun or the deepspeed launcher describes in the environment, if one does."""
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
         device = f"cuda:{local_rank}" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
     chosen = torch.device(device)
@@ -57,6 +58,11 @@ def close() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def under_deepspeed() -> bool:
+    """True in a process that the `deepspeed` launcher started."""
+    return "CROSS_RANK" in os.environ
 
 
 def _cpu_wanted() -> bool:

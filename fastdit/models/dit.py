@@ -1,10 +1,9 @@
 """The diffusion transformer, DiT with adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748); SiT uses the same network."""
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 
+from fastdit.config import lookup
 from fastdit.models.attention import ATTENTION
 from fastdit.models.layers import (
     DiTBlock,
@@ -45,8 +44,7 @@ class DiT(nn.Module):
             )
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4")
-        if attention not in ATTENTION:
-            raise ValueError(f"attention={attention!r} is not a backend; use one of {', '.join(ATTENTION)}")
+        lookup(ATTENTION, attention, "model.attention")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.num_classes = hidden_size, num_classes
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -134,7 +132,4 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
 
 def create_dit(variant: str, **arguments) -> DiT:
     """DiT of a named size, e.g. `create_dit("DiT-XL/2", input_size=32)`; other arguments as DiT's."""
-    if variant not in DIT_VARIANTS:
-        near = difflib.get_close_matches(variant, DIT_VARIANTS, 1, 0)[0]
-        raise ValueError(f"model.variant={variant!r} is unknown; did you mean {near!r}? Known: {', '.join(DIT_VARIANTS)}")
-    return DiT(**DIT_VARIANTS[variant], **arguments)
+    return DiT(**lookup(DIT_VARIANTS, variant, "model.variant"), **arguments)

@@ -1,0 +1,92 @@
+"""Checkpoints that are whole or not there.
+
+    run_dir/checkpoints/step-0000500/    model.safetensors  ema.safetensors  (fp32, official names)
+                                         optimizer.pt or deepspeed/  training.pt
+                                         checkpoint.json    written last: step, world, engine, file sizes
+
+Everything is written into `step-0000500.partial`, flushed to the disk and renamed; only the rename makes it count.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastdit.distributed import Ranks
+
+META = "checkpoint.json"
+
+
+def save(
+    run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], ranks: Ranks, keep: int
+) -> Path:
+    """Let every process `write(folder)` its files, then commit them all at once; keep the `keep` newest (0: all)."""
+    final = run_dir / "checkpoints" / f"step-{step:07d}"
+    partial = final.with_suffix(".partial")
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    try:
+        write(partial)
+        for path in partial.rglob("*"):
+            _flush(path)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    ranks.barrier()  # a rename before every file is there would be a lie
+    if ranks.is_main:
+        sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))
+        _flush(partial / META)
+        _flush(partial)
+        if final.exists():  # the same step again: the old one goes only when the new one is whole
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(final.parent)
+        for old in checkpoints(run_dir)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """All whole checkpoints of a run, oldest first, by step number."""
+    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.suffix != ".partial"]
+    return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """checkpoint.json, after checking that every file that it lists is there in its full size."""
+    if not (folder / META).is_file():
+        raise ValueError(f"checkpoint {folder} has no {META}; it is not a whole checkpoint, use another step")
+    meta = json.loads((folder / META).read_text())
+    for name, size in meta["files"].items():
+        path = folder / name
+        actual = path.stat().st_size if path.is_file() else 0
+        if actual != size:
+            raise ValueError(f"checkpoint file {path} has {actual} bytes, not {size}; delete {folder} and resume again")
+    return meta
+
+
+def find(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a run folder."""
+    path = Path(path)
+    if (path / META).is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {path} does not exist; give a run folder or one of its checkpoints/step-*")
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} holds no whole checkpoint; give a run folder or one of its checkpoints/step-*")
+    return found[-1]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""What turns a loss into a step: plain PyTorch (with DDP when there are several processes), or DeepSpeed's ZeRO.
+
+Both offer the same: call it like the model, `boundary(last)`, `backward(loss)`, `step(lr) -> grad_norm`,
+`master_parameters()`, `full_state(tensors)`, `save(folder)`, `load(folder)`. Weights, gradients, moments are fp32;
+`precision="bf16"` computes under autocast.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdit.distributed import Ranks
+
+
+class TorchEngine:
+    """fp32 weights and fused AdamW on every process; gradients averaged by DDP."""
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, ranks: Ranks, *, betas, weight_decay, precision, accumulation, grad_clip):
+        self.module, self.precision, self.ranks = model, precision, ranks
+        self.accumulation, self.grad_clip = accumulation, grad_clip
+        self.forward = model
+        if ranks.world > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
+            )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's output in fp32, computed in the engine's precision."""
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.forward(x, t, y).float()
+
+    def boundary(self, last: bool) -> None:
+        """Before a micro-batch: gradients are exchanged only in the `last` one of a step."""
+        if self.ranks.world > 1:
+            self.forward.require_backward_grad_sync = last
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+        (loss / self.accumulation).backward()
+
+    def step(self, lr: float) -> Tensor:
+        """One AdamW step; returns the gradient norm before clipping, on the device."""
+        gradients = [p.grad for p in self.parameters]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def master_parameters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimiser moves."""
+        return self.parameters
+
+    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """Model's state dict with `tensors` (shaped as `master_parameters()`) for weights; a collective call."""
+        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
+
+    def save(self, folder: Path) -> None:
+        """Write what a resume needs beyond weights and EMA; every process calls it."""
+        if self.ranks.is_main:
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
+        self.module.load_state_dict(state)
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with their moments."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        *,
+        betas,
+        weight_decay,
+        precision,
+        accumulation,
+        grad_clip,
+        micro_batch: int,
+        zero_stage: int,
+        extra: dict,
+    ):
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ValueError("training.engine=deepspeed needs DeepSpeed: pip install 'fastdit[deepspeed]'") from error
+        if ranks.device.type == "cpu":  # its shared-memory collectives would build C++ for a minute; gloo does
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():  # plain `python`: a group of one, without asking for MPI
+            backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=dist.get_backend())
+        self.module, self.ranks, self.zero_stage = model, ranks, zero_stage
+        own = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": grad_clip,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's own would be built on the spot
+            "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "steps_per_print": 1 << 60,
+        }
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=zero_stage < 3)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merge_deepspeed(own, extra))
+        self.skipped = 0
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.engine(x, t, y).float()
+
+    def boundary(self, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm if norm is not None else float("nan"))
+
+    def master_parameters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    @torch.no_grad()
+    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = self.master_parameters()
+        kept = [master.clone() for master in masters]
+        for master, tensor in zip(masters, tensors, strict=True):
+            master.copy_(tensor)  # DeepSpeed gathers a parameter from the partitions: lend it ours
+        state = dict(self.module.named_buffers())
+        for name, parameter in self.module.named_parameters():
+            state[name] = safe_get_full_fp32_param(parameter).cpu()
+        for master, own in zip(masters, kept, strict=True):
+            master.copy_(own)
+        return state
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
+
+
+def merge_deepspeed(own: dict, extra: dict) -> dict:
+    """DeepSpeed's JSON: ours, with the user's `training.deepspeed` merged in; keys that we own are refused."""
+    from deepspeed.runtime import constants
+
+    known = {v for k, v in vars(constants).items() if k.isupper() and isinstance(v, str)} | {"zero_optimization"}
+    merged = dict(own)
+    for key, value in extra.items():
+        if key == "zero_optimization" and "stage" not in value:
+            merged[key] = {**own[key], **value}
+        elif key in own:
+            raise ValueError(f"training.deepspeed.{key}={value!r} is set by fastdit; use the keys of training:")
+        elif key not in known:  # DeepSpeed itself ignores a misspelt key silently
+            raise ValueError(f"training.deepspeed.{key}={value!r} is not a key that DeepSpeed knows")
+        else:
+            merged[key] = value
+    return merged

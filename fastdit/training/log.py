@@ -1,0 +1,102 @@
+"""What a run says: one line on the terminal, one JSON line in metrics.jsonl, TensorBoard scalars, a progress bar."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# dense bf16 TFLOP/s by datasheet; other devices are measured once with a matrix product
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+
+class Log:
+    """Writes records on the main process; `flops_per_image` is a whole training step's."""
+
+    def __init__(self, run_dir: Path, start_step: int, steps: int, *, flops_per_image: float, peak_flops: float):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.flops_per_image, self.peak_flops, self.start_step = flops_per_image, peak_flops, start_step
+        rewind(run_dir / "metrics.jsonl", start_step)
+        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
+
+    def step(self) -> None:
+        self.bar.update(1)
+
+    def write(self, step: int, *, loss: float, grad_norm: float, lr: float, seconds: float, steps: int, images: int,
+              device: torch.device) -> None:  # fmt: skip
+        """One record over the last `steps` steps, which took `seconds` for `images` images of all processes."""
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "steps_per_s": steps / seconds,
+            "images_per_s": images / seconds,
+            "mfu": images / seconds * self.flops_per_image / self.peak_flops,
+            "peak_gib": peak_gib(device),
+        }
+        self.file.write(json.dumps({**record, "time": time.time()}) + "\n")
+        for key, value in record.items():
+            if key != "step":
+                self.board.add_scalar(key, value, step)
+        self.say(
+            f"step {step}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {record['images_per_s']:.1f} images/s"
+            f"  {record['steps_per_s']:.2f} steps/s  mfu {record['mfu']:.1%}  peak {record['peak_gib']:.2f} GiB"
+        )
+
+    def say(self, line: str) -> None:
+        tqdm.write(line) if not self.bar.disable else print(line, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.board.close()
+        self.file.close()
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop records after `step`: a resumed run writes them again."""
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in whole if json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        os.replace(temporary, path)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the GPU's allocator's, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that MFU counts against: the datasheet's dense bf16 rate, or on other devices a product timed here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12
+    size = 4096 if device.type == "cuda" else 512
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.ones(size, size, device=device, dtype=dtype).uniform_(generator=torch.Generator(device).manual_seed(0))
+    best = float("inf")
+    for _ in range(8):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
