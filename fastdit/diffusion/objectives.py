@@ -1,0 +1,277 @@
+"""What a network learns: the loss of a training batch, and how its output is read as a `Prediction`.
+
+An objective owns its path, its clock (`model_time`: what a released checkpoint sees as t) and its times. It draws
+nothing: it is given uniforms `u` and `noise`, so a batch's loss is a function of its arguments. Networks are called
+`model(x_t, time, y)`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from fastdit.diffusion.coupling import COUPLINGS
+from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, pick
+from fastdit.diffusion.prediction import Prediction, predicted, reverse_moments, target
+from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS, respaced, shifted
+
+Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One number per sample (N,), and the named terms (N,) that make it up."""
+
+    per_sample: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Denoising diffusion on a discrete schedule, as DiT releases it (Ho et al. 2020; Nichol & Dhariwal 2021).
+
+    schedule    linear | cosine | scaled_linear | zero_terminal_snr
+    prediction  eps | x_0 | v
+    variance    learned_range (2C output channels) | fixed_large (beta) | fixed_small (the posterior's)
+    loss_type   mse | mse_vlb: plus the variational bound, which trains the variance alone
+                | rescaled_mse: that bound times T / 1000 | kl: the whole bound, times T
+    min_snr_gamma  caps the weight of low-noise times (Hang et al. 2023); 0 leaves the loss unweighted
+    """
+
+    schedule: str = "linear"
+    prediction: str = "eps"
+    variance: str = "learned_range"
+    loss_type: str = "mse_vlb"
+    min_snr_gamma: float = 0.0
+
+    def __post_init__(self):
+        pick("schedule", self.schedule, SCHEDULES)
+        pick("prediction", self.prediction, dict.fromkeys(("eps", "x_0", "v")))
+        pick("variance", self.variance, dict.fromkeys(("learned_range", "fixed_large", "fixed_small")))
+        pick("loss_type", self.loss_type, dict.fromkeys(("mse", "mse_vlb", "rescaled_mse", "kl")))
+        if self._learned and self.loss_type == "mse":
+            raise ValueError("loss_type='mse' never trains variance='learned_range'; use mse_vlb or a fixed variance")
+        if not self._learned and self.loss_type in ("mse_vlb", "rescaled_mse"):
+            raise ValueError(f"loss_type={self.loss_type!r} trains no variance={self.variance!r}; use mse or kl")
+        if self.schedule == "zero_terminal_snr" and self.prediction == "eps":
+            raise ValueError("prediction='eps' is blind at t=1 of schedule='zero_terminal_snr'; use prediction=v")
+        if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.loss_type == "kl"):
+            raise ValueError(f"min_snr_gamma={self.min_snr_gamma} cannot weight this loss; use 0, or 5.0 with an mse")
+
+    @property
+    def _learned(self) -> bool:
+        return self.variance == "learned_range"
+
+    @property
+    def path(self) -> Path:
+        return PATHS[f"ddpm_{self.schedule}"]
+
+    def out_channels(self, channels: int) -> int:
+        return 2 * channels if self._learned else channels
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniforms (N,) in [0, 1) -> times (N,) on the schedule's grid, float64."""
+        return ((u.double() * NUM_TIMESTEPS).floor() + 1) / NUM_TIMESTEPS
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """t -> the index 0..999 that DiT was trained on, fractional in between."""
+        return (NUM_TIMESTEPS * t.double() - 1).clamp(min=0).float()
+
+    def timesteps(self, steps: int | str) -> Tensor:
+        """Descending times (steps + 1,), float64, down to 0; steps is a count, "10,15,20" or "ddim50" (`respaced`)."""
+        kept = torch.tensor(respaced(steps)[::-1] + [-1], dtype=torch.float64)
+        return (kept + 1) / NUM_TIMESTEPS
+
+    def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+        return self._read(model(x_t, self.model_time(t), y).to(x_t.dtype), x_t, t)
+
+    def _read(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        channels = x_t.shape[1]
+        if self._learned:
+            mix = (output[:, channels:] + 1) / 2
+        elif self.variance == "fixed_large":
+            # as released, the step to t = 0 has the small variance of the step above
+            mix = broadcast((t > 1.5 / NUM_TIMESTEPS).double(), x_t)
+        else:
+            mix = 0.0
+        return predicted(self.prediction, output[:, :channels], x_t, t, self.path, mix)
+
+    def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
+        """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
+        x_t = self.path.q_sample(x_0, noise, t)
+        output = model(x_t, self.model_time(t), y).to(x_t.dtype)
+        prediction = self._read(output, x_t, t)
+        if self.loss_type == "kl":
+            vlb = self.vlb(prediction, x_0, x_t, t)
+            return Loss(vlb * NUM_TIMESTEPS, {"vlb": vlb})
+        error = output[:, : x_0.shape[1]] - target(self.prediction, x_0, noise, t, self.path)
+        parts = {"mse": self._min_snr_weight(t).to(x_0) * per_sample_mean(error**2)}
+        if self._learned:
+            # the bound learns the variance alone: through the mean it would be a noisy second loss for eps
+            parts["vlb"] = self.vlb(replace(prediction, x_0=prediction.x_0.detach()), x_0, x_t, t)
+        scale = NUM_TIMESTEPS / 1000 if self.loss_type == "rescaled_mse" else 1.0
+        return Loss(parts["mse"] + scale * parts["vlb"] if self._learned else parts["mse"], parts)
+
+    def _min_snr_weight(self, t: Tensor) -> Tensor:
+        if not self.min_snr_gamma:
+            return torch.ones_like(t)
+        snr = (self.path.alpha(t) / self.path.sigma(t)) ** 2
+        capped = snr.clamp(max=self.min_snr_gamma)  # the weight of a squared error in x_0
+        return {"x_0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[self.prediction]
+
+    def vlb(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """This step's term of the variational bound, in bits per dimension (N,); the first step's is a likelihood."""
+        t = t.double()
+        s = t - 1 / NUM_TIMESTEPS
+        first = s < 0.5 / NUM_TIMESTEPS
+        s = torch.where(first, 0.0, s)
+        mean, log_variance = reverse_moments(prediction, x_t, t, s, self.path)
+        true = Prediction(x_0, prediction.eps, prediction.velocity)
+        true_mean, true_log_variance = reverse_moments(true, x_t, t, s, self.path)
+        kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+        nats = torch.where(broadcast(first, x_t).bool(), -binned_log_likelihood(x_0, mean, 0.5 * log_variance), kl)
+        return per_sample_mean(nats) / math.log(2)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Interpolants between data and noise, as SiT trains them (Ma et al. 2024); a 2C head's second half is dropped.
+
+    interpolant  linear | gvp | vp
+    prediction   velocity | eps (SiT's "noise") | score | x_0
+    weight       none | velocity | likelihood: of an error of eps, score or x_0; as in SiT, one of velocity weighs 1
+    time_distribution  uniform | logit_normal (time_mean, time_scale) | mode (time_scale) | cosmap
+    shift        resolution shift of the times, in training and sampling; sample_shift: another one in sampling
+    cosine_weight  of a loss 1 - cos(velocity, its target) over the channels (LightningDiT: Yao et al. 2025)
+    coupling     independent | ot: noise assigned to images by minibatch optimal transport
+    train_eps, sample_eps  how far times keep from the singular ends; None: SiT's own defaults
+    """
+
+    interpolant: str = "linear"
+    prediction: str = "velocity"
+    weight: str = "none"
+    time_distribution: str = "uniform"
+    time_mean: float = 0.0
+    time_scale: float = 1.0
+    shift: float = 1.0
+    sample_shift: float | None = None
+    cosine_weight: float = 0.0
+    coupling: str = "independent"
+    train_eps: float | None = None
+    sample_eps: float | None = None
+
+    def __post_init__(self):
+        pick("interpolant", self.interpolant, INTERPOLANTS)
+        pick("prediction", self.prediction, dict.fromkeys(("velocity", "eps", "score", "x_0")))
+        pick("weight", self.weight, dict.fromkeys(("none", "velocity", "likelihood")))
+        pick("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        pick("coupling", self.coupling, COUPLINGS)
+        if self.cosine_weight < 0 or (self.cosine_weight and self.prediction != "velocity"):
+            raise ValueError(f"cosine_weight={self.cosine_weight} compares velocities; use 0, or prediction=velocity")
+        if self.time_distribution == "mode" and not -1 <= self.time_scale <= 2 / (math.pi - 2):
+            raise ValueError(f"time_scale={self.time_scale} folds the mode distribution; use one in [-1, 1.75]")
+        if self.time_distribution == "logit_normal" and self.time_scale <= 0:
+            raise ValueError(f"time_scale={self.time_scale} is not a deviation; use a positive number such as 1.0")
+        for key in ("shift", "sample_shift"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} is not a factor; use a positive number, 1.0 for no shift")
+        for key in ("train_eps", "sample_eps"):
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < 0.5:
+                raise ValueError(f"{key}={getattr(self, key)} leaves no times; use one in [0, 0.5), or null for SiT's")
+
+    @property
+    def path(self) -> Path:
+        return PATHS[self.interpolant]
+
+    def out_channels(self, channels: int) -> int:
+        return channels
+
+    def interval(self, sampling: bool = False) -> tuple[float, float]:
+        """The cleanest and the noisiest time in use. VP keeps some signal at t = 1 and needs no distance there."""
+        eps = self.sample_eps if sampling else self.train_eps
+        if eps is None:
+            if self.interpolant == "vp":
+                eps = 1e-3 if sampling else 1e-5
+            else:
+                eps = 0.0 if self.prediction == "velocity" else 1e-3
+        return eps, 1.0 if self.interpolant == "vp" else 1 - eps
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniforms (N,) in [0, 1) -> times (N,), float64."""
+        t = TIME_DISTRIBUTIONS[self.time_distribution](u.double(), self.time_mean, self.time_scale)
+        low, high = self.interval()
+        return low + (high - low) * shifted(t, self.shift)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """t -> the clock that SiT was trained on: 0 is noise and 1 is data."""
+        return (1 - t.double()).float()
+
+    def timesteps(self, steps: int | str) -> Tensor:
+        """Descending times (steps + 1,), float64, from 1 to 0, or as near to them as `sample_eps` says."""
+        if not (str(steps).isdigit() and int(steps) > 0):
+            raise ValueError(f"steps={steps!r} respaces a discrete schedule; use a positive count with flow matching")
+        low, high = self.interval(sampling=True)
+        t = torch.linspace(1, 0, int(steps) + 1, dtype=torch.float64)
+        return low + (high - low) * shifted(t, self.shift if self.sample_shift is None else self.sample_shift)
+
+    def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+        return predicted(self.prediction, self._output(model, x_t, t, y), x_t, t, self.path)
+
+    def _output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        output = model(x_t, self.model_time(t), y)[:, : x_t.shape[1]].to(x_t.dtype)
+        return -output if self.prediction == "velocity" else output  # SiT's velocity points from noise to data
+
+    def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
+        """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
+        noise = COUPLINGS[self.coupling](x_0, noise)
+        output = self._output(model, self.path.q_sample(x_0, noise, t), t, y)
+        if self.prediction == "score":  # as an error of eps, which stays finite: score = -eps / sigma
+            error = output * broadcast(self.path.sigma(t), x_0) + noise
+        else:
+            error = output - target(self.prediction, x_0, noise, t, self.path)
+        parts = {"mse": self._weight(t).to(x_0) * per_sample_mean(error**2)}
+        if self.cosine_weight:
+            wanted = target("velocity", x_0, noise, t, self.path)
+            parts["cosine"] = per_sample_mean(1 - cosine_similarity(output, wanted, dim=1))  # (N, h, w) -> (N,)
+            return Loss(parts["mse"] + self.cosine_weight * parts["cosine"], parts)
+        return Loss(parts["mse"], parts)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        if self.weight == "none" or self.prediction == "velocity":
+            return torch.ones_like(t)
+        alpha, sigma, d_alpha, d_sigma = self.path(t)
+        rate = sigma * d_sigma - d_alpha / alpha * sigma**2  # half the squared diffusion of the forward process
+        of_eps = (rate / sigma) ** 2 if self.weight == "velocity" else rate / sigma**2
+        return of_eps * (alpha / sigma) ** 2 if self.prediction == "x_0" else of_eps
+
+
+def per_sample_mean(x: Tensor) -> Tensor:
+    """(N, ...) -> (N,)"""
+    return x.flatten(1).mean(1)
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL(first || second) of normals, elementwise, in nats."""
+    gap = log_variance - other_log_variance
+    return 0.5 * (gap.exp() - gap - 1 + (mean - other_mean) ** 2 * torch.exp(-other_log_variance))
+
+
+def binned_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability, elementwise, of the 8-bit bin of x in [-1, 1] under a normal; the outer bins reach to infinity.
+
+    The normal's CDF is approximated by tanh as in the released code, whose losses are to come out alike.
+    """
+
+    def cdf(z):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_scale, half_bin = torch.exp(-log_scale), 1 / 255
+    above, below = cdf(inverse_scale * (x - mean + half_bin)), cdf(inverse_scale * (x - mean - half_bin))
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return mass.clamp(min=1e-12).log()
+
+
+OBJECTIVES = {"ddpm": DDPM, "flow": FlowMatching}

@@ -1,0 +1,93 @@
+"""What a network says about x_t, in every form at once: objectives make a `Prediction`, samplers read nothing else.
+
+From x_t and one of x_0, eps, v, velocity or score the others follow, because
+    x_t = alpha x_0 + sigma eps      velocity = dx_t/dt = alpha' x_0 + sigma' eps
+    v = alpha eps - sigma x_0        score = -eps / sigma
+(v: Salimans & Ho 2022; on a path with alpha^2 + sigma^2 = 1 it is the velocity in the path's own angle.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdit.diffusion.paths import Path, broadcast
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Tensors (N, C, h, w), linear in the network's output, so that guidance may blend them one by one."""
+
+    x_0: Tensor
+    eps: Tensor
+    velocity: Tensor
+    log_variance_mix: Tensor | float | None = None  # 0: the posterior's log-variance, 1: beta's; None: not said
+
+    def rows(self, part: slice) -> "Prediction":
+        """The same of some of the batch."""
+        values = (self.x_0, self.eps, self.velocity, self.log_variance_mix)
+        return Prediction(*(v[part] if isinstance(v, Tensor) else v for v in values))
+
+
+def from_eps(eps, x_t, alpha, sigma, d_alpha, d_sigma):
+    return (x_t - sigma * eps) / alpha, eps
+
+
+def from_x_0(x_0, x_t, alpha, sigma, d_alpha, d_sigma):
+    return x_0, (x_t - alpha * x_0) / sigma
+
+
+def from_v(v, x_t, alpha, sigma, d_alpha, d_sigma):
+    square = alpha**2 + sigma**2
+    return (alpha * x_t - sigma * v) / square, (sigma * x_t + alpha * v) / square
+
+
+def from_velocity(velocity, x_t, alpha, sigma, d_alpha, d_sigma):
+    determinant = alpha * d_sigma - sigma * d_alpha
+    return (d_sigma * x_t - sigma * velocity) / determinant, (alpha * velocity - d_alpha * x_t) / determinant
+
+
+def from_score(score, x_t, alpha, sigma, d_alpha, d_sigma):
+    return from_eps(-sigma * score, x_t, alpha, sigma, d_alpha, d_sigma)
+
+
+# name -> how x_0 and eps follow from it, and what it is worth where x_0 and eps are known
+PREDICTIONS = {
+    "eps": (from_eps, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: eps),
+    "x_0": (from_x_0, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: x_0),
+    "v": (from_v, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: alpha * eps - sigma * x_0),
+    "velocity": (from_velocity, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: d_alpha * x_0 + d_sigma * eps),
+    "score": (from_score, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: -eps / sigma),
+}
+
+
+def predicted(name: str, value: Tensor, x_t: Tensor, t: Tensor, path: Path, log_variance_mix=None) -> Prediction:
+    """The Prediction that follows from `value` (N, C, h, w), the PREDICTIONS entry `name` at x_t; t (N,) or 0-dim."""
+    coefficients = path.at(t, x_t)
+    x_0, eps = PREDICTIONS[name][0](value, x_t, *coefficients)
+    velocity = value if name == "velocity" else coefficients[2] * x_0 + coefficients[3] * eps
+    return Prediction(x_0, eps, velocity, log_variance_mix)
+
+
+def with_x_0(prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Prediction:
+    """The prediction with another x_0 (N, C, h, w); eps and velocity follow, but at sigma = 0 eps is free and stays."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
+    eps = torch.where(sigma > 0, (x_t - alpha * x_0) / sigma, prediction.eps)
+    return Prediction(x_0, eps, d_alpha * x_0 + d_sigma * eps, prediction.log_variance_mix)
+
+
+def target(name: str, x_0: Tensor, eps: Tensor, t: Tensor, path: Path) -> Tensor:
+    """What a network that predicts `name` should have said (N, C, h, w)."""
+    return PREDICTIONS[name][1](x_0, eps, *path.at(t, x_0))
+
+
+def reverse_moments(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    """Mean (N, C, h, w) and log-variance of the step p(x_s | x_t), s < t (Ho et al. eq. 7; Nichol & Dhariwal eq. 15).
+
+    A step to s = 0 has no posterior variance; as released, that of the step above, equally long, stands in its place.
+    """
+    from_x_t, from_x_0, variance, beta = path.posterior(t, s)
+    mean = broadcast(from_x_t, x_t) * x_t + broadcast(from_x_0, x_t) * prediction.x_0
+    variance = torch.where(s > 0, variance, path.posterior(2 * t - s, t)[2])
+    mix = 0.0 if prediction.log_variance_mix is None else prediction.log_variance_mix
+    return mean, mix * broadcast(beta.log(), x_t) + (1 - mix) * broadcast(variance.log(), x_t)

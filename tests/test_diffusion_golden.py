@@ -1,0 +1,156 @@
+"""Every row of ddpm.npz and sit.npz, recorded from the official DiT and SiT; one computed value per recorded key."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdit.diffusion.guidance import clip, guided
+from fastdit.diffusion.objectives import DDPM, FlowMatching
+from fastdit.diffusion.paths import PATHS, broadcast
+from fastdit.diffusion.prediction import reverse_moments, target, with_x_0
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.diffusion.timesteps import respaced
+from fastdit.models.dit import DiT
+
+GOLDEN = Path(__file__).parent / "golden"
+SCHEDULES = {"linear": "ddpm_linear", "squaredcos_cap_v2": "ddpm_cosine"}
+DDPM_CASES = {
+    "learned_range_mse": DDPM(),
+    "fixed_large_mse": DDPM(variance="fixed_large", loss_type="mse"),
+    "fixed_small_mse": DDPM(variance="fixed_small", loss_type="mse"),
+    "predict_xstart": DDPM(prediction="x_0", variance="fixed_large", loss_type="mse"),
+    "rescaled_mse": DDPM(loss_type="rescaled_mse"),
+    "kl": DDPM(loss_type="kl"),
+    "cosine": DDPM(schedule="cosine"),
+}
+SIT_PATHS = {"Linear": "linear", "GVP": "gvp", "VP": "vp"}
+SIT_PREDICTIONS = {"velocity": "velocity", "noise": "eps", "score": "score"}
+
+
+@functools.cache
+def golden(name: str) -> dict[str, torch.Tensor]:
+    arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+    return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind != "U"}
+
+
+@functools.cache
+def network() -> DiT:
+    config = json.loads(str(np.load(GOLDEN / "dit.npz")["config"]))
+    model = DiT(**config).eval()
+    weights = {key: value for key, value in golden("dit").items() if key.startswith("weights/")}
+    model.load_state_dict({key.removeprefix("weights/"): value for key, value in weights.items()})
+    return model
+
+
+def recorded(noises: torch.Tensor):
+    remaining = iter(noises)
+    return lambda x: next(remaining)
+
+
+def ddpm_rows() -> dict:
+    """What each key of ddpm.npz should hold, computed here."""
+    z, rows = golden("ddpm"), {}
+    i = torch.arange(1000, dtype=torch.float64)
+    for name, path in SCHEDULES.items():
+        t, s = (i + 1) / 1000, i / 1000
+        from_x_t, from_x_0, variance, beta = PATHS[path].posterior(t, s)
+        rows[f"{name}/betas"] = beta
+        rows[f"{name}/alphas_cumprod"] = PATHS[path].alpha(t) ** 2
+        rows[f"{name}/posterior_variance"] = variance
+        rows[f"{name}/posterior_log_variance_clipped"] = variance[i.long().clamp(min=1)].log()
+        rows[f"{name}/posterior_mean_coef1"] = from_x_0
+        rows[f"{name}/posterior_mean_coef2"] = from_x_t
+    for key in z:
+        if key.startswith("respace/"):
+            _, num_timesteps, spec = key.split("/")
+            rows[key] = torch.tensor(respaced(spec, int(num_timesteps)))
+
+    x_0, eps, output, index = z["x_start"], z["noise"], z["model_output"], z["t"]
+    t, s = (index.double() + 1) / 1000, index.double() / 1000
+    for case, objective in DDPM_CASES.items():
+
+        def model(x, time, y, channels=8 if objective.variance == "learned_range" else 4):
+            assert torch.equal(time, index.float())
+            return output[:, :channels]
+
+        loss = objective.loss(model, x_0, None, t, eps)
+        rows |= {f"loss/{case}/{'vb' if part == 'vlb' else part}": value for part, value in loss.parts.items()}
+        rows[f"loss/{case}/loss"] = loss.per_sample
+        x_t = rows[f"q_sample/{case}"] = objective.path.q_sample(x_0, eps, t)
+        for clipped in (False, True):
+            prediction = objective.predict(model, x_t, t, None)
+            if clipped:
+                prediction = with_x_0(prediction, clip(prediction.x_0), x_t, t, objective.path)
+            mean, log_variance = reverse_moments(prediction, x_t, t, s, objective.path)
+            variance = log_variance.exp()
+            if objective.variance == "fixed_small":  # recorded apart: 0 for the first step, but its log clipped
+                variance = broadcast(objective.path.posterior(t, s)[2], x_t)
+            row = f"p_mean_variance/{case}/clip={clipped}"
+            rows |= {f"{row}/mean": mean, f"{row}/variance": variance, f"{row}/log_variance": log_variance}
+            rows[f"{row}/pred_xstart"] = prediction.x_0
+
+    objective = DDPM()
+    denoise, ts = guided(objective, network(), z["loop/y"]), objective.timesteps(int(z["loop/steps"]))
+    for name, sampler, options in (("ddpm", "ddpm", {}), ("ddim", "ddim", {}), ("ddim_eta0.5", "ddim", {"eta": 0.5})):
+        noise = recorded(z.get(f"loop/{name}/noises", ()))
+        rows[f"loop/{name}/final"] = SAMPLERS[sampler](denoise, z["x_T"], ts, objective.path, noise=noise, **options)
+    return rows
+
+
+def sit_rows() -> dict:
+    """What each key of sit.npz should hold, computed here; SiT's time is one minus this library's."""
+    z, rows = golden("sit"), {}
+    x_0, eps, output, t = z["x1"], z["x0"], z["model_output"], 1 - z["t"].double()
+    objective = FlowMatching()
+    rows["sit_forward/out"] = -objective.predict(network(), x_0, t, z["sit_forward/y"]).velocity.detach()
+    for sit_path, interpolant in SIT_PATHS.items():
+        path = PATHS[interpolant]
+        x_t = rows[f"path/{sit_path}/x_t"] = path.q_sample(x_0, eps, t)
+        rows[f"path/{sit_path}/u_t"] = -target("velocity", x_0, eps, t, path)
+        for sit_prediction, prediction in SIT_PREDICTIONS.items():
+            row = f"{sit_path}/{sit_prediction}"
+            objective = FlowMatching(interpolant, prediction)
+            for key, sampling in (("train", False), ("ode_sample", True)):
+                low, high = objective.interval(sampling)
+                rows[f"interval/{row}/{key}"] = torch.tensor([1 - high, 1 - low], dtype=torch.float64)
+            seen = objective.predict(lambda x, time, y: output, x_t, t, None)
+            rows[f"drift/{row}"] = -seen.velocity
+            rows[f"score/{row}"] = -seen.eps / broadcast(path.sigma(t), x_t)
+            for weight in ("None", "velocity", "likelihood"):
+                objective = FlowMatching(interpolant, prediction, weight=weight.lower())
+                loss = objective.loss(lambda x, time, y: output, x_0, None, t, eps)
+                rows[f"loss/{row}/{weight}"] = loss.per_sample
+    for key in z:
+        kind, *names = key.split("/")
+        if kind == "ode":
+            sit_path, sit_prediction, solver, _ = names
+            if solver == "dopri5":
+                continue
+            objective = FlowMatching(SIT_PATHS[sit_path], SIT_PREDICTIONS[sit_prediction])
+            denoise, ts = guided(objective, network(), z["sit_forward/y"]), objective.timesteps(int(z["num_steps"]) - 1)
+            rows[key] = SAMPLERS[{"heun2": "heun"}.get(solver, solver)](denoise, z["z"], ts, objective.path)
+    return rows
+
+
+INPUTS = {
+    "ddpm": ("x_start", "noise", "t", "model_output", "x_T", "loop/y", "loop/steps"),
+    "sit": ("x1", "x0", "t", "model_output", "sit_forward/t", "sit_forward/y", "z", "num_steps"),
+}
+ROWS = {"ddpm": functools.cache(ddpm_rows), "sit": functools.cache(sit_rows)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_equal_the_recorded_ones(name):
+    wanted = {key: value for key, value in golden(name).items() if key not in INPUTS[name] and "noises" not in key}
+    computed = ROWS[name]()
+    wrong = {}
+    for key in wanted.keys() & computed.keys():
+        tolerance = 1e-4 if key.split("/")[0] in ("loop", "ode", "sde") else 1e-5
+        value = computed[key].to(wanted[key].dtype)
+        if not torch.allclose(value, wanted[key], atol=tolerance, rtol=tolerance):
+            wrong[key] = (value - wanted[key]).abs().max().item()
+    assert not wrong
