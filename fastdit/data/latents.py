@@ -66,9 +66,9 @@ class LatentCodec:
                 str(name), subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
             )
         except Exception as error:  # network, hub, safetensors and pickle errors have no common base
-            where = "read" if folder.is_dir() else "found in this folder or on the hub"
+            what = "cannot be read" if folder.is_dir() else "is no local folder and could not be fetched from the hub"
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"vae={name} cannot be {where}: {type(error).__name__}: {reason}") from error
+            raise ValueError(f"vae={name} {what}: {type(error).__name__}: {reason}") from error
         if loading["missing_keys"]:  # diffusers would leave them at random values
             raise ValueError(
                 f"vae={name} lacks {len(loading['missing_keys'])} weights, {sorted(loading['missing_keys'])[0]} first; "
@@ -78,7 +78,7 @@ class LatentCodec:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
         """Moves the autoencoder in place; the fingerprint stays that of the weights it was made from."""
-        self.vae.to(device=device, dtype=dtype)
+        nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns without cause
         return self
 
     @torch.no_grad()

@@ -1,0 +1,47 @@
+"""Images -> latent shards.
+
+    python extract_features.py --images DIR --out DIR --vae NAME_OR_DIR --image-size 256
+    torchrun --nproc_per_node 8 extract_features.py ...     the same files, eight times as fast
+
+DIR holds one subfolder of images per class; the VAE is a diffusers AutoencoderKL, from a folder or the hub.
+"""
+
+import argparse
+
+from fastdit.errors import friendly_exit
+
+
+@friendly_exit()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
+    parser.add_argument("--out", required=True, help="folder to write; it appears when it is complete")
+    parser.add_argument("--vae", required=True, help="AutoencoderKL: a local folder or a hub name")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the centre crop in pixels (256)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once by each process (32)")
+    parser.add_argument("--dtype", default="float16", help="stored numbers: float16 (default) or float32")
+    parser.add_argument(
+        "--precision", default="float32", help="the VAE computes in float32 (default), bfloat16, float16"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="decoding threads of each process (default: its share of the cores)"
+    )
+    parser.add_argument("--shard-size", type=int, default=2048, help="images per shard (2048)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: this process's GPU if there is one)")
+    arguments = vars(parser.parse_args(argv))
+
+    from fastdit.data.extract import (
+        extract_features,
+    )  # torch takes seconds; --help and typing errors do not wait for it
+    from fastdit.distributed import close, init
+
+    ranks = init(arguments.pop("device"))
+    try:
+        extract_features(**arguments, ranks=ranks)
+    finally:
+        close()
+
+
+if __name__ == "__main__":
+    main()

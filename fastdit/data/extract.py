@@ -1,0 +1,221 @@
+"""A folder of images -> latent shards: decode in threads, encode each image and its mirror, write.
+
+Whole shards are dealt to the processes, and every batch is full (a short last one is padded), so the files are the
+same bytes however many processes wrote them. No process writes another's files; the first merges the parts.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to_pixels
+from fastdit.data.latents import LatentCodec
+from fastdit.data.shards import DTYPES, Manifest, permutation
+from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, part_path, partial_folder, prepare, publish
+from fastdit.distributed import Ranks
+from fastdit.errors import is_no_space
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TAR_OVERHEAD = 2304  # bytes a sample beside its numbers: two tar headers, the npy header, the label, padding
+
+
+def extract_features(
+    *,
+    images: str | Path,
+    out: str | Path,
+    vae: str | Path,
+    image_size: int = 256,
+    batch_size: int = 32,
+    dtype: str = "float16",
+    precision: str = "float32",
+    workers: int | None = None,
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+) -> Manifest:
+    """Writes the moments of all images under `images` (see `list_images`), mirrored too, as shards in `out`.
+
+    `vae`: a folder or a hub name; it computes in `precision`, the moments are stored as `dtype`. `workers`: decoding
+    threads of this process (None: its share of the cores). `ranks`: this process among those that share the work
+    (None: alone, on a GPU if there is one); all must see the same `out`. The images are shuffled once, in a fixed
+    order, so that each shard mixes the classes for readers that only shuffle shards.
+
+    `out` appears when it is complete, and is replaced only with `overwrite`. Unreadable images are skipped and named in
+    <out>/skipped.txt. ValueError in one line: too many of these (see `Skipped`), bad arguments, no space left.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = ranks or Ranks(rank=0, local_rank=0, world=1, device=torch.device(device))
+    out = check_out(out, overwrite)
+    folder = list_images(images)
+    if out.is_relative_to(folder.root.resolve()):
+        raise ValueError(f"out={out} lies inside images={images}, where it would become a class; write it elsewhere")
+    for key, value, known in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(known)}")
+    workers = workers if workers is not None else _cores_per_process()
+    for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    codec = LatentCodec.load(vae, PRECISIONS[precision], ranks.device)
+    codec.check_image_size(image_size)
+    latent_shape = (codec.channels, image_size // codec.downsample, image_size // codec.downsample)
+    _check_space(out, len(folder) * (4 * int(np.prod(latent_shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
+    about = Manifest(
+        vae=str(vae),
+        codec=codec.fingerprint,
+        scale=codec.scale,
+        shift=codec.shift,
+        image_size=image_size,
+        latent_shape=latent_shape,
+        dtype=dtype,
+        class_names=folder.class_names,
+        images=len(folder),
+    )
+    shards = -(-len(folder) // shard_size)
+    partial = partial_folder(out)
+    try:
+        if ranks.is_main:
+            prepare(out)
+        ranks.barrier()
+        if not partial.is_dir():
+            raise ValueError(f"out={out} is not seen by process {ranks.rank}; write to a disk that all processes share")
+        start = time.perf_counter()
+        _extract_share(folder, partial, codec, ranks, about, batch_size, workers, shard_size)
+        _wait_for_parts(partial, shards)  # not a collective: shares may end many minutes apart
+        ranks.barrier()
+        if ranks.is_main:
+            about = publish(partial, out, about, shards, overwrite)
+            rate = len(folder) / (time.perf_counter() - start)
+            skipped = f", {about.skipped} unreadable images named in skipped.txt" if about.skipped else ""
+            print(f"{out}: {len(about)} images in {shards} shards, {rate:.1f} images/s{skipped}", file=sys.stderr)
+        ranks.barrier()
+        return Manifest.load(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and is_no_space(error):
+            raise ValueError(f"no space left for out={out}; free some or write elsewhere") from error
+        raise
+
+
+def _extract_share(
+    folder: ImageFolder,
+    partial: Path,
+    codec: LatentCodec,
+    ranks: Ranks,
+    about: Manifest,
+    batch_size: int,
+    workers: int,
+    shard_size: int,
+) -> None:
+    """Writes this process's shards: every world-th. Encoding, decoding of files and writing overlap."""
+    order = permutation(0, 0, len(folder)).tolist()
+    mine = [order[i : i + shard_size] for i in range(0, len(order), shard_size)][ranks.rank :: ranks.world]
+    total = sum(map(len, mine))
+    unreadable = Skipped(len(folder))
+    writing: deque[Future] = deque()
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as scribe,  # one: it keeps the order
+        tqdm(total=total, unit="image", smoothing=0.05, disable=None if ranks.is_main else True) as progress,
+    ):
+        paths = ((key, folder.root / folder.paths[key]) for keys in mine for key in keys)
+        crops = _crops(paths, about.image_size, decoders, ahead=2 * batch_size + 2 * workers)
+
+        def later(work, *args) -> None:
+            writing.append(scribe.submit(work, *args))
+            while len(writing) > 2:
+                writing.popleft().result()
+
+        try:
+            for share, keys in enumerate(mine):
+                writer = ShardWriter(partial, ranks.rank + share * ranks.world, about.dtype)
+                skipped: list[str] = []
+                readable: list[tuple[int, np.ndarray]] = []
+                for left in reversed(range(len(keys))):
+                    key, crop = next(crops)
+                    if isinstance(crop, np.ndarray):
+                        readable.append((key, crop))
+                    else:
+                        unreadable.add(folder.paths[key], str(crop))
+                        skipped.append(unreadable.lines[-1])
+                    if readable and (len(readable) == batch_size or not left):
+                        moments = encode_both(codec, [crop for _, crop in readable], batch_size, ranks.device)
+                        chosen = [key for key, _ in readable]
+                        later(_write, writer, chosen, moments, [folder.labels[key] for key in chosen])
+                        readable = []
+                    progress.update()
+                later(writer.close, skipped)
+            while writing:
+                writing.popleft().result()
+        except BaseException:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _crops(
+    paths: Iterable[tuple[int, Path]], size: int, decoders: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[int, np.ndarray | ValueError]]:
+    """Key and crop (or why there is none) of each path, in order; `ahead` of them are decoded meanwhile."""
+    pending: deque[tuple[int, Future]] = deque()
+    paths = iter(paths)
+    while True:
+        while len(pending) < ahead and (following := next(paths, None)) is not None:
+            pending.append((following[0], decoders.submit(load_crop, following[1], size)))
+        if not pending:
+            return
+        key, future = pending.popleft()
+        try:
+            yield key, future.result()
+        except ValueError as error:
+            yield key, error
+
+
+def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, device: torch.device) -> Tensor:
+    """Crops (n, H, W, 3) uint8 -> moments (n, 2, 2C, h, w) of the images and of their mirrors, on the device.
+
+    The batch is padded to `batch_size`, since a product's last bits depend on its shape.
+    """
+    crops = crops + crops[-1:] * (batch_size - len(crops))
+    batch = torch.from_numpy(np.stack(crops))
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    pixels = to_pixels(batch.to(device, non_blocking=True))
+    moments = torch.stack([codec.encode(pixels), codec.encode(pixels.flip(-1))], dim=1)
+    return moments
+
+
+def _write(writer: ShardWriter, keys: list[int], moments: Tensor, labels: list[int]) -> None:
+    for key, array, label in zip(keys, moments.cpu().numpy(), labels, strict=False):  # the padding is left over
+        writer.add(key, array, label)
+
+
+def _wait_for_parts(partial: Path, shards: int) -> None:
+    missing = [part_path(partial, number) for number in range(shards)]
+    while missing := [path for path in missing if not path.exists()]:
+        if not partial.is_dir():
+            raise ValueError(f"{partial} is gone: another process of this extraction has failed; see its message")
+        time.sleep(0.2)
+
+
+def _check_space(out: Path, size: int) -> None:
+    parent = next(folder for folder in out.parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise ValueError(
+            f"out={out} needs about {size / 2**30:.2f} GiB, but {parent} has {free / 2**30:.2f} GiB free; "
+            "free some or write elsewhere"
+        )
+
+
+def _cores_per_process() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

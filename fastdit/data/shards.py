@@ -1,0 +1,295 @@
+"""Latents on disk, read in an order that is a pure function of (seed, position).
+
+<folder>/shard-00000.tar   <key>.moments.npy (2, 2C, h, w): mean, std of the image and of its mirror; <key>.cls
+<folder>/index.npy         a SAMPLE row per image: shard, offset of the array's bytes, a crc32 per orientation, ...
+<folder>/manifest.json     what the latents are, which codec made them, the shards with size and SHA-256
+<folder>/skipped.txt       the images that could not be read, and why
+
+The tars are plain webdataset. The index makes every sample reachable from every process, so neither the number of
+processes nor the step of a resume changes which images a batch holds.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT = 1
+DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
+AGAIN = "copy it again or extract again"
+OPEN_FILES = 512  # of one reader: below the usual limit of 1,024 a process
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: file name, samples in it, bytes, SHA-256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds; channel means and deviations are those of scaled latents, mirrors included."""
+
+    vae: str  # as it was named
+    codec: str  # LatentCodec.fingerprint
+    scale: float
+    shift: float
+    image_size: int
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    dtype: str
+    class_names: tuple[str, ...]
+    images: int  # in the source folder, the skipped ones included
+    skipped: int = 0
+    class_counts: tuple[int, ...] = ()
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    index_sha256: str = ""
+    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Reads <folder>/manifest.json; ValueError in one line when it is missing, damaged or of another format."""
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        try:
+            stored = json.loads(path.read_text())
+            version = stored.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
+            for derived in ("samples", "num_classes"):  # there for people and other tools
+                del stored[derived]
+            shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
+            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+            return cls(**fields, shards=shards, folder=folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} holds no manifest.json; write latents there with extract_features.py") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
+        del stored["folder"]
+        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
+
+    def index(self) -> np.ndarray:
+        """(n,) SAMPLE rows, in the order of the source images; ValueError when the file is not the manifest's."""
+        path = self.folder / "index.npy"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
+        if hashlib.sha256(data).hexdigest() != self.index_sha256:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+
+    def check(
+        self,
+        *,
+        image_size: int | None = None,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        codec: str | None = None,
+        global_batch: int | None = None,
+    ) -> None:
+        """ValueError in one line when the latents do not fit a run's settings (None: not checked) or are incomplete.
+
+        `num_classes=0` (unconditional) fits any labels. `codec`: LatentCodec.fingerprint of the run's autoencoder.
+        """
+        if image_size is not None and image_size != self.image_size:
+            raise ValueError(
+                f"image_size={image_size}, but the latents in {self.folder} are of {self.image_size} px images; "
+                f"set {self.image_size} or extract again"
+            )
+        if in_channels is not None and in_channels != self.latent_shape[0]:
+            raise ValueError(
+                f"in_channels={in_channels}, but the latents in {self.folder} have {self.latent_shape[0]} channels; "
+                f"set {self.latent_shape[0]} or extract again with another vae"
+            )
+        if num_classes and num_classes < self.num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
+                f"set {self.num_classes}, or 0 to train without labels"
+            )
+        if codec is not None and codec != self.codec:
+            raise ValueError(
+                f"the vae (fingerprint {codec[:12]}) is not the one that made the latents in {self.folder}: "
+                f"{self.vae} ({self.codec[:12]}); use that one or extract again"
+            )
+        if global_batch is not None and global_batch > len(self):
+            raise ValueError(
+                f"global_batch={global_batch}, but {self.folder} holds fewer images than that; use at most {len(self)}"
+            )
+        for shard in self.shards:
+            path = self.folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+                raise ValueError(f"{path} {state}; {AGAIN}")
+
+    def verify(self) -> None:
+        """Reads every shard whole; ValueError naming the first whose SHA-256 is not the manifest's."""
+        for shard in self.shards:
+            path = self.folder / shard.name
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
+
+
+class Batch(NamedTuple):
+    """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64."""
+
+    step: int
+    moments: Tensor
+    y: Tensor
+
+
+def latent_batches(
+    manifest: Manifest,
+    *,
+    global_batch: int,
+    rows: slice = slice(None),
+    seed: int,
+    start_step: int = 0,
+    hflip: bool = True,
+    verify: bool = True,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Endless batches from step `start_step` on; a background thread reads `prefetch` of them ahead.
+
+    Step k holds the positions k global_batch ... (k + 1) global_batch - 1, of which `rows` are this process's.
+    Position p is the (p mod n)-th image of epoch p // n; each epoch has its own permutation and, with `hflip`, its own
+    choice of mirrors, both functions of (seed, epoch) alone. Close the generator to end the thread.
+    ValueError: at once when the latents are incomplete or fewer than a batch; from the iterator when a sample's bytes
+    do not match their crc32 (`verify`).
+    """
+    manifest.check(global_batch=global_batch)
+    if global_batch < 1 or start_step < 0:
+        raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
+    reader = _Reader(manifest, global_batch, rows, seed, hflip, verify, pin_memory)
+    return _read_ahead(reader, start_step, prefetch)
+
+
+def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[Batch]:
+    steps = count(start_step)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
+    try:
+        pending = deque(pool.submit(reader.batch, next(steps)) for _ in range(prefetch + 1))
+        while True:
+            batch = pending.popleft().result()  # raises what the thread raised
+            pending.append(pool.submit(reader.batch, next(steps)))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)  # and wait for the one being read
+        reader.close()
+
+
+class _Reader:
+    """Reads by offset, not through a memory map: a failing disk or a truncated file is an error, not a SIGBUS."""
+
+    def __init__(self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory):
+        self.manifest, self.seed = manifest, seed
+        self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
+        self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
+        self.index = manifest.index()
+        channels, height, width = manifest.latent_shape
+        self.shape = (2 * channels, height, width)
+        self.dtype = DTYPES[manifest.dtype]
+        self.orders: dict[int, np.ndarray] = {}
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+
+    def batch(self, step: int) -> Batch:
+        epochs, places = np.divmod(step * self.global_batch + self.rows, len(self.index))
+        chosen = np.empty_like(places)
+        mirrored = np.zeros_like(places)
+        for epoch in np.unique(epochs).tolist():  # two at most, since a batch is no larger than an epoch
+            here = epochs == epoch
+            chosen[here] = self.order(epoch)[places[here]]
+            if self.hflip:
+                mirrored[here] = mirrors(self.seed, epoch, chosen[here])
+        samples = self.index[chosen]
+        y = torch.from_numpy(samples["label"].astype(np.int64))
+        moments = torch.from_numpy(self.read(samples, mirrored)).float()
+        return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in (moments, y)))
+
+    def order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.orders:
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
+        return self.orders[epoch]
+
+    def read(self, samples: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """SAMPLE rows (n,) and which orientation of each (n,) -> (n, 2C, h, w) in the stored dtype."""
+        array = np.empty((len(samples), *self.shape), self.dtype)
+        size = array.nbytes // max(len(array), 1)
+        memory = memoryview(array).cast("B")
+        offsets = (samples["offset"] + mirrored.astype(np.uint64) * np.uint64(size)).tolist()
+        crcs = samples["crc32"][np.arange(len(samples)), mirrored].tolist()
+        for i, (shard, offset, crc) in enumerate(zip(samples["shard"].tolist(), offsets, crcs, strict=True)):
+            row = memory[i * size : (i + 1) * size]
+            if os.preadv(self.file(shard), [row], offset) != size or (self.verify and zlib.crc32(row) != crc):
+                path = self.manifest.folder / self.manifest.shards[shard].name
+                key = int(samples["key"][i])
+                raise ValueError(f"{path} is damaged at sample {key:09d}: its bytes do not match their crc32; {AGAIN}")
+        return array
+
+    def file(self, shard: int) -> int:
+        if shard in self.files:
+            self.files.move_to_end(shard)
+        else:
+            if len(self.files) == OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+            self.files[shard] = os.open(self.manifest.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+        return self.files[shard]
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.popitem()[1])
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order (n,) of an epoch's images: sorted by a hash, so that no library's shuffle can change it."""
+    return np.argsort(_hash(seed, epoch, 0, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def mirrors(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """Which orientation of each image (n,) an epoch takes: 0 as it is, 1 mirrored."""
+    return (_hash(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
+
+
+def _hash(*words: int | np.ndarray) -> np.ndarray:
+    """64-bit hash of integers: splitmix64's finaliser (Steele et al. 2014) after each; one-to-one in the last word."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)
+        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
