@@ -3,6 +3,8 @@
 A top-level import name `kernels` would overwrite Hugging Face's package of that name in site-packages.
 """
 
+from glob import glob
+
 from setuptools import find_packages, setup
 
 setup(
@@ -13,6 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
     package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
+    data_files=[("share/fastdit/configs", sorted(glob("configs/*.yaml")))],
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.36",

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -130,6 +131,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         return _fill(Config, tree, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def shipped_config(name: str) -> Path:
+    """The file configs/<name>.yaml of this clone, or of the installed wheel."""
+    places = [Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share/fastdit/configs"]
+    return next((p / f"{name}.yaml" for p in places if (p / f"{name}.yaml").is_file()), places[0] / f"{name}.yaml")
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -1,0 +1,230 @@
+"""Images from a checkpoint: PNG files, an npz for evaluators and a grid, the same bytes on any number of processes.
+
+Image i has label, noise and file name from i and the seed alone. Images are made in fixed batches, batch b by process
+b mod world, a short last one padded: a matrix product's last bits depend on its shape. Files appear whole or not at
+all, so the same command goes on where a killed one stopped.
+"""
+
+import json
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdit import distributed
+from fastdit.config import Config, bind, build, load_config, to_tree
+from fastdit.data.images import to_uint8
+from fastdit.data.latents import LatentCodec
+from fastdit.diffusion.guidance import guided, watched
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.distributed import ImageRandom, seed_of
+from fastdit.models.dit import DiT
+from fastdit.training import checkpoint
+from fastdit.training.loop import network
+
+SETTINGS = "sampling.json"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A trained network with its objective, sampler and codec, ready to make images."""
+
+    config: Config
+    model: DiT
+    objective: object
+    codec: LatentCodec
+    meta: dict
+
+    @torch.no_grad()
+    def latents(self, indices: list[int], labels: Tensor, seed: int, on_step=None) -> Tensor:
+        """x_0 (N, C, h, w) of the images `indices` with labels (N,); `on_step(t, x_t, prediction)` watches."""
+        settings, device = self.config.sampling, labels.device
+        noise = ImageRandom([seed_of(seed, i) for i in indices])
+        x_1 = noise(torch.empty(len(indices), *self.meta["latents"]["shape"], device=device))
+        denoise = guided(
+            self.objective, self._in_precision, labels, settings.cfg_scale, settings.cfg_channels or None
+        )
+        if on_step is not None:
+            denoise = watched(denoise, on_step)
+        sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
+        return sampler(denoise, x_1, self.objective.timesteps(settings.steps), self.objective.path, noise=noise)
+
+    def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        return to_uint8(self.codec.decode(self.latents(indices, labels, seed))).cpu().numpy()
+
+    @property
+    def _in_precision(self):
+        model, bf16 = self.model, self.config.sampling.precision == "bf16"
+
+        def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                return model(x, t, y).float()
+
+        call.null_label = model.null_label
+        return call
+
+
+def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> Generator:
+    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`."""
+    folder = checkpoint.find(Path(path))
+    meta = checkpoint.read_meta(folder)
+    config = load_config(folder / "config.yaml", overrides)
+    objective = build(OBJECTIVES, config.objective, "objective")
+    bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")
+    objective.timesteps(config.sampling.steps)  # a count that the objective cannot make fails here
+    model = network(config, tuple(meta["latents"]["shape"]), objective)
+    state = load_file(folder / f"{weights}.safetensors")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} is a checkpoint of another model than {config.model.variant}: {reason}") from error
+    if config.sampling.cfg_scale != 1 and model.null_label is None:
+        raise ValueError(
+            f"sampling.cfg_scale={config.sampling.cfg_scale} needs a null label; this model has class_dropout="
+            f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"
+        )
+    codec = LatentCodec.load(config.data.vae, device=device)
+    if codec.fingerprint != meta["latents"]["codec"]:
+        raise ValueError(
+            f"data.vae={config.data.vae} is another autoencoder than the one that made the latents of {folder} "
+            f"({meta['latents']['vae']}); use that one"
+        )
+    return Generator(config, model.to(device).eval(), objective, codec, meta)
+
+
+def sample(
+    path: str | Path,
+    out: str | Path,
+    num_samples: int,
+    *,
+    overrides=(),
+    seed: int = 0,
+    labels: str = "balanced",
+    weights: str = "ema",
+    device: str | None = None,
+) -> Path:
+    """Write `num_samples` images into `out` and return `out`; a second call with the same settings goes on.
+
+    `labels`: "balanced" (image i has class i mod num_classes), "random" (drawn from the seed), or classes like
+    "207,360", taken in turn. ValueError when `out` holds anything else than a beginning of these very samples.
+    """
+    ranks = distributed.init(device)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)  # the number of threads changes a sum's last bits
+    if num_samples < 1:
+        raise ValueError(f"--num-samples={num_samples} must be 1 or more")
+    generator = load_generator(path, overrides, weights=weights, device=ranks.device)
+    config, out = generator.config, Path(out)
+    classes = image_labels(labels, num_samples, config.data.num_classes, seed)
+    settings = {
+        "checkpoint": str(checkpoint.find(Path(path)).resolve()),
+        "weights": weights,
+        "num_samples": num_samples,
+        "seed": seed,
+        "labels": labels,
+        "sampling": to_tree(config.sampling),
+    }
+    if ranks.is_main:
+        _claim(out, settings)
+    ranks.barrier()
+
+    batch = config.sampling.batch_size
+    own = range(ranks.rank, math.ceil(num_samples / batch), ranks.world)
+    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not os.sys.stderr.isatty()):
+        indices = list(range(b * batch, (b + 1) * batch))  # beyond num_samples: padding, not written
+        wanted = [i for i in indices if i < num_samples]
+        if all(_png(out, i).is_file() for i in wanted):
+            continue
+        y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
+        for i, image in zip(wanted, generator.images(indices, y, seed), strict=False):
+            temporary = _png(out, i).with_suffix(".partial")
+            Image.fromarray(image).save(temporary, format="PNG")
+            os.replace(temporary, _png(out, i))
+    ranks.barrier()
+    if ranks.is_main:
+        write_npz([_png(out, i) for i in range(num_samples)], out / "samples.npz")
+        grid(out, classes).save(out / "grid.png")
+    ranks.barrier()
+    return out
+
+
+def image_labels(labels: str, count: int, num_classes: int, seed: int) -> list[int]:
+    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores it."""
+    if not num_classes:
+        return [0] * count
+    if labels == "balanced":
+        return [i % num_classes for i in range(count)]
+    if labels == "random":
+        return [seed_of(seed, i, 1) % num_classes for i in range(count)]
+    try:
+        chosen = [int(part) for part in labels.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels={labels!r} must be balanced, random, or class numbers like 207,360") from None
+    if not all(0 <= label < num_classes for label in chosen):
+        raise ValueError(f"--labels={labels!r} goes beyond the classes 0..{num_classes - 1} of this model")
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def write_npz(paths: list[Path], out: Path) -> None:
+    """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), one image in memory at a time."""
+    with Image.open(paths[0]) as first:
+        shape = (len(paths), first.height, first.width, 3)
+    temporary = out.with_suffix(".partial")
+    with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for path in paths:
+            with Image.open(path) as image:
+                file.write(np.asarray(image).tobytes())
+    os.replace(temporary, out)
+
+
+def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10) -> Image.Image:
+    """The first images of `out`, a class a row where there are several classes."""
+    by_class: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_class.setdefault(label, []).append(i)
+    if len(by_class) == 1:
+        order = [list(range(r * columns, min((r + 1) * columns, len(labels)))) for r in range(rows)]
+    else:
+        order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
+    order = [row for row in order if row]
+    with Image.open(_png(out, 0)) as first:
+        width, height = first.size
+    sheet = Image.new("RGB", (width * max(map(len, order)), height * len(order)))
+    for r, row in enumerate(order):
+        for c, i in enumerate(row):
+            with Image.open(_png(out, i)) as image:
+                sheet.paste(image, (c * width, r * height))
+    return sheet
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Make `out` ours: new, or begun by the same settings."""
+    path = out / SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"--out {out} holds samples with {key}={before.get(key)!r}, not {value!r}; choose another --out"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty and holds no {SETTINGS}; choose another --out")
+    else:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+
+
+def _png(out: Path, index: int) -> Path:
+    return out / "images" / f"{index:06d}.png"

@@ -1,0 +1,209 @@
+"""The training run, from config to checkpoints, as one flat function."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastdit import distributed
+from fastdit.config import Config, bind, build, save_config
+from fastdit.data.latents import sample_latents
+from fastdit.data.shards import Manifest, latent_batches
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.distributed import StepRandom, seed_of
+from fastdit.models.dit import DiT, create_dit, drop_labels
+from fastdit.training import checkpoint
+from fastdit.training.ema import EMA
+from fastdit.training.engine import DeepSpeedEngine, TorchEngine
+from fastdit.training.log import Log, peak_flops
+
+INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
+
+
+def train(config: Config, *, resume: bool = False, device: str | None = None) -> Path:
+    """Train as `config` says and return the last checkpoint; `resume` goes on from the newest one in `run_dir`."""
+    ranks = distributed.init(device)
+    device, settings, run_dir = ranks.device, config.training, Path(config.run_dir)
+    found = checkpoint.checkpoints(run_dir)
+    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+        raise ValueError(f"run_dir={run_dir} is not empty; go on with --resume, or choose another run_dir=...")
+
+    # data: what the shards hold must be what the config means
+    manifest = Manifest.load(config.data.shards)
+    manifest.check(
+        image_size=config.data.image_size, num_classes=config.data.num_classes, global_batch=settings.global_batch
+    )
+    micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
+
+    # objective and network, from the seed alone: every process starts with the same weights
+    objective = build(OBJECTIVES, config.objective, "objective")
+    bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")  # a misspelt sampler fails now, not after the training
+    torch.manual_seed(seed_of(config.seed, INIT))
+    model = network(config, manifest.latent_shape, objective).to(device).train()
+    flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
+    model.set_activation_checkpointing(settings.activation_checkpointing)
+    if settings.compile:
+        model.compile_blocks()
+
+    shared = dict(
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        accumulation=accumulation,
+        grad_clip=settings.grad_clip,
+    )
+    if settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed()):
+        zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
+        engine = DeepSpeedEngine(model, ranks, **shared, **zero)
+    else:
+        engine = TorchEngine(model, ranks, **shared)
+    ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
+
+    # a run is its config, its seed and its step: a resume needs weights, moments, EMA and the step number
+    facts = {
+        "model": config.model.variant,
+        "num_classes": config.data.num_classes,
+        "objective": config.objective.name,
+        "engine": engine.name,
+        "sharded_over": ranks.world if engine.name == "deepspeed" else 1,
+        "zero_stage": settings.zero_stage if engine.name == "deepspeed" else 0,
+        "global_batch": settings.global_batch,
+        "seed": config.seed,
+        "latents": {
+            "shape": list(manifest.latent_shape),
+            "scale": manifest.scale,
+            "shift": manifest.shift,
+            "vae": manifest.vae,
+            "codec": manifest.codec,
+            "image_size": manifest.image_size,
+        },
+    }
+    start, window = 0, torch.zeros(2, device=device)  # loss summed since the last log line, and its number of steps
+    if resume and found:
+        meta = checkpoint.read_meta(found[-1])
+        for key, value in facts.items():
+            if meta[key] != value:
+                raise ValueError(f"{found[-1]} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+        engine.load(found[-1], load_file(found[-1] / "model.safetensors"))
+        own = torch.load(found[-1] / f"ema-{ranks.rank:05d}.pt", map_location="cpu", weights_only=True)
+        ema.load(own["average"])
+        start, window = meta["step"], own["window"].to(device)
+
+    def write(folder: Path) -> None:
+        """This process's part of a checkpoint; the main one adds whole weights and EMA for everybody else's use."""
+        weights, average = engine.full_state(engine.master_parameters()), engine.full_state(ema.average)
+        engine.save(folder)
+        if ranks.rank < facts["sharded_over"]:
+            torch.save({"average": ema.average, "window": window}, folder / f"ema-{ranks.rank:05d}.pt")
+        if ranks.is_main:
+            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+            save_file({k: v.detach().cpu().contiguous() for k, v in average.items()}, folder / "ema.safetensors")
+            save_config(config, folder / "config.yaml")
+
+    log = None
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        log = Log(run_dir, start, settings.steps, flops_per_image=flops_per_image,
+                  peak_flops=ranks.world * peak_flops(device))  # fmt: skip
+        log.say(
+            f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+            f"{ranks.world} x {device} ({engine.name}), batch {ranks.world} x {micro} x {accumulation}, "
+            + (f"resumed at step {start}" if start else "from the start")
+        )
+    batches = latent_batches(
+        manifest,
+        global_batch=settings.global_batch,
+        rows=slice(ranks.rank * micro * accumulation, (ranks.rank + 1) * micro * accumulation),
+        seed=seed_of(config.seed, ORDER),
+        start_step=start,
+        hflip=config.data.hflip,
+    )
+    last = found[-1] if found else None
+    clock, clock_step = time.perf_counter(), start
+    for step in range(start, settings.steps):
+        batch = next(batches)
+        moments, y = batch.moments.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
+        for i in range(accumulation):
+            rows = slice(i * micro, (i + 1) * micro)
+            first = (ranks.rank * accumulation + i) * micro  # this micro-batch's first row in the global batch
+            random = StepRandom(
+                seed_of(config.seed, NOISE), step, slice(first, first + micro), settings.global_batch, device
+            )
+            x_0 = sample_latents(
+                moments[rows], random.randn(*manifest.latent_shape), manifest.scale, manifest.shift
+            )  # (n, C, h, w)
+            labels = drop_labels(y[rows], random.rand(), config.model.class_dropout, model.null_label)
+            t = objective.sample_t(random.rand().double())
+            engine.boundary(last=i == accumulation - 1)
+            loss = objective.loss(engine, x_0, labels, t, random.randn(*manifest.latent_shape))
+            engine.backward(loss.per_sample.mean())
+            window[0] += loss.per_sample.detach().mean() / accumulation
+        window[1] += 1
+        lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+        grad_norm = engine.step(lr)
+        ema.update(engine.master_parameters(), step + 1)
+
+        done = step + 1
+        log_due = done % settings.log_every == 0 or done == settings.steps
+        save_due = done % settings.checkpoint_every == 0 or done == settings.steps
+        if log:
+            log.step()
+        if log_due or save_due:
+            mean_loss = (ranks.mean(window[0]) / window[1]).item()  # the only wait for the device
+            if not math.isfinite(mean_loss):
+                raise ValueError(
+                    f"the loss is {mean_loss} at step {done}; the last good state is {last or 'none'}: "
+                    f"lower training.lr={settings.lr} or set training.grad_clip=1"
+                )
+        if log_due:
+            seconds, steps = time.perf_counter() - clock, done - clock_step
+            clock, clock_step = time.perf_counter(), done
+            window.zero_()
+            if log:
+                log.write(done, loss=mean_loss, grad_norm=grad_norm.item(), lr=lr, seconds=seconds,
+                          steps=steps, images=steps * settings.global_batch, device=device)  # fmt: skip
+        if save_due:
+            before = time.perf_counter()
+            last = checkpoint.save(run_dir, done, write, facts, ranks, settings.keep_checkpoints)
+            clock += time.perf_counter() - before  # writing does not count as training time
+    batches.close()
+    if log:
+        log.close()
+    return last
+
+
+def network(config: Config, latent_shape: tuple[int, int, int], objective) -> DiT:
+    """The config's network for latents (C, h, w), its output channels as the objective wants them."""
+    channels, height, _ = latent_shape
+    return create_dit(
+        config.model.variant,
+        input_size=height,
+        in_channels=channels,
+        num_classes=config.data.num_classes,
+        class_dropout=config.model.class_dropout,
+        learn_sigma=objective.out_channels(channels) == 2 * channels,
+        attention=config.model.attention,
+    )
+
+
+def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:
+    """(images a forward pass, forward passes a step) of one process."""
+    if global_batch % world:
+        near = max(world, global_batch // world * world)
+        raise ValueError(f"training.global_batch={global_batch} is not divisible by {world} processes; use {near}")
+    share = global_batch // world
+    micro = micro_batch or share
+    if share % micro:
+        fits = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        raise ValueError(f"training.micro_batch={micro} does not divide {share} images a process; use {fits}")
+    return micro, share // micro
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The records of metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
