@@ -247,8 +247,8 @@ class _Reader:
     def read(self, samples: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """SAMPLE rows (n,) and which orientation of each (n,) -> (n, 2C, h, w) in the stored dtype."""
         array = np.empty((len(samples), *self.shape), self.dtype)
-        size = array.nbytes // max(len(array), 1)
-        memory = memoryview(array).cast("B")
+        size = self.dtype.itemsize * int(np.prod(self.shape))
+        memory = memoryview(array.reshape(-1).view(np.uint8))
         offsets = (samples["offset"] + mirrored.astype(np.uint64) * np.uint64(size)).tolist()
         crcs = samples["crc32"][np.arange(len(samples)), mirrored].tolist()
         for i, (shard, offset, crc) in enumerate(zip(samples["shard"].tolist(), offsets, crcs, strict=True)):

@@ -1,0 +1,268 @@
+"""Latent shards: what is written is what is read, in an order that world size, resume and prefetching do not change."""
+
+import hashlib
+import itertools
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdit.data.shards import Manifest, latent_batches, mirrors, permutation
+from fastdit.data.writer import write_shards
+
+COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
+ABOUT = Manifest(
+    vae="toy", codec="f" * 64, scale=0.3, shift=0.7, image_size=40, latent_shape=SHAPE, dtype="float16",
+    class_names=("ant", "bee", "cat"), images=0,
+)  # fmt: skip
+
+
+def toy_samples(count: int = COUNT) -> tuple[np.ndarray, np.ndarray]:
+    """Moments (count, 2, 2C, h, w) exact in float16, and labels (count,)."""
+    rng = np.random.default_rng(0)
+    moments = rng.normal(size=(count, 2, 2 * SHAPE[0], *SHAPE[1:]))
+    moments[:, :, SHAPE[0] :] = np.abs(moments[:, :, SHAPE[0] :])
+    return moments.astype(np.float16), rng.integers(0, 3, count)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Manifest:
+    out = tmp_path_factory.mktemp("shards") / "latents"
+    write_shards(zip(*toy_samples(), strict=True), out, ABOUT, shard_size=11)
+    return Manifest.load(out)
+
+
+def take(manifest: Manifest, steps: int, **options) -> list:
+    batches = latent_batches(manifest, **options)
+    try:
+        return list(itertools.islice(batches, steps))
+    finally:
+        batches.close()
+
+
+def test_batches_are_the_samples_in_the_stated_order(stored):
+    moments, labels = toy_samples()
+    batch, seed = 8, 5
+    got = take(stored, 20, global_batch=batch, seed=seed)  # over three epochs
+    for step, each in enumerate(got):
+        assert each.step == step
+        for row in range(batch):
+            epoch, place = divmod(step * batch + row, COUNT)
+            image = permutation(seed, epoch, COUNT)[place]
+            mirrored = mirrors(seed, epoch, np.array([image]))[0]
+            assert each.y[row] == labels[image] and each.y.dtype == torch.int64
+            np.testing.assert_array_equal(each.moments[row].numpy(), moments[image, mirrored].astype(np.float32))
+
+
+def test_without_mirrors_only_the_images_as_they_are(stored):
+    moments, _ = toy_samples()
+    [batch] = take(stored, 1, global_batch=COUNT, seed=0, hflip=False)
+    np.testing.assert_array_equal(batch.moments.numpy(), moments[permutation(0, 0, COUNT), 0].astype(np.float32))
+
+
+def test_world_size_and_resume_do_not_change_the_global_batches(stored):
+    rng = np.random.default_rng(1)
+    whole = take(stored, 30, global_batch=16, seed=9)
+    for _ in range(20):
+        world, start, prefetch = int(rng.integers(1, 9)), int(rng.integers(0, 28)), int(rng.integers(0, 4))
+        edges = np.sort(rng.integers(0, 17, world - 1)).tolist()  # uneven shares, empty ones too
+        shares = [slice(a, b) for a, b in zip([0, *edges], [*edges, 16], strict=True)]
+        options = dict(global_batch=16, seed=9, start_step=start, prefetch=prefetch)
+        parts = [take(stored, 2, rows=rows, **options) for rows in shares]
+        for k in range(2):
+            expected = whole[start + k]
+            assert all(part[k].step == start + k for part in parts)
+            assert torch.equal(torch.cat([part[k].moments for part in parts]), expected.moments)
+            assert torch.equal(torch.cat([part[k].y for part in parts]), expected.y)
+
+
+def test_an_epoch_holds_every_image_once_and_is_unlike_the_others():
+    orders = [permutation(3, epoch, 1000) for epoch in range(200)]
+    assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
+    places = np.array([np.argsort(order)[:5] for order in orders])  # where images 0..4 come, by epoch
+    # uniform on 0..999: mean 499.5, deviation 288.7 / sqrt(200 epochs x 5 images) = 9.1
+    assert abs(places.mean() - 499.5) < 4 * 9.13
+    follows = np.mean([np.mean(np.diff(order) == 1) for order in orders])
+    assert abs(follows - 1e-3) < 4 * np.sqrt(1e-3 / 200_000)
+    flips = np.array([mirrors(3, epoch, np.arange(1000)) for epoch in range(200)])
+    assert abs(flips.mean() - 0.5) < 4 * 0.5 / np.sqrt(flips.size)
+    assert np.abs(flips.mean(axis=0) - 0.5).max() < 5 * 0.5 / np.sqrt(200)  # no image is always mirrored
+    assert not np.array_equal(permutation(4, 0, 1000), orders[0])
+
+
+def test_the_order_never_changes_between_versions():
+    assert permutation(0, 0, 12).tolist() == [0, 1, 9, 4, 11, 2, 3, 6, 8, 7, 10, 5]
+    assert mirrors(0, 0, np.arange(12)).tolist() == [1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1]
+
+
+def test_webdataset_reads_the_tars(stored):
+    import webdataset as wds
+
+    moments, labels = toy_samples()
+    urls = [str(stored.folder / shard.name) for shard in stored.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(COUNT)]
+    for i, sample in enumerate(samples):
+        np.testing.assert_array_equal(sample["moments.npy"], moments[i])
+        assert sample["cls"] == labels[i]
+
+
+def test_manifest_says_what_is_there(stored):
+    moments, labels = toy_samples()
+    mean, std = np.split(moments.astype(np.float64), 2, axis=2)
+    rng = np.random.default_rng(2)
+    drawn = [(mean + std * rng.normal(size=std.shape) - 0.7) * 0.3 for _ in range(20)]
+    np.testing.assert_allclose(stored.channel_mean, np.mean(drawn, axis=(0, 1, 2, 4, 5)), atol=0.01)
+    np.testing.assert_allclose(stored.channel_std, np.std(drawn, axis=(0, 1, 2, 4, 5)), rtol=0.02)
+    assert stored.class_counts == tuple(np.bincount(labels)) and len(stored) == stored.images == COUNT
+    assert [shard.samples for shard in stored.shards] == [11, 11, 11, 11, 9]
+    for shard in stored.shards:
+        data = (stored.folder / shard.name).read_bytes()
+        assert len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256
+    stored.verify()
+    written = json.loads((stored.folder / "manifest.json").read_text())
+    assert written["samples"] == COUNT and written["num_classes"] == 3 and "folder" not in written
+    assert sorted(os.listdir(stored.folder)) == ["index.npy", "manifest.json", *(shard.name for shard in stored.shards)]
+
+
+def test_the_same_samples_make_the_same_bytes(stored, tmp_path):
+    write_shards(zip(*toy_samples(), strict=True), tmp_path / "again", ABOUT, shard_size=11)
+    for path in stored.folder.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_float32_keeps_every_bit(tmp_path):
+    moments = np.random.default_rng(3).normal(size=(4, 2, 8, 6, 5)).astype(np.float32)
+    manifest = write_shards([(m, 0) for m in moments], tmp_path / "out", replace(ABOUT, dtype="float32"))
+    [batch] = take(manifest, 1, global_batch=4, seed=0, hflip=False)
+    np.testing.assert_array_equal(batch.moments.numpy(), moments[permutation(0, 0, 4), 0])
+
+
+@pytest.fixture
+def copy(stored, tmp_path) -> Manifest:
+    for path in stored.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return Manifest.load(tmp_path)
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_of_a_latent_is_caught_and_named(copy):
+    rng = np.random.default_rng(4)
+    index = copy.index()
+    size = 2 * 2 * 2 * int(np.prod(SHAPE))  # bytes of both orientations in float16
+    for sample in rng.integers(0, COUNT, 60):
+        row = index[sample]
+        path = copy.folder / copy.shards[row["shard"]].name
+        bit = int(rng.integers(0, 8 * size))
+        flip_bit(path, int(row["offset"]) * 8 + bit)
+        mirrored = bit // 8 >= size // 2
+        seed = next(s for s in range(99) if mirrors(s, 0, np.array([sample]))[0] == mirrored)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged at sample {sample:09d}: .* crc32"):
+            take(copy, 1, global_batch=COUNT, seed=seed)
+        assert len(take(copy, 1, global_batch=COUNT, seed=seed, verify=False)) == 1
+        flip_bit(path, int(row["offset"]) * 8 + bit)
+    take(copy, 1, global_batch=COUNT, seed=0)
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "cut manifest":
+        (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:100])
+    elif how == "format":
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 9'))
+    elif how == "index":
+        flip_bit(folder / "index.npy", 8 * 500)
+    elif how == "no index":
+        (folder / "index.npy").unlink()
+    elif how == "no shard":
+        (folder / "shard-00002.tar").unlink()
+    elif how == "cut shard":
+        os.truncate(folder / "shard-00002.tar", 5000)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no manifest", "holds no manifest.json; write latents there with extract_features.py"),
+        ("cut manifest", r"manifest.json is damaged \(JSONDecodeError"),
+        ("format", "manifest.json has format 9, this version reads 1"),
+        ("index", "index.npy is damaged: its SHA-256"),
+        ("no index", "index.npy cannot be read"),
+        ("no shard", "shard-00002.tar is missing"),
+        ("cut shard", "shard-00002.tar has 5000 bytes instead of"),
+    ],
+)
+def test_damaged_folders_are_named_before_the_first_batch(copy, how, message):
+    damage(copy.folder, how)
+    with pytest.raises(ValueError, match=message) as error:
+        latent_batches(Manifest.load(copy.folder), global_batch=4, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_verify_finds_damage_outside_the_latents(copy):
+    flip_bit(copy.folder / "shard-00003.tar", 8 * 20)  # in a member's name
+    with pytest.raises(ValueError, match="shard-00003.tar is damaged: its SHA-256"):
+        copy.verify()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(image_size=256), "image_size=256, but .* 40 px images; set 40 or extract again"),
+        (dict(num_classes=2), "num_classes=2, but .* labels 0 to 2; set 3, or 0"),
+        (dict(in_channels=16), "in_channels=16, but .* 4 channels; set 4"),
+        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that made .* toy"),
+        (dict(global_batch=54), "global_batch=54, but .* fewer images than that; use at most 53"),
+    ],
+)
+def test_latents_that_do_not_fit_a_run(stored, settings, message):
+    stored.check(image_size=40, num_classes=3, in_channels=4, codec="f" * 64, global_batch=53)
+    stored.check(num_classes=0)
+    stored.check(num_classes=1000)
+    with pytest.raises(ValueError, match=message) as error:
+        stored.check(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_more_than_an_epoch_in_a_batch_fails_at_once(stored):
+    with pytest.raises(ValueError, match="global_batch=54"):
+        latent_batches(stored, global_batch=54, seed=0)
+
+
+def test_closing_ends_the_thread_and_the_files(stored):
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    batches = latent_batches(stored, global_batch=40, seed=0)
+    next(batches)
+    assert len(os.listdir("/proc/self/fd")) > files
+    batches.close()
+    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):
+    monkeypatch.setattr("fastdit.data.shards.OPEN_FILES", 2)
+    expected = take(stored, 3, global_batch=COUNT, seed=0)
+    files = len(os.listdir("/proc/self/fd"))
+    batches = latent_batches(stored, global_batch=COUNT, seed=0)
+    for batch in expected:
+        assert torch.equal(next(batches).moments, batch.moments)
+        assert len(os.listdir("/proc/self/fd")) <= files + 3
+    batches.close()
+
+
+def test_infinite_latents_are_refused(tmp_path):
+    moments = np.full((2, 8, 6, 5), 1e6)  # beyond float16
+    with pytest.raises(ValueError, match="not finite as float16"):
+        write_shards([(moments, 0)], tmp_path / "out", ABOUT)
+    assert not list(tmp_path.iterdir())
