@@ -130,5 +130,5 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"vae={path} is damaged ({error}); save the autoencoder again") from None
     if kind != "AutoencoderKL":
         raise ValueError(
-            f"vae={folder} is a {kind}, not an AutoencoderKL; its latents would have no posterior to sample"
+            f"vae={folder} is of class {kind}, not AutoencoderKL; its latents would have no posterior to sample"
         )
