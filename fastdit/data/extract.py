@@ -21,11 +21,12 @@ from tqdm import tqdm
 from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import DTYPES, Manifest, permutation
-from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, part_path, partial_folder, prepare, publish
+from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
 from fastdit.distributed import Ranks
 from fastdit.errors import is_no_space
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OTHER_FAILED = "another process of this extraction has failed; see its message"
 TAR_OVERHEAD = 2304  # bytes a sample beside its numbers: two tar headers, the npy header, the label, padding
 
 
@@ -101,9 +102,12 @@ def extract_features(
         ranks.barrier()
         return Manifest.load(out)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        gone = not partial.is_dir()
+        discard(partial)
         if isinstance(error, OSError) and is_no_space(error):
             raise ValueError(f"no space left for out={out}; free some or write elsewhere") from error
+        if isinstance(error, OSError) and gone and ranks.world > 1:
+            raise ValueError(_OTHER_FAILED) from error
         raise
 
 
@@ -203,7 +207,7 @@ def _wait_for_parts(partial: Path, shards: int) -> None:
     missing = [part_path(partial, number) for number in range(shards)]
     while missing := [path for path in missing if not path.exists()]:
         if not partial.is_dir():
-            raise ValueError(f"{partial} is gone: another process of this extraction has failed; see its message")
+            raise ValueError(_OTHER_FAILED)
         time.sleep(0.2)
 
 

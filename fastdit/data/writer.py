@@ -53,6 +53,16 @@ def prepare(out: Path) -> Path:
     return partial
 
 
+def discard(partial: Path) -> None:
+    """Removes an unfinished folder; the rename first, so that no other process can add a file while it is emptied."""
+    doomed = partial.with_name(f"{partial.name}-{os.getpid()}")
+    try:
+        partial.rename(doomed)
+    except OSError:  # never made, or another process was here first
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 class ShardWriter:
     """Writes shard `number` into `folder`; after `close` its part file holds what `publish` needs to know of it."""
 
@@ -170,7 +180,7 @@ def write_shards(
             writers[-1].close()
         return publish(partial, out, replace(about, images=key + 1), len(writers), overwrite)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         raise
 
 

@@ -1,0 +1,271 @@
+"""Extraction: the latents of the images, the same bytes on any number of processes, and one line for every mistake."""
+
+import errno
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_cases import tiny_vae, write_digits
+
+from fastdit.data import extract, writer
+from fastdit.data.images import list_images, load_crop, to_pixels
+from fastdit.data.latents import LatentCodec
+from fastdit.data.shards import Manifest, latent_batches
+from fastdit.distributed import Ranks
+
+ROOT = Path(__file__).parent.parent
+COUNT = 90
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with images/ and vae/ in it, and out/: what one process extracts from them."""
+    base = tmp_path_factory.mktemp("extract")
+    write_digits(base / "images", COUNT)
+    tiny_vae().save_pretrained(base / "vae")
+    run(base, base / "out")
+    return base
+
+
+def run(base: Path, out: Path, **options) -> Manifest:
+    options = {"image_size": 32, "batch_size": 8, "shard_size": 20, "workers": 2, **options}
+    return extract.extract_features(**{"images": base / "images", "vae": base / "vae", "out": out, **options})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Name and content of everything in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_each_latent_is_the_one_of_its_image_and_label(made):
+    manifest = Manifest.load(made / "out")
+    manifest.check(image_size=32, num_classes=10, in_channels=4, codec=LatentCodec(tiny_vae()).fingerprint)
+    assert manifest.class_names == tuple("0123456789") and len(manifest) == COUNT and len(manifest.shards) == 5
+    folder, codec = list_images(made / "images"), LatentCodec(tiny_vae())
+    index = manifest.index()
+    assert sorted(index["key"]) == list(range(COUNT))
+    assert len(set(index["label"][:20])) >= 6  # a shard mixes the classes
+    for row in index[::7]:
+        assert row["label"] == folder.labels[row["key"]]
+        crop = torch.from_numpy(load_crop(folder.root / folder.paths[row["key"]], 32))
+        pixels = to_pixels(crop)[None]
+        expected = torch.stack([codec.encode(pixels)[0], codec.encode(pixels.flip(-1))[0]]).numpy()
+        with (manifest.folder / manifest.shards[row["shard"]].name).open("rb") as tar:
+            tar.seek(row["offset"])
+            stored = np.frombuffer(tar.read(expected.size * 2), "<f2").reshape(expected.shape)
+        np.testing.assert_allclose(stored, expected, atol=1e-4, rtol=2e-3)  # float16 has 11 bits
+
+
+def test_extraction_is_readable_as_batches(made):
+    batches = latent_batches(Manifest.load(made / "out"), global_batch=32, seed=0)
+    batch = next(batches)
+    batches.close()
+    assert batch.moments.shape == (32, 8, 16, 16) and batch.moments.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Processes played by threads."""
+
+    meeting: threading.Barrier
+
+    def barrier(self) -> None:
+        self.meeting.wait(timeout=60)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, world):
+    meeting = threading.Barrier(world)
+    ranks = [ThreadRanks(rank, rank, world, torch.device("cpu"), meeting) for rank in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(lambda r: run(made, tmp_path / "out", ranks=r), ranks))
+    assert files_of(tmp_path / "out") == files_of(made / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_under_torchrun(made, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--standalone", str(ROOT / "extract_features.py"), "--images", str(made / "images")]
+    command += ["--vae", str(made / "vae"), "--out", str(tmp_path / "out"), "--image-size", "32", "--batch-size", "8"]
+    command += ["--shard-size", "20", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT} images in 5 shards" in done.stderr
+    assert files_of(tmp_path / "out") == files_of(made / "out")
+
+
+def copy_images(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "images", tmp_path / "images")
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    return tmp_path
+
+
+def test_one_unreadable_image_is_skipped_counted_and_named(made, tmp_path):
+    base = copy_images(made, tmp_path)
+    bad = list_images(base / "images").paths[31]
+    (base / "images" / bad).write_bytes(b"no image")
+    manifest = run(base, base / "out")
+    assert (manifest.images, manifest.skipped, len(manifest)) == (COUNT, 1, COUNT - 1)
+    [line] = (base / "out" / "skipped.txt").read_text().splitlines()
+    assert line.startswith(f"{bad}\tUnidentifiedImageError: ")
+    assert 31 not in manifest.index()["key"]
+    assert sum(manifest.class_counts) == COUNT - 1
+
+
+def load_command():
+    spec = importlib.util.spec_from_file_location("extract_features", ROOT / "extract_features.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def spoil(base: Path, how: str) -> dict:
+    """Prepares one mistake; returns the arguments that differ from the good ones."""
+    images = base / "images"
+    if how == "no images":
+        return {"images": base / "nowhere"}
+    if how == "empty images":
+        (base / "empty").mkdir()
+        return {"images": base / "empty"}
+    if how == "no classes":
+        (base / "flat").mkdir()
+        shutil.copy(images / "0" / "0000.png", base / "flat")
+        return {"images": base / "flat"}
+    if how == "empty class":
+        (images / "10").mkdir()
+    if how == "unreadable":
+        for path in list_images(images).paths[:2]:
+            (images / path).write_bytes(b"no image")
+    if how == "none readable":
+        (base / "one" / "a").mkdir(parents=True)
+        (base / "one" / "a" / "x.png").write_bytes(b"no image")
+        return {"images": base / "one"}
+    if how in ("exists", "foreign"):
+        (base / "out").mkdir()
+        (base / "out" / "thesis.txt").write_text("dear")
+        return {"overwrite": True} if how == "foreign" else {}
+    if how == "file":
+        (base / "file").write_text("dear")
+        return {"out": base / "file" / "out"}
+    return {
+        "odd size": {"image_size": 33},
+        "no vae": {"vae": base / "nowhere"},
+        "wrong vae": {"vae": images},
+        "dtype": {"dtype": "float8"},
+        "precision": {"precision": "fp64"},
+        "batch": {"batch_size": 0},
+        "inside": {"out": images / "out"},
+    }.get(how, {})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no images", "images=.*nowhere is not a folder; name the folder that holds one subfolder of images per class"),
+        ("empty images", "images=.* is empty; it needs one subfolder of images per class"),
+        (
+            "no classes",
+            "images=.* holds 1 images outside any class subfolder .*; move them into one subfolder per class",
+        ),
+        ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
+        ("unreadable", r"more than 1 of 90 images cannot be read \(0/.*Error: .*; repair or remove them"),
+        ("none readable", "none of the 1 images could be read"),
+        ("exists", "out=.* exists; choose another folder, or replace it with --overwrite"),
+        ("foreign", "out=.* exists and holds no manifest.json, so it is not replaced; choose another folder"),
+        ("file", "out=.*file/out cannot be made .*; choose another folder"),
+        ("odd size", "image_size=33 is not divisible by 2, the factor of vae=.*; use 32 or 34"),
+        ("no vae", "vae=.*nowhere is not a folder"),
+        ("wrong vae", "vae=.* holds no config.json"),
+        ("dtype", "dtype='float8' is unknown; use one of float16, float32"),
+        ("precision", "precision='fp64' is unknown; use one of float32"),
+        ("batch", "batch_size=0 must be at least 1"),
+        ("inside", "out=.* lies inside images=.*; write it elsewhere"),
+        ("space", "out=.* needs about 0.00 GiB, but .* has 0.00 GiB free; free some or write elsewhere"),
+        ("full", "no space left for out=.*; free some or write elsewhere"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_leaves_nothing(made, tmp_path, capfd, monkeypatch, how, message):
+    base = copy_images(made, tmp_path)
+    arguments = {
+        "images": base / "images",
+        "vae": base / "vae",
+        "out": base / "out",
+        "image_size": 32,
+        **spoil(base, how),
+    }
+    if how == "space":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    if how == "full":
+        monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    argv = ["--device", "cpu"]
+    for key, value in arguments.items():
+        argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    before = sorted(base.rglob("*"))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load_command()(argv)
+    assert stop.value.code == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", line), line
+    assert sorted(base.rglob("*")) == before
+
+
+def test_overwrite_replaces_latents(made, tmp_path):
+    run(made, tmp_path / "out", shard_size=COUNT)
+    with pytest.raises(ValueError, match="exists"):
+        run(made, tmp_path / "out")
+    run(made, tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == files_of(made / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_leaves_no_output_and_the_next_one_is_whole(made, tmp_path):
+    script = f"""
+import os, signal
+from fastdit.data import extract, writer
+close = writer.ShardWriter.close
+def killing(self, skipped=()):
+    close(self, skipped)
+    if self.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+writer.ShardWriter.close = killing
+extract.extract_features(images={str(made / "images")!r}, vae={str(made / "vae")!r}, out={str(tmp_path / "out")!r},
+                         image_size=32, batch_size=8, shard_size=20, workers=2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    run(made, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(made / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failing_process_ends_the_others(made, tmp_path, monkeypatch):
+    close = writer.ShardWriter.close
+
+    def failing(self, skipped=()):
+        if self.number == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        close(self, skipped)
+
+    monkeypatch.setattr(writer.ShardWriter, "close", failing)
+    meeting = threading.Barrier(2)
+    ranks = [ThreadRanks(rank, rank, 2, torch.device("cpu"), meeting) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(run, made, tmp_path / "out", ranks=r) for r in ranks]
+    assert "no space left for out=" in str(futures[1].exception())
+    assert "another process of this extraction has failed" in str(futures[0].exception())
+    assert not list(tmp_path.iterdir())
