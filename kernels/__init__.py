@@ -13,4 +13,11 @@ if __name__ == "kernels":  # found from the repository root by a library that me
     else:  # not installed: look like an empty namespace package, which Hugging Face's checks count as absent
         __file__, __path__ = None, []
 
-# What the package itself offers goes into an `else:` of the `if` above: under the name `kernels` none of it may run.
+else:
+    from .adaln import OP as _adaln
+    from .adaln import adaln
+    from .runtime import Op
+
+    OPS: dict[str, Op] = {op.name: op for op in (_adaln,)}
+
+    __all__ = ["OPS", "Op", "adaln"]

@@ -1,0 +1,77 @@
+"""Pieces of kernels that several ops share. A row of D columns is two tiles: a (ROWS, A) and b (ROWS, B), D <= A + B.
+
+A is the largest power of two in D, so only b ever needs a column mask; B = 0 drops it. Everything is computed in fp32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .runtime import cdiv, on_device, tl, triton, triton_op, wrap_triton
+
+
+@triton.jit
+def load(base, rows, stride, cols, mask):
+    """(ROWS, COLS) tile of a matrix as fp32; masked elements are 0."""
+    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(base, rows, stride, cols, mask, tile):
+    tl.store(base + rows[:, None] * stride + cols[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(base, cols, mask):
+    """(COLS,) fp32 vector, one value a column."""
+    return tl.load(base + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def respread(v, ROWS: tl.constexpr):
+    """v itself, by way of scalars. A value per row that both tiles use would make the compiler lay b out like a, eight
+    times redundantly; scalars have no layout. In a's layout every thread holds all rows, so this costs no instruction.
+    """
+    index = tl.arange(0, ROWS)
+    out = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(ROWS):
+        out = tl.where(index == i, tl.sum(tl.where(index == i, v, 0.0), axis=0), out)
+    return out
+
+
+@triton.jit
+def moments(a, b, in_b, eps: tl.constexpr, D: tl.constexpr, B: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr):
+    """Per row: mean (0 for RMS norm) and 1 / sqrt(variance + eps), by two passes over registers (E[x^2] cancels)."""
+    total = tl.sum(a, axis=1)
+    if B > 0:
+        total += tl.sum(b, axis=1)
+    mean = total * (0.0 if RMS else 1.0 / D)
+    centred = a - mean[:, None]
+    square = tl.sum(centred * centred, axis=1)
+    if B > 0:
+        centred_b = tl.where(in_b[None, :], b - respread(mean, ROWS)[:, None], 0.0)
+        square += tl.sum(centred_b * centred_b, axis=1)
+    return mean, 1.0 / tl.sqrt(square * (1.0 / D) + eps)
+
+
+@triton.jit
+def _sum_chunks(partial, out, M, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(CHUNKS):
+        total += tl.load(partial + (n * CHUNKS + chunk) * M + cols, mask=cols < M, other=0.0)
+    tl.store(out + n * M + cols, total.to(out.dtype.element_ty), mask=cols < M)
+
+
+@triton_op("fastdit::sum_chunks")
+def sum_chunks(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, chunks, ...) fp32 -> (N, ...): the second pass of every column reduction, chunks added in order."""
+    n, chunks = partial.shape[:2]
+    m = math.prod(partial.shape[2:])
+    out = torch.empty((n, *partial.shape[2:]), dtype=dtype, device=partial.device)
+    if out.numel():
+        with on_device(partial):
+            wrap_triton(_sum_chunks)[(n, cdiv(m, 256))](partial, out, m, CHUNKS=chunks, BLOCK=256, num_warps=2)
+    return out

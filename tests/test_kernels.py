@@ -1,0 +1,131 @@
+"""Every fused op against its definition, under Triton's interpreter on CPU or on a GPU where there is one."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastdit.kernels import OPS, runtime
+from kernel_checks import DEVICE, DTYPES, cast, compare, run, strided
+
+CASES = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
+
+
+def names(case: tuple) -> str:
+    return f"{case[0]}-{'x'.join(map(str, case[1]))}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_as_exact_as_eager(case: tuple, dtype: torch.dtype) -> None:
+    name, shape = case
+    assert not compare(OPS[name], OPS[name].inputs(shape, dtype, DEVICE, seed=len(shape)))
+
+
+@pytest.mark.parametrize("how", ["offset", "transposed"])
+@pytest.mark.parametrize("name", OPS)
+def test_reads_views(name: str, how: str) -> None:
+    op = OPS[name]
+    assert not compare(op, strided(op.inputs(op.shapes[0], torch.float32, DEVICE), how))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_empty_batch(name: str) -> None:
+    op = OPS[name]
+    kwargs = op.inputs((0, *op.shapes[0][1:]), torch.float32, DEVICE)
+    eager, fused = (run(fn, cast(kwargs)) for fn in (op.eager, op.triton))
+    for key, value in eager.items():
+        assert torch.equal(fused[key], value), key
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_runs_give_the_same_bits(name: str) -> None:
+    op = OPS[name]
+    kwargs = op.inputs(op.shapes[0], torch.float32, DEVICE)
+    first, second = (run(op.triton, cast(kwargs)) for _ in range(2))
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradient_of_the_definition(name: str) -> None:
+    op = OPS[name]
+    kwargs = cast(op.inputs(op.tiny, torch.float64, "cpu"))
+    leaves = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def call(*values: torch.Tensor) -> object:
+        return op.eager(**kwargs | dict(zip(leaves, values, strict=True)))
+
+    if leaves:
+        assert torch.autograd.gradcheck(call, [kwargs[k] for k in leaves], fast_mode=True)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments of each of our registered ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[object, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        if func.namespace == "fastdit":
+            self.calls[func] = args
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registration(name: str) -> None:
+    op = OPS[name]
+    with Calls() as seen:
+        run(op.triton, cast(op.inputs(op.tiny, torch.float32, DEVICE)))
+    assert seen.calls
+    for func, args in seen.calls.items():
+        backward = "backward" in str(func) or "sum_chunks" in str(func)
+        grads = not backward and not func._schema.is_mutable
+        args = [a.detach().requires_grad_(grads and a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
+        torch.library.opcheck(func, tuple(args))
+
+
+# ---- the choice
+
+
+def test_eager_on_cpu_unless_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    runtime._decide.cache_clear()
+    with caplog.at_level(logging.INFO, "fastdit.kernels"):
+        assert not runtime.use_triton("adaln", "cpu", torch.float32)
+        runtime.use_triton("adaln", "cpu", torch.float32)
+    assert [r.getMessage() for r in caplog.records] == ["kernel adaln on cpu: eager (tensors are on cpu)"]
+    monkeypatch.setenv("FASTDIT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="FASTDIT_KERNELS='fast' is unknown; use one of auto, triton, eager"):
+        runtime.use_triton("adaln", "cpu", torch.float32)
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    with pytest.raises(ValueError, match="triton is impossible for adaln: no kernel for torch.float64"):
+        runtime.use_triton("adaln", "cpu", torch.float64)
+
+
+def test_triton_on_cpu_raises_without_the_interpreter() -> None:
+    code = (
+        "import torch\nfrom fastdit.kernels import OPS, adaln\n"
+        "kwargs = OPS['adaln'].inputs((1, 2, 8), torch.float32)\n"
+        "try:\n    adaln(**kwargs)\nexcept ValueError as error:\n    print(error)"
+    )
+    env = os.environ | {"FASTDIT_KERNELS": "triton", "TRITON_INTERPRET": "0"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("FASTDIT_KERNELS=triton is impossible for adaln: tensors are on cpu")
+
+
+def test_imports_and_computes_without_triton() -> None:
+    code = (
+        "import sys\nsys.modules['triton'] = None\nimport torch\nfrom fastdit.kernels import OPS\n"
+        "for op in OPS.values():\n    op.public(**op.inputs(op.tiny, torch.float32))\nprint('done')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "done\n"
+
+
+def test_wrong_shapes_are_named() -> None:
+    kwargs = OPS["adaln"].inputs((2, 3, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"shift has shape \(2, 4\); give it \(2, 8\)"):
+        OPS["adaln"].public(**kwargs | {"shift": kwargs["shift"][:, :4]})
