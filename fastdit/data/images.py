@@ -86,7 +86,7 @@ def load_crop(path: str | Path, size: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF blocks: the pixels are fine
             with Image.open(path) as image:
-                return np.asarray(center_crop(image.convert("RGB"), size))
+                return np.array(center_crop(image.convert("RGB"), size))  # a copy: writable, as torch wants it
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
