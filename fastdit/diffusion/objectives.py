@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastdit.diffusion.coupling import COUPLINGS
-from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, pick
+from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, half_diffusion, pick
 from fastdit.diffusion.prediction import Prediction, predicted, reverse_moments, target
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS, respaced, shifted
 
@@ -242,8 +242,8 @@ class FlowMatching:
     def _weight(self, t: Tensor) -> Tensor:
         if self.weight == "none" or self.prediction == "velocity":
             return torch.ones_like(t)
-        alpha, sigma, d_alpha, d_sigma = self.path(t)
-        rate = sigma * d_sigma - d_alpha / alpha * sigma**2  # half the squared diffusion of the forward process
+        alpha, sigma, _, _ = coefficients = self.path(t)
+        rate = half_diffusion(*coefficients)
         of_eps = (rate / sigma) ** 2 if self.weight == "velocity" else rate / sigma**2
         return of_eps * (alpha / sigma) ** 2 if self.prediction == "x_0" else of_eps
 

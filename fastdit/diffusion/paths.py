@@ -66,6 +66,11 @@ def broadcast(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x).view(-1, *[1] * (x.ndim - 1)) if c.ndim else c
 
 
+def half_diffusion(alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
+    """g^2 / 2 of the forward process dx = (alpha' / alpha) x dt + g dW whose marginals are the path's."""
+    return sigma * d_sigma - d_alpha / alpha * sigma**2
+
+
 def pick(key: str, name: str, known: Mapping) -> object:
     """known[name], or a ValueError that lists what there is and the nearest of it."""
     if name in known:

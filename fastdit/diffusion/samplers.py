@@ -2,18 +2,20 @@
 
 Each is one function `sampler(denoise, x_1, ts, path, *, noise, ...)`: x_1 (N, C, h, w); ts descending times, float64,
 as an objective's `timesteps` makes them; `noise(x)` standard normal numbers like x. It knows no network, no label and
-no guidance. Coefficients are float64 scalars and meet x in its own dtype. `ddim`, `euler` and `heun` also run on
-ascending times, from data to noise. Every step of every sampler can be seen through `guidance.watched`.
+no guidance. Coefficients are float64 scalars and meet x in its own dtype. `ddim`, `euler`, `heun` and `dopri5` also
+run on ascending times, from data to noise. Every step of every sampler can be seen through `guidance.watched`.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastdit.diffusion.guidance import Denoiser
-from fastdit.diffusion.paths import Path
+from fastdit.diffusion.paths import Path, half_diffusion, pick
 from fastdit.diffusion.prediction import Prediction, reverse_moments
 
 Noise = Callable[[Tensor], Tensor]
@@ -83,4 +85,165 @@ def heun(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise
     return x
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+@torch.no_grad()
+def dopri5(
+    denoise: Denoiser,
+    x_1: Tensor,
+    ts: Tensor,
+    path: Path,
+    *,
+    noise: Noise = torch.randn_like,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+) -> Tensor:
+    """The same ODE by Dormand & Prince's adaptive method; of ts count the ends, and the neighbour of a singular one.
+
+    The steps follow the error of the whole batch: an image depends, within the tolerance, on its company.
+    """
+    from torchdiffeq import odeint
+
+    x = x_1
+    if singular(path, ts[0]):
+        x, ts = redrawn(denoise(x, ts[0]), ts[1], path), ts[1:]
+    end = ts[-2:] if singular(path, ts[-1]) else ts[-1:]
+    if ts[0] != end[0]:
+        # in 1 - t: torchdiffeq rounds times to the dtype of x, and near t = 1 a rounded t would spoil 1 / alpha
+        ends = 1 - torch.stack([ts[0], end[0]])
+        # the last step may pass the end, and is then interpolated, but not where t < 0 does not exist
+        options = {"step_t": ends[1:]} if singular(path, torch.zeros_like(ts[0])) else {}
+        solver = {"method": "dopri5", "atol": atol, "rtol": rtol, "options": options}
+        x = odeint(lambda u, x: -denoise(x, 1 - u.double()).velocity, x, ends, **solver)[-1]
+    return x if len(end) == 1 else redrawn(denoise(x, end[0]), end[1], path)
+
+
+def dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022): second order by the previous x_0, one evaluation a step; draws nothing."""
+    return _dpmpp_2m(denoise, x_1, ts, path, None)
+
+
+def dpmpp_2m_sde(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix): to first order, `ddpm` with the posterior's variance."""
+    return _dpmpp_2m(denoise, x_1, ts, path, noise)
+
+
+@torch.no_grad()
+def _dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, noise: Noise | None) -> Tensor:
+    x, x_0_before, h_before = x_1, None, None
+    for t, s in pairwise(ts):
+        (alpha_t, sigma_t, _, _), (alpha_s, sigma_s, _, _) = path(t), path(s)
+        decay = (alpha_t * sigma_s) / (alpha_s * sigma_t)  # exp(-h) for a step h in log(alpha / sigma)
+        h = -decay.log()  # infinite from alpha = 0 and to sigma = 0, where the first order is exact
+        x_0 = ahead = denoise(x, t).x_0
+        if x_0_before is not None and torch.isfinite(h):
+            ahead = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
+        if noise is None:
+            x = sigma_s / sigma_t * x + alpha_s * (1 - decay) * ahead
+        else:
+            x = sigma_s / sigma_t * decay * x + alpha_s * (1 - decay**2) * ahead
+            x = x + sigma_s * (1 - decay**2).sqrt() * noise(x) if s > 0 else x
+        x_0_before, h_before = x_0, h
+    return x
+
+
+# The SDE's freedom w(t) >= 0: dx = (velocity + w eps / sigma) dt backwards, plus sqrt(2 w) dW, has the same marginals
+# for any w (Ma et al. 2024, section 2). SBDM's is infinite at alpha = 0: its times keep off both ends.
+DIFFUSION_FORMS = {
+    "constant": lambda path, t, norm: norm * torch.ones_like(t),
+    "sbdm": lambda path, t, norm: norm * half_diffusion(*path(t.clamp(1e-5, 1 - 1e-3))),
+    "sigma": lambda path, t, norm: norm * path.sigma(t),
+    "linear": lambda path, t, norm: norm * t,
+    "decreasing": lambda path, t, norm: 0.25 * (1 - norm * torch.cos(math.pi * t)) ** 2,
+    "increasing_decreasing": lambda path, t, norm: norm * torch.sin(math.pi * t) ** 2,
+}
+Form = Literal[*DIFFUSION_FORMS]
+LastStep = Literal["mean", "tweedie", "euler", "none"]
+
+
+def sde_euler(
+    denoise: Denoiser,
+    x_1: Tensor,
+    ts: Tensor,
+    path: Path,
+    *,
+    noise: Noise = torch.randn_like,
+    form: Form = "sigma",
+    norm: float = 1.0,
+    last_step: LastStep = "mean",
+    last_step_size: float = 0.04,
+) -> Tensor:
+    """The reverse SDE (Ma et al. 2024) by Euler & Maruyama, its diffusion DIFFUSION_FORMS[form] of size `norm`.
+
+    The last step leads from t = last_step_size to the data, noiseless: by the SDE's drift ("mean"), to the
+    predicted x_0 ("tweedie") or by the ODE ("euler"); the others share the rest. "none": a step like the others.
+    """
+    return _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun=False)
+
+
+def sde_heun(
+    denoise: Denoiser,
+    x_1: Tensor,
+    ts: Tensor,
+    path: Path,
+    *,
+    noise: Noise = torch.randn_like,
+    form: Form = "sigma",
+    norm: float = 1.0,
+    last_step: LastStep = "mean",
+    last_step_size: float = 0.04,
+) -> Tensor:
+    """As `sde_euler`, with the drift by the trapezoidal rule after the noise is added: two evaluations a step."""
+    return _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun=True)
+
+
+@torch.no_grad()
+def _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun) -> Tensor:
+    pick("form", form, DIFFUSION_FORMS)
+    pick("last_step", last_step, dict.fromkeys(get_args(LastStep)))
+    if last_step != "none":
+        if not 0 < last_step_size < ts[0]:
+            raise ValueError(f"last_step_size={last_step_size} is not within the times; use one such as 0.04")
+        ts = ts[:-1]
+        if len(ts) > 1:
+            ts = last_step_size + (ts - ts[-1]) * (ts[0] - last_step_size) / (ts[0] - ts[-1])
+
+    def pull(now, t, h):  # w / sigma at `now`, within the step of h from t
+        # more than sigma / h would overshoot the noise there is to correct; any w is right, so the cap is harmless
+        now = now.clamp(min=1e-5)
+        return torch.minimum(DIFFUSION_FORMS[form](path, now, norm) / path.sigma(now), path.sigma(t) / h)
+
+    def drift(prediction, now, t, h):  # per unit of falling time
+        return -prediction.velocity - pull(now, t, h) * prediction.eps
+
+    x = x_1
+    for t, s in pairwise(ts):
+        h = t - s
+        if singular(path, s):
+            x = redrawn(denoise(x, t), s, path)
+            continue
+        kick = (2 * h * path.sigma(t) * pull(t, t, h)).sqrt() * noise(x)
+        if heun:
+            x = x + kick
+            slope = drift(denoise(x, t), t, t, h)
+            x = x + h / 2 * (slope + drift(denoise(x + h * slope, s), s, t, h))
+        else:
+            x = x + h * drift(denoise(x, t), t, t, h) + kick
+    if last_step == "none":
+        return x
+    t = h = ts[-1]
+    prediction = denoise(x, t)
+    if last_step == "tweedie":
+        return prediction.x_0
+    return x + h * (drift(prediction, t, t, h) if last_step == "mean" else -prediction.velocity)
+
+
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "dopri5": dopri5,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "sde_euler": sde_euler,
+    "sde_heun": sde_heun,
+}

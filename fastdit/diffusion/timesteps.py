@@ -64,4 +64,46 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+class LossAwareTimes:
+    """Times of a discrete schedule in proportion to sqrt(E[loss^2]), the loss weighted back (Nichol & Dhariwal 2021).
+
+    Meant for loss_type=kl, whose terms differ by orders of magnitude. `sample`, then `update` with the losses of the
+    *global* batch: the history is state, the same on every process, and belongs in the checkpoint (`state_dict`).
+    Until every index has been seen `history` times, sampling is uniform.
+    """
+
+    def __init__(self, num_timesteps: int = NUM_TIMESTEPS, history: int = 10, uniform_share: float = 1e-3):
+        self.uniform_share = uniform_share
+        self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """Of each index (T,), on the CPU."""
+        steps, history = self.losses.shape
+        even = torch.full((steps,), 1 / steps, dtype=torch.float64)
+        if (self.counts < history).any():
+            return even
+        root = (self.losses**2).mean(1).sqrt()
+        return (1 - self.uniform_share) * root / root.sum() + self.uniform_share * even
+
+    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Uniforms (N,) in [0, 1) -> times (N,), float64, and the factors (N,) that keep the mean loss unbiased."""
+        p = self.probabilities().to(u.device)
+        i = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=len(p) - 1)
+        return (i + 1).double() / len(p), 1 / (len(p) * p[i])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Record the unweighted losses (N,) seen at times t (N,); the oldest of an index make room."""
+        indices = (t * len(self.counts)).round().long().cpu() - 1
+        for i, loss in zip(indices.tolist(), losses.detach().double().cpu().tolist(), strict=True):
+            self.losses[i, self.counts[i] % self.losses.shape[1]] = loss
+            self.counts[i] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
+
+
 TIME_DISTRIBUTIONS = {"uniform": uniform, "logit_normal": logit_normal, "mode": mode, "cosmap": cosmap}
