@@ -84,10 +84,16 @@ class ThreadRanks(Ranks):
         self.meeting.wait(timeout=60)
 
 
+def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
+    codec = LatentCodec.load(made / "vae")  # once: diffusers patches torch.nn while it loads, so threads must not
+    monkeypatch.setattr(LatentCodec, "load", lambda *_: codec)
+    meeting = threading.Barrier(count)
+    return [ThreadRanks(rank, rank, count, torch.device("cpu"), meeting) for rank in range(count)]
+
+
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, world):
-    meeting = threading.Barrier(world)
-    ranks = [ThreadRanks(rank, rank, world, torch.device("cpu"), meeting) for rank in range(world)]
+def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypatch, world):
+    ranks = thread_ranks(world, made, monkeypatch)
     with ThreadPoolExecutor(world) as pool:
         list(pool.map(lambda r: run(made, tmp_path / "out", ranks=r), ranks))
     assert files_of(tmp_path / "out") == files_of(made / "out")
@@ -262,8 +268,7 @@ def test_a_failing_process_ends_the_others(made, tmp_path, monkeypatch):
         close(self, skipped)
 
     monkeypatch.setattr(writer.ShardWriter, "close", failing)
-    meeting = threading.Barrier(2)
-    ranks = [ThreadRanks(rank, rank, 2, torch.device("cpu"), meeting) for rank in range(2)]
+    ranks = thread_ranks(2, made, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(run, made, tmp_path / "out", ranks=r) for r in ranks]
     assert "no space left for out=" in str(futures[1].exception())
