@@ -112,7 +112,9 @@ def dopri5(
         # the last step may pass the end, and is then interpolated, but not where t < 0 does not exist
         options = {"step_t": ends[1:]} if singular(path, torch.zeros_like(ts[0])) else {}
         solver = {"method": "dopri5", "atol": atol, "rtol": rtol, "options": options}
-        x = odeint(lambda u, x: -denoise(x, 1 - u.double()).velocity, x, ends, **solver)[-1]
+        state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision could not even tell its error
+        slope = lambda u, state: -denoise(state.to(x.dtype), 1 - u.double()).velocity.to(state)  # noqa: E731
+        x = odeint(slope, state, ends, **solver)[-1].to(x.dtype)
     return x if len(end) == 1 else redrawn(denoise(x, end[0]), end[1], path)
 
 
