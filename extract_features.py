@@ -31,9 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: this process's GPU if there is one)")
     arguments = vars(parser.parse_args(argv))
 
-    from fastdit.data.extract import (
-        extract_features,
-    )  # torch takes seconds; --help and typing errors do not wait for it
+    # torch takes seconds to import: --help and typing errors do not wait for it
+    from fastdit.data.extract import extract_features
     from fastdit.distributed import close, init
 
     ranks = init(arguments.pop("device"))

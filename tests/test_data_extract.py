@@ -129,6 +129,20 @@ def test_one_unreadable_image_is_skipped_counted_and_named(made, tmp_path):
     assert sum(manifest.class_counts) == COUNT - 1
 
 
+def test_unreadable_images_of_all_processes_count_together(made, tmp_path, monkeypatch):
+    base = copy_images(made, tmp_path)
+    ranks = thread_ranks(2, made, monkeypatch)
+    keys = Manifest.load(made / "out").index()["key"]
+    for key in (keys[0], keys[20]):  # one in the first shard, one in the second: one for each process
+        (base / "images" / list_images(base / "images").paths[key]).write_bytes(b"no image")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = [pool.submit(run, base, base / "out", ranks=r) for r in ranks]
+        assert "more than 1 of 90 images cannot be read" in str(first.exception())
+        ranks[0].meeting.abort()  # what a launcher does to the others
+        assert isinstance(second.exception(), threading.BrokenBarrierError)
+    assert sorted(path.name for path in base.iterdir()) == ["images", "vae"]
+
+
 def load_command():
     spec = importlib.util.spec_from_file_location("extract_features", ROOT / "extract_features.py")
     module = importlib.util.module_from_spec(spec)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdit.data.images import Skipped
 from fastdit.data.shards import DTYPES, SAMPLE, Manifest, Shard
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16; ImageNet makes 626 files
@@ -127,13 +128,15 @@ def publish(partial: Path, out: Path, about: Manifest, shards: int, overwrite: b
     np.save(file, index)
     _write(partial / "index.npy", file.getvalue())
     mean, square, variance = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
-    skipped = [line for part in parts for line in part["skipped"]]
-    if skipped:
-        text = "".join(f"{line}\n" for line in skipped)
+    skipped = Skipped(about.images)  # each process counted its own; here they are counted together
+    for line in (line for part in parts for line in part["skipped"]):
+        skipped.add(*line.split("\t", 1))
+    if skipped.lines:
+        text = "".join(f"{line}\n" for line in skipped.lines)
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
     manifest = replace(
         about,
-        skipped=len(skipped),
+        skipped=len(skipped.lines),
         class_counts=tuple(np.bincount(index["label"], minlength=about.num_classes).tolist()),
         channel_mean=tuple(((mean - about.shift) * about.scale).tolist()),
         channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(about.scale)).tolist()),
