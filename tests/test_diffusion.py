@@ -285,6 +285,7 @@ MISTAKES = [
     (lambda: DDPM().timesteps("500,600"), "steps='500,600'.*at most 500"),
     (lambda: DDPM().timesteps("many"), "steps='many'.*'ddim50'"),
     (lambda: DDPM().timesteps(0), "steps='0'"),
+    (lambda: DDPM().timesteps(1), "steps=1 .*at least 2"),
     (lambda: FlowMatching().timesteps("ddim50"), "steps='ddim50'.*positive count"),
     (lambda: FlowMatching(interpolant="cosine"), "interpolant='cosine'.*linear, gvp, vp"),
     (lambda: FlowMatching(prediction="noise"), "prediction='noise'.*eps"),

@@ -125,15 +125,16 @@ def test_clip_and_thresholds_act_on_x_0_and_the_rest_follows():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("objective", [DDPM(), FlowMatching()])
-def test_every_wrapper_serves_every_sampler(sampler, objective):
+@pytest.mark.parametrize("objective", [DDPM(), FlowMatching("vp", "eps"), FlowMatching()])
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_every_wrapper_serves_every_sampler(sampler, objective, device):
     def run(noise_seed=7):
         generator, seen = torch.Generator().manual_seed(noise_seed), []
         model = Affine(channels=objective.out_channels(4))
-        denoise = guided(objective, model, Y, 2.0, 3, cfg_interval=(0.2, 0.9), cfg_rescale=0.3)
+        denoise = guided(objective, model, Y.to(device), 2.0, 3, cfg_interval=(0.2, 0.9), cfg_rescale=0.3)
         denoise = watched(processed(denoise, objective.path, clip), lambda *step: seen.append(step))
-        noise = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
-        return SAMPLERS[sampler](denoise, X_T, objective.timesteps(12), objective.path, noise=noise), seen
+        noise = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device)  # noqa: E731
+        return SAMPLERS[sampler](denoise, X_T.to(device), objective.timesteps(12), objective.path, noise=noise), seen
 
     (x_0, seen), (again, _) = run(), run()
     assert torch.isfinite(x_0).all() and torch.equal(x_0, again)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdit.diffusion.guidance import Denoiser
 from fastdit.diffusion.objectives import DDPM, Model, gaussian_kl, per_sample_mean
 from fastdit.diffusion.paths import NUM_TIMESTEPS, Path
-from fastdit.diffusion.samplers import Noise, singular
+from fastdit.diffusion.samplers import Noise
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def log_likelihood(
         raise ValueError(f"method={method!r} is unknown, use euler or heun")
     if probes < 1 or len(ts) < 2 or ts[0] > ts[-1]:
         raise ValueError(f"probes={probes} with {len(ts)} times; use at least 1 probe and ascending times, data first")
-    ts = ts[1:] if singular(path, ts[0]) else ts
+    ts = ts[1:] if path.singular(ts[0]) else ts
     directions = [probe(x_0) for _ in range(probes)]
 
     def rates(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,10 @@ class DDPM:
 
     def timesteps(self, steps: int | str) -> Tensor:
         """Descending times (steps + 1,), float64, down to 0; steps is a count, "10,15,20" or "ddim50" (`respaced`)."""
-        kept = torch.tensor(respaced(steps)[::-1] + [-1], dtype=torch.float64)
-        return (kept + 1) / NUM_TIMESTEPS
+        kept = respaced(steps)
+        if kept[-1] == 0:  # what the released rule makes of a single step: the cleanest one
+            raise ValueError(f"steps={steps!r} keeps index 0 alone, which starts from no noise; use at least 2 steps")
+        return (torch.tensor([*kept[::-1], -1], dtype=torch.float64) + 1) / NUM_TIMESTEPS
 
     def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
         return self._read(model(x_t, self.model_time(t), y).to(x_t.dtype), x_t, t)
@@ -190,14 +192,15 @@ class FlowMatching:
         return channels
 
     def interval(self, sampling: bool = False) -> tuple[float, float]:
-        """The cleanest and the noisiest time in use. VP keeps some signal at t = 1 and needs no distance there."""
+        """The cleanest and the noisiest time in use; up to t = 1 where the path keeps some signal there (VP)."""
+        zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
         eps = self.sample_eps if sampling else self.train_eps
         if eps is None:
-            if self.interpolant == "vp":
+            if self.path.singular(zero):
                 eps = 1e-3 if sampling else 1e-5
             else:
                 eps = 0.0 if self.prediction == "velocity" else 1e-3
-        return eps, 1.0 if self.interpolant == "vp" else 1 - eps
+        return eps, 1.0 if self.path.alpha(one) > 1e-6 else 1 - eps
 
     def sample_t(self, u: Tensor) -> Tensor:
         """Uniforms (N,) in [0, 1) -> times (N,), float64."""

@@ -40,6 +40,10 @@ class Path:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return tuple(c.to(t.dtype) for c in self.schedule(t.double()))
 
+    def singular(self, t: Tensor) -> bool:
+        """Whether dx/dt is infinite at t: sigma grows like sqrt(t) at t = 0 of VP and of every DDPM schedule."""
+        return not torch.isfinite(self.d_sigma(t))
+
     def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four coefficients at times t (N,) or 0-dim, ready to multiply x (N, ...)."""
         return tuple(broadcast(c, x) for c in self(t))

@@ -72,7 +72,7 @@ def predicted(name: str, value: Tensor, x_t: Tensor, t: Tensor, path: Path, log_
 def with_x_0(prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Prediction:
     """The prediction with another x_0 (N, C, h, w); eps and velocity follow, but at sigma = 0 eps is free and stays."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
-    eps = torch.where(sigma > 0, (x_t - alpha * x_0) / sigma, prediction.eps)
+    eps = torch.where((sigma > 0).to(x_t.device), (x_t - alpha * x_0) / sigma, prediction.eps)
     return Prediction(x_0, eps, d_alpha * x_0 + d_sigma * eps, prediction.log_variance_mix)
 
 

@@ -53,18 +53,13 @@ def redrawn(prediction: Prediction, s: Tensor, path: Path) -> Tensor:
     return path.alpha(s) * prediction.x_0 + path.sigma(s) * prediction.eps
 
 
-def singular(path: Path, t: Tensor) -> bool:
-    """Whether dx/dt is infinite at t: sigma grows like sqrt(t) at t = 0 of VP and of every DDPM schedule."""
-    return not torch.isfinite(path.d_sigma(t))
-
-
 @torch.no_grad()
 def euler(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
     """The probability-flow ODE dx/dt = velocity by Euler's method, one evaluation a step; draws nothing."""
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
-        if singular(path, t) or singular(path, s):
+        if path.singular(t) or path.singular(s):
             x = redrawn(prediction, s, path)
         else:
             x = x + (s - t) * prediction.velocity
@@ -77,7 +72,7 @@ def heun(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
-        if singular(path, t) or singular(path, s):
+        if path.singular(t) or path.singular(s):
             x = redrawn(prediction, s, path)
         else:
             ahead = denoise(x + (s - t) * prediction.velocity, s)
@@ -103,14 +98,14 @@ def dopri5(
     from torchdiffeq import odeint
 
     x = x_1
-    if singular(path, ts[0]):
+    if path.singular(ts[0]):
         x, ts = redrawn(denoise(x, ts[0]), ts[1], path), ts[1:]
-    end = ts[-2:] if singular(path, ts[-1]) else ts[-1:]
+    end = ts[-2:] if path.singular(ts[-1]) else ts[-1:]
     if ts[0] != end[0]:
         # in 1 - t: torchdiffeq rounds times to the dtype of x, and near t = 1 a rounded t would spoil 1 / alpha
-        ends = 1 - torch.stack([ts[0], end[0]])
+        ends = 1 - torch.stack([ts[0], end[0]]).to(x.device)
         # the last step may pass the end, and is then interpolated, but not where t < 0 does not exist
-        options = {"step_t": ends[1:]} if singular(path, torch.zeros_like(ts[0])) else {}
+        options = {"step_t": ends[1:]} if path.singular(torch.zeros_like(ts[0])) else {}
         solver = {"method": "dopri5", "atol": atol, "rtol": rtol, "options": options}
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision could not even tell its error
         slope = lambda u, state: -denoise(state.to(x.dtype), 1 - u.double()).velocity.to(state)  # noqa: E731
@@ -219,7 +214,7 @@ def _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, h
     x = x_1
     for t, s in pairwise(ts):
         h = t - s
-        if singular(path, s):
+        if path.singular(s):
             x = redrawn(denoise(x, t), s, path)
             continue
         kick = (2 * h * path.sigma(t) * pull(t, t, h)).sqrt() * noise(x)
