@@ -175,6 +175,11 @@ def test_every_sde_recovers_the_gaussian(form, sampler, last_step):
     assert x_0.std().item() == pytest.approx(STD, rel=0.03)
 
 
+def test_ddim_refuses_more_noise_than_there_is():
+    with pytest.raises(ValueError, match=r"eta=1.5.*\[0, 1\]"):
+        SAMPLERS["ddim"](gaussian(PATHS["vp"]), torch.zeros(1, 1), times("vp", 5), PATHS["vp"], eta=1.5)
+
+
 def test_an_unknown_sde_option_fails_with_the_known_ones():
     path, x_1 = PATHS["linear"], torch.zeros(1, 1)
     for options, message in (

@@ -36,6 +36,8 @@ def ddim(
     denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like, eta: float = 0.0
 ) -> Tensor:
     """Song et al. 2021: eta = 0 draws nothing and is invertible, eta = 1 draws with the posterior's variance."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} draws more noise than there is; use one in [0, 1]")
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
@@ -43,7 +45,7 @@ def ddim(
             x = redrawn(prediction, s, path)
             continue
         variance = eta**2 * path.posterior(t, s)[2]
-        x = path.alpha(s) * prediction.x_0 + (path.sigma(s) ** 2 - variance).sqrt() * prediction.eps
+        x = path.alpha(s) * prediction.x_0 + (path.sigma(s) ** 2 - variance).clamp(min=0).sqrt() * prediction.eps
         x = x + variance.sqrt() * noise(x) if variance > 0 else x
     return x
 
