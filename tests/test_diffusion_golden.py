@@ -39,12 +39,13 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def network() -> DiT:
+def network(dtype: torch.dtype = torch.float32) -> DiT:
     config = json.loads(str(np.load(GOLDEN / "dit.npz")["config"]))
     model = DiT(**config).eval()
     weights = {key: value for key, value in golden("dit").items() if key.startswith("weights/")}
     model.load_state_dict({key.removeprefix("weights/"): value for key, value in weights.items()})
-    return model
+    model.t_embedder.mlp.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
+    return model.to(dtype)
 
 
 def recorded(noises: torch.Tensor):
@@ -134,16 +135,18 @@ def sit_rows() -> dict:
         if kind in ("ode", "sde") and names[-1] == "final":
             sit_path, sit_prediction, solver = names[:3]
             objective = FlowMatching(SIT_PATHS[sit_path], SIT_PREDICTIONS[sit_prediction])
-            denoise = guided(objective, network(), z["sit_forward/y"])
+            # score on Linear starts where 1 / alpha = 1000: values of 4,000, which two fp32 programs round apart by 1e-3
+            dtype = torch.float64 if sit_prediction == "score" else torch.float32
+            denoise, x_1 = guided(objective, network(dtype), z["sit_forward/y"]), z["z"].to(dtype)
             if kind == "ode":
                 sampler = SAMPLERS[{"heun2": "heun"}.get(solver, solver)]
-                rows[key] = sampler(denoise, z["z"], objective.timesteps(points - 1), objective.path)
+                rows[key] = sampler(denoise, x_1, objective.timesteps(points - 1), objective.path)
             else:
-                noise = recorded(z[key.replace("final", "noises")])
+                noise = recorded(z[key.replace("final", "noises")].to(dtype))
                 last_step = names[4].removeprefix("last=").lower()
                 ts = objective.timesteps(points - 1 if last_step == "none" else points)
                 sampler = SAMPLERS[f"sde_{solver.lower()}"]
-                rows[key] = sampler(denoise, z["z"], ts, objective.path, noise=noise, last_step=last_step)
+                rows[key] = sampler(denoise, x_1, ts, objective.path, noise=noise, last_step=last_step)
     objective = FlowMatching()
     denoise, ts = guided(objective, network(), z["likelihood/y"]), objective.timesteps(points - 1).flip(0)
     probe = z["likelihood/rademacher"]
@@ -157,6 +160,8 @@ INPUTS = {
     "sit": ("x1", "x0", "t", "model_output", "sit_forward/t", "sit_forward/y", "z", "num_steps")
     + ("likelihood/x1", "likelihood/y", "likelihood/rademacher"),
 }
+# one value of 1024, by 1.5e-4: the recorded run's own fp32 rounding, as the float64 run here shows; all others agree
+ROUNDED_APART = {"ode/Linear/score/dopri5/final": 1}
 ROWS = {"ddpm": functools.cache(ddpm_rows), "sit": functools.cache(sit_rows)}
 
 
@@ -168,9 +173,7 @@ def test_rows_equal_the_recorded_ones(name):
     wrong = {}
     for key in wanted:
         tolerance = 1e-4 if key.split("/")[0] in ("loop", "ode", "sde") else 1e-5
-        value = computed[key].to(wanted[key].dtype)
-        # score on Linear starts where 1 / alpha = 1000: values of 4,000, whose fp32 rounding is 1e-3 in float64's eyes
-        unit = wanted[key].std() if tolerance == 1e-4 and "/Linear/score/" in key else 1.0
-        if not torch.allclose(value, wanted[key], atol=tolerance * unit, rtol=tolerance):
-            wrong[key] = (value - wanted[key]).abs().max().item()
+        off = ~torch.isclose(computed[key].to(wanted[key].dtype), wanted[key], atol=tolerance, rtol=tolerance)
+        if off.sum() > ROUNDED_APART.get(key, 0):
+            wrong[key] = (computed[key] - wanted[key]).abs().max().item()
     assert not wrong
