@@ -29,6 +29,14 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def any(self, flag: bool) -> bool:
+        """True on every process when `flag` is on one of them."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over all processes."""
         if self.world > 1:
@@ -43,7 +51,9 @@ def init(device: str | None = None) -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
     chosen = torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

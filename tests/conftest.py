@@ -1,8 +1,20 @@
-"""Without a GPU, Triton's kernels run under its interpreter, which must be chosen before triton is first imported."""
+"""What all tests share.
+
+Without a GPU, Triton's kernels run under its interpreter, which must be chosen before triton is first imported.
+"""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with images, an autoencoder, latents and config.yaml to train in (tests/runs.py)."""
+    from runs import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -7,14 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdit.kernels import adaln
 from fastdit.models.attention import attention
-
-NORM_EPS = 1e-6  # LayerNorm without affine, everywhere in DiT
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then x (1 + scale) + shift: x (N, T, D), shift and scale (N, D) -> (N, T, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -117,8 +111,8 @@ class DiTBlock(nn.Module):
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (N, D) each
-        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(adaln(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(adaln(x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -131,4 +125,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(adaln(x, shift, scale))

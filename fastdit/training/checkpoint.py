@@ -29,14 +29,18 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier()
+    error = None
     try:
         write(partial)
-        for path in partial.rglob("*"):
-            _flush(path)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    ranks.barrier()  # a rename before every file is there would be a lie
+    except OSError as failure:  # a full disk, most often
+        error = failure
+    if ranks.any(error is not None):  # also the barrier: a rename before every file is there would be a lie
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise error or OSError(f"another process could not write {partial}")
+    for path in partial.rglob("*"):
+        _flush(path)
+    ranks.barrier()
     if ranks.is_main:
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))

@@ -19,7 +19,7 @@ class EMA:
     def update(self, masters: list[Tensor], step: int) -> None:
         """Move towards `masters` after optimiser step number `step` (1 for the first)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.average, [tensor.detach() for tensor in masters], 1 - decay)
+        torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in masters], 1 - decay)
 
     @torch.no_grad()
     def load(self, tensors: list[Tensor]) -> None:

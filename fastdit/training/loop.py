@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from fastdit import distributed
 from fastdit.config import Config, bind, build, save_config
-from fastdit.data.latents import sample_latents
+from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.distributed import StepRandom, seed_of
-from fastdit.models.dit import DiT, create_dit, drop_labels
+from fastdit.distributed import seed_of
+from fastdit.models.dit import DiT, create_dit
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.log import Log, peak_flops
+from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
@@ -35,7 +36,11 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
     manifest.check(
-        image_size=config.data.image_size, num_classes=config.data.num_classes, global_batch=settings.global_batch
+        image_size=config.data.image_size,
+        num_classes=config.data.num_classes,
+        global_batch=settings.global_batch,
+        # loading an autoencoder takes seconds: only where the name leaves a doubt
+        codec=LatentCodec.load(config.data.vae).fingerprint if config.data.vae != manifest.vae else None,
     )
     micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
 
@@ -122,31 +127,31 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         seed=seed_of(config.seed, ORDER),
         start_step=start,
         hflip=config.data.hflip,
+        prefetch=config.data.prefetch,
+        pin_memory=device.type == "cuda",
+    )
+    train_step = TrainStep(
+        engine,
+        ema,
+        objective,
+        ranks,
+        latent_shape=manifest.latent_shape,
+        scale=manifest.scale,
+        shift=manifest.shift,
+        class_dropout=config.model.class_dropout,
+        null_label=model.null_label,
+        micro_batch=micro,
+        accumulation=accumulation,
+        seed=seed_of(config.seed, NOISE),
     )
     last = found[-1] if found else None
     clock, clock_step = time.perf_counter(), start
     for step in range(start, settings.steps):
         batch = next(batches)
         moments, y = batch.moments.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
-        for i in range(accumulation):
-            rows = slice(i * micro, (i + 1) * micro)
-            first = (ranks.rank * accumulation + i) * micro  # this micro-batch's first row in the global batch
-            random = StepRandom(
-                seed_of(config.seed, NOISE), step, slice(first, first + micro), settings.global_batch, device
-            )
-            x_0 = sample_latents(
-                moments[rows], random.randn(*manifest.latent_shape), manifest.scale, manifest.shift
-            )  # (n, C, h, w)
-            labels = drop_labels(y[rows], random.rand(), config.model.class_dropout, model.null_label)
-            t = objective.sample_t(random.rand().double())
-            engine.boundary(last=i == accumulation - 1)
-            loss = objective.loss(engine, x_0, labels, t, random.randn(*manifest.latent_shape))
-            engine.backward(loss.per_sample.mean())
-            window[0] += loss.per_sample.detach().mean() / accumulation
-        window[1] += 1
         lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
-        grad_norm = engine.step(lr)
-        ema.update(engine.master_parameters(), step + 1)
+        loss, grad_norm = train_step(moments, y, step, lr)
+        window += torch.stack([loss, torch.ones_like(loss)])
 
         done = step + 1
         log_due = done % settings.log_every == 0 or done == settings.steps

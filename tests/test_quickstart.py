@@ -1,0 +1,75 @@
+"""The main job, shortened: every stage runs, every picture and figure is there, and the digits are real."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import fastdit.quickstart as main_job
+from fastdit.evaluation.judge import Judge, thumbnails
+
+
+@pytest.fixture(scope="module")
+def shortened(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(main_job.VAE, "steps", 60)
+        patch.setattr(main_job, "SAMPLES", 40)
+        changes = ["training.steps=60", "training.log_every=20", "sampling.steps=4"]
+        report = main_job.quickstart(out, seed=1, overrides=changes, say=lambda _: None)
+    return out, report
+
+
+def test_the_report_holds_every_figure(shortened):
+    out, report = shortened
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report["images"] == {"images": 1198, "held_out": 599}
+    assert report["judge_accuracy_on_real"] > 0.9 and report["reconstruction_psnr_db"] > 15
+    assert 0 < report["frechet_distance_real"] < report["frechet_distance"]
+    assert set(report["seconds"]) == {"images", "autoencoder", "extract", "train", "sample", "judge", "total"}
+    assert report["config"]["training"]["steps"] == 60 and report["config"]["seed"] == 1
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in ("grid.png", "denoising.gif", "loss.png", "training.steps = 60"))
+
+
+def test_the_pictures_show_what_they_say(shortened):
+    out, _ = shortened
+    assert Image.open(out / "grid.png").size == (4 * 32, 10 * 32)  # four samples of each of ten classes
+    movie = Image.open(out / "denoising.gif")
+    assert movie.n_frames > 20
+    frames = []
+    for i in (0, movie.n_frames - 1):
+        movie.seek(i)
+        frames.append(np.asarray(movie.convert("L"), dtype=float))
+    assert np.abs(frames[0] - frames[1]).mean() > 10
+    assert np.asarray(Image.open(out / "loss.png").convert("L")).std() > 10
+
+
+def test_the_images_are_the_digits_and_the_held_out_ones_are_kept_apart(shortened):
+    out, _ = shortened
+    digits = load_digits()
+    seen = {p.name for p in (out / "images").rglob("*.png")}
+    held = {p.name for p in (out / "held_out").rglob("*.png")}
+    assert not seen & held and len(seen | held) == 1797
+    picture = next((out / "images" / "7").iterdir())
+    index = int(picture.stem)
+    assert digits.target[index] == 7
+    cells = thumbnails(np.asarray(Image.open(picture))[None], 8).reshape(8, 8)
+    assert np.corrcoef(cells.ravel(), digits.images[index].ravel())[0, 1] > 0.95
+
+
+def test_the_judge_tells_right_from_wrong_labels(shortened):
+    out, _ = shortened
+    held = main_job.read_folder(out / "held_out", 32)
+    images, labels = main_job.read_folder(out / "images", 32)
+    judge = Judge(*held)
+    assert judge.accuracy(images, labels) > 0.9 > 0.1 > judge.accuracy(images, (labels + 1) % 10)
+    assert judge.features(images).shape == (1198, 64)
+
+
+def test_an_existing_folder_is_never_overwritten(shortened):
+    out, _ = shortened
+    with pytest.raises(ValueError, match="is not empty; choose another --out"):
+        main_job.quickstart(out)

@@ -1,0 +1,173 @@
+"""Sampling: image i depends on seed i alone, whatever the number of processes, the batch, or what was killed."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import run
+
+from fastdit.config import load_config
+from fastdit.models.vae import small_vae
+from fastdit.sampling import grid, image_labels, load_generator, sample
+from fastdit.training.loop import train
+
+COUNT = 10  # three batches of 4, the last one padded
+
+
+@pytest.fixture(scope="session")
+def trained(world):
+    """A short run whose network says something: its gates are zero at the start."""
+    config = load_config(world / "config.yaml", [f"run_dir={world}/trained", "training.ema_decay=0.5"])
+    train(config)
+    return world / "trained"
+
+
+@pytest.fixture(scope="session")
+def reference(trained, tmp_path_factory):
+    """What one process makes."""
+    out = tmp_path_factory.mktemp("samples") / "one"
+    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(out), "--num-samples", str(COUNT))
+    return out
+
+
+def pictures(out):
+    return {p.name: p.read_bytes() for p in sorted((out / "images").iterdir())}
+
+
+def array(out):
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        return file["arr_0"]
+
+
+def test_the_folder_holds_png_files_an_npz_and_a_grid(reference):
+    images = array(reference)
+    assert images.shape == (COUNT, 32, 32, 3) and images.dtype == np.uint8
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(reference / "images" / f"{i:06d}.png")), image)
+    assert len({image.tobytes() for image in images}) == COUNT
+    assert Image.open(reference / "grid.png").size == (32, 32 * 10)  # ten classes, one image each
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_makes_the_same_files(trained, reference, tmp_path, processes):
+    arguments = ["--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--num-samples", str(COUNT)]
+    run("sample_ddp.py", *arguments, processes=processes)
+    assert pictures(tmp_path / "out") == pictures(reference)
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == (reference / "samples.npz").read_bytes()
+    assert (tmp_path / "out" / "grid.png").read_bytes() == (reference / "grid.png").read_bytes()
+
+
+def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("runs").ENVIRONMENT, "OMP_NUM_THREADS", "2")
+    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--num-samples", str(COUNT))
+    assert pictures(tmp_path / "out") == pictures(reference)
+
+
+def test_batches_of_7_and_of_50_agree_to_one_grey_level(trained, tmp_path):
+    for batch in (7, 50):
+        sample(trained, tmp_path / str(batch), 60, overrides=[f"sampling.batch_size={batch}"], device="cpu")
+    difference = np.abs(array(tmp_path / "7").astype(int) - array(tmp_path / "50"))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(trained, reference, tmp_path):
+    out = tmp_path / "out"
+    sample(trained, out, COUNT, device="cpu")
+    for i in (1, 5, 6):  # as if killed: images missing, one half-written under its temporary name
+        (out / "images" / f"{i:06d}.png").rename(out / "images" / f"{i:06d}.partial")
+    (out / "samples.npz").unlink()
+    kept = (out / "images" / "000009.png").stat().st_mtime_ns
+    sample(trained, out, COUNT, device="cpu")
+    assert (out / "images" / "000009.png").stat().st_mtime_ns == kept  # not made again
+    assert pictures(out) == pictures(reference)
+    assert np.array_equal(array(out), array(reference))
+
+
+def test_a_seed_and_the_raw_weights_change_the_images(trained, reference, tmp_path):
+    sample(trained, tmp_path / "seed", COUNT, seed=1, device="cpu")
+    sample(trained, tmp_path / "raw", COUNT, weights="model", device="cpu")
+    for other in ("seed", "raw"):
+        assert not np.array_equal(array(tmp_path / other), array(reference))
+
+
+@pytest.mark.parametrize(
+    "objective, sampler", [("ddpm", "ddpm"), ("ddpm", "ddim"), ("flow", "euler"), ("flow", "heun")]
+)
+def test_every_sampler_runs_from_a_checkpoint_of_its_objective(world, trained, tmp_path, objective, sampler):
+    run_dir = trained
+    if objective == "ddpm":
+        run_dir = world / "trained_ddpm"
+        if not run_dir.exists():
+            train(load_config(world / "config.yaml", [f"run_dir={run_dir}", "objective=ddpm", "training.steps=5"]))
+    sample(run_dir, tmp_path / "out", 3, overrides=[f"sampling.sampler={sampler}", "sampling.steps=5"], device="cpu")
+    assert array(tmp_path / "out").std() > 0
+
+
+def test_labels():
+    assert image_labels("balanced", 5, 3, 0) == [0, 1, 2, 0, 1]
+    assert image_labels("2,0", 3, 3, 0) == [2, 0, 2]
+    drawn = image_labels("random", 3000, 3, 0)
+    assert drawn[:10] == image_labels("random", 10, 3, 0) and all(900 < drawn.count(c) < 1100 for c in range(3))
+    assert image_labels("balanced", 2, 0, 0) == [0, 0]
+
+
+def test_a_grid_has_a_class_a_row(tmp_path):
+    (tmp_path / "images").mkdir()
+    labels = [i % 3 for i in range(9)]
+    for i, label in enumerate(labels):
+        Image.new("RGB", (4, 4), (100 * label, 0, 0)).save(tmp_path / "images" / f"{i:06d}.png")
+    sheet = np.asarray(grid(tmp_path, labels))
+    assert sheet.shape == (12, 12, 3)
+    assert all((sheet[4 * r : 4 * r + 4, :, 0] == 100 * r).all() for r in range(3))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"path": "nowhere"}, ["nowhere", "does not exist"]),
+        ({"num_samples": 0}, ["--num-samples=0"]),
+        ({"labels": "3,12"}, ["--labels='3,12'", "0..9"]),
+        ({"labels": "cats"}, ["--labels='cats'"]),
+        ({"overrides": ["sampling.steps=ddim50"]}, ["steps='ddim50'"]),
+        ({"overrides": ["sampling.sampler=hein"]}, ["did you mean 'heun'"]),
+        ({"overrides": ["model.variant=DiT-Ti/2"]}, ["another model"]),
+        ({"overrides": ["data.vae=nowhere/at/all"]}, ["nowhere/at/all"]),
+        ({"overrides": ["sampling.cfg_channels=-1"]}, ["sampling.cfg_channels=-1"]),
+    ],
+)
+def test_mistakes_name_key_value_and_remedy_and_write_nothing(trained, tmp_path, arguments, words):
+    arguments = {"path": trained, "num_samples": 2, **arguments}
+    with pytest.raises(ValueError) as error:
+        sample(arguments.pop("path"), tmp_path / "out", device="cpu", **arguments)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_autoencoder_is_refused(trained, tmp_path):
+    small_vae(32, seed=9).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="another autoencoder"):
+        load_generator(trained, [f"data.vae={tmp_path}/vae"])
+
+
+def test_a_folder_of_other_samples_is_never_overwritten(trained, reference, tmp_path):
+    with pytest.raises(ValueError, match="seed=0, not 5; choose another --out"):
+        sample(trained, reference, COUNT, seed=5, device="cpu")
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        sample(trained, tmp_path, COUNT, device="cpu")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert json.loads((reference / "sampling.json").read_text())["seed"] == 0
+
+
+def test_the_npz_is_streamed_and_whole(reference):
+    with zipfile.ZipFile(reference / "samples.npz") as archive:
+        assert archive.namelist() == ["arr_0.npy"] and archive.testzip() is None
+
+
+def test_bf16_sampling_stays_near_fp32(trained):
+    wanted = load_generator(trained).latents([0, 1], torch.tensor([0, 1]), 0)
+    half = load_generator(trained, ["sampling.precision=bf16"]).latents([0, 1], torch.tensor([0, 1]), 0)
+    assert 0 < (half - wanted).abs().max() < 0.1

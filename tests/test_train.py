@@ -1,0 +1,255 @@
+"""Training end to end: the same losses whatever kills it, however many processes share it, whichever engine runs it."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from runs import ENVIRONMENT, command, free_port, run
+from safetensors.torch import load_file
+
+from fastdit.config import load_config
+from fastdit.models.vae import small_vae
+from fastdit.training import checkpoint
+from fastdit.training.ema import EMA
+from fastdit.training.engine import merge_deepspeed
+from fastdit.training.loop import micro_batches, read_metrics, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the commands run: the number of threads changes a sum's last bits
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(run_dir) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_dir)]
+
+
+def train_here(world, run_dir, *overrides, resume=False):
+    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
+
+
+@pytest.fixture(scope="session")
+def whole(world):
+    """The uninterrupted run, and its losses at every step."""
+    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={world}/whole")
+    return losses(world / "whole")
+
+
+def test_a_run_logs_learns_and_leaves_checkpoints(world, whole):
+    records = read_metrics(world / "whole")
+    assert [r["step"] for r in records] == list(range(1, 21))
+    for key in ("loss", "grad_norm", "lr", "images_per_s", "steps_per_s", "mfu", "peak_gib"):
+        assert all(math.isfinite(r[key]) and r[key] > 0 for r in records), key
+    assert sum(whole[-5:]) < sum(whole[:5])
+    assert [c.name for c in checkpoint.checkpoints(world / "whole")] == ["step-0000010", "step-0000015", "step-0000020"]
+    assert list((world / "whole" / "tensorboard").iterdir())
+    saved = yaml.safe_load((world / "whole" / "config.yaml").read_text())
+    assert saved["training"]["lr"] == 1e-3 and saved["model"]["variant"] == "DiT-Ti/4"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_a_random_step_and_resumed_gives_the_same_losses(world, whole, tmp_path, seed):
+    arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "--resume"]
+    target = random.Random(seed).randint(1, 19)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command("train.py", *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= target):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run("train.py", *arguments)
+    assert losses(tmp_path / "run") == whole
+    for name in ("model", "ema"):
+        ours = load_file(tmp_path / "run" / "checkpoints" / "step-0000020" / f"{name}.safetensors")
+        theirs = load_file(world / "whole" / "checkpoints" / "step-0000020" / f"{name}.safetensors")
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("change", ["training.micro_batch=4", "training.activation_checkpointing=true"])
+def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, change):
+    train_here(world, tmp_path / "run", change, "training.steps=6", "training.precision=fp32")
+    train_here(world, tmp_path / "plain", "training.steps=6", "training.precision=fp32")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_compiled_blocks_give_the_same_losses(world, tmp_path):
+    for name in ("true", "false"):
+        train_here(world, tmp_path / name, f"training.compile={name}", "training.steps=4", "training.precision=fp32")
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
+
+
+def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
+    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", processes=2)
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
+    assert len(read_metrics(tmp_path / "run")) == 20
+
+
+@pytest.mark.parametrize("stage, micro_batch", [(1, 3), (2, 3), (3, 6)])  # of 6 images a process
+def test_zero_on_two_processes_gives_the_single_process_losses_and_resumes_exactly(
+    world, whole, tmp_path, stage, micro_batch
+):
+    common = ["--config", str(world / "config.yaml"), "training.engine=deepspeed", f"training.zero_stage={stage}"]
+    common += [f"training.micro_batch={micro_batch}", "--resume"]
+    run("train.py", *common, f"run_dir={tmp_path}/run", "training.steps=10", processes=2)
+    run("train.py", *common, f"run_dir={tmp_path}/run", processes=2)
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
+    run("train.py", *common, f"run_dir={tmp_path}/through", processes=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "through")
+    ours = load_file(checkpoint.find(tmp_path / "run") / "ema.safetensors")
+    theirs = load_file(checkpoint.find(world / "whole") / "ema.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-3, rtol=0, msg=name)
+
+
+def test_the_deepspeed_launcher_trains_on_two_processes(world, whole, tmp_path):
+    launcher = shutil.which("deepspeed", path=os.path.dirname(command("x")[0])) or shutil.which("deepspeed")
+    arguments = ["--num_gpus", "2", "--master_port", free_port(), *command("train.py")[1:]]
+    arguments += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
+    done = subprocess.run([launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
+    assert (meta["engine"], meta["zero_stage"], meta["sharded_over"]) == ("deepspeed", 1, 2)
+
+
+def test_ema_follows_its_closed_form():
+    weights = [torch.full((3,), 1.0)]
+    ema = EMA(weights, decay=0.9)
+    weights[0].fill_(2.0)
+    for step in range(1, 11):
+        ema.update(weights, step)
+    torch.testing.assert_close(ema.average[0], torch.full((3,), 2 - 0.9**10))
+    warm = EMA([torch.zeros(1)], decay=0.9999, warmup=True)
+    warm.update([torch.ones(1)], step=1)  # decay 2 / 11
+    torch.testing.assert_close(warm.average[0], torch.tensor([9 / 11]))
+
+
+def test_ema_lives_in_fp32_where_bf16_would_stand_still():
+    ema = EMA([torch.ones(1, dtype=torch.bfloat16)], decay=0.9999)
+    ema.update([torch.full((1,), 2.0, dtype=torch.bfloat16)], 1)
+    assert ema.average[0].dtype == torch.float32 and 1 < ema.average[0].item() < 1.001
+
+
+def test_micro_batches_divide_the_global_batch():
+    assert micro_batches(256, 0, 8) == (32, 1)
+    assert micro_batches(256, 8, 8) == (8, 4)
+    with pytest.raises(ValueError, match="global_batch=10 is not divisible by 4 processes; use 8"):
+        micro_batches(10, 0, 4)
+    with pytest.raises(ValueError, match="micro_batch=5 does not divide 12 images a process; use 4"):
+        micro_batches(24, 5, 2)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("data.shards={world}/nowhere", ["nowhere", "extract_features.py"]),
+        ("data.image_size=64", ["image_size=64", "32"]),
+        ("data.vae={world}/other_vae", ["vae (fingerprint", "extract again"]),
+        ("data.num_classes=7", ["num_classes=7", "set 10"]),
+        ("training.global_batch=5000", ["global_batch=5000", "at most 1198"]),
+        ("model.variant=DiT-XXL/2", ["model.variant='DiT-XXL/2'", "did you mean"]),
+        ("model.variant=DiT-Ti/8", None),
+        ("objective.name=flwo", ["objective.name='flwo'", "did you mean 'flow'"]),
+        ("objective.time=uniform", ["objective.time='uniform'", "did you mean"]),
+        ("sampling.sampler=hein", ["sampling.sampler.name='hein'", "did you mean 'heun'"]),
+        ("model.attention=flash", ["model.attention='flash'"]),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_written(world, tmp_path, override, words, capsys):
+    if "other_vae" in override:
+        small_vae(32, seed=9).save_pretrained(world / "other_vae")
+    overrides = [override.format(world=world), "training.steps=1"]
+    if words is None:  # the largest patch that fits, the border of what is allowed
+        train_here(world, tmp_path / "run", *overrides)
+        return
+    with pytest.raises(ValueError) as error:
+        train_here(world, tmp_path / "run", *overrides)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):
+    config = str(world / "config.yaml")
+    for arguments, words in [
+        (["training.lrr=1"], ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
+        ([f"run_dir={world}/whole"], ["is not empty", "--resume"]),
+    ]:
+        done = run("train.py", "--config", config, *arguments, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
+
+
+@pytest.mark.parametrize(
+    "override, word",
+    [
+        ("model.variant=DiT-Ti/2", "model='DiT-Ti/4'"),
+        ("seed=3", "seed=0"),
+        ("training.global_batch=24", "global_batch=12"),
+    ],
+)
+def test_resuming_another_run_is_refused(world, whole, override, word):
+    with pytest.raises(ValueError, match=word):
+        train_here(world, world / "whole", override, resume=True)
+
+
+def test_a_diverged_run_stops_and_names_the_remedy(world, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step .* training.lr=1e"):
+        train_here(world, tmp_path / "run", "training.lr=1e30", "training.precision=fp32")
+    for folder in checkpoint.checkpoints(tmp_path / "run"):
+        assert all(t.isfinite().all() for t in load_file(folder / "ema.safetensors").values())
+
+
+def test_a_checkpoint_counts_only_when_whole(world, whole, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "run")
+    newest = checkpoint.checkpoints(tmp_path / "run")[-1]
+    newest.rename(newest.with_suffix(".partial"))  # as a kill between writing and renaming leaves it
+    assert checkpoint.find(tmp_path / "run").name == "step-0000015"
+    with open(checkpoint.find(tmp_path / "run") / "ema.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match="ema.safetensors has 100 bytes"):
+        checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        checkpoint.find(world / "latents")
+    meta = json.loads((checkpoint.find(tmp_path / "run") / checkpoint.META).read_text())
+    assert meta["step"] == 15
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(world, whole, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "run")
+
+    def full(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    from fastdit.distributed import Ranks
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path / "run", 25, full, {}, Ranks(0, 0, 1, torch.device("cpu")), keep=3)
+    assert checkpoint.find(tmp_path / "run").name == "step-0000020"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_deepspeed_keys_that_it_would_ignore_or_that_we_own_are_refused():
+    own = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.0}
+    merged = merge_deepspeed(own, {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True})
+    assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": True} and merged["wall_clock_breakdown"]
+    with pytest.raises(ValueError, match="gradient_clipping.*is set by fastdit"):
+        merge_deepspeed(own, {"gradient_clipping": 1.0})
+    with pytest.raises(ValueError, match="wall_clock_brakdown.*is not a key"):
+        merge_deepspeed(own, {"wall_clock_brakdown": True})
