@@ -135,7 +135,7 @@ def sit_rows() -> dict:
         if kind in ("ode", "sde") and names[-1] == "final":
             sit_path, sit_prediction, solver = names[:3]
             objective = FlowMatching(SIT_PATHS[sit_path], SIT_PREDICTIONS[sit_prediction])
-            # score on Linear starts where 1 / alpha = 1000: values of 4,000, which two fp32 programs round apart by 1e-3
+            # score on Linear starts where 1 / alpha = 1000: values of 4,000, which fp32 programs round apart by 1e-3
             dtype = torch.float64 if sit_prediction == "score" else torch.float32
             denoise, x_1 = guided(objective, network(dtype), z["sit_forward/y"]), z["z"].to(dtype)
             if kind == "ode":
