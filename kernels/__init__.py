@@ -16,8 +16,12 @@ if __name__ == "kernels":  # found from the repository root by a library that me
 else:
     from .adaln import OP as _adaln
     from .adaln import adaln
+    from .gate_residual import OP as _gate_residual
+    from .gate_residual import gate_residual
+    from .gate_residual_adaln import OP as _gate_residual_adaln
+    from .gate_residual_adaln import gate_residual_adaln
     from .runtime import Op
 
-    OPS: dict[str, Op] = {op.name: op for op in (_adaln,)}
+    OPS: dict[str, Op] = {op.name: op for op in (_adaln, _gate_residual_adaln, _gate_residual)}
 
-    __all__ = ["OPS", "Op", "adaln"]
+    __all__ = ["OPS", "Op", "adaln", "gate_residual", "gate_residual_adaln"]

@@ -16,6 +16,7 @@ from .runtime import (
     cdiv,
     check,
     on_device,
+    random_inputs,
     rows_per_program,
     split_columns,
     tl,
@@ -26,12 +27,12 @@ from .runtime import (
     warps_for,
     wrap_triton,
 )
-from .tiles import load, load_columns, moments, respread, store, sum_chunks
+from .tiles import a_to_b, b_to_a, load, load_columns, moments, store, sum_chunks
 
 NORMS = ("layer", "rms")
-# Rows a program holds at once and its cp.async stages. Backward: 2 rows keep it under 128 registers, 4 programs a
-# multiprocessor; with 2 stages in flight either pass has over 64 kB under way, twice what hides an H200's latency.
-FORWARD = {"ROWS": 4, "STAGES": 3}
+# Rows a program holds at once and its cp.async stages: 2 rows keep forward under 80 and backward under 128 registers;
+# either pass has over 64 kB a multiprocessor under way, twice what hides an H200's latency.
+FORWARD = {"ROWS": 2, "STAGES": 4}
 BACKWARD = {"ROWS": 2, "STAGES": 3}
 
 
@@ -72,7 +73,7 @@ def _forward(
         h_a = (x_a - mu[:, None]) * r[:, None] * scale_a[None, :] + shift_a[None, :]
         store(h + n * T * D, rows, D, cols_a, live[:, None], h_a)
         if B > 0:
-            h_b = (x_b - respread(mu, ROWS)[:, None]) * respread(r, ROWS)[:, None] * scale_b[None, :] + shift_b[None, :]
+            h_b = (x_b - a_to_b(mu, ROWS)[:, None]) * a_to_b(r, ROWS)[:, None] * scale_b[None, :] + shift_b[None, :]
             store(h + n * T * D, rows, D, cols_b, live[:, None] & in_b[None, :], h_b)
         tl.store(stats + n * 2 * T + rows, mu, mask=live)
         tl.store(stats + n * 2 * T + T + rows, r, mask=live)
@@ -112,8 +113,8 @@ def _backward(
         g_xhat = tl.sum(g_a * xhat_a, axis=1)
         if B > 0:
             g_b = dh_b * scale_b[None, :]
-            g_mean += tl.sum(g_b, axis=1)
-            g_xhat += tl.sum(g_b * xhat_b, axis=1)
+            g_mean += b_to_a(tl.sum(g_b, axis=1), ROWS)
+            g_xhat += b_to_a(tl.sum(g_b * xhat_b, axis=1), ROWS)
             shift_sum_b += dh_b
             scale_sum_b += dh_b * xhat_b
         g_mean *= 0.0 if RMS else 1.0 / D
@@ -121,7 +122,7 @@ def _backward(
         dx_a = (g_a - g_mean[:, None] - xhat_a * g_xhat[:, None]) * r[:, None]
         store(d_x + n * T * D, rows, D, cols_a, live[:, None], dx_a)
         if B > 0:
-            dx_b = (g_b - respread(g_mean, ROWS)[:, None] - xhat_b * respread(g_xhat, ROWS)[:, None]) * r[:, None]
+            dx_b = (g_b - a_to_b(g_mean, ROWS)[:, None] - xhat_b * a_to_b(g_xhat, ROWS)[:, None]) * r[:, None]
             store(d_x + n * T * D, rows, D, cols_b, in_tile, dx_b)
         shift_sum_a += tl.sum(dh_a, axis=0)
         scale_sum_a += tl.sum(dh_a * xhat_a, axis=0)
@@ -142,7 +143,7 @@ def _op(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rms: bool) -> tuple
     stats = torch.empty((n, 2, t), dtype=torch.float32, device=x.device)
     if x.numel():
         a, b = split_columns(d)
-        rows = rows_per_program(n, t, programs=1024, most=64)
+        rows = rows_per_program(n, t, programs=2048, most=32)
         chunks = cdiv(t, rows)
         with on_device(x):
             wrap_triton(_forward)[(n * chunks,)](
@@ -174,11 +175,12 @@ def _op_backward(d_h: Tensor, x: Tensor, scale: Tensor, stats: Tensor, rms: bool
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, shift, scale, _, ctx.rms = inputs
+    ctx.set_materialize_grads(False)
     ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x, scale, output[1])
 
 
-def _grad(ctx: Any, d_h: Tensor, _: Tensor) -> tuple:
+def _grad(ctx: Any, d_h: Tensor, _: None) -> tuple:
     x, scale, stats = ctx.saved_tensors
     d_x, partial = _op_backward(d_h, x, scale, stats, ctx.rms)
     d_shift, d_scale = sum_chunks(partial, scale.dtype).unbind(1)
@@ -208,12 +210,9 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: str 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     n, t, d = shape
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, t, d, generator=rng, dtype=torch.float64) + 0.5
-    modulation = torch.randn(n, 6 * d, generator=rng, dtype=torch.float64) * 0.5
-    x, modulation = (v.to(device, dtype).requires_grad_() for v in (x, modulation))
-    shift, scale = modulation.chunk(6, dim=1)[:2]
-    return {"x": x, "shift": shift, "scale": scale}
+    values = random_inputs(seed, dtype, device, x=(n, t, d), modulation=(n, 6 * d))
+    shift, scale = values.pop("modulation").chunk(6, dim=1)[:2]
+    return values | {"shift": shift, "scale": scale}
 
 
 def minimum_bytes(shape: tuple[int, int, int], size: int) -> tuple[int, int]:

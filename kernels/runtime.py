@@ -210,3 +210,18 @@ def check(name: str, x: Tensor, *shape: int) -> None:
     """ValueError unless x has this shape."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give it {shape}")
+
+
+def random_inputs(
+    seed: int, dtype: torch.dtype, device: str, **shapes: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Normal tensors that require grad, drawn in fp64, so that every dtype sees the same values but for rounding."""
+    rng = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, shape in shapes.items():
+        if device == "meta":
+            value = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            value = (torch.randn(shape, generator=rng, dtype=torch.float64) * 0.5 + 0.25).to(device, dtype)
+        out[name] = value.requires_grad_()
+    return out

@@ -28,11 +28,13 @@ def load_columns(base, cols, mask):
     return tl.load(base + cols, mask=mask, other=0.0).to(tl.float32)
 
 
+# A value per row couples the layouts of the two tiles: left alone, the compiler lays b out like a, eight times
+# redundantly, or computes it twice. These two pass the value on without its layout.
+
+
 @triton.jit
-def respread(v, ROWS: tl.constexpr):
-    """v itself, by way of scalars. A value per row that both tiles use would make the compiler lay b out like a, eight
-    times redundantly; scalars have no layout. In a's layout every thread holds all rows, so this costs no instruction.
-    """
+def a_to_b(v, ROWS: tl.constexpr):
+    """v (ROWS,) by way of scalars. In a's layout every thread holds all rows, so this costs no instruction."""
     index = tl.arange(0, ROWS)
     out = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(ROWS):
@@ -41,17 +43,23 @@ def respread(v, ROWS: tl.constexpr):
 
 
 @triton.jit
+def b_to_a(v, ROWS: tl.constexpr):
+    """v (ROWS,) by way of shared memory, where it would have to pass anyway."""
+    return tl.gather(v, tl.arange(0, ROWS), axis=0)
+
+
+@triton.jit
 def moments(a, b, in_b, eps: tl.constexpr, D: tl.constexpr, B: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr):
     """Per row: mean (0 for RMS norm) and 1 / sqrt(variance + eps), by two passes over registers (E[x^2] cancels)."""
     total = tl.sum(a, axis=1)
     if B > 0:
-        total += tl.sum(b, axis=1)
+        total += b_to_a(tl.sum(b, axis=1), ROWS)
     mean = total * (0.0 if RMS else 1.0 / D)
     centred = a - mean[:, None]
     square = tl.sum(centred * centred, axis=1)
     if B > 0:
-        centred_b = tl.where(in_b[None, :], b - respread(mean, ROWS)[:, None], 0.0)
-        square += tl.sum(centred_b * centred_b, axis=1)
+        centred_b = tl.where(in_b[None, :], b - a_to_b(mean, ROWS)[:, None], 0.0)
+        square += b_to_a(tl.sum(centred_b * centred_b, axis=1), ROWS)
     return mean, 1.0 / tl.sqrt(square * (1.0 / D) + eps)
 
 
