@@ -189,8 +189,8 @@ def write_npz(paths: list[Path], out: Path) -> None:
     os.replace(temporary, out)
 
 
-def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10) -> Image.Image:
-    """The first images of `out`, a class a row where there are several classes."""
+def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: int = 2) -> Image.Image:
+    """The first images of `out`, a class a row where there are several classes, `gap` pixels between them."""
     by_class: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         by_class.setdefault(label, []).append(i)
@@ -201,11 +201,12 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10) -> Ima
     order = [row for row in order if row]
     with Image.open(_png(out, 0)) as first:
         width, height = first.size
-    sheet = Image.new("RGB", (width * max(map(len, order)), height * len(order)))
+    across = max(map(len, order))
+    sheet = Image.new("RGB", (across * (width + gap) - gap, len(order) * (height + gap) - gap), "grey")
     for r, row in enumerate(order):
         for c, i in enumerate(row):
             with Image.open(_png(out, i)) as image:
-                sheet.paste(image, (c * width, r * height))
+                sheet.paste(image, (c * (width + gap), r * (height + gap)))
     return sheet
 
 

@@ -36,7 +36,7 @@ def test_the_report_holds_every_figure(shortened):
 
 def test_the_pictures_show_what_they_say(shortened):
     out, _ = shortened
-    assert Image.open(out / "grid.png").size == (4 * 32, 10 * 32)  # four samples of each of ten classes
+    assert Image.open(out / "grid.png").size == (4 * 34 - 2, 10 * 34 - 2)  # four samples of each of ten classes
     movie = Image.open(out / "denoising.gif")
     assert movie.n_frames > 20
     frames = []

@@ -48,7 +48,7 @@ def test_the_folder_holds_png_files_an_npz_and_a_grid(reference):
     for i, image in enumerate(images):
         assert np.array_equal(np.asarray(Image.open(reference / "images" / f"{i:06d}.png")), image)
     assert len({image.tobytes() for image in images}) == COUNT
-    assert Image.open(reference / "grid.png").size == (32, 32 * 10)  # ten classes, one image each
+    assert Image.open(reference / "grid.png").size == (32, 34 * 10 - 2)  # ten classes, one image each
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -120,8 +120,10 @@ def test_a_grid_has_a_class_a_row(tmp_path):
     for i, label in enumerate(labels):
         Image.new("RGB", (4, 4), (100 * label, 0, 0)).save(tmp_path / "images" / f"{i:06d}.png")
     sheet = np.asarray(grid(tmp_path, labels))
-    assert sheet.shape == (12, 12, 3)
-    assert all((sheet[4 * r : 4 * r + 4, :, 0] == 100 * r).all() for r in range(3))
+    assert sheet.shape == (16, 16, 3)
+    for r in range(3):
+        for c in range(3):
+            assert (sheet[6 * r : 6 * r + 4, 6 * c : 6 * c + 4, 0] == 100 * r).all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The house's rules: imports go only downwards, one-line registries, files that are one thing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
+
+# a room may import the rooms of lower rank, and itself
+RANK = {
+    "errors": 0, "config": 0, "distributed": 0, "kernels": 0,
+    "models": 1, "diffusion": 1, "data": 1,
+    "evaluation": 2, "training": 3, "sampling": 4, "quickstart": 5, "cli": 6,
+}  # fmt: skip
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_only_downwards(path):
+    own = "kernels" if path.parent.name == "kernels" else room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own in ("", "__init__"):
+        return
+    for module in imports(path):
+        if module.startswith("fastdit."):
+            other = room(module)
+            same = other == own
+            siblings = RANK[own] == RANK[other] == 1 and own != "diffusion"  # data, models use each other's helpers
+            assert same or siblings or RANK[other] < RANK[own], f"{own} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastdit/diffusion").glob("*.py")), ids=lambda p: p.name)
+def test_diffusion_knows_torch_alone(path):
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert top in {"torch", "scipy", "torchdiffeq", "fastdit", "math", "functools", "itertools", "difflib",
+                       "dataclasses", "collections", "typing", "enum"}, module  # fmt: skip
+        assert top != "fastdit" or module.startswith("fastdit.diffusion"), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_one_thing_and_says_which(path):
+    assert len(path.read_text().splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
