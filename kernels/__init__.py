@@ -14,14 +14,32 @@ if __name__ == "kernels":  # found from the repository root by a library that me
         __file__, __path__ = None, []
 
 else:
+    from .activation_linear import GELU_LINEAR, SWIGLU_LINEAR, gelu_linear, swiglu_linear
     from .adaln import OP as _adaln
     from .adaln import adaln
     from .gate_residual import OP as _gate_residual
     from .gate_residual import gate_residual
     from .gate_residual_adaln import OP as _gate_residual_adaln
     from .gate_residual_adaln import gate_residual_adaln
+    from .gelu import OP as _gelu
+    from .gelu import gelu
     from .runtime import Op
+    from .swiglu import OP as _swiglu
+    from .swiglu import swiglu
 
-    OPS: dict[str, Op] = {op.name: op for op in (_adaln, _gate_residual_adaln, _gate_residual)}
+    OPS: dict[str, Op] = {
+        op.name: op
+        for op in (_adaln, _gate_residual_adaln, _gate_residual, _gelu, _swiglu, GELU_LINEAR, SWIGLU_LINEAR)
+    }
 
-    __all__ = ["OPS", "Op", "adaln", "gate_residual", "gate_residual_adaln"]
+    __all__ = [
+        "OPS",
+        "Op",
+        "adaln",
+        "gate_residual",
+        "gate_residual_adaln",
+        "gelu",
+        "gelu_linear",
+        "swiglu",
+        "swiglu_linear",
+    ]

@@ -197,6 +197,16 @@ def rows_per_program(n: int, t: int, programs: int, most: int) -> int:
     return min(max(1 << max(wanted.bit_length() - 1, 0), 16), most)
 
 
+def column_block(d: int) -> int:
+    """Columns a program of an elementwise op takes: a power of two that divides d where one of 64..512 does."""
+    return next((c for c in (512, 256, 128, 64) if d % c == 0), min(1 << (d - 1).bit_length(), 512))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) -> (rows, D), last stride 1; a view where the memory allows one."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """The kernels read any strides but the last; that one must be 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -64,22 +64,27 @@ def moments(a, b, in_b, eps: tl.constexpr, D: tl.constexpr, B: tl.constexpr, RMS
 
 
 @triton.jit
-def _sum_chunks(partial, out, M, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_chunks(partial, out, M, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(CHUNKS):
-        total += tl.load(partial + (n * CHUNKS + chunk) * M + cols, mask=cols < M, other=0.0)
-    tl.store(out + n * M + cols, total.to(out.dtype.element_ty), mask=cols < M)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, CHUNKS, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        total += load(partial + n * CHUNKS * M, rows, M, cols, (rows < CHUNKS)[:, None] & (cols < M)[None, :])
+    tl.store(out + n * M + cols, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=cols < M)
 
 
 @triton_op("fastdit::sum_chunks")
 def sum_chunks(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, chunks, ...) fp32 -> (N, ...): the second pass of every column reduction, chunks added in order."""
+    """(N, chunks, ...) fp32 -> (N, ...): the second pass of every column reduction, in an order fixed by the shape."""
     n, chunks = partial.shape[:2]
     m = math.prod(partial.shape[2:])
     out = torch.empty((n, *partial.shape[2:]), dtype=dtype, device=partial.device)
     if out.numel():
+        rows = min(1 << max(chunks - 1, 0).bit_length(), 64)
+        block = 256 if rows <= 4 else 32
         with on_device(partial):
-            wrap_triton(_sum_chunks)[(n, cdiv(m, 256))](partial, out, m, CHUNKS=chunks, BLOCK=256, num_warps=2)
+            wrap_triton(_sum_chunks)[(n, cdiv(m, block))](
+                partial, out, m, CHUNKS=chunks, ROWS=rows, BLOCK=block, num_warps=2
+            )  # fmt: skip
     return out

@@ -67,8 +67,9 @@ def errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
 def compare(op: Any, kwargs: dict[str, Any]) -> list[str]:
     """Complaints about op.triton on these arguments; none means it is as exact as eager in the same dtype.
 
-    Error against fp64 eager: at most twice that of eager in the same dtype, in norm and at the worst element. A result
-    that is as near as its dtype can say (error under 0.3 of its spacing, in norm) passes where eager is exact.
+    Error against fp64 eager, in norm: at most twice that of eager in the same dtype; a result as near as its dtype can
+    say (error under 0.3 of its spacing) passes where eager is exact. The worst element, a noisier figure, within four
+    times eager's: a single wrong element stands out by orders of magnitude.
     """
     reference = run(op.eager, cast(kwargs, torch.float64))
     eager = run(op.eager, cast(kwargs))
@@ -83,8 +84,8 @@ def compare(op: Any, kwargs: dict[str, Any]) -> list[str]:
             continue
         spacing = torch.finfo(fused[key].dtype).eps
         ours, theirs = errors(fused[key], ref), errors(eager[key], ref)
-        for what, a, b, floor in zip(("norm", "worst"), ours, theirs, (0.3 * spacing, 0.5 * spacing), strict=True):
-            if not a <= max(2 * b, floor):  # NaN never passes
+        for what, times, a, b in zip(("norm", "worst"), (2, 4), ours, theirs, strict=True):
+            if not a <= max(times * b, 0.15 * times * spacing):  # NaN never passes
                 complaints.append(f"{key}: {what} error {a:.2e}, eager's {b:.2e}")
     return complaints
 

@@ -129,3 +129,18 @@ def test_wrong_shapes_are_named() -> None:
     kwargs = OPS["adaln"].inputs((2, 3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"shift has shape \(2, 4\); give it \(2, 8\)"):
         OPS["adaln"].public(**kwargs | {"shift": kwargs["shift"][:, :4]})
+
+
+@pytest.mark.parametrize("name", ["gelu_linear", "swiglu_linear"])
+def test_the_activation_is_not_kept(name: str) -> None:
+    op = OPS[name]
+    kept = {}
+    for which in ("eager", "triton"):
+        kwargs = op.inputs((2, 8, 64), torch.float32, DEVICE)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            getattr(op, which)(**kwargs)
+        kept[which] = sum(sizes)
+    inputs = sum(kwargs[k].numel() for k in ("x", "bias", "weight"))
+    assert kept["triton"] == inputs
+    assert kept["eager"] >= inputs - kwargs["bias"].numel() + 2 * 8 * 64
