@@ -17,6 +17,8 @@ else:
     from .activation_linear import GELU_LINEAR, SWIGLU_LINEAR, gelu_linear, swiglu_linear
     from .adaln import OP as _adaln
     from .adaln import adaln
+    from .adamw_ema import OP as _adamw_ema
+    from .adamw_ema import adamw_ema
     from .gate_residual import OP as _gate_residual
     from .gate_residual import gate_residual
     from .gate_residual_adaln import OP as _gate_residual_adaln
@@ -29,12 +31,13 @@ else:
 
     OPS: dict[str, Op] = {
         op.name: op
-        for op in (_adaln, _gate_residual_adaln, _gate_residual, _gelu, _swiglu, GELU_LINEAR, SWIGLU_LINEAR)
+        for op in (_adaln, _gate_residual_adaln, _gate_residual, _gelu, _swiglu, GELU_LINEAR, SWIGLU_LINEAR, _adamw_ema)
     }
 
     __all__ = [
         "OPS",
         "Op",
+        "adamw_ema",
         "adaln",
         "gate_residual",
         "gate_residual_adaln",

@@ -144,3 +144,37 @@ def test_the_activation_is_not_kept(name: str) -> None:
     inputs = sum(kwargs[k].numel() for k in ("x", "bias", "weight"))
     assert kept["triton"] == inputs
     assert kept["eager"] >= inputs - kwargs["bias"].numel() + 2 * 8 * 64
+
+
+@pytest.mark.parametrize("mode", ["eager", "triton"])
+def test_adamw_ema_follows_torch(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("FASTDIT_KERNELS", mode)
+    rng = torch.Generator().manual_seed(0)
+    memory = torch.randn(5, 703, generator=rng).to(DEVICE)
+    param, exp_avg, exp_avg_sq, ema, _ = (row[3:] for row in memory.clone())  # flat shards, not 16-byte aligned
+    exp_avg.zero_()
+    exp_avg_sq.zero_()
+    theirs = torch.nn.Parameter(param.clone())
+    average = ema.clone()
+    optimizer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3)
+    copy = torch.empty(700, dtype=torch.bfloat16, device=DEVICE)
+    scalars = {
+        "lr": torch.tensor(0.01), "ema_decay": torch.tensor(0.9, dtype=torch.float64), "grad_scale": torch.tensor(0.5)
+    }  # fmt: skip
+    scalars = {name: value.to(DEVICE) for name, value in scalars.items()}
+    for step in range(1, 8):
+        theirs.grad = torch.randn(700, generator=rng).to(DEVICE)
+        OPS["adamw_ema"].public(
+            param, theirs.grad * 2, exp_avg, exp_avg_sq, ema, copy, torch.tensor(step, device=DEVICE),
+            **scalars, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3,
+        )  # fmt: skip
+        optimizer.step()
+        average.lerp_(theirs.detach(), 0.1)
+        torch.testing.assert_close(param, theirs.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ema, average, rtol=1e-5, atol=1e-6)
+    if DEVICE == "cuda" or mode == "eager":  # the interpreter truncates to bf16
+        assert torch.equal(copy, param.bfloat16())
+    with pytest.raises(ValueError, match="ema has dtype torch.bfloat16"):
+        OPS["adamw_ema"].public(
+            param, theirs.grad, exp_avg, exp_avg_sq, ema.bfloat16(), copy, torch.tensor(1, device=DEVICE), **scalars
+        )
