@@ -1,0 +1,250 @@
+"""Who runs in bench/step.py: sizes, the same weights and batches for all, and one interface to every stack.
+
+A contestant has `step(i)` (one timed training step on host batch i, returns its loss on the device) and
+`gate(inputs)` (a few steps on given inputs, what they came to). New ones are lines in CONTESTANTS; a toggle of fastdit
+is a line in ABLATION.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from reference import Inputs, PlainDiT, ReferenceStep
+from torch import Tensor, nn
+
+from fastdit.config import Config, build, load_config, shipped_config
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.distributed import Ranks
+from fastdit.models.dit import DIT_VARIANTS
+from fastdit.training.ema import EMA
+from fastdit.training.engine import TorchEngine
+from fastdit.training.loop import network
+from fastdit.training.step import TrainStep
+
+SCALE, LR, SEED = 0.18215, 1e-4, 0
+EMA_DECAY = 0.99  # so far from 1 that the gate sees fp32 averages move within its few steps
+HOST_BATCHES = 4  # distinct ones, taken in turn
+GATE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network and its batch per device; `micro` is what the fp32 oracle holds at once."""
+
+    depth: int
+    hidden: int
+    heads: int
+    latent: int  # cells a side
+    batch: int
+    patch: int = 2
+    channels: int = 4
+    classes: int = 1000
+    micro: int = 16
+
+    def overrides(self, name: str) -> list[str]:
+        return [f"model.variant=bench-{name}", f"data.image_size={8 * self.latent}",
+                f"data.num_classes={self.classes}", f"training.global_batch={self.batch}"]  # fmt: skip
+
+
+SIZES = {
+    "tiny": Size(2, 64, 4, latent=8, batch=4, classes=10),
+    "small": Size(6, 384, 6, latent=16, batch=16),
+    "S/2": Size(12, 384, 6, latent=32, batch=256),
+    "B/2": Size(12, 768, 12, latent=32, batch=256),
+    "L/2": Size(24, 1024, 16, latent=32, batch=256),
+    "XL/2": Size(28, 1152, 16, latent=32, batch=256),
+    "XL/2-512": Size(28, 1152, 16, latent=64, batch=32, micro=4),
+}
+for _name, _size in SIZES.items():
+    DIT_VARIANTS[f"bench-{_name}"] = {
+        "depth": _size.depth, "hidden_size": _size.hidden, "num_heads": _size.heads, "patch_size": _size.patch
+    }  # fmt: skip
+
+CONTESTANTS = {  # name: what the table says
+    "official": "official design: eager, TF32 on a GPU, EMA in a loop",
+    "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
+    "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
+    "fastdit": "fastdit",
+}
+
+ABLATION = {  # fastdit with one thing changed: config overrides
+    "no compile": ["training.compile=false"],
+    "fp32": ["training.precision=fp32"],
+    "checkpointing": ["training.activation_checkpointing=true"],
+    "eager attention": ["model.attention=eager"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One contestant as a process is told to build it."""
+
+    name: str  # in tables: a key of CONTESTANTS, or of ABLATION
+    stack: str  # official | fast-dit | strong | oracle | fastdit
+    size: str
+    batch: int
+    device: str = "cpu"
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass
+class Verdict:
+    """What GATE_STEPS steps on the same inputs came to, on the CPU."""
+
+    inputs: Inputs
+    losses: list[Tensor]  # (N,) of every step
+    moved: Tensor  # norm of each tensor's way from the start, in the order of its name: weights, then EMA
+    precision: str
+
+
+def config_of(case: Case) -> Config:
+    """The shipped DiT-XL/2 configuration, resized, with the case's overrides."""
+    size = dataclasses.replace(SIZES[case.size], batch=case.batch)
+    fixed = [*size.overrides(case.size), f"training.lr={LR}", f"training.ema_decay={EMA_DECAY}"]
+    return load_config(shipped_config("dit_xl_2"), [*fixed, *case.overrides])
+
+
+def latent_shape(size: Size) -> tuple[int, int, int]:
+    return size.channels, size.latent, size.latent
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and tensors that training moves, by official name and in its order."""
+    named = ((name.removeprefix("_orig_mod."), p) for name, p in model.named_parameters() if p.requires_grad)
+    return sorted(named, key=lambda pair: pair[0])
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int = SEED) -> None:
+    """Weights that leave no part of the network silent (as initialised, the gates and the head are zero)."""
+    for _, parameter in trained(model):
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+        parameter.normal_(0, std, generator=generator)
+        seed += 1
+
+
+def host_batches(size: Size, batch: int, pin: bool) -> list[tuple[Tensor, Tensor]]:
+    """Moments (N, 2C, h, w) and labels (N,) as the loader hands them over."""
+    generator = torch.Generator().manual_seed(SEED)
+    batches = []
+    for _ in range(HOST_BATCHES):
+        mean = 5 * torch.randn(batch, *latent_shape(size), generator=generator)
+        std = 0.1 * torch.rand(batch, *latent_shape(size), generator=generator)
+        y = torch.randint(0, size.classes, (batch,), generator=generator)
+        pair = torch.cat([mean, std], dim=1), y
+        batches.append(tuple(value.pin_memory() for value in pair) if pin else pair)
+    return batches
+
+
+class Reference:
+    """One of reference.py's recipes; "oracle" is the plain network in fp32, a few images at a time."""
+
+    def __init__(self, case: Case):
+        self.size, device = SIZES[case.size], torch.device(case.device)
+        self.batches = host_batches(self.size, case.batch, device.type == "cuda")
+        with device:
+            self.model = self.network(self.size).train()
+        fill(self.model)
+        self.work = ReferenceStep(
+            case.stack, self.model, device, lr=LR, ema_decay=EMA_DECAY, scale=SCALE, null_label=self.size.classes,
+            class_dropout=0.1, micro_batch=self.size.micro if case.stack == "oracle" else 0,
+        )  # fmt: skip
+
+    @staticmethod
+    def network(size: Size) -> nn.Module:
+        return PlainDiT(size.latent, size.patch, size.channels, size.hidden, size.depth, size.heads, size.classes)
+
+    def step(self, i: int) -> Tensor:
+        return self.work(*self.batches[i % HOST_BATCHES])
+
+    def gate(self, inputs: Inputs | None) -> Verdict:
+        work = self.work
+        on_device = inputs.to(work.device)
+        start = start_of(self.model)
+        losses = []
+        while len(losses) < GATE_STEPS:
+            scale = work.scaler.get_scale()
+            losses.append(work.learn(on_device).cpu())
+            if work.scaler.get_scale() < scale:  # fp16 overflowed and the step was left out, as it should be
+                losses.pop()
+        averages = dict(zip((id(p) for p in work.parameters), work.ema, strict=True))
+        return Verdict(inputs, losses, moved(self.model, start, averages), work.precision)
+
+
+class Fastdit:
+    """fastdit's own stack as training/loop.py builds it, from a Config."""
+
+    def __init__(self, case: Case):
+        config, size, device = config_of(case), SIZES[case.size], torch.device(case.device)
+        settings = config.training
+        torch.set_float32_matmul_precision("high")
+        self.precision = settings.precision if settings.precision != "fp32" or device.type == "cpu" else "tf32"
+        self.batches = host_batches(size, case.batch, device.type == "cuda")
+        self.objective = Recorder(build(OBJECTIVES, config.objective, "objective"))
+        ranks = Ranks(0, 0, 1, device)
+        self.model = network(config, latent_shape(size), self.objective).to(device).train()
+        fill(self.model)
+        self.model.set_activation_checkpointing(settings.activation_checkpointing)
+        if settings.compile:
+            self.model.compile_blocks()
+        engine = TorchEngine(
+            self.model, ranks, betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
+            accumulation=1, grad_clip=settings.grad_clip,
+        )  # fmt: skip
+        self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
+        self.work = TrainStep(
+            engine, self.ema, self.objective, ranks, latent_shape=latent_shape(size), scale=SCALE, shift=0.0,
+            class_dropout=config.model.class_dropout, null_label=self.model.null_label, micro_batch=case.batch,
+            accumulation=1, seed=SEED,
+        )  # fmt: skip
+        self.device, self.lr, self.steps = device, settings.lr, 0
+
+    def step(self, i: int) -> Tensor:
+        moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])
+        self.steps += 1
+        return self.work(moments, y, self.steps - 1, self.lr)[0]
+
+    def gate(self, inputs: Inputs | None) -> Verdict:
+        """Draws its own inputs, the same at every step, and tells them: the others take these."""
+        start, losses = start_of(self.model), []
+        moments, y = (value.to(self.device) for value in self.batches[0])
+        for _ in range(GATE_STEPS):
+            mean_loss, _ = self.work(moments, y, 0, self.lr)
+            drawn, per_sample = self.objective.seen
+            losses.append(per_sample.cpu())
+            if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):
+                raise ValueError(f"the step returned a loss of {mean_loss}, its objective {per_sample.mean()}")
+        averages = dict(zip((id(p) for p in self.model.parameters() if p.requires_grad), self.ema.average, strict=True))
+        return Verdict(drawn.to("cpu"), losses, moved(self.model, start, averages), self.precision)
+
+
+class Recorder:
+    """An objective that remembers what its loss was last asked and what it answered, in the step as it is timed."""
+
+    def __init__(self, objective):
+        self.objective, self.seen = objective, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.objective, name)
+
+    def loss(self, model, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor):
+        result = self.objective.loss(model, x_0, y, t, noise)
+        index = self.objective.model_time(t).round().long()
+        self.seen = Inputs(x_0, y, index, noise), result.per_sample.detach()
+        return result
+
+
+def start_of(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for _, p in trained(model)]
+
+
+def moved(model: nn.Module, start: list[Tensor], averages: dict[int, Tensor]) -> Tensor:
+    """How far each weight tensor, then each average, went from the weights' start."""
+    weights = [p for _, p in trained(model)]
+    there = [*(p.detach() for p in weights), *(averages[id(p)] for p in weights)]
+    return torch.stack([torch.linalg.vector_norm(a - b).cpu() for a, b in zip(there, [*start, *start], strict=True)])
+
+
+def build_case(case: Case) -> Reference | Fastdit:
+    return Fastdit(case) if case.stack == "fastdit" else Reference(case)
