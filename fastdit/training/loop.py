@@ -94,16 +94,18 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
             if meta[key] != value:
                 raise ValueError(f"{found[-1]} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
         engine.load(found[-1], load_file(found[-1] / "model.safetensors"))
-        own = torch.load(found[-1] / f"ema-{ranks.rank:05d}.pt", map_location="cpu", weights_only=True)
+        part = found[-1] / f"ema-{ranks.rank % facts['sharded_over']:05d}.pt"
+        own = torch.load(part, map_location="cpu", weights_only=True)
         ema.load(own["average"])
         start, window = meta["step"], own["window"].to(device)
 
     def write(folder: Path) -> None:
         """This process's part of a checkpoint; the main one adds whole weights and EMA for everybody else's use."""
         weights, average = engine.full_state(engine.master_parameters()), engine.full_state(ema.average)
+        kept = window if facts["sharded_over"] > 1 else ranks.mean(window)  # of one part, every process resumes from it
         engine.save(folder)
         if ranks.rank < facts["sharded_over"]:
-            torch.save({"average": ema.average, "window": window}, folder / f"ema-{ranks.rank:05d}.pt")
+            torch.save({"average": ema.average, "window": kept}, folder / f"ema-{ranks.rank:05d}.pt")
         if ranks.is_main:
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
             save_file({k: v.detach().cpu().contiguous() for k, v in average.items()}, folder / "ema.safetensors")
