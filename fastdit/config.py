@@ -72,6 +72,7 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, moments and EMA are always fp32
     activation_checkpointing: bool = False
     compile: bool = True
+    loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed under its launcher
     zero_stage: int = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to DeepSpeed's JSON

@@ -45,6 +45,14 @@ class Ranks:
             value /= self.world
         return value
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (n, ...) of all processes, in the order of the ranks: (world n, ...)."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
 
 def init(device: str | None = None) -> Ranks:
     """Join the process group that torchrun or the deepspeed launcher describes in the environment, if one does."""

@@ -14,6 +14,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
 from fastdit.models.dit import DiT, create_dit
 from fastdit.training import checkpoint
@@ -47,6 +48,9 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build(OBJECTIVES, config.objective, "objective")
     bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")  # a misspelt sampler fails now, not after the training
+    if settings.loss_aware_times and config.objective.name != "ddpm":
+        raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
+    times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = network(config, manifest.latent_shape, objective).to(device).train()
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
@@ -98,6 +102,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         own = torch.load(part, map_location="cpu", weights_only=True)
         ema.load(own["average"])
         start, window = meta["step"], own["window"].to(device)
+        if times is not None and (found[-1] / "times.pt").is_file():  # absent where the run went without until now
+            times.load_state_dict(torch.load(found[-1] / "times.pt", weights_only=True))
 
     def write(folder: Path) -> None:
         """This process's part of a checkpoint; the main one adds whole weights and EMA for everybody else's use."""
@@ -110,6 +116,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
             save_file({k: v.detach().cpu().contiguous() for k, v in average.items()}, folder / "ema.safetensors")
             save_config(config, folder / "config.yaml")
+            if times is not None:
+                torch.save(times.state_dict(), folder / "times.pt")
 
     log = None
     if ranks.is_main:
@@ -145,6 +153,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         micro_batch=micro,
         accumulation=accumulation,
         seed=seed_of(config.seed, NOISE),
+        times=times,
     )
     last = found[-1] if found else None
     clock, clock_step = time.perf_counter(), start

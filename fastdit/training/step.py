@@ -1,11 +1,12 @@
 """One training step, from moments to moved weights: noise, loss, backward, optimiser, EMA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastdit.data.latents import sample_latents
+from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, StepRandom
 from fastdit.models.dit import drop_labels
 from fastdit.training.ema import EMA
@@ -31,6 +32,8 @@ class TrainStep:
     micro_batch: int
     accumulation: int
     seed: int
+    times: LossAwareTimes | None = None  # draws the times instead of the objective
+    seen: list[Tensor] = field(default_factory=list)  # (n, 2) times and losses of this step's micro-batches, for it
 
     def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """moments (n, 2C, h, w), y (n,) on the device, step from 0 -> mean loss and gradient norm, on the device."""
@@ -41,6 +44,10 @@ class TrainStep:
             loss = self.loss(moments[rows], y[rows], step, first=(self.ranks.rank * self.accumulation + i))
             self.engine.backward(loss)
             total += loss.detach() / self.accumulation
+        if self.times is not None:
+            seen = self.ranks.gather(torch.cat(self.seen))  # (global batch, 2), in one order on any world size
+            self.times.update(*seen.unbind(1))
+            self.seen.clear()
         grad_norm = self.engine.step(lr)
         self.ema.update(self.engine.master_parameters(), step + 1)
         return total, grad_norm
@@ -52,5 +59,10 @@ class TrainStep:
         random = StepRandom(self.seed, step, rows, global_batch, moments.device)
         x_0 = sample_latents(moments, random.randn(*self.latent_shape), self.scale, self.shift)  # (n, C, h, w)
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
-        t = self.objective.sample_t(random.rand())
-        return self.objective.loss(self.engine, x_0, y, t, random.randn(*self.latent_shape)).per_sample.mean()
+        u, noise = random.rand(), random.randn(*self.latent_shape)
+        t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
+        losses = self.objective.loss(self.engine, x_0, y, t, noise).per_sample
+        if factors is None:
+            return losses.mean()
+        self.seen.append(torch.stack([t, losses.detach().to(t)], 1))
+        return (factors.to(losses) * losses).mean()
