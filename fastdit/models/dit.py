@@ -82,9 +82,10 @@ class DiT(nn.Module):
         if self.num_classes:
             c = c + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D), T = (H / p)(W / p)
+        pending = None  # the last block's MLP branch, on its way into the residual x
         for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
+            x, pending = block(x, pending, c)
+        return self.unpatchify(self.final_layer(x, pending, c))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, T, p p C) with channels fastest -> (N, C, H, W)."""

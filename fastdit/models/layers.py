@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdit.kernels import adaln
+from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.attention import attention
 
 
@@ -64,8 +64,14 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+Pending = tuple[Tensor, Tensor, Tensor]  # a branch (N, T, D) not yet in the residual, its gate (N, D), its bias (D,)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim)."""
+    """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim).
+
+    The projection's bias is left out: it joins where the gate meets the residual, in one fused op.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, backend: str = "sdpa"):
         super().__init__()
@@ -79,11 +85,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim), views of the packed projection
         x = attention(q, k, v, self.backend)
-        return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
+        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight)
 
 
 class Mlp(nn.Module):
-    """Two linears with a tanh-GELU between, over (N, T, D)."""
+    """Two linears with a tanh-GELU between, over (N, T, D); the second one's bias is left out, as in Attention."""
 
     def __init__(self, hidden_size: int, ratio: float = 4.0):
         super().__init__()
@@ -91,28 +97,42 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return F.linear(F.gelu(self.fc1(x), approximate="tanh"), self.fc2.weight)
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: x + gate * attention(modulated LN(x)), then the same with the MLP; c (N, D) conditions."""
+    """adaLN-Zero block: x + gate * attention(modulated LN(x)), then the same with the MLP; c (N, D) conditions.
+
+    A gated branch enters the residual in the op that also normalises and modulates for the next branch, so a block
+    hands its MLP branch on as `pending`: the next block, or the final layer, adds it.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, attention_backend: str = "sdpa"):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, attention_backend)
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self.recompute = False  # activation checkpointing: keep only x and c, run the block again in backward
+        self.recompute = False  # activation checkpointing: keep only the inputs, run the block again in backward
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
         if self.recompute and torch.is_grad_enabled():  # inside the compiled region, so that the compiler sees it
-            return checkpoint(self._forward, x, c, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, c)
+            return checkpoint(self._forward, x, pending, c, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, pending, c)
 
-    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (N, D) each
-        x = x + gate_a[:, None] * self.attn(adaln(x, shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(adaln(x, shift_m, scale_m))
+        x, h = add_and_modulate(x, pending, shift_a, scale_a)
+        x, h = add_and_modulate(x, (self.attn(h), gate_a, self.attn.proj.bias), shift_m, scale_m)
+        # a copy of the bias: ZeRO-3 takes a block's parameters back when the block returns
+        return x, (self.mlp(h), gate_m, self.mlp.fc2.bias.clone())
+
+
+def add_and_modulate(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate (branch + bias), and LayerNorm(that) (1 + scale) + shift: both (N, T, D)."""
+    if pending is None:
+        return x, adaln(x, shift, scale)
+    branch, gate, bias = pending
+    return gate_residual_adaln(x, branch, gate, shift, scale, bias)
 
 
 class FinalLayer(nn.Module):
@@ -123,6 +143,6 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(adaln(x, shift, scale))
+        return self.linear(add_and_modulate(x, pending, shift, scale)[1])
