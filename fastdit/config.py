@@ -49,9 +49,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    variant: str = "DiT-XL/2"
+    variant: str = "DiT-XL/2"  # or any depth x hidden x heads / patch: "DiT-6x384x6/2"
     class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
     attention: str = "sdpa"
+    learn_sigma: bool | None = None  # 2C output channels; null: as the objective asks. True with flow: SiT's idle half
 
     def __post_init__(self):
         _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a share in [0, 1)")

@@ -1,5 +1,7 @@
 """The diffusion transformer, DiT with adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748); SiT uses the same network."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +133,14 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
+def variant_shape(variant: str) -> dict[str, int]:
+    """Depth, hidden size, heads and patch of "DiT-XL/2", or of a size spelt out in that order: "DiT-6x384x6/2"."""
+    spelt = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
+    if spelt:
+        return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, spelt.groups()), strict=True))
+    return lookup(DIT_VARIANTS, variant, "model.variant")
+
+
 def create_dit(variant: str, **arguments) -> DiT:
-    """DiT of a named size, e.g. `create_dit("DiT-XL/2", input_size=32)`; other arguments as DiT's."""
-    return DiT(**lookup(DIT_VARIANTS, variant, "model.variant"), **arguments)
+    """DiT of a size that `variant_shape` knows, e.g. `create_dit("DiT-XL/2", input_size=32)`; the rest as DiT's."""
+    return DiT(**variant_shape(variant), **arguments)

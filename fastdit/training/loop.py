@@ -196,13 +196,16 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 def network(config: Config, latent_shape: tuple[int, int, int], objective) -> DiT:
     """The config's network for latents (C, h, w), its output channels as the objective wants them."""
     channels, height, _ = latent_shape
+    learn_sigma = objective.out_channels(channels) == 2 * channels
+    if learn_sigma and config.model.learn_sigma is False:
+        raise ValueError("model.learn_sigma=False leaves no channels for the objective's variance; use null")
     return create_dit(
         config.model.variant,
         input_size=height,
         in_channels=channels,
         num_classes=config.data.num_classes,
         class_dropout=config.model.class_dropout,
-        learn_sigma=objective.out_channels(channels) == 2 * channels,
+        learn_sigma=learn_sigma or bool(config.model.learn_sigma),
         attention=config.model.attention,
     )
 
