@@ -6,7 +6,11 @@ is a line in ABLATION.
 """
 
 import dataclasses
+import importlib.util
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from reference import Inputs, PlainDiT, ReferenceStep
@@ -85,6 +89,7 @@ class Case:
     batch: int
     device: str = "cpu"
     overrides: tuple[str, ...] = ()
+    repo: str = ""  # a checkout whose models.py holds the network of a reference
 
 
 @dataclass
@@ -95,6 +100,7 @@ class Verdict:
     losses: list[Tensor]  # (N,) of every step
     moved: Tensor  # norm of each tensor's way from the start, in the order of its name: weights, then EMA
     precision: str
+    first_done: float  # time.perf_counter() at the end of the first step
 
 
 def config_of(case: Case) -> Config:
@@ -144,32 +150,69 @@ class Reference:
         self.size, device = SIZES[case.size], torch.device(case.device)
         self.batches = host_batches(self.size, case.batch, device.type == "cuda")
         with device:
-            self.model = self.network(self.size).train()
+            self.model = (network_of_repo(case.repo, self.size) if case.repo else plain_network(self.size)).train()
         fill(self.model)
         self.work = ReferenceStep(
             case.stack, self.model, device, lr=LR, ema_decay=EMA_DECAY, scale=SCALE, null_label=self.size.classes,
             class_dropout=0.1, micro_batch=self.size.micro if case.stack == "oracle" else 0,
+            drops_labels=bool(case.repo),
         )  # fmt: skip
-
-    @staticmethod
-    def network(size: Size) -> nn.Module:
-        return PlainDiT(size.latent, size.patch, size.channels, size.hidden, size.depth, size.heads, size.classes)
 
     def step(self, i: int) -> Tensor:
         return self.work(*self.batches[i % HOST_BATCHES])
 
     def gate(self, inputs: Inputs | None) -> Verdict:
         work = self.work
+        if inputs is None:
+            inputs = work.draw(*(value.to(work.device) for value in self.batches[0])).to("cpu")
         on_device = inputs.to(work.device)
         start = start_of(self.model)
-        losses = []
+        embedder = self.model.y_embedder
+        if work.drops_labels:  # the inputs' labels are dropped already
+            embedder.dropout_prob, dropout = 0, embedder.dropout_prob
+        losses, first_done = [], 0.0
         while len(losses) < GATE_STEPS:
             scale = work.scaler.get_scale()
             losses.append(work.learn(on_device).cpu())
+            first_done = first_done or time.perf_counter()
             if work.scaler.get_scale() < scale:  # fp16 overflowed and the step was left out, as it should be
                 losses.pop()
+        if work.drops_labels:
+            embedder.dropout_prob = dropout
         averages = dict(zip((id(p) for p in work.parameters), work.ema, strict=True))
-        return Verdict(inputs, losses, moved(self.model, start, averages), work.precision)
+        return Verdict(inputs, losses, moved(self.model, start, averages), work.precision, first_done)
+
+
+def plain_network(size: Size) -> nn.Module:
+    return PlainDiT(size.latent, size.patch, size.channels, size.hidden, size.depth, size.heads, size.classes)
+
+
+def network_of_repo(path: str, size: Size) -> nn.Module:
+    """The DiT of a checkout's models.py, with the released defaults for all that `size` does not say."""
+    return models_of_repo(Path(path)).DiT(
+        input_size=size.latent, patch_size=size.patch, in_channels=size.channels, hidden_size=size.hidden,
+        depth=size.depth, num_heads=size.heads, num_classes=size.classes,
+    )  # fmt: skip
+
+
+def models_of_repo(path: Path):
+    """The module models.py of a checkout of DiT or fast-DiT; ValueError where there is none, or it lacks a package."""
+    file = path / "models.py"
+    if not file.is_file():
+        raise ValueError(f"--reference-repo {path} holds no models.py; clone facebookresearch/DiT or fast-DiT there")
+    spec = importlib.util.spec_from_file_location("reference_models", file)
+    module = sys.modules["reference_models"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"--reference-repo {path}: {error}; install it beside torch") from error
+    return module
+
+
+def stack_of_repo(path: Path) -> str:
+    """The recipe that a checkout stands for: fast-DiT's network checkpoints its blocks itself."""
+    models_of_repo(path)
+    return "fast-dit" if "checkpoint" in (path / "models.py").read_text() else "official"
 
 
 class Fastdit:
@@ -207,16 +250,17 @@ class Fastdit:
 
     def gate(self, inputs: Inputs | None) -> Verdict:
         """Draws its own inputs, the same at every step, and tells them: the others take these."""
-        start, losses = start_of(self.model), []
+        start, losses, first_done = start_of(self.model), [], 0.0
         moments, y = (value.to(self.device) for value in self.batches[0])
         for _ in range(GATE_STEPS):
             mean_loss, _ = self.work(moments, y, 0, self.lr)
             drawn, per_sample = self.objective.seen
             losses.append(per_sample.cpu())
+            first_done = first_done or time.perf_counter()
             if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):
                 raise ValueError(f"the step returned a loss of {mean_loss}, its objective {per_sample.mean()}")
         averages = dict(zip((id(p) for p in self.model.parameters() if p.requires_grad), self.ema.average, strict=True))
-        return Verdict(drawn.to("cpu"), losses, moved(self.model, start, averages), self.precision)
+        return Verdict(drawn.to("cpu"), losses, moved(self.model, start, averages), self.precision, first_done)
 
 
 class Recorder:

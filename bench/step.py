@@ -3,181 +3,277 @@
 A step is everything from a batch of moments in pinned host memory to moved weights and EMA: transfer, posterior sample,
 noise, label dropout, DDPM's learned-range loss, backward, optimiser, EMA. Every contestant lives in a process of its
 own and must first pass a gate: from the same weights and inputs the same losses, step after step, within the noise of
-its dtype, as the plain network in fp32. Only then are they timed, taking turns, and ratios are formed within a turn.
+its dtype, as the plain network in fp32; what fails it is not timed. Then they take turns, and ratios are formed within
+a turn. On a CPU all stay alive between their turns; on a GPU each has the memory to itself and is started afresh.
 
     python bench/step.py                     # the small model on a CPU, DiT-XL/2 at batch 256 on a GPU
-    python bench/step.py --size small --contestants strong fastdit --rounds 5 --out bench/results/here
+    python bench/step.py --size S/2 --batch 64 --contestants strong fastdit --profile --out results
+    python bench/step.py --ablation          # fastdit, and fastdit with one thing changed at a time
+    python bench/step.py --reference-repo ~/DiT ~/fast-DiT      # their models.py in the place of the plain network
 """
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
-import traceback
-from dataclasses import replace
-from multiprocessing import get_context
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from contestants import CONTESTANTS, SIZES, Case, Verdict, build_case, config_of, latent_shape
-from record import record
+from contestants import ABLATION, CONTESTANTS, SIZES, Case, config_of, latent_shape, stack_of_repo
+from record import hardware, record
+from report import chart, table
+from workers import Gated, Worker, gate_errors
 
 from fastdit.diffusion.objectives import OBJECTIVES
-from fastdit.training.log import peak_gib
+from fastdit.training.log import PEAK_TFLOPS
 from fastdit.training.loop import network
 
-# against fp32: losses of single images and ways of the weights, root mean square of the relative differences (Adam
-# moves a weight whose gradient is all rounding as far as any other, hence the second number)
+# of the gate's two errors: losses, and ways of the weights (Adam moves a weight whose gradient is all rounding as far
+# as any other, so these differ more)
 TOLERANCE = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 0.1), "fp16": (5e-3, 0.1), "bf16": (1e-2, 0.15)}
-START_S = 600  # longest wait for a contestant to build, compile and pass the gate
 
 
-def serve(connection, case: Case) -> None:
-    """The process of one contestant: answers (method, arguments) until told nothing more."""
-    try:
-        bench = None
-        while (order := connection.recv()) is not None:
-            method, arguments = order
-            if method == "build":
-                bench = Served(case)
-            else:
-                connection.send(getattr(bench, method)(*arguments))
-                continue
-            connection.send(None)
-    except torch.OutOfMemoryError as error:
-        connection.send(MemoryError(str(error).partition("\n")[0]))
-    except Exception:
-        connection.send(RuntimeError(traceback.format_exc()))
+@dataclass
+class Row:
+    """What is known of one contestant."""
+
+    case: Case
+    failed: str = ""  # why there are no figures, or not all
+    gated: Gated | None = None
+    errors: tuple[float, float] = (float("nan"), float("nan"))
+    turns: list[list[float]] = field(default_factory=list)  # seconds of each step of each turn
+    peak_gib: float = float("nan")
+    product_tflops: list[float] = field(default_factory=list)
+    profile: dict[str, float] = field(default_factory=dict)  # ms of a step by kind of kernel
+
+    @property
+    def rates(self) -> list[float]:
+        """Images/s of each turn."""
+        return [self.gated.batch / statistics.median(turn) for turn in self.turns]
 
 
-class Served:
-    """A contestant inside its process."""
-
-    def __init__(self, case: Case):
-        self.device = torch.device(case.device)
-        self.begin = time.perf_counter()
-        self.contestant = build_case(case)
-        self.done = 0
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def gate(self, inputs) -> tuple[Verdict, float]:
-        """The verdict, and the seconds from nothing to the end of the first steps."""
-        verdict = self.contestant.gate(inputs)
-        self.wait()
-        return verdict, time.perf_counter() - self.begin
-
-    def round(self, warmup: int, steps: int) -> float:
-        """Seconds per step."""
-        for i in range(warmup):
-            self.contestant.step(i)
-        self.wait()
-        start = time.perf_counter()
-        for i in range(steps):
-            loss = self.contestant.step(i)
-        self.wait()
-        seconds = (time.perf_counter() - start) / steps
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss became {loss.item()}")
-        return seconds
-
-    def peak_gib(self) -> float:
-        return peak_gib(self.device)
-
-
-class Worker:
-    """The other end: starts the process and passes on what it answers."""
+class Judge:
+    """The gate: what the plain network in fp32 makes of the first contestant's inputs, and who agrees with it."""
 
     def __init__(self, case: Case):
-        self.case = case
-        context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.oracle = replace(case, name="oracle", stack="oracle", overrides=(), repo="")
+        self.inputs = None
+        self.truths = {}
 
-    def ask(self, method: str, *arguments, timeout: float = START_S):
-        self.connection.send((method, arguments))
-        if not self.connection.poll(timeout):
-            self.process.kill()
-            raise TimeoutError(f"{self.case.name}: no answer to {method} within {timeout:.0f} s")
+    def errors(self, gated: Gated, timeout_s: float) -> tuple[float, float]:
+        inputs = gated.verdict.inputs
+        if self.inputs is None:
+            self.inputs = inputs
+        key = gated.batch, float(inputs.x_0.double().sum()), float(inputs.noise.double().sum())
+        if key not in self.truths:
+            worker = Worker(replace(self.oracle, batch=gated.batch))
+            self.truths[key] = worker.ask("gate", inputs, timeout_s=timeout_s).verdict
+            worker.close()
+        return gate_errors(gated.verdict, self.truths[key])
+
+    @staticmethod
+    def objection(gated: Gated, errors: tuple[float, float]) -> str:
+        """Empty when the contestant computes what it should."""
+        most = TOLERANCE[gated.verdict.precision]
+        if all(error <= limit for error, limit in zip(errors, most, strict=True)):
+            return ""
+        return f"computes something else: losses differ by {errors[0]:.1e}, ways of the weights by {errors[1]:.1e}"
+
+
+def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident: bool, budget_s: float,
+            profile: bool, out: Path | None) -> list[Row]:  # fmt: skip
+    """Gate and time all `cases`; what goes wrong with one is said in its row."""
+    deadline = time.monotonic() + budget_s
+    rows, workers, judge = {case.name: Row(case) for case in cases}, {}, Judge(cases[0])
+    cases = sorted(cases, key=lambda case: case.stack != "fastdit")  # first: it draws the gate's inputs
+
+    def left() -> float:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the budget of {budget_s:.0f} s was used up")
+        return deadline - time.monotonic()
+
+    def enter(row: Row) -> None:
+        """A live worker for the row: gated the first time, built again where it had to give up its memory."""
+        name = row.case.name
+        if name in workers:
+            return
+        workers[name] = worker = Worker(replace(row.case, batch=row.gated.batch if row.gated else row.case.batch))
+        if row.gated is not None:
+            worker.ask("build", timeout_s=left())
+            return
+        gated = worker.ask("gate", judge.inputs, timeout_s=left())
+        if not resident:  # the oracle needs the memory
+            leave(name)
+        row.errors, row.gated = judge.errors(gated, left()), gated
+        row.failed = judge.objection(gated, row.errors)
+        say(f"{name}: {gated.verdict.precision}, batch {gated.batch}, first step after {gated.first_step_s:.1f} s, "
+            + (row.failed or f"equal (losses {row.errors[0]:.0e}, ways {row.errors[1]:.0e})"))  # fmt: skip
+        if not row.failed and not resident:
+            enter(row)
+
+    def leave(name: str) -> None:
+        if name in workers:
+            workers.pop(name).close()
+
+    def attempt(row: Row, action) -> None:
+        """Do it, or write into the row why not."""
+        if row.failed:
+            return
         try:
-            answer = self.connection.recv()
-        except EOFError:
-            self.process.join(10)
-            raise RuntimeError(f"{self.case.name}: the process ended with {self.process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            action(row)
+        except (RuntimeError, MemoryError, TimeoutError) as error:
+            kind = "out of memory: " if isinstance(error, MemoryError) else ""
+            row.failed = kind + str(error)
+            say(f"{row.case.name}: {row.failed}")
+        if row.failed:
+            leave(row.case.name)
 
-    def close(self) -> None:
-        if self.process.is_alive():
-            self.connection.send(None)
-            self.process.join(30)
+    def turn(row: Row) -> None:
+        enter(row)
+        if row.failed:
+            return
+        worker = workers[row.case.name]
+        row.turns.append(worker.ask("turn", warmup, steps, timeout_s=left()))
+        row.peak_gib = worker.ask("peak_gib", timeout_s=left())
+        say(f"{row.case.name}: {row.rates[-1]:.2f} images/s")
+        if row.case.name == cases[0].name:  # the ceiling, measured while everything is as warm as it gets
+            row.product_tflops.append(worker.ask("product_tflops", timeout_s=left()))
+        if profile and len(row.turns) == turns and row.case.name in CONTESTANTS:
+            trace = out and out / f"trace-{row.case.name}.json.gz"
+            row.profile = worker.ask("profile", 2, trace, timeout_s=left())
+        if not resident:
+            leave(row.case.name)
+
+    if resident:
+        for case in cases:
+            attempt(rows[case.name], enter)
+    for i in range(turns):
+        for case in cases if i % 2 == 0 else cases[::-1]:  # there and back: a drift of the clock is nobody's gain
+            attempt(rows[case.name], turn)
+    for name in list(workers):
+        leave(name)
+    return list(rows.values())
 
 
-def gate_errors(verdict: Verdict, truth: Verdict) -> tuple[float, float]:
-    """(of the losses, of the ways that weights and EMA went): root mean square of the relative differences."""
-    losses = torch.stack(verdict.losses) / torch.stack(truth.losses) - 1
-    ways = verdict.moved / truth.moved - 1
-    return tuple(float(error.square().mean().sqrt()) for error in (losses, ways))
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def flops_per_image(case: Case) -> int:
+    """Of a training step, in matrix products; recomputation does not count."""
+    with torch.device("meta"):
+        objective = OBJECTIVES["ddpm"]()
+        return 3 * network(config_of(case), latent_shape(SIZES[case.size]), objective).flops_per_image()
+
+
+def figures(rows: list[Row]) -> list[dict]:
+    """The fields of each contestant's JSON line."""
+    flops = flops_per_image(rows[0].case)
+    product = [value for row in rows for value in row.product_tflops]
+    product = statistics.median(product) if product else None
+    datasheet = next((peak for known, peak in PEAK_TFLOPS.items() if known in hardware()), None)
+    lines = []
+    for row in rows:
+        line = {"contestant": row.case.name, "size": row.case.size, "device": row.case.device,
+                "overrides": list(row.case.overrides)}  # fmt: skip
+        if row.gated:
+            line |= {"batch": row.gated.batch, "precision": row.gated.verdict.precision,
+                     "loss_error": float(f"{row.errors[0]:.2g}"), "way_error": float(f"{row.errors[1]:.2g}"),
+                     "first_step_s": round(row.gated.first_step_s, 1)}  # fmt: skip
+        if row.failed:
+            line["failed"] = row.failed.strip().splitlines()[-1]
+        if row.turns:
+            images = statistics.median(row.rates)
+            tflops = flops * images / 1e12
+            line |= {
+                "images_per_s": significant(images),
+                "steps_per_s": significant(images / row.gated.batch),
+                "spread": [significant(min(row.rates)), significant(max(row.rates))],
+                "slowest_step": significant(row.gated.batch / max(max(turn) for turn in row.turns)),
+                "over": {
+                    other.case.name: round(statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=False)), 3)
+                    for other in rows
+                    if other.turns and other is not row
+                },
+                "tflops": significant(tflops),
+                "mfu": datasheet and round(tflops / datasheet, 4),
+                "of_product": product and round(tflops / product, 4),
+                "product_tflops": product and significant(product),
+                "peak_gib": round(row.peak_gib, 2),
+                "turns": len(row.turns),
+                "steps": len(row.turns[0]),
+            }
+        if row.profile:
+            line["profile_ms"] = {kind: round(ms, 3) for kind, ms in row.profile.items()}
+        lines.append(line)
+    return lines
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    size = SIZES[arguments.size]
+    common = dict(size=arguments.size, batch=arguments.batch or size.batch, device=arguments.device)
+    own = tuple(arguments.override)
+    repos = {stack_of_repo(path): str(path.resolve()) for path in arguments.reference_repo}
+    cases = [
+        Case(name, name, **common, overrides=own if name == "fastdit" else (), repo=repos.get(name, ""))
+        for name in arguments.contestants
+    ]
+    if arguments.ablation:
+        cases = [Case("fastdit", "fastdit", **common, overrides=own)]
+        for name, changes in ABLATION.items():
+            cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
+    return cases
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
+    parser.add_argument("override", nargs="*", help="of fastdit's configuration, like training.compile=false")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
+    parser.add_argument("--batch", type=int, help="images of a step (halved for a reference whose memory ends)")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="timed in one turn")
+    parser.add_argument("--ablation", action="store_true", help="fastdit with one thing changed at a time")
+    parser.add_argument("--reference-repo", nargs="+", type=Path, default=[], metavar="PATH")
+    parser.add_argument("--turns", type=int, default=2 if on_gpu else 5)
+    parser.add_argument("--steps", type=int, default=10 if on_gpu else 3, help="timed in a turn")
+    parser.add_argument("--warmup", type=int, default=3 if on_gpu else 1, help="steps before them")
+    parser.add_argument("--profile", action="store_true", help="traces, and a step's time by kind of kernel")
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="after it no turn begins")
+    parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to), step.md, step.png, traces")
     arguments = parser.parse_args()
-    size = SIZES[arguments.size]
-    cases = [Case(name, name, arguments.size, size.batch, arguments.device) for name in arguments.contestants]
-
-    oracle = None
-    workers, facts = {}, {}
-    for case in sorted(cases, key=lambda case: case.stack != "fastdit"):  # first: it draws the gate's inputs
-        worker = Worker(case)
-        worker.ask("build")
-        verdict, seconds = worker.ask("gate", oracle.inputs if oracle else None)
-        if oracle is None:
-            truth = Worker(replace(case, name="oracle", stack="oracle"))
-            truth.ask("build")
-            oracle, _ = truth.ask("gate", verdict.inputs)
-            truth.close()
-        errors = gate_errors(verdict, oracle)
-        good = all(error <= most for error, most in zip(errors, TOLERANCE[verdict.precision], strict=True))
-        print(f"{case.name}: {verdict.precision}, losses {errors[0]:.1e}, ways {errors[1]:.1e}"
-              f" -> {'equal' if good else 'DIFFERENT'}; ready after {seconds:.1f} s", file=sys.stderr)  # fmt: skip
-        if not good:
-            sys.exit(f"{case.name} computes something else than the reference; nothing was timed")
-        workers[case.name], facts[case.name] = worker, seconds
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for _ in range(arguments.rounds):
+    try:
+        cases = cases_of(arguments)
         for case in cases:
-            seconds[case.name].append(workers[case.name].ask("round", 1, arguments.steps))
-    with torch.device("meta"):
-        config = config_of(cases[0])
-        flops = 3 * network(config, latent_shape(size), OBJECTIVES["ddpm"]()).flops_per_image()
-    for case in cases:
-        each = seconds[case.name]
-        median = statistics.median(each)
-        ratio = {
-            other: round(statistics.median(b / a for a, b in zip(each, seconds[other], strict=True)), 2)
-            for other in seconds
-            if other != case.name
-        }
-        record(
-            "step", contestant=case.name, size=arguments.size, batch=case.batch, steps_per_s=round(1 / median, 3),
-            images_per_s=round(case.batch / median, 2),
-            spread=[round(case.batch / worst, 2) for worst in (max(each), min(each))],
-            tflops=round(flops * case.batch / median / 1e12, 4), speed_over=ratio,
-            peak_gib=round(workers[case.name].ask("peak_gib"), 2), first_step_s=round(facts[case.name], 1),
+            config_of(case)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:  # empty, so that the time to the first step is a newcomer's
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
+        rows = compete(
+            cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup, out=arguments.out,
+            resident=not arguments.device.startswith("cuda"), budget_s=arguments.budget_s, profile=arguments.profile,
         )  # fmt: skip
-    for worker in workers.values():
-        worker.close()
+    kind = "ablation" if arguments.ablation else "step"
+    file = arguments.out and arguments.out / "results.jsonl"
+    lines = [record(kind, file=file, **line) for line in figures(rows)]
+    text = table(lines)
+    print(text)
+    if arguments.out:
+        (arguments.out / f"{kind}.md").write_text(text)
+        chart(lines, arguments.out / f"{kind}.png")
+    if any(row.failed for row in rows):
+        sys.exit("not every contestant came through: " + ", ".join(row.case.name for row in rows if row.failed))
 
 
 if __name__ == "__main__":

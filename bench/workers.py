@@ -1,0 +1,170 @@
+"""Contestants in processes of their own: one that runs out of memory ends alone, and peak memory is its own."""
+
+import contextlib
+import gc
+import time
+import traceback
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import Case, Verdict, build_case
+from record import product_tflops
+from reference import Inputs
+from torch import Tensor
+
+from fastdit.training.log import peak_gib
+
+
+@dataclass
+class Gated:
+    """A contestant that has run its first steps: what came out, the batch that fitted, seconds to the first step."""
+
+    verdict: Verdict
+    batch: int
+    first_step_s: float
+
+
+class Served:
+    """A contestant inside its process."""
+
+    def __init__(self, case: Case):
+        self.case, self.device = case, torch.device(case.device)
+        self.contestant: Any = None
+
+    def gate(self, inputs: Inputs | None) -> Gated:
+        """Build, and run the first steps; with half the batch, and half again, where the memory does not suffice.
+
+        Half is a way out for the references alone: fastdit's inputs are everybody's.
+        """
+        while True:
+            try:
+                begin = time.perf_counter()
+                self.contestant = build_case(self.case)
+                rows = inputs and Inputs(*(value[: self.case.batch] for value in vars(inputs).values()))
+                verdict = self.contestant.gate(rows)
+                return Gated(verdict, self.case.batch, verdict.first_done - begin)
+            except torch.OutOfMemoryError:
+                if self.case.batch == 1 or inputs is None:
+                    raise
+                self.case = replace(self.case, batch=self.case.batch // 2)
+            self.contestant = None
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def build(self) -> None:
+        self.contestant = build_case(self.case)
+
+    def turn(self, warmup: int, steps: int) -> list[float]:
+        """Seconds of each step, one after the other without waiting in between."""
+        for i in range(warmup):
+            self.contestant.step(i)
+        self.wait()
+        marks, losses = [self.mark()], []
+        for i in range(steps):
+            losses.append(self.contestant.step(i))
+            marks.append(self.mark())
+        self.wait()
+        if not torch.isfinite(torch.stack([loss.detach().float() for loss in losses])).all():
+            raise ValueError(f"a loss is not finite: {losses}")
+        if self.device.type == "cuda":
+            return [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_gib(self) -> float:
+        return peak_gib(self.device)
+
+    def product_tflops(self) -> float:
+        return product_tflops(self.device)
+
+    def profile(self, steps: int, trace: Path | None) -> dict[str, float]:
+        """Milliseconds of a step by kind of kernel; `trace` gets the whole timeline for a trace viewer."""
+        from profiles import breakdown
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.contestant.step(0)
+        self.wait()
+        with torch.profiler.profile(activities=activities) as profiler:
+            start = time.perf_counter()
+            for i in range(steps):
+                self.contestant.step(i)
+            self.wait()
+            seconds = time.perf_counter() - start
+        if trace is not None:
+            profiler.export_chrome_trace(str(trace))
+        return {kind: 1000 * s / steps for kind, s in breakdown(profiler.events(), seconds, self.device.type).items()}
+
+
+def serve(connection, case: Case) -> None:
+    """The body of a contestant's process: does what it is asked until it is told None."""
+    bench = Served(case)
+    try:
+        while (order := connection.recv()) is not None:
+            method, arguments = order
+            connection.send(getattr(bench, method)(*arguments))
+    except torch.OutOfMemoryError as error:
+        connection.send(MemoryError(str(error).partition("\n")[0].partition(" GPU ")[0]))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception:
+        connection.send(RuntimeError(traceback.format_exc()))
+
+
+class Worker:
+    """This end of it: starts the process and passes on what it answers, or raises what it died of."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        try:
+            self.connection.send((method, arguments))
+            if not self.connection.poll(timeout_s):
+                self.process.kill()
+                raise TimeoutError(f"no answer to {method} within {timeout_s:.0f} s")
+            answer = self.connection.recv()
+        except (EOFError, BrokenPipeError):
+            self.process.join(10)
+            raise RuntimeError(f"its process ended with {self.process.exitcode} in {method}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send(None)
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def gate_errors(verdict: Verdict, truth: Verdict) -> tuple[float, float]:
+    """(of the losses, of the ways that weights and averages went): root mean square of the relative differences."""
+
+    def distance(ours: Tensor, theirs: Tensor) -> float:
+        return float((ours / theirs - 1).square().mean().sqrt())
+
+    return (
+        distance(torch.stack(verdict.losses), torch.stack(truth.losses)),
+        distance(verdict.moved, truth.moved),
+    )
