@@ -71,7 +71,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)): for runs of a few hundred steps
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, moments and EMA are always fp32
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
     compile: bool = True
     loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed under its launcher

@@ -95,10 +95,10 @@ class DiT(nn.Module):
         x = x.view(x.shape[0], grid, grid, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, grid * p, grid * p)
 
-    def set_activation_checkpointing(self, on: bool) -> None:
-        """Keep only each block's input and run the block again in backward: a third more FLOPs, far less memory."""
+    def set_activation_checkpointing(self, policy: str) -> None:
+        """none; selective: backward runs norms, gates and GELU again; full: the whole block, a third more FLOPs."""
         for block in self.blocks:
-            block.recompute = on
+            block.recompute = policy
 
     def compile_blocks(self) -> None:
         """torch.compile one block, reused by all of them: seconds to the first step, and the same parameter names."""

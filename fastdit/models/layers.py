@@ -1,11 +1,12 @@
 """Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.attention import attention
@@ -112,12 +113,14 @@ class DiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads, attention_backend)
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self.recompute = False  # activation checkpointing: keep only the inputs, run the block again in backward
+        self.recompute = "none"  # activation checkpointing, a key of RECOMPUTE
 
     def forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
-        if self.recompute and torch.is_grad_enabled():  # inside the compiled region, so that the compiler sees it
-            return checkpoint(self._forward, x, pending, c, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, pending, c)
+        options = RECOMPUTE[self.recompute]
+        if options is None or not torch.is_grad_enabled():
+            return self._forward(x, pending, c)
+        # inside the compiled region, so that the compiler sees it
+        return checkpoint(self._forward, x, pending, c, use_reentrant=False, preserve_rng_state=False, **options)
 
     def _forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (N, D) each
@@ -125,6 +128,20 @@ class DiTBlock(nn.Module):
         x, h = add_and_modulate(x, (self.attn(h), gate_a, self.attn.proj.bias), shift_m, scale_m)
         # a copy of the bias: ZeRO-3 takes a block's parameters back when the block returns
         return x, (self.mlp(h), gate_m, self.mlp.fc2.bias.clone())
+
+
+def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    kept = op.name().split("::")[1].split(".")[0]
+    expensive = kept in ("mm", "addmm", "bmm") or "scaled_dot_product" in kept
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# What backward runs again instead of keeping: nothing; the cheap ops (norms, gates, GELU); the whole block.
+RECOMPUTE: dict[str, dict | None] = {
+    "none": None,
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_products)},
+    "full": {},
+}
 
 
 def add_and_modulate(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.log import Log, peak_flops
+from fastdit.training.memory import RESERVED, memory_bytes
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -54,7 +55,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     torch.manual_seed(seed_of(config.seed, INIT))
     model = network(config, manifest.latent_shape, objective).to(device).train()
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
-    model.set_activation_checkpointing(settings.activation_checkpointing)
+    model.set_activation_checkpointing(checkpointing_policy(config, model, micro, ranks))
     if settings.compile:
         model.compile_blocks()
 
@@ -208,6 +209,24 @@ def network(config: Config, latent_shape: tuple[int, int, int], objective) -> Di
         learn_sigma=learn_sigma or bool(config.model.learn_sigma),
         attention=config.model.attention,
     )
+
+
+def checkpointing_policy(config: Config, model: DiT, micro_batch: int, ranks: distributed.Ranks) -> str:
+    """The config's policy; for auto the fastest whose predicted peak fits this GPU's memory."""
+    settings = config.training
+    if settings.activation_checkpointing != "auto":
+        return settings.activation_checkpointing
+    if ranks.device.type == "cpu":
+        return "none"
+    total = torch.cuda.get_device_properties(ranks.device).total_memory * (1 - RESERVED)
+    zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
+    for policy in ("none", "selective"):
+        kinds = memory_bytes(
+            model, micro_batch, policy, world=ranks.world, zero_stage=zero_stage, precision=settings.precision
+        )
+        if sum(kinds.values()) <= total:
+            return policy
+    return "full"
 
 
 def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:

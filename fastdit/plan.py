@@ -1,0 +1,116 @@
+"""What a run will cost, before anything runs: parameters, FLOPs, memory by kind, speed and hours on a named GPU.
+
+Memory and FLOPs are counted from the network's own shapes; speed is a roofline: matrix products at a share of the
+datasheet's rate, everything else at a share of the memory's. The shares below are assumptions until `bench/step.py`
+has run on the GPU in question, and every plan prints them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastdit.config import Config, build, lookup
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.models.dit import DiT
+from fastdit.training.loop import micro_batches, network
+from fastdit.training.memory import RESERVED, memory_bytes, moved_bytes
+
+GIB = 2**30
+GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
+MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels are to reach 0.85 of that
+RECOMPUTED = {"none": 0.0, "selective": 0.0, "full": 1 / 3}  # of a step's FLOPs, run once more in backward
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Datasheet: dense bf16 TFLOP/s, memory bandwidth in TB/s, memory in GiB."""
+
+    tflops: float
+    bandwidth: float
+    gib: float
+
+
+GPUS = {
+    "A100-80G": GPU(312, 2.04, 80),
+    "H100": GPU(989, 3.35, 80),
+    "H200": GPU(989, 4.80, 141),
+    "B200": GPU(2250, 8.00, 180),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One policy on one kind of GPU; memory in bytes a GPU, speed of the whole job."""
+
+    policy: str
+    micro_batch: int
+    memory: dict[str, float]
+    fits: bool
+    step_s: float
+    images_per_s: float
+    hours: float
+
+
+def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
+    """The network (without memory) and one Plan a policy, fastest that fits first.
+
+    ValueError for an unknown GPU, and for a batch that the processes cannot share.
+    """
+    card = lookup(GPUS, gpu, "--gpu")
+    settings = config.training
+    objective = build(OBJECTIVES, config.objective, "objective")
+    side = config.data.image_size // 8  # of the usual autoencoders; shards say the real one
+    with torch.device("meta"):
+        model = network(config, (4, side, side), objective)
+    micro, _ = micro_batches(settings.global_batch, settings.micro_batch, world)
+    share = settings.global_batch // world
+    zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
+    count = sum(p.numel() for p in model.parameters())
+    optimizer_bytes = 40 * count / (world if zero_stage else 1)  # weights, moments, gradients, EMA: read and written
+    plans = []
+    for policy in RECOMPUTED:
+        memory = memory_bytes(model, micro, policy, world=world, zero_stage=zero_stage, precision=settings.precision)
+        flops = 3 * model.flops_per_image() * (1 + RECOMPUTED[policy])
+        moved = share * moved_bytes(model, policy) + optimizer_bytes
+        step_s = share * flops / (card.tflops * 1e12 * GEMM_SHARE) + moved / (card.bandwidth * 1e12 * MEMORY_SHARE)
+        fits = sum(memory.values()) <= card.gib * GIB * (1 - RESERVED)
+        speed = settings.global_batch / step_s
+        plans.append(Plan(policy, micro, memory, fits, step_s, speed, settings.steps * step_s / 3600))
+    return model, sorted(plans, key=lambda p: (not p.fits, p.step_s))
+
+
+def report(config: Config, gpu: str, world: int = 1) -> str:
+    """The plan in Markdown, as `fastdit plan` prints it."""
+    model, plans = plan(config, gpu, world)
+    forward = model.flops_per_image()
+    best = plans[0]
+    lines = [
+        f"### {config.model.variant}, {config.data.image_size} px, {world} x {gpu}, global batch "
+        f"{config.training.global_batch}, {config.training.precision}",
+        "",
+        f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP an image forward, "
+        f"{3 * forward / 1e9:.1f} in training.",
+        "",
+        "| checkpointing | " + " | ".join(best.memory) + " | total GiB | fits | images/s | hours | GPU-hours |",
+        "|---" * (len(best.memory) + 6) + "|",
+    ]
+    for p in plans:
+        cells = [f"{value / GIB:.1f}" for value in p.memory.values()]
+        total = f"{sum(p.memory.values()) / GIB:.1f}"
+        fits = "yes" if p.fits else "no"
+        lines.append(
+            f"| {p.policy} | {' | '.join(cells)} | {total} | {fits} | {p.images_per_s:.0f} | {p.hours:.0f} "
+            f"| {p.hours * world:.0f} |"
+        )
+    lines += [
+        "",
+        (
+            f"Fastest that fits: training.activation_checkpointing={best.policy}."
+            if best.fits
+            else f"Nothing fits {gpu}: lower training.micro_batch={best.micro_batch}, or use more GPUs."
+        ),
+        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s, the rest at "
+        f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
+        f"{config.training.steps:,} steps.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""The plan: counted parameters, FLOPs and saved bytes; what fits where; the printed report."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ENVIRONMENT, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdit.config import load_config
+from fastdit.models.dit import DiT
+from fastdit.plan import GIB, GPUS, plan, report
+from fastdit.training.memory import activation_bytes, memory_bytes
+
+XL = load_config(ROOT / "configs" / "dit_xl_2.yaml")
+
+
+class Products(TorchDispatchMode):
+    """Collects the outputs of matrix products and attention: what selective checkpointing keeps."""
+
+    def __init__(self, storages):
+        super().__init__()
+        self.storages = storages
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        name = op.name().split("::")[1].split(".")[0]
+        if name in ("mm", "addmm", "bmm") or "scaled_dot_product" in name:
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return out
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_predicted_activations_are_those_that_autograd_keeps(policy, monkeypatch):
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")  # through the interpreter: the ops keep what they keep on a GPU
+    model = DiT(input_size=16, hidden_size=192, depth=2, num_heads=3, num_classes=10)
+    model.set_activation_checkpointing(policy)
+
+    def kept(images: int) -> int:
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        products = Products(storages if policy == "selective" else {})
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), products:
+            model(torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.long))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    an_image = (kept(3) - kept(1)) / 2  # weights and their copies cancel
+    assert an_image == pytest.approx(activation_bytes(model, policy), rel=0.08)
+
+
+def test_memory_by_kind_is_counted_per_process():
+    with torch.device("meta"):
+        model = DiT()
+    count = sum(p.numel() for p in model.parameters())
+    alone = memory_bytes(model, 1, "none")
+    assert alone["weights"] == alone["gradients"] == alone["EMA"] == 4 * count and alone["moments"] == 8 * count
+    sharded = memory_bytes(model, 1, "none", world=8, zero_stage=2)
+    assert sharded["moments"] == count and sharded["gradients"] == count / 2 and sharded["weights"] == 4 * count
+    assert memory_bytes(model, 2, "none")["activations"] == 2 * alone["activations"]
+    # 28 layers, bf16 residual: the 297 MB an image of the analytic account, and the ends
+    assert activation_bytes(model, "none", residual=2) == pytest.approx(297e6, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu, policy", [("H200", "none"), ("A100-80G", "selective")])
+def test_the_fastest_policy_that_fits_comes_first(gpu, policy):
+    model, plans = plan(XL, gpu)
+    assert model.parameter_count() == 675_129_632
+    assert plans[0].policy == policy and plans[0].fits
+    for p in plans:
+        assert p.fits == (sum(p.memory.values()) < GPUS[gpu].gib * GIB * 0.94)
+    fitting = [p.images_per_s for p in plans if p.fits]
+    assert fitting == sorted(fitting, reverse=True)
+
+
+def test_hours_follow_from_speed_and_steps():
+    _, plans = plan(XL, "H100", world=8)
+    assert plans[0].hours == pytest.approx(400_000 * 256 / plans[0].images_per_s / 3600)
+    limit = GPUS["H100"].tflops * 1e12 * 8 / (3 * 237.2e9)
+    assert 0.3 * limit < plans[0].images_per_s < limit
+
+
+def test_the_command_prints_the_report_and_names_mistakes():
+    command = [sys.executable, "-m", "fastdit.cli", "plan", "--config", str(ROOT / "configs" / "dit_xl_2.yaml")]
+    run = {"env": ENVIRONMENT, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--gpu", "H200"], **run)
+    assert done.returncode == 0 and done.stdout.strip() == report(XL, "H200").strip()
+    done = subprocess.run([*command, "--gpu", "H20"], **run)
+    assert done.returncode == 2 and "did you mean 'H200'" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match="global_batch=256 is not divisible by 7 processes"):
+        plan(XL, "H100", world=7)
