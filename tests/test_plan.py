@@ -46,8 +46,8 @@ def test_predicted_activations_are_those_that_autograd_keeps(policy, monkeypatch
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
-        products = Products(storages if policy == "selective" else {})
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), products:
+        products, hooks = Products(storages if policy == "selective" else {}), torch.autograd.graph.saved_tensors_hooks
+        with hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), products:
             model(torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.long))
         return sum(storage.nbytes() for storage in storages.values())
 

@@ -1,4 +1,4 @@
-"""Bytes that a training step keeps and moves, counted from the network's shapes (bf16 under autocast, fused kernels)."""
+"""Bytes that a training step keeps and moves, counted from the network's shapes (bf16 autocast, fused kernels)."""
 
 from fastdit.models.dit import DiT
 
