@@ -25,13 +25,25 @@ else:
     from .gate_residual_adaln import gate_residual_adaln
     from .gelu import OP as _gelu
     from .gelu import gelu
+    from .qk_norm_rope import OP as _qk_norm_rope
+    from .qk_norm_rope import qk_norm_rope, rope_2d
     from .runtime import Op
     from .swiglu import OP as _swiglu
     from .swiglu import swiglu
 
     OPS: dict[str, Op] = {
         op.name: op
-        for op in (_adaln, _gate_residual_adaln, _gate_residual, _gelu, _swiglu, GELU_LINEAR, SWIGLU_LINEAR, _adamw_ema)
+        for op in (
+            _adaln,
+            _gate_residual_adaln,
+            _gate_residual,
+            _gelu,
+            _swiglu,
+            GELU_LINEAR,
+            SWIGLU_LINEAR,
+            _adamw_ema,
+            _qk_norm_rope,
+        )
     }
 
     __all__ = [
@@ -43,6 +55,8 @@ else:
         "gate_residual_adaln",
         "gelu",
         "gelu_linear",
+        "qk_norm_rope",
+        "rope_2d",
         "swiglu",
         "swiglu_linear",
     ]

@@ -37,6 +37,7 @@ def adamw_ema_eager(
 @triton.jit
 def _one_minus_exp(z):
     """1 - exp(-z), by its series where the difference would cancel: the bias correction of the first steps."""
+    z = tl.minimum(z, 100.0)
     series = z * (1 - z / 2 * (1 - z / 3 * (1 - z / 4 * (1 - z / 5 * (1 - z / 6 * (1 - z / 7 * (1 - z / 8)))))))
     return tl.where(z < 0.5, series, 1.0 - tl.exp(-z))
 

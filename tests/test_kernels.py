@@ -1,5 +1,6 @@
 """Every fused op against its definition, under Triton's interpreter on CPU or on a GPU where there is one."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fastdit.kernels import OPS, runtime
+from fastdit.kernels import OPS, rope_2d, runtime
 from kernel_checks import DEVICE, DTYPES, cast, compare, run, strided
 
 CASES = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
@@ -29,6 +30,59 @@ def test_as_exact_as_eager(case: tuple, dtype: torch.dtype) -> None:
 def test_reads_views(name: str, how: str) -> None:
     op = OPS[name]
     assert not compare(op, strided(op.inputs(op.shapes[0], torch.float32, DEVICE), how))
+
+
+VARIANTS = [
+    ("adaln", {"norm": "rms", "eps": 1e-2}),
+    ("gate_residual_adaln", {"norm": "rms", "eps": 1e-2}),
+    ("gate_residual_adaln", {"bias": None}),
+    ("gate_residual", {"bias": None}),
+    ("gelu", {"bias": None}),
+    ("swiglu", {"bias": None}),
+    ("gelu_linear", {"bias": None, "out_bias": None}),
+    ("qk_norm_rope", {"norm": "layer", "eps": 1e-2}),
+    ("qk_norm_rope", {"q_weight": None, "k_weight": None, "cos": None, "sin": None}),
+    ("adamw_ema", {"grad_scale": None, "betas": (0.0, 0.9), "eps": 1e-3, "weight_decay": 0.0}),
+]
+
+
+@pytest.mark.parametrize("name, changes", VARIANTS, ids=[f"{n}-{'-'.join(c)}" for n, c in VARIANTS])
+def test_options(name: str, changes: dict) -> None:
+    op = OPS[name]
+    assert not compare(op, op.inputs(op.shapes[0], torch.float32, DEVICE) | changes)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_outputs_unused(used: int) -> None:
+    op = OPS["gate_residual_adaln"]
+    only = dataclasses.replace(
+        op, eager=lambda **kw: op.eager(**kw)[used] * 2, triton=lambda **kw: op.triton(**kw)[used] * 2
+    )
+    kwargs = op.inputs(op.shapes[0], torch.float32, DEVICE)
+    if used == 0:  # shift and scale play no part
+        kwargs |= {name: kwargs[name].detach() for name in ("shift", "scale")}
+    assert not compare(only, kwargs)
+
+
+def test_residual_stream_wider_than_the_branch() -> None:
+    """Autocast's mixture: x and x' in fp32, the branch, h and the gradients of both in fp16."""
+    op = OPS["gate_residual_adaln"]
+    kwargs = op.inputs(op.shapes[0], torch.float16, DEVICE)
+    kwargs["x"] = kwargs["x"].detach().float().requires_grad_()
+    x, h = op.triton(**kwargs)
+    assert (x.dtype, h.dtype) == (torch.float32, torch.float16)
+    assert not compare(op, kwargs)
+
+
+def test_rotation_sees_only_the_way_between_two_places() -> None:
+    """The rotary table in closed form: a turned query times a turned key depends on the difference of their places."""
+    cos, sin = rope_2d(5, 7, 16)
+    qkv = torch.randn(16, generator=torch.Generator().manual_seed(0)).expand(1, 35, 3, 1, 16)
+    q, k, _ = OPS["qk_norm_rope"].eager(qkv, cos=cos, sin=sin)
+    scores = (q[0, 0] @ k[0, 0].T).view(5, 7, 5, 7)
+    torch.testing.assert_close(scores[0, 0, 2, 3], scores[1, 3, 3, 6])
+    torch.testing.assert_close(scores[2, 1, 1, 0], scores[4, 6, 3, 5])
+    assert abs(scores[0, 0, 2, 3] - scores[0, 0, 3, 2]) > 1e-3
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -82,8 +136,7 @@ def test_registration(name: str) -> None:
         run(op.triton, cast(op.inputs(op.tiny, torch.float32, DEVICE)))
     assert seen.calls
     for func, args in seen.calls.items():
-        backward = "backward" in str(func) or "sum_chunks" in str(func)
-        grads = not backward and not func._schema.is_mutable
+        grads = torch._library.custom_ops.OPDEFS[func.name()]._backward_fn is not None
         args = [a.detach().requires_grad_(grads and a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
         torch.library.opcheck(func, tuple(args))
 
