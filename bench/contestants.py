@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fastdit.config import Config, build, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.distributed import Ranks
-from fastdit.models.dit import DIT_VARIANTS
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine
 from fastdit.training.loop import network
@@ -45,9 +44,10 @@ class Size:
     classes: int = 1000
     micro: int = 16
 
-    def overrides(self, name: str) -> list[str]:
-        return [f"model.variant=bench-{name}", f"data.image_size={8 * self.latent}",
-                f"data.num_classes={self.classes}", f"training.global_batch={self.batch}"]  # fmt: skip
+    def overrides(self) -> list[str]:
+        return [f"model.variant=DiT-{self.depth}x{self.hidden}x{self.heads}/{self.patch}",
+                f"data.image_size={8 * self.latent}", f"data.num_classes={self.classes}",
+                f"training.global_batch={self.batch}"]  # fmt: skip
 
 
 SIZES = {
@@ -59,10 +59,6 @@ SIZES = {
     "XL/2": Size(28, 1152, 16, latent=32, batch=256),
     "XL/2-512": Size(28, 1152, 16, latent=64, batch=32, micro=4),
 }
-for _name, _size in SIZES.items():
-    DIT_VARIANTS[f"bench-{_name}"] = {
-        "depth": _size.depth, "hidden_size": _size.hidden, "num_heads": _size.heads, "patch_size": _size.patch
-    }  # fmt: skip
 
 CONTESTANTS = {  # name: what the table says
     "official": "official design: eager, TF32 on a GPU, EMA in a loop",
@@ -106,7 +102,7 @@ class Verdict:
 def config_of(case: Case) -> Config:
     """The shipped DiT-XL/2 configuration, resized, with the case's overrides."""
     size = dataclasses.replace(SIZES[case.size], batch=case.batch)
-    fixed = [*size.overrides(case.size), f"training.lr={LR}", f"training.ema_decay={EMA_DECAY}"]
+    fixed = [*size.overrides(), f"training.lr={LR}", f"training.ema_decay={EMA_DECAY}"]
     return load_config(shipped_config("dit_xl_2"), [*fixed, *case.overrides])
 
 

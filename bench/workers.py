@@ -30,11 +30,15 @@ class Gated:
 class Served:
     """A contestant inside its process."""
 
-    def __init__(self, case: Case):
-        self.case, self.device = case, torch.device(case.device)
+    def __init__(self):
         self.contestant: Any = None
+        self.device = torch.device("cpu")
 
-    def gate(self, inputs: Inputs | None) -> Gated:
+    def build(self, case: Case) -> None:
+        self.device = torch.device(case.device)
+        self.contestant = build_case(case)
+
+    def gate(self, case: Case, inputs: Inputs | None) -> Gated:
         """Build, and run the first steps; with half the batch, and half again, where the memory does not suffice.
 
         Half is a way out for the references alone: fastdit's inputs are everybody's.
@@ -42,20 +46,17 @@ class Served:
         while True:
             try:
                 begin = time.perf_counter()
-                self.contestant = build_case(self.case)
-                rows = inputs and Inputs(*(value[: self.case.batch] for value in vars(inputs).values()))
+                self.build(case)
+                rows = inputs and Inputs(*(value[: case.batch] for value in vars(inputs).values()))
                 verdict = self.contestant.gate(rows)
-                return Gated(verdict, self.case.batch, verdict.first_done - begin)
+                return Gated(verdict, case.batch, verdict.first_done - begin)
             except torch.OutOfMemoryError:
-                if self.case.batch == 1 or inputs is None:
+                if case.batch == 1 or inputs is None:
                     raise
-                self.case = replace(self.case, batch=self.case.batch // 2)
+                case = replace(case, batch=case.batch // 2)
             self.contestant = None
             gc.collect()
             torch.cuda.empty_cache()
-
-    def build(self) -> None:
-        self.contestant = build_case(self.case)
 
     def turn(self, warmup: int, steps: int) -> list[float]:
         """Seconds of each step, one after the other without waiting in between."""
@@ -110,9 +111,9 @@ class Served:
         return {kind: 1000 * s / steps for kind, s in breakdown(profiler.events(), seconds, self.device.type).items()}
 
 
-def serve(connection, case: Case) -> None:
+def serve(connection) -> None:
     """The body of a contestant's process: does what it is asked until it is told None."""
-    bench = Served(case)
+    bench = Served()
     try:
         while (order := connection.recv()) is not None:
             method, arguments = order
@@ -128,11 +129,10 @@ def serve(connection, case: Case) -> None:
 class Worker:
     """This end of it: starts the process and passes on what it answers, or raises what it died of."""
 
-    def __init__(self, case: Case):
-        self.case = case
+    def __init__(self):
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -1,0 +1,220 @@
+"""The bench measures what it says: wrong contestants are caught, failures end alone, counts need no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import contestants  # noqa: E402
+import profiles  # noqa: E402
+import report  # noqa: E402
+import step  # noqa: E402
+from contestants import Case, build_case, fill  # noqa: E402
+from runs import ENVIRONMENT  # noqa: E402
+from workers import Gated, gate_errors  # noqa: E402
+
+EAGER = ("training.compile=false",)
+CHECKOUT = '''
+import sys
+from torch import nn
+sys.path.append({bench!r})
+from reference import PlainDiT, torch
+
+class DiT(PlainDiT):  # the constructor and the label dropout of the released models.py
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
+                 class_dropout_prob=0.1, mlp_ratio=4.0, learn_sigma=True):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes)
+        self.y_embedder.dropout_prob = class_dropout_prob
+        self.null = num_classes
+
+    def forward(self, x, t, y):
+        if self.training and self.y_embedder.dropout_prob > 0:
+            y = torch.where(torch.rand(len(y)) < self.y_embedder.dropout_prob, self.null, y)
+        {change}
+        return super().forward(x, t, y)
+'''
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def checkout(folder: Path, change: str = "pass") -> Path:
+    folder.mkdir()
+    (folder / "models.py").write_text(CHECKOUT.format(bench=str(ROOT / "bench"), change=change))
+    return folder
+
+
+def tiny(name: str, stack: str, *overrides: str, repo: str = "") -> Case:
+    return Case(name, stack, "tiny", 4, "cpu", overrides, repo)
+
+
+@pytest.fixture(scope="module")
+def first():
+    """fastdit's gate in fp32, whose inputs the others take, and the oracle's."""
+    verdict = build_case(tiny("fastdit", "fastdit", *EAGER, "training.precision=fp32")).gate(None)
+    return verdict, build_case(tiny("oracle", "oracle")).gate(verdict.inputs)
+
+
+def objection(verdict, truth) -> str:
+    return step.Judge.objection(Gated(verdict, 4, 0.0), gate_errors(verdict, truth))
+
+
+@pytest.mark.parametrize("stack", ["official", "fast-dit"])
+def test_stacks_compute_the_same(first, stack):
+    verdict, truth = first
+    assert gate_errors(verdict, truth)[0] < 1e-5
+    assert not objection(build_case(tiny(stack, stack)).gate(verdict.inputs), truth)
+
+
+def test_fastdit_in_bf16_passes_within_its_noise(first):
+    verdict = build_case(tiny("fastdit", "fastdit", *EAGER)).gate(None)
+    assert verdict.precision == "bf16" and not objection(verdict, first[1])
+    assert gate_errors(verdict, first[1])[0] > 1e-5  # it is not fp32 in disguise
+
+
+def test_the_plain_loss_is_the_recorded_one():
+    """golden/ddpm.npz, case learned_range_mse: the referee itself is held to the published numbers."""
+    import numpy as np
+    from reference import Inputs, PlainDDPM
+
+    golden = np.load(ROOT / "tests/golden/ddpm.npz", allow_pickle=False)
+    x_0, noise, output = (torch.from_numpy(golden[key]) for key in ("x_start", "noise", "model_output"))
+    inputs = Inputs(x_0, None, torch.from_numpy(golden["t"]), noise)
+    losses = PlainDDPM(tables=None).losses(lambda x, t, y: output, inputs)
+    torch.testing.assert_close(losses, torch.from_numpy(golden["loss/learned_range_mse/loss"]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_plain_network_is_the_recorded_one():
+    import numpy as np
+
+    golden = np.load(ROOT / "tests/golden/dit.npz", allow_pickle=False)
+    config = json.loads(str(golden["config"]))
+    keys = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    model = contestants.PlainDiT(**{key: config[key] for key in keys})
+    state = {k.removeprefix("weights/"): torch.from_numpy(golden[k]) for k in golden if k.startswith("weights/")}
+    model.load_state_dict(state)
+    out = model(*(torch.from_numpy(golden[key]) for key in ("x", "t", "y")))
+    torch.testing.assert_close(out, torch.from_numpy(golden["out"]), atol=1e-5, rtol=1e-5)
+
+
+WRONG = {  # what a stack might get wrong without any error
+    "time": "t = t - 1",
+    "labels": "y = y.roll(1)",
+    "noise": "x = x + 0.02 * torch.randn_like(x)",
+    "a bias": "self.blocks[1].mlp.fc2.bias.data.zero_()",
+    "a gate": "x = x * 0.99",
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_wrong_network_is_caught(first, tmp_path, change):
+    repo = str(checkout(tmp_path / "repo", change))
+    verdict = build_case(tiny("official", "official", repo=repo)).gate(first[0].inputs)
+    assert "computes something else" in objection(verdict, first[1])
+
+
+@pytest.mark.parametrize("what", ["no optimiser", "half the rate", "no average"])
+def test_a_wrong_step_is_caught(first, what):
+    bench = build_case(tiny("official", "official"))
+    if what == "no optimiser":
+        bench.work.optimizer.step = lambda: None
+    elif what == "half the rate":
+        bench.work.optimizer.param_groups[0]["lr"] /= 2
+    else:
+        bench.work.average = lambda: None
+    assert objection(bench.gate(first[0].inputs), first[1])
+
+
+def test_weights_are_equal_by_name_and_leave_nothing_silent():
+    cases = tiny("fastdit", "fastdit", *EAGER), tiny("official", "official")
+    models = [build_case(case).model for case in cases]
+    for model in models:
+        fill(model)
+    (ours, theirs) = (dict(contestants.trained(model)) for model in models)
+    assert list(ours) == list(theirs)
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]) and weight.abs().max() > 0
+
+
+def run_step(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "bench/step.py"), "--size", "tiny", "--device", "cpu", *arguments, *EAGER]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_a_run_writes_table_chart_and_lines(tmp_path):
+    out = tmp_path / "out"
+    memory = "if len(y) > 2: raise torch.OutOfMemoryError('CUDA out of memory. Tried')"
+    repo = checkout(tmp_path / "DiT", memory)  # the released network instead of the plain one, in too little memory
+    done = run_step("--contestants", "official", "fastdit", "--turns", "1", "--steps", "2", "--fresh", "--profile",
+                    "--reference-repo", str(repo), "--out", str(out), "--")  # fmt: skip
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    official, fastdit = lines
+    assert (official["contestant"], official["batch"], fastdit["batch"]) == ("official", 2, 4)
+    for line in lines:
+        for key in "images_per_s steps_per_s tflops of_product product_tflops peak_gib first_step_s".split():
+            assert line[key] > 0, key
+        assert line["spread"][0] <= line["images_per_s"] <= line["spread"][1] and line["steps"] == 2
+        assert line["loss_error"] < 1e-2 and line["hardware"] and line["commit"] and line["date"] and line["torch"]
+        assert line["profile_ms"]["GEMM"] > 0 and line["profile_ms"]["gap"] >= 0
+    assert fastdit["over"]["official"] == pytest.approx(1 / official["over"]["fastdit"], rel=0.02)
+    table = (out / "step.md").read_text()
+    assert table in done.stdout and all(f"**{line['images_per_s']}**" in table for line in lines)
+    assert (out / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "trace-fastdit.json.gz").stat().st_size > 1000
+
+
+def test_a_wrong_or_dying_contestant_is_not_timed_and_the_others_are(tmp_path):
+    wrong = checkout(tmp_path / "DiT", WRONG["labels"])
+    dying = checkout(tmp_path / "fast-DiT", "import os; os._exit(9)  # checkpoint")
+    done = run_step("--turns", "1", "--steps", "1", "--contestants", "official", "fast-dit", "fastdit",
+                    "--reference-repo", str(wrong), str(dying), "--", code=1)  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = {line["contestant"]: line for line in lines}
+    assert "computes something else" in lines["official"]["failed"] and "images_per_s" not in lines["official"]
+    assert "ended with 9" in lines["fast-dit"]["failed"]
+    assert lines["fastdit"]["images_per_s"] > 0
+    assert "computes something else" in done.stdout.split("| contestant")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["--reference-repo", "no/such"], "holds no models.py"), (["model.attenton=eager"], "did you mean 'attention'")],
+)
+def test_mistakes_are_said_in_one_line_before_any_work(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--size", "tiny", *arguments])
+    with pytest.raises(SystemExit) as error:
+        step.main()
+    assert str(error.value).startswith("error: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_kinds_of_kernels():
+    named = {
+        "pytorch_flash::flash_fwd_kernel<...>": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "GEMM", "sm90_xmma_gemm_bf16bf16": "GEMM", "aten::addmm": "GEMM",
+        "void at::native::multi_tensor_apply_kernel<FusedAdam": "optimiser", "aten::_foreach_lerp_": "optimiser",
+        "triton_red_fused_native_layer_norm_0": "norm", "triton_poi_fused_gelu_3": "elementwise",
+        "Memcpy HtoD (Pinned -> Device)": "copy",
+    }  # fmt: skip
+    assert {name: profiles.kind_of(name) for name in named} == named
+    assert profiles.covered([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7
+
+
+def test_a_table_without_figures_says_why():
+    line = {"contestant": "strong", "size": "tiny", "failed": "out of memory: 1 GiB", "hardware": "x", "torch": "2",
+            "commit": "c", "date": "d"}  # fmt: skip
+    assert "**out of memory: 1 GiB**" in report.table([line])
