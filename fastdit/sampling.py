@@ -95,7 +95,8 @@ def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", devi
             f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"
         )
     codec = LatentCodec.load(config.data.vae, device=device)
-    if codec.fingerprint != meta["latents"]["codec"]:
+    latents = meta["latents"]  # a converted checkpoint may not know its autoencoder, but knows the latents' scale
+    if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:
         raise ValueError(
             f"data.vae={config.data.vae} is another autoencoder than the one that made the latents of {folder} "
             f"({meta['latents']['vae']}); use that one"
