@@ -51,7 +51,7 @@ class DataConfig:
 class ModelConfig:
     variant: str = "DiT-XL/2"  # or any depth x hidden x heads / patch: "DiT-6x384x6/2"
     class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
-    attention: str = "sdpa"
+    attention: str = "auto"  # a backend of models/attention.py; auto: the fastest known for this GPU and shape
     learn_sigma: bool | None = None  # 2C output channels; null: as the objective asks. True with flow: SiT's idle half
 
     def __post_init__(self):

@@ -82,7 +82,7 @@ def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", devi
     objective = build(OBJECTIVES, config.objective, "objective")
     bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")
     objective.timesteps(config.sampling.steps)  # a count that the objective cannot make fails here
-    model = network(config, tuple(meta["latents"]["shape"]), objective)
+    model = network(config, tuple(meta["latents"]["shape"]), objective, torch.device(device))
     state = load_file(folder / f"{weights}.safetensors")
     try:
         model.load_state_dict(state)

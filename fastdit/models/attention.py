@@ -1,11 +1,24 @@
-"""Attention through one function: non-causal softmax(q k^T / sqrt(d)) v, the backend chosen by name."""
+"""Attention through one function: non-causal softmax(q k^T / sqrt(d)) v, the backend chosen by name.
 
+q, k, v are views of the packed projection and no backend copies them. `auto` takes what `bench/attention.py` measured
+as fastest for this GPU and shape (attention.json beside this file), and where nothing was measured cuDNN on Hopper and
+newer, FlashAttention on Ampere, PyTorch's own choice elsewhere.
+"""
+
+import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdit.config import lookup
+
+Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
+MEASURED = Path(__file__).with_name("attention.json")  # {"<GPU> d<head_dim> t<tokens>": backend}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
@@ -13,12 +26,65 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     return ATTENTION[backend](q, k, v)
 
 
+def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str:
+    """The backend that `name`, a key of ATTENTION or "auto", means here; ValueError where it cannot or must not run."""
+    lookup({"auto": None, **ATTENTION}, name, "model.attention")
+    if name == "auto":
+        return _fastest(device, head_dim, tokens)
+    reason = obstacle(name, device=device, head_dim=head_dim)
+    if reason:
+        raise ValueError(f"model.attention={name!r} is impossible here: {reason}; use auto or sdpa")
+    return name
+
+
+def obstacle(name: str, *, device: torch.device, head_dim: int) -> str | None:
+    """Why a backend cannot run on this device, or gives wrong numbers there; None where it works."""
+    if name in ("sdpa", "eager"):
+        return None
+    if device.type != "cuda":
+        return f"it needs a GPU, this is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    module = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
+    if name in module:
+        try:
+            found = importlib.util.find_spec(module[name])
+        except ModuleNotFoundError:  # of a submodule whose package is missing
+            found = None
+        if found is None:
+            return f"{module[name]} is not installed"
+    if name == "flash-attn-3" and capability[0] != 9:
+        return "it is for Hopper"
+    if name == "flash-attn-4":
+        if capability[0] < 9:
+            return "its backward pass rejects GPUs before Hopper"
+        if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths: open upstream
+            return f"its gradient of q is silently wrong at head_dim={head_dim} on Hopper"
+    return None
+
+
+def _fastest(device: torch.device, head_dim: int, tokens: int) -> str:
+    if device.type != "cuda":
+        return "sdpa"
+    table = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    known = table.get(table_key(torch.cuda.get_device_name(device), head_dim, tokens))
+    if known and not obstacle(known, device=device, head_dim=head_dim):
+        return known
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sdpa-cudnn" if major >= 9 else "sdpa-flash" if major == 8 else "sdpa"
+
+
+def table_key(gpu: str, head_dim: int, tokens: int) -> str:
+    return f"{gpu} d{head_dim} t{tokens}"
+
+
 def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, heads, T, T)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def _pinned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _pinned(backend: SDPBackend) -> Backend:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -26,9 +92,32 @@ def _pinned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # it wants (N, T, heads, d)
+
+
+def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+ATTENTION: dict[str, Backend] = {
     "sdpa": F.scaled_dot_product_attention,  # PyTorch's own choice
     "sdpa-flash": _pinned(SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": _pinned(SDPBackend.CUDNN_ATTENTION),
+    "flash-attn": _flash_attn,
+    "flash-attn-3": _flash_attn_3,
+    "flash-attn-4": _flash_attn_4,
     "eager": _eager,
 }

@@ -100,6 +100,11 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.recompute = policy
 
+    def set_attention(self, backend: str) -> None:
+        """Use another key of ATTENTION in every block."""
+        for block in self.blocks:
+            block.attn.backend = backend
+
     def compile_blocks(self) -> None:
         """torch.compile one block, reused by all of them: seconds to the first step, and the same parameter names."""
         for block in self.blocks:

@@ -16,6 +16,7 @@ from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
+from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
@@ -53,7 +54,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
-    model = network(config, manifest.latent_shape, objective).to(device).train()
+    model = network(config, manifest.latent_shape, objective, device).to(device).train()
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     model.set_activation_checkpointing(checkpointing_policy(config, model, micro, ranks))
     if settings.compile:
@@ -128,7 +129,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
                   peak_flops=ranks.world * peak_flops(device))  # fmt: skip
         log.say(
             f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-            f"{ranks.world} x {device} ({engine.name}), batch {ranks.world} x {micro} x {accumulation}, "
+            f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
+            f"batch {ranks.world} x {micro} x {accumulation}, "
             + (f"resumed at step {start}" if start else "from the start")
         )
     batches = latent_batches(
@@ -194,21 +196,25 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     return last
 
 
-def network(config: Config, latent_shape: tuple[int, int, int], objective) -> DiT:
-    """The config's network for latents (C, h, w), its output channels as the objective wants them."""
+def network(
+    config: Config, latent_shape: tuple[int, int, int], objective, device: torch.device = torch.device("cpu")
+) -> DiT:
+    """The config's network for latents (C, h, w), on the CPU, its attention backend the one to use on `device`."""
     channels, height, _ = latent_shape
     learn_sigma = objective.out_channels(channels) == 2 * channels
     if learn_sigma and config.model.learn_sigma is False:
         raise ValueError("model.learn_sigma=False leaves no channels for the objective's variance; use null")
-    return create_dit(
+    model = create_dit(
         config.model.variant,
         input_size=height,
         in_channels=channels,
         num_classes=config.data.num_classes,
         class_dropout=config.model.class_dropout,
         learn_sigma=learn_sigma or bool(config.model.learn_sigma),
-        attention=config.model.attention,
     )
+    head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.pos_embed.shape[1]
+    model.set_attention(resolve(config.model.attention, device=device, head_dim=head_dim, tokens=tokens))
+    return model
 
 
 def checkpointing_policy(config: Config, model: DiT, micro_batch: int, ranks: distributed.Ranks) -> str:

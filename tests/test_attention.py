@@ -1,0 +1,74 @@
+"""Attention backends: equal where they run, refused in words where they cannot or must not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdit.models import attention as room
+from fastdit.models.attention import ATTENTION, obstacle, resolve, table_key
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends to be a GPU of a given name and compute capability, with every package installed."""
+
+    def pretend(name, capability, installed=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(room.importlib.util, "find_spec", lambda module: object() if installed else None)
+
+    return pretend
+
+
+def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
+    from attention import inputs, run
+
+    for shape in ((3, 2, 41, 72), (1, 3, 64, 64)):
+        qkv, grad = inputs(*shape, "cpu")
+        qkv, grad = qkv.detach().float().requires_grad_(), grad.float()
+        for ours, wanted in zip(run("sdpa", qkv, grad), run("eager", qkv, grad), strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("sdpa", "eager")])
+def test_gpu_backends_are_refused_on_a_cpu(name):
+    with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
+        resolve(name, device=CPU, head_dim=64, tokens=256)
+    assert resolve("auto", device=CPU, head_dim=64, tokens=256) == "sdpa"
+
+
+def test_flash_attention_4_is_refused_where_its_gradients_are_wrong(gpu):
+    gpu("NVIDIA H200", (9, 0))
+    assert "silently wrong at head_dim=72" in obstacle("flash-attn-4", device=CUDA, head_dim=72)
+    assert obstacle("flash-attn-4", device=CUDA, head_dim=64) is None
+    gpu("NVIDIA A100", (8, 0))
+    assert "rejects" in obstacle("flash-attn-4", device=CUDA, head_dim=64)
+    assert "Hopper" in obstacle("flash-attn-3", device=CUDA, head_dim=64)
+    gpu("NVIDIA H200", (9, 0), installed=False)
+    assert obstacle("flash-attn", device=CUDA, head_dim=64) == "flash_attn is not installed"
+
+
+def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "MEASURED", tmp_path / "attention.json")
+    gpu("NVIDIA H200", (9, 0))
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-cudnn"
+    (tmp_path / "attention.json").write_text(f'{{"{table_key("NVIDIA H200", 72, 256)}": "sdpa-flash"}}')
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-flash"
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=1024) == "sdpa-cudnn"
+    gpu("NVIDIA A100", (8, 0))
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-flash"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_backends_that_run_on_this_gpu_are_right():
+    from attention import TOLERANCE, error
+
+    ran = [name for name in ATTENTION if not obstacle(name, device=CUDA, head_dim=72)]
+    assert "sdpa-flash" in ran
+    for name in ran:
+        assert error(name, 16, 256, 72, "cuda") < TOLERANCE, name
