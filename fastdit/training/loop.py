@@ -197,7 +197,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
 
 def network(
-    config: Config, latent_shape: tuple[int, int, int], objective, device: torch.device = torch.device("cpu")
+    config: Config, latent_shape: tuple[int, int, int], objective, device: torch.device | str = "cpu"
 ) -> DiT:
     """The config's network for latents (C, h, w), on the CPU, its attention backend the one to use on `device`."""
     channels, height, _ = latent_shape
@@ -213,7 +213,7 @@ def network(
         learn_sigma=learn_sigma or bool(config.model.learn_sigma),
     )
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.pos_embed.shape[1]
-    model.set_attention(resolve(config.model.attention, device=device, head_dim=head_dim, tokens=tokens))
+    model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
 
 
