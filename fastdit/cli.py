@@ -23,7 +23,22 @@ def main() -> None:
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_plan)
 
-    arguments = parser.parse_args()
+    command = commands.add_parser("convert", help="between fastdit, official .pt files and diffusers folders")
+    command.add_argument("src", help="a .pt file of DiT, SiT or fast-DiT, a DiTPipeline folder, a run or checkpoint")
+    command.add_argument("--to", required=True, help="fastdit, official or diffusers")
+    command.add_argument("--out", required=True, help="what to write: a new folder, or a new .pt file")
+    command.add_argument("--config", help="a YAML file that states what the source does not: objective, autoencoder")
+    command.add_argument("--heads", type=int, help="attention heads, where no known size has the hidden size")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema", help="for diffusers: which of the two")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(run=_convert)
+
+    arguments, rest = parser.parse_known_args()  # argparse takes no positionals after options in a subcommand
+    unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if unknown or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        arguments.overrides += rest
     arguments.run(arguments)
 
 
@@ -38,6 +53,20 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fastdit.plan import report
 
     print(report(load_config(arguments.config, arguments.overrides), arguments.gpu, arguments.gpus))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from fastdit.conversion import convert
+
+    convert(
+        arguments.src,
+        arguments.to,
+        arguments.out,
+        config=arguments.config,
+        overrides=arguments.overrides,
+        heads=arguments.heads,
+        weights=arguments.weights,
+    )
 
 
 if __name__ == "__main__":

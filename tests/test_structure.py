@@ -12,7 +12,8 @@ FILES = sorted([*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").glob("*.p
 RANK = {
     "errors": 0, "config": 0, "distributed": 0, "kernels": 0,
     "models": 1, "diffusion": 1, "data": 1,
-    "evaluation": 2, "training": 3, "sampling": 4, "plan": 4, "quickstart": 5, "cli": 6,
+    "evaluation": 2, "training": 3, "sampling": 4, "plan": 4, "pipeline": 4,
+    "quickstart": 5, "conversion": 5, "verify": 5, "likelihood": 5, "cli": 6,
 }  # fmt: skip
 
 

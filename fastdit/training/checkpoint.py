@@ -42,18 +42,25 @@ def save(
         _flush(path)
     ranks.barrier()
     if ranks.is_main:
-        sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))
-        _flush(partial / META)
-        _flush(partial)
-        if final.exists():  # the same step again: the old one goes only when the new one is whole
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(final.parent)
+        commit(partial, final, {"step": step, **meta})
         for old in checkpoints(run_dir)[:-keep] if keep else []:
             shutil.rmtree(old)
     ranks.barrier()
     return final
+
+
+def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Flush what is in a folder, add checkpoint.json, and give it its name."""
+    for path in partial.rglob("*"):
+        _flush(path)
+    sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+    (partial / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
+    _flush(partial / META)
+    _flush(partial)
+    if final.exists():  # the same step again: the old one goes only when the new one is whole
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(final.parent)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -1,0 +1,329 @@
+"""`fastdit convert`: official DiT and SiT files, diffusers' DiTPipeline folders, fastdit checkpoints, each to each.
+
+Weights travel bit for bit, except that diffusers has a flow checkpoint's first time layer on another clock
+(models/diffusers_dit.py). What a format cannot say is asked for, or stands in fastdit.yaml and fastdit.json beside it.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdit.config import Config, ModelConfig, build, load_config, lookup, save_config, shipped_config
+from fastdit.data.latents import LatentCodec
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.models.convert import (
+    Architecture,
+    architecture,
+    args_of_official,
+    mismatches,
+    read_released,
+    write_official,
+)
+from fastdit.models.dit import DiT, variant_shape
+from fastdit.training import checkpoint
+from fastdit.training.loop import network
+
+SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # Stable Diffusion's autoencoder, which DiT and SiT were released with
+ANY_NETWORK = {"variant", "class_dropout", "attention", "learn_sigma"}  # options of ModelConfig that every format has
+GOLDEN = "golden.npz"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, under the official names; `golden`: outputs of another implementation, where it ran."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    config: Config
+    latents: dict[str, Any]  # as checkpoint.json has them
+    step: int = 0
+    golden: dict[str, Tensor] | None = None
+
+    @property
+    def objective(self):
+        return build(OBJECTIVES, self.config.objective, "objective")
+
+    def network(self, weights: str = "ema") -> DiT:
+        """The network with these weights, in eval mode; ValueError in words when they do not fit the config."""
+        config = replace(self.config, model=replace(self.config.model, attention="sdpa"))  # runs everywhere
+        with torch.device("meta"):
+            model = network(config, tuple(self.latents["shape"]), self.objective, torch.device("cpu"))
+        state = getattr(self, weights)
+        wrong = mismatches(model.state_dict(), state)
+        if wrong:
+            raise ValueError(
+                f"the weights are not those of {self.config.model.variant}: {wrong[0]} ({len(wrong)} such)"
+            )
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def random_input(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x (3, C, h, w), times from the cleanest to the noisiest, labels: the first, the last, the null one."""
+        x = torch.randn(3, *self.latents["shape"], generator=torch.Generator().manual_seed(0))
+        classes = self.config.data.num_classes
+        null = classes if self.config.model.class_dropout > 0 else 0
+        return x, torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64), torch.tensor([0, max(classes - 1, 0), null])
+
+    @torch.no_grad()
+    def forward(self) -> dict[str, Tensor]:
+        """x, t, y, and the EMA network's out on this random input."""
+        x, times, y = self.random_input()
+        t = self.objective.model_time(times)
+        return {"x": x, "t": t, "y": y, "out": self.network()(x, t, y)}
+
+    def architecture(self) -> Architecture:
+        shape = variant_shape(self.config.model.variant)
+        return architecture(
+            self.ema, "the checkpoint", heads=shape["num_heads"], num_classes=self.config.data.num_classes
+        )
+
+
+def convert(
+    src: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    heads: int | None = None,
+    weights: str = "ema",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Read `src` (a .pt file, a DiTPipeline folder, a run or checkpoint) and write `out`, new, in the format `to`.
+
+    `config` and `overrides` state what the source does not: the objective, the autoencoder. `weights`: ema or model,
+    for diffusers, which has room for one. ValueError in one line; `out` then does not exist.
+    """
+    src, out = Path(src), Path(out)
+    write = lookup(WRITERS, to, "--to")
+    if out.exists():
+        raise ValueError(f"--out {out} exists; choose another name")
+    if not src.exists():
+        raise ValueError(f"{src} does not exist; name a .pt file, a DiTPipeline folder, or a fastdit checkpoint")
+    stated = Stated(config, tuple(overrides), heads)
+    if src.is_file():
+        loaded = read_official(src, stated, say)
+    elif (src / "model_index.json").is_file() or (src / "transformer" / "config.json").is_file():
+        loaded = read_diffusers(src, stated, say)
+    else:
+        loaded = read_fastdit(src, stated)
+    config = loaded.config
+    say(
+        f"{src}: {config.model.variant}, {config.data.num_classes} classes"
+        f"{'' if config.model.class_dropout else ' without a null label'}, objective {config.objective.name}, "
+        f"latents {'x'.join(map(str, loaded.latents['shape']))}, scale {loaded.latents['scale']:g}"
+    )
+    loaded.network("model"), loaded.network("ema")  # that they fit is known before anything is written
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(loaded, out, weights, say)
+    say(f"{out}: written")
+    return out
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the command line says about a source."""
+
+    config: str | Path | None
+    overrides: tuple[str, ...]
+    heads: int | None
+
+    @property
+    def keys(self) -> set[str]:
+        """The dotted keys that are set, and their sections."""
+        tree = yaml.safe_load(Path(self.config).read_text()) if self.config else {}
+        keys = {override.partition("=")[0] for override in self.overrides}
+        for section, values in (tree or {}).items():
+            keys |= {section} | ({f"{section}.{key}" for key in values} if isinstance(values, dict) else set())
+        return keys
+
+
+def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], stated: Stated, say) -> tuple[Config, dict]:
+    """The config of weights from elsewhere, and checkpoint.json's word on their latents.
+
+    `said`: what the source itself tells (`objective` {name, ...}, `vae`, `num_classes`); what is `stated` wins.
+    """
+    load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)  # mistakes in it come first
+    keys = stated.keys
+    name = said.get("objective", {}).get("name")
+    if {"objective", "objective.name"} & keys:
+        base = load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)
+        if name not in (None, base.objective.name):
+            raise ValueError(
+                f"objective.name={base.objective.name!r}, but {where} says that it was trained with {name}"
+            )
+        name = base.objective.name
+        said = {key: value for key, value in said.items() if key != "objective"}
+    if name is None:
+        raise ValueError(
+            f"the objective of {where} cannot be told from its weights, DiT and SiT share every shape; "
+            "add objective=ddpm (DiT) or objective=flow (SiT)"
+        )
+    lookup(OBJECTIVES, name, "objective.name")
+    hints = [f"objective.{key}={value}" for key, value in said.get("objective", {"name": name}).items()]
+    hints += [f"data.vae={said['vae']}"] if "vae" in said and "data.vae" not in keys else []
+    base = stated.config or shipped_config("sit_xl_2" if name == "flow" else "dit_xl_2")
+    config = load_config(base, [*hints, *stated.overrides])
+
+    own = variant_shape(config.model.variant) if "model.variant" in keys else None
+    hidden = state["x_embedder.proj.weight"].shape[0] if "x_embedder.proj.weight" in state else None
+    shape = architecture(
+        state,
+        where,
+        heads=stated.heads or (own["num_heads"] if own and own["hidden_size"] == hidden else None),
+        num_classes=config.data.num_classes if "data.num_classes" in keys else said.get("num_classes"),
+    )
+    if own and own != variant_shape(shape.variant):
+        raise ValueError(f"model.variant={config.model.variant}, but {where} holds {shape.variant}")
+    latents = latents_of(config.data.vae, shape)
+    if "data.image_size" in keys and config.data.image_size != latents["image_size"]:
+        raise ValueError(
+            f"data.image_size={config.data.image_size}, but {where} is for latents of {shape.input_size}, "
+            f"which are {latents['image_size']} px images; leave it out"
+        )
+    objective = build(OBJECTIVES, config.objective, "objective")
+    needs = objective.out_channels(shape.in_channels)
+    if needs > shape.in_channels * (1 + shape.learn_sigma):
+        raise ValueError(
+            f"{where} has {shape.in_channels} output channels, objective={name} with learned variance needs {needs}: "
+            "add objective.variance=fixed_small objective.loss_type=mse, or objective=flow"
+        )
+    if not shape.null_row and config.sampling.cfg_scale != 1:
+        config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))
+        say(f"{where} has no null label: sampling.cfg_scale=1")
+    model = replace(
+        config.model,
+        variant=shape.variant,
+        class_dropout=(config.model.class_dropout or 0.1) if shape.null_row else 0.0,
+        learn_sigma=True if shape.learn_sigma and needs == shape.in_channels else None,
+    )
+    data = replace(config.data, shards="", image_size=latents["image_size"], num_classes=shape.num_classes)
+    return replace(config, data=data, model=model), latents
+
+
+def latents_of(vae: str, shape: Architecture) -> dict[str, Any]:
+    """checkpoint.json's facts, from the autoencoder where it is a folder, else Stable Diffusion's."""
+    facts = {"scale": SD_SCALE, "shift": 0.0, "vae": vae, "codec": ""}  # "": not known, so not compared
+    downsample, channels = SD_DOWNSAMPLE, 4
+    if Path(vae).is_dir():
+        codec = LatentCodec.load(vae)
+        facts |= {"scale": codec.scale, "shift": codec.shift, "codec": codec.fingerprint}
+        downsample, channels = codec.downsample, codec.channels
+    if channels != shape.in_channels:
+        raise ValueError(
+            f"data.vae={vae} has {channels} latent channels, the network {shape.in_channels}; "
+            "name the folder of the autoencoder that it was trained with, data.vae=FOLDER"
+        )
+    size = shape.input_size
+    return {**facts, "shape": [shape.in_channels, size, size], "image_size": size * downsample}
+
+
+def read_official(path: Path, stated: Stated, say) -> Loaded:
+    released = read_released(path)
+    for note in released.notes:
+        say(note)
+    config, latents = configure(released.ema, path, args_of_official(released.args), stated, say)
+    step = int(path.stem) if path.stem.isdigit() else 0  # the official scripts name their files 0400000.pt
+    return Loaded(released.model, released.ema, config, latents, step)
+
+
+def read_fastdit(path: Path, stated: Stated) -> Loaded:
+    if stated.config or stated.heads:
+        raise ValueError(f"{path} brings its own config; leave out --config and --heads, use section.key=value")
+    folder = checkpoint.find(path)
+    meta = checkpoint.read_meta(folder)
+    config = load_config(folder / "config.yaml", stated.overrides)
+    model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
+    return Loaded(model, ema, config, meta["latents"], meta["step"])
+
+
+def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
+    from fastdit.pipeline import read_pipeline
+
+    if stated.config is None and (folder / "fastdit.yaml").is_file():  # an export of ours says all
+        stated = replace(stated, config=folder / "fastdit.yaml")
+    given = load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)
+    num_classes = given.data.num_classes if "data.num_classes" in stated.keys else None
+    null_row = "model.class_dropout" not in stated.keys or given.model.class_dropout > 0
+    pipeline = read_pipeline(folder, num_classes, null_row)
+    if (folder / "vae").is_dir() and not any(o.startswith("data.vae=") for o in stated.overrides):
+        stated = replace(stated, overrides=(*stated.overrides, f"data.vae={folder}"))
+    config, latents = configure(pipeline.state, folder, pipeline.said, stated, say)
+    state = pipeline.weights(config)
+    loaded = Loaded(state, state, config, latents, pipeline.step)
+    return replace(loaded, golden=pipeline.forward(loaded, say))
+
+
+def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
+    """A folder that sample_ddp.py takes, with a recorded forward for `fastdit verify`."""
+    config, meta = replace(loaded.config, run_dir=str(out)), {
+        "step": loaded.step, "model": loaded.config.model.variant, "num_classes": loaded.config.data.num_classes,
+        "objective": loaded.config.objective.name, "engine": "none", "sharded_over": 1, "zero_stage": 0,
+        "global_batch": loaded.config.training.global_batch, "seed": loaded.config.seed, "latents": loaded.latents,
+    }  # fmt: skip
+    with _new_folder(out) as partial:
+        for name in ("model", "ema"):
+            state = {key: tensor.contiguous() for key, tensor in getattr(loaded, name).items()}
+            save_file(state, partial / f"{name}.safetensors")
+        save_config(config, partial / "config.yaml")
+        np.savez(partial / GOLDEN, **(loaded.golden or loaded.forward()))
+        checkpoint.commit(partial, out, meta)
+
+
+def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
+    refuse_options(loaded.config.model, "the official DiT")
+    if not loaded.config.data.num_classes:
+        raise ValueError("data.num_classes=0: the official DiT always has a label table; keep the fastdit checkpoint")
+    args = {
+        "model": loaded.config.model.variant,
+        "image_size": loaded.latents["image_size"],
+        "num_classes": loaded.config.data.num_classes,
+    }
+    write_official(out, loaded.model, loaded.ema, args)
+
+
+def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
+    from fastdit.pipeline import write_pipeline
+
+    refuse_options(loaded.config.model, "DiTTransformer2DModel")
+    with _new_folder(out) as partial:
+        write_pipeline(loaded, partial, out, weights, say)
+        save_config(loaded.config, partial / "fastdit.yaml")
+        facts = {"latents": loaded.latents, "step": loaded.step, "weights": weights}
+        (partial / "fastdit.json").write_text(json.dumps(facts, indent=1))
+        partial.rename(out)
+
+
+def refuse_options(model: ModelConfig, where: str) -> None:
+    """ValueError naming the options of a network that a format has no slot for."""
+    default = ModelConfig()
+    for option in dataclasses.fields(model):
+        value = getattr(model, option.name)
+        if option.name not in ANY_NETWORK and value != getattr(default, option.name):
+            raise ValueError(f"model.{option.name}={value!r} has no slot in {where}; keep the fastdit checkpoint")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill and then to rename to `out`; whatever fails before, nothing of it is left."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+WRITERS = {"fastdit": write_fastdit, "official": write_official_file, "diffusers": write_diffusers}

@@ -1,0 +1,197 @@
+"""Folders of diffusers' DiTPipeline, written from and read into fastdit checkpoints."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.config import Config, to_tree
+from fastdit.data.latents import LatentCodec
+from fastdit.diffusion.objectives import FlowMatching
+from fastdit.models.diffusers_dit import (
+    from_diffusers,
+    make_exact,
+    objective_of,
+    scheduler_of,
+    to_diffusers,
+    to_pipeline_clock,
+    transformer_config,
+)
+from fastdit.models.layers import position_embedding
+
+CLOSE = 1e-4  # of the largest output: what fp32 rounding in another order of operations may cost
+SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
+    block.norm1.emb.time_proj.downscale_freq_shift = 0"""
+
+
+def write_pipeline(loaded, folder: Path, out: Path, weights: str, say: Callable[[str], None]) -> None:
+    """Fill `folder` with transformer/, scheduler/, vae/ (where it is a local folder), model_index.json and README.md.
+
+    `loaded`: conversion.Loaded. The transformer is loaded back and compared before this returns.
+    """
+    import diffusers
+
+    config, latents, objective, shape = loaded.config, loaded.latents, loaded.objective, loaded.architecture()
+    scheduler, state = scheduler_of(objective), getattr(loaded, weights)
+    if latents["shift"]:
+        raise ValueError(f"the latents' shift of {latents['shift']} has no slot in DiTPipeline; keep the checkpoint")
+    grid = shape.input_size // shape.patch_size
+    if not torch.equal(state["pos_embed"][0], position_embedding(shape.hidden_size, grid, grid)):
+        raise ValueError("pos_embed is not the fixed sin-cos table, which DiTTransformer2DModel always uses")
+    if isinstance(objective, FlowMatching):
+        state = to_pipeline_clock(state)
+    transformer = diffusers.DiTTransformer2DModel(**transformer_config(shape))
+    transformer.load_state_dict(to_diffusers(state, shape))
+    transformer.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    local = Path(config.data.vae).is_dir()
+    if local:
+        codec = LatentCodec.load(config.data.vae)
+        if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:
+            raise ValueError(f"data.vae={config.data.vae} is not the autoencoder that made the latents; name that one")
+        codec.vae.save_pretrained(folder / "vae")
+    index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
+    index |= {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+    report = compare(diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer"), loaded, weights)
+    assert report.exact < CLOSE * report.largest, report
+    lines = notes(loaded, out, report, local)
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    for line in lines[2:]:
+        say(line)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences between a transformer's outputs and fastdit's on random input, and the largest output."""
+
+    exact: float  # with DiT's frequencies and norms set, where that matters
+    as_loaded: float
+    largest: float
+    outputs: Tensor  # the exact transformer's, with fastdit's sign
+
+
+@torch.no_grad()
+def compare(transformer: nn.Module, loaded, weights: str = "ema") -> Difference:
+    """Run both networks on `loaded.random_input()`; leaves the transformer exact."""
+    x, times, y = loaded.random_input()
+    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+    labels = torch.where(y == loaded.config.data.num_classes, table.num_embeddings - 1, y)
+    flow = isinstance(loaded.objective, FlowMatching)
+    clock = times.float() if flow else loaded.objective.model_time(times)
+
+    def run() -> Tensor:
+        out = transformer.eval()(x, timestep=clock, class_labels=labels).sample
+        return -out if flow else out
+
+    ours = loaded.network(weights)(x, loaded.objective.model_time(times), y)
+    first = run()
+    exact = first
+    if not flow:
+        make_exact(transformer)
+        exact = run()
+    gaps = [(ours - theirs).abs().max().item() for theirs in (exact, first)]
+    return Difference(*gaps, ours.abs().max().item(), exact)
+
+
+def notes(loaded, out: Path, report: Difference, local_vae: bool) -> list[str]:
+    """README.md of an exported folder: how to load it, what to set, what DiTPipeline does otherwise."""
+    config = loaded.config
+    flow = isinstance(loaded.objective, FlowMatching)
+    vae = "" if local_vae else f', vae=AutoencoderKL.from_pretrained("{config.data.vae}")'
+    lines = [f"# {config.model.variant}, exported by fastdit", ""]
+    lines += [
+        f"Largest difference between the two networks on random input: {report.exact:.1e} of {report.largest:.2g}."
+    ]
+    if not flow:
+        lines += [
+            f"IMPORTANT: diffusers embeds timesteps with frequency shift 1, DiT with 0, and no config key says so. As "
+            f"loaded the output is off by {report.as_loaded:.2g} of {report.largest:.2g}; set it after loading:",
+        ]
+    names = "DiTPipeline" if local_vae else "AutoencoderKL, DiTPipeline"
+    lines += ["", "```python", f"from diffusers import {names}", f'pipe = DiTPipeline.from_pretrained("{out}"{vae})']
+    lines += [] if flow else [SHIFT_LINES]
+    lines += ["```", ""]
+    if not local_vae:
+        lines += [f"The autoencoder {config.data.vae} is no local folder and was not copied; pass it as above."]
+    if not config.model.class_dropout:
+        lines += ["The network has no null label: call the pipeline with guidance_scale=1."]
+    elif config.sampling.cfg_channels:
+        lines += [
+            f"DiTPipeline guides all channels; fastdit's sampling.cfg_channels={config.sampling.cfg_channels} guides "
+            f"the first {config.sampling.cfg_channels}, so equal scales make different images."
+        ]
+    return lines
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A DiTPipeline folder read: `state` under the official names, `said` as conversion.configure wants it."""
+
+    transformer: nn.Module
+    state: dict[str, Tensor]
+    said: dict[str, Any]
+    step: int
+
+    def weights(self, config: Config) -> dict[str, Tensor]:
+        """The state dict on the clock of the config's objective."""
+        return to_pipeline_clock(self.state, back=True) if config.objective.name == "flow" else self.state
+
+    def forward(self, loaded, say: Callable[[str], None]) -> dict[str, Tensor]:
+        """x, t, y and the transformer's own out, as fastdit's network should have it; says how near it comes."""
+        report = compare(self.transformer, loaded)
+        say(f"largest difference between the two networks on random input: {report.exact:.1e} of {report.largest:.2g}")
+        if report.as_loaded > CLOSE * report.largest:
+            say(
+                f"as diffusers runs it, with frequency shift 1, the difference is {report.as_loaded:.2g}: diffusers' "
+                "error for weights that came from DiT, fastdit's for a network that was trained in diffusers"
+            )
+        x, times, y = loaded.random_input()
+        return {"x": x, "t": loaded.objective.model_time(times), "y": y, "out": report.outputs}
+
+
+def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool = True) -> Pipeline:
+    """`num_classes`: of a padded label table (None: all its rows but the last); ValueError for what is no DiT."""
+    from diffusers import DiTTransformer2DModel
+
+    path = folder / "transformer"
+    try:
+        kind = json.loads((path / "config.json").read_text())
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a whole DiTPipeline folder: {error.filename} is missing") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
+        raise ValueError(f"{path} holds a {kind.get('_class_name')}, not a DiTTransformer2DModel")
+    wanted = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
+              "norm_elementwise_affine": False}  # fmt: skip
+    for key, value in wanted.items():
+        if kind.get(key, value) != value:
+            raise ValueError(f"{path}: {key}={kind[key]!r} has no counterpart in DiT, where it is {value!r}")
+    try:
+        transformer, loading = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True)
+    except Exception as error:  # files, pickles, safetensors and configs fail with no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
+    if loading["missing_keys"]:  # diffusers would leave them at random values
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} first; save the pipeline again")
+    state = from_diffusers(transformer, num_classes, null_row)
+    said: dict[str, Any] = {"num_classes": num_classes} if num_classes is not None else {}
+    learn_sigma = transformer.out_channels == 2 * transformer.config.in_channels
+    objective = objective_of(scheduler, learn_sigma)
+    if objective is not None:
+        default = type(objective)()
+        options = {key: value for key, value in to_tree(objective).items() if value != getattr(default, key)}
+        said["objective"] = {"name": "flow" if isinstance(objective, FlowMatching) else "ddpm", **options}
+    if (folder / "vae" / "config.json").is_file():
+        said["vae"] = str(folder)
+    facts = json.loads((folder / "fastdit.json").read_text()) if (folder / "fastdit.json").is_file() else {}
+    return Pipeline(transformer, state, said, facts.get("step", 0))
