@@ -70,7 +70,10 @@ CONTESTANTS = {  # name: what the table says
 ABLATION = {  # fastdit with one thing changed: config overrides
     "no compile": ["training.compile=false"],
     "fp32": ["training.precision=fp32"],
-    "checkpointing": ["training.activation_checkpointing=true"],
+    "selective checkpointing": ["training.activation_checkpointing=selective"],
+    "full checkpointing": ["training.activation_checkpointing=full"],
+    "bf16 residual": ["training.residual=bf16"],
+    "cuda graph": ["training.cuda_graph=true"],
     "eager attention": ["model.attention=eager"],
 }
 

@@ -71,6 +71,8 @@ class TrainingConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)): for runs of a few hundred steps
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, moments and EMA are always fp32
+    residual: Literal["fp32", "bf16"] = "fp32"  # residual stream between the blocks, when precision is bf16
+    cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
     compile: bool = True
     loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl

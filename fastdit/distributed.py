@@ -92,6 +92,11 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of all of a step's random numbers."""
+    return torch.Generator(device).manual_seed(seed_of(seed, step))
+
+
 class StepRandom:
     """The random numbers of one training step, a pure function of (seed, step) and of the row in the global batch.
 
@@ -100,17 +105,17 @@ class StepRandom:
     costs microseconds on a GPU: 256 latents of 4 x 32 x 32 are a million numbers.
     """
 
-    def __init__(self, seed: int, step: int, rows: slice, global_batch: int, device: torch.device | str = "cpu"):
-        self.rows, self.global_batch, self.device = rows, global_batch, device
-        self.generator = torch.Generator(device).manual_seed(seed_of(seed, step))
+    def __init__(self, generator: torch.Generator, rows: slice, global_batch: int):
+        """`generator` as `step_generator` makes it."""
+        self.generator, self.rows, self.global_batch = generator, rows, global_batch
 
     def rand(self) -> Tensor:
         """(n,) uniforms in [0, 1)."""
-        return torch.rand(self.global_batch, generator=self.generator, device=self.device)[self.rows]
+        return torch.rand(self.global_batch, generator=self.generator, device=self.generator.device)[self.rows]
 
     def randn(self, *shape: int) -> Tensor:
         """(n, *shape) standard normals."""
-        return torch.randn(self.global_batch, *shape, generator=self.generator, device=self.device)[self.rows]
+        return torch.randn(self.global_batch, *shape, generator=self.generator, device=self.generator.device)[self.rows]
 
 
 class ImageRandom:

@@ -2,11 +2,11 @@
 
 import torch
 
-from fastdit.distributed import ImageRandom, StepRandom, seed_of
+from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
 
 
 def draw(rows: slice, step: int = 3) -> list[torch.Tensor]:
-    random = StepRandom(0, step, rows, 12)
+    random = StepRandom(step_generator(0, step), rows, 12)
     return [random.randn(2, 2), random.rand(), random.randn(1)]
 
 
@@ -21,7 +21,7 @@ def test_step_random_cuts_the_same_numbers_for_any_number_of_processes():
 
 
 def test_step_random_is_standard():
-    random = StepRandom(1, 2, slice(0, 50_000), 50_000)
+    random = StepRandom(step_generator(1, 2), slice(0, 50_000), 50_000)
     normal, uniform = random.randn(2), random.rand()
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     assert abs(uniform.mean() - 0.5) < 0.01 and 0 <= uniform.min() and uniform.max() < 1

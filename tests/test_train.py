@@ -93,6 +93,26 @@ def test_compiled_blocks_give_the_same_losses(world, tmp_path):
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
+def test_a_bf16_residual_stream_stays_within_bf16_noise(world, whole, tmp_path):
+    train_here(world, tmp_path / "run", "training.residual=bf16")
+    assert losses(tmp_path / "run") != whole
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=5e-3)
+
+
+def test_a_cuda_graph_is_refused_without_a_gpu(world, tmp_path):
+    with pytest.raises(ValueError, match="training.cuda_graph=true needs a GPU"):
+        train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/run", "training.cuda_graph=true"]), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_replays_the_very_same_steps(world, tmp_path):
+    for name in ("true", "false"):
+        change = [f"training.cuda_graph={name}", "training.warmup_steps=10", "training.steps=12"]
+        train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{name}", *change]), device="cuda")
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-3)
+
+
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
     run("train.py", "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", processes=2)
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)

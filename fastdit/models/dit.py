@@ -50,6 +50,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.num_classes = hidden_size, num_classes
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.residual_dtype: torch.dtype | None = None  # None: as autocast leaves it, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -84,6 +85,7 @@ class DiT(nn.Module):
         if self.num_classes:
             c = c + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D), T = (H / p)(W / p)
+        x = x.to(self.residual_dtype or x.dtype)
         pending = None  # the last block's MLP branch, on its way into the residual x
         for block in self.blocks:
             x, pending = block(x, pending, c)

@@ -30,7 +30,16 @@ class TorchEngine:
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
+        # on a GPU the learning rate lives there: a replayed CUDA graph reads its new value
+        lr = torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else 0.0
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32, computed in the engine's precision."""
@@ -52,8 +61,8 @@ class TorchEngine:
         norm = nn.utils.get_total_norm(gradients)
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            self.set_lr(lr)  # a captured step reads what `set_lr` writes before its replay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -75,7 +84,10 @@ class TorchEngine:
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
         self.module.load_state_dict(state)
+        places = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        for group, lr in zip(self.optimizer.param_groups, places, strict=True):
+            group["lr"] = lr  # our own tensor, on the device
 
 
 class DeepSpeedEngine:

@@ -21,6 +21,7 @@ from fastdit.models.dit import DiT, create_dit
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
+from fastdit.training.graph import GraphedStep
 from fastdit.training.log import Log, peak_flops
 from fastdit.training.memory import RESERVED, memory_bytes
 from fastdit.training.step import TrainStep
@@ -57,6 +58,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     model = network(config, manifest.latent_shape, objective, device).to(device).train()
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     model.set_activation_checkpointing(checkpointing_policy(config, model, micro, ranks))
+    if settings.residual == "bf16" and settings.precision == "bf16":
+        model.residual_dtype = torch.bfloat16
     if settings.compile:
         model.compile_blocks()
 
@@ -121,6 +124,24 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
             if times is not None:
                 torch.save(times.state_dict(), folder / "times.pt")
 
+    train_step = TrainStep(
+        engine,
+        ema,
+        objective,
+        ranks,
+        latent_shape=manifest.latent_shape,
+        scale=manifest.scale,
+        shift=manifest.shift,
+        class_dropout=config.model.class_dropout,
+        null_label=model.null_label,
+        micro_batch=micro,
+        accumulation=accumulation,
+        seed=seed_of(config.seed, NOISE),
+        times=times,
+    )
+    if settings.cuda_graph:
+        train_step = GraphedStep(train_step)
+
     log = None
     if ranks.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -142,21 +163,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         hflip=config.data.hflip,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
-    )
-    train_step = TrainStep(
-        engine,
-        ema,
-        objective,
-        ranks,
-        latent_shape=manifest.latent_shape,
-        scale=manifest.scale,
-        shift=manifest.shift,
-        class_dropout=config.model.class_dropout,
-        null_label=model.null_label,
-        micro_batch=micro,
-        accumulation=accumulation,
-        seed=seed_of(config.seed, NOISE),
-        times=times,
     )
     last = found[-1] if found else None
     clock, clock_step = time.perf_counter(), start

@@ -1,13 +1,13 @@
 """One training step, from moments to moved weights: noise, loss, backward, optimiser, EMA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdit.data.latents import sample_latents
 from fastdit.diffusion.timesteps import LossAwareTimes
-from fastdit.distributed import Ranks, StepRandom
+from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.models.dit import drop_labels
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
@@ -33,36 +33,33 @@ class TrainStep:
     accumulation: int
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
-    seen: list[Tensor] = field(default_factory=list)  # (n, 2) times and losses of this step's micro-batches, for it
 
     def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """moments (n, 2C, h, w), y (n,) on the device, step from 0 -> mean loss and gradient norm, on the device."""
-        total = torch.zeros((), device=moments.device)
-        for i in range(self.accumulation):
-            rows = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
-            self.engine.boundary(last=i == self.accumulation - 1)
-            loss = self.loss(moments[rows], y[rows], step, first=(self.ranks.rank * self.accumulation + i))
-            self.engine.backward(loss)
-            total += loss.detach() / self.accumulation
-        if self.times is not None:
-            seen = self.ranks.gather(torch.cat(self.seen))  # (global batch, 2), in one order on any world size
-            self.times.update(*seen.unbind(1))
-            self.seen.clear()
-        grad_norm = self.engine.step(lr)
-        self.ema.update(self.engine.master_parameters(), step + 1)
-        return total, grad_norm
+        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr)
 
-    def loss(self, moments: Tensor, y: Tensor, step: int, first: int) -> Tensor:
-        """Mean loss of micro-batch number `first` of the global batch."""
-        rows = slice(first * self.micro_batch, (first + 1) * self.micro_batch)
-        global_batch = self.ranks.world * self.accumulation * self.micro_batch
-        random = StepRandom(self.seed, step, rows, global_batch, moments.device)
+    def run(self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor):
+        """The same from a generator that is already at this step's seed."""
+        own = self.accumulation * self.micro_batch
+        rows = slice(self.ranks.rank * own, (self.ranks.rank + 1) * own)
+        random = StepRandom(generator, rows, self.ranks.world * own)
         x_0 = sample_latents(moments, random.randn(*self.latent_shape), self.scale, self.shift)  # (n, C, h, w)
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
         u, noise = random.rand(), random.randn(*self.latent_shape)
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
-        losses = self.objective.loss(self.engine, x_0, y, t, noise).per_sample
-        if factors is None:
-            return losses.mean()
-        self.seen.append(torch.stack([t, losses.detach().to(t)], 1))
-        return (factors.to(losses) * losses).mean()
+        losses = []
+        for i in range(self.accumulation):
+            part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
+            self.engine.boundary(last=i == self.accumulation - 1)
+            per_sample = self.objective.loss(self.engine, x_0[part], y[part], t[part], noise[part]).per_sample
+            weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
+            self.engine.backward(weighted.mean())
+            losses.append(per_sample.detach() if factors is None else torch.stack([per_sample, weighted]).detach())
+        losses = torch.cat(losses, dim=-1)
+        if self.times is not None:
+            seen = torch.stack([t, losses[0].to(t)], 1)
+            self.times.update(*self.ranks.gather(seen).unbind(1))  # of the global batch, in one order on any world size
+            losses = losses[1]
+        grad_norm = self.engine.step(lr)
+        self.ema.update(self.engine.master_parameters(), step + 1)
+        return losses.mean(), grad_norm
