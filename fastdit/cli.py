@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdit.errors import friendly_exit
+from fastdit.errors import EXIT_CODE, friendly_exit
 
 
 @friendly_exit()
@@ -32,6 +32,10 @@ def main() -> None:
     command.add_argument("--weights", choices=("ema", "model"), default="ema", help="for diffusers: which of the two")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser("verify", help="say what is wrong with a checkpoint or a folder of latents")
+    command.add_argument("path", help="a run, one of its checkpoints/step-*, or what extract_features.py wrote")
+    command.set_defaults(run=_verify)
 
     arguments, rest = parser.parse_known_args()  # argparse takes no positionals after options in a subcommand
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
@@ -67,6 +71,17 @@ def _convert(arguments: argparse.Namespace) -> None:
         heads=arguments.heads,
         weights=arguments.weights,
     )
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from fastdit.verify import verify
+
+    findings = verify(arguments.path)
+    for line in findings:
+        print("wrong:", line)
+    if findings:
+        raise SystemExit(EXIT_CODE)
+    print("all is well")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+"""verify: silent about what is well, and naming every fault that was put in."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from convert_cases import golden_weights, moved
+from data_cases import tiny_vae
+from safetensors.torch import load_file, save_file
+
+from fastdit import cli
+from fastdit.conversion import convert
+from fastdit.data.shards import Manifest
+from fastdit.data.writer import write_shards
+from fastdit.training import checkpoint
+from fastdit.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """A converted checkpoint and 40 latents of unit variance in two shards."""
+    root = tmp_path_factory.mktemp("verify")
+    tiny_vae().save_pretrained(root / "vae")
+    torch.save(golden_weights(), root / "plain.pt")
+    overrides = ["objective=ddpm", f"data.vae={root}/vae"]
+    convert(root / "plain.pt", "fastdit", root / "run", overrides=overrides, heads=4, say=quiet)
+    make_shards(root / "latents")
+    return root
+
+
+def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
+    """Moments whose mean has deviation `spread` and whose posterior has 2, unscaled: sqrt(29) x scale is 0.98."""
+    rng = np.random.default_rng(0)
+    about = Manifest(
+        vae="vae", codec="0" * 64, scale=scale, shift=0.0, image_size=16, latent_shape=(4, 8, 8), dtype="float16",
+        class_names=tuple("abc"), images=40,
+    )  # fmt: skip
+
+    def samples():
+        for i in range(40):
+            mean = rng.normal(0, spread, (4, 8, 8))
+            one = np.concatenate([mean, np.full((4, 8, 8), 2.0)])
+            yield np.stack([one, one[..., ::-1]]), i % 3
+
+    return write_shards(samples(), out, about, shard_size=25)
+
+
+def copy(healthy, tmp_path, name):
+    shutil.copytree(healthy / name, tmp_path / name)
+    return tmp_path / name
+
+
+def test_what_is_well_is_said_to_be_well(healthy, world, capsys, monkeypatch):
+    heard = []
+    assert verify(healthy / "run", heard.append) == [] and verify(healthy / "latents", heard.append) == []
+    text = "\n".join(heard)
+    assert "fp32 EMA" in text and "within 0.0e+00 of the recorded one" in text
+    assert "40 images of 3 classes in 2 shards" in text
+    for name, code in (("run", 0), ("latents", 0)):
+        monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(healthy / name)])
+        assert cli.main() is None or code
+        assert "all is well" in capsys.readouterr().out
+
+
+def test_a_trained_run_and_its_shards_are_well(world, tmp_path):
+    from fastdit.config import load_config
+    from fastdit.training.loop import train
+
+    run = train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/run", "training.steps=3"]))
+    assert verify(tmp_path / "run", quiet) == [] and verify(run, quiet) == []
+    [line] = verify(world / "latents", quiet)  # an untrained autoencoder's, with Stable Diffusion's scale
+    assert "far from the 1" in line and "scale=0.18215" in line
+
+
+def edit(folder, name, change):
+    """Change a safetensors file's tensors, and the size that checkpoint.json lists."""
+    state = load_file(folder / f"{name}.safetensors")
+    save_file(change(dict(state)), folder / f"{name}.safetensors")
+    relist(folder)
+
+
+def relist(folder):
+    meta = json.loads((folder / checkpoint.META).read_text())
+    meta["files"] = {key: (folder / key).stat().st_size for key in meta["files"]}
+    (folder / checkpoint.META).write_text(json.dumps(meta))
+
+
+def change_meta(folder, change):
+    meta = json.loads((folder / checkpoint.META).read_text())
+    change(meta)
+    (folder / checkpoint.META).write_text(json.dumps(meta))
+
+
+def poked(state, name, value):
+    state[name] = state[name].clone()
+    state[name].view(-1)[3:5] = value
+    return state
+
+
+def without(state, name):
+    del state[name]
+    return state
+
+
+def written(folder, old, new):
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new))
+
+
+HEAD = "final_layer.linear.weight"
+TRAINED = {"engine": "torch", "step": 500}
+CHECKPOINT_FAULTS = {
+    "a missing tensor": (
+        lambda folder: edit(folder, "ema", lambda s: without(s, HEAD)),
+        [f"ema.safetensors: {HEAD} is missing"],
+    ),
+    "a tensor too many": (
+        lambda folder: edit(folder, "model", lambda s: s | {"blocks.2.x": torch.ones(2)}),
+        ["model.safetensors: blocks.2.x has no place"],
+    ),
+    "a shape": (
+        lambda folder: edit(folder, "ema", lambda s: s | {HEAD: torch.ones(16, 48)}),
+        ["shape (16, 48) instead of (32, 48)"],
+    ),
+    "not finite": (
+        lambda folder: edit(folder, "ema", lambda s: poked(s, HEAD, float("nan"))),
+        [f"ema.safetensors: {HEAD} has 2 of 1536 values that are not finite", "output on random input is not finite"],
+    ),
+    "bf16": (
+        lambda folder: edit(folder, "ema", lambda s: {k: v.bfloat16() for k, v in s.items()}),
+        ["is BF16, not F32", "an average must live in fp32", "more: precision"],
+    ),
+    "no EMA": (lambda folder: (folder / "ema.safetensors").unlink(), ["ema.safetensors is missing"]),
+    "cut short": (
+        lambda folder: (folder / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[:-100]),
+        ["bytes instead of", "is damaged"],
+    ),
+    "no config": (lambda folder: (folder / "config.yaml").unlink(), ["config.yaml does not exist"]),
+    "another model": (
+        lambda folder: written(folder, "2x48x4", "3x48x4"),
+        ["checkpoint.json says model='DiT-2x48x4/2', config.yaml 'DiT-3x48x4/2'",
+         "blocks.2.attn.qkv.weight is missing", "more: weights"],
+    ),
+    "a config key": (
+        lambda folder: written(folder, "variant:", "varaint:"),
+        ["model.varaint", "did you mean 'variant'"],
+    ),
+    "no facts": (lambda folder: change_meta(folder, lambda m: m.pop("latents")), ["has no 'latents'"]),
+    "a scale": (
+        lambda folder: change_meta(folder, lambda m: m["latents"].update(scale=1.0)),
+        ["latents have scale 1.0", "has 0.18215"],
+    ),
+    "another autoencoder": (
+        lambda folder: change_meta(folder, lambda m: m["latents"].update(codec="ab")),
+        ["another autoencoder"],
+    ),
+    "another network's weights": (
+        lambda folder: edit(folder, "ema", lambda s: moved(s, 0.1)),
+        ["differs from the recorded one by"],
+    ),
+    "a run without optimiser": (
+        lambda folder: change_meta(folder, lambda m: m.update(engine="torch")),
+        ["optimizer.pt is missing: the run cannot resume"],
+    ),
+    "an average of nothing": (
+        lambda folder: change_meta(folder, lambda m: m.update(TRAINED)),
+        ["the EMA equals the weights bit for bit"],
+    ),
+    "an average that stood still": (
+        lambda folder: (
+            edit(folder, "ema", lambda s: s | {HEAD: torch.zeros(32, 48)}),
+            change_meta(folder, lambda m: m.update(TRAINED)),
+        ),
+        [f"the EMA never moved: {HEAD} is all zero"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
+def test_every_fault_of_a_checkpoint_is_named(healthy, tmp_path, name):
+    folder = copy(healthy, tmp_path, "run")
+    break_it, words = CHECKPOINT_FAULTS[name]
+    break_it(folder)
+    lines = verify(folder, quiet)
+    assert lines and all(any(word in line for line in lines) for word in words), lines
+    assert all("\n" not in line for line in lines)
+
+
+def write_index(folder, change):
+    """Another index.npy, with its hash in the manifest."""
+    import hashlib
+
+    index = np.load(folder / "index.npy")
+    change(index)
+    np.save(folder / "index.npy", index)
+    digest = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    change_manifest(folder, lambda m: m.update(index_sha256=digest))
+
+
+def change_manifest(folder, change):
+    stored = json.loads((folder / "manifest.json").read_text())
+    change(stored)
+    (folder / "manifest.json").write_text(json.dumps(stored))
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def put(index, field, value):
+    index[field][7] = value
+
+
+SHARD = "shard-00000.tar"  # 4,096 bytes a sample: 512 + 128 + 2 x 1,024 + padding, 512 + label + padding
+SHARD_FAULTS = {
+    "one bit of a latent": (
+        lambda folder: flip(folder / SHARD, 1000),
+        ["SHA-256 is not the manifest's", "sample 000000000 is damaged"],
+    ),
+    "one bit of a label": (
+        lambda folder: flip(folder / SHARD, 3584),
+        ["SHA-256 is not", "sample 000000000 has label 1 in the tar, 0 in the index"],
+    ),
+    "one bit of a header": (
+        lambda folder: flip(folder / SHARD, 4096),
+        ["SHA-256 is not", "a tar reader finds 1 samples and 1 labels"],
+    ),
+    "one bit of the padding": (lambda folder: flip(folder / SHARD, 3000), ["SHA-256 is not"]),
+    "cut short": (
+        lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:9000]),
+        [f"{SHARD} has 9000 bytes instead of"],
+    ),
+    "a missing shard": (lambda folder: (folder / SHARD).unlink(), [f"{SHARD} is missing"]),
+    "a stray shard": (
+        lambda folder: shutil.copy(folder / SHARD, folder / "shard-00009.tar"),
+        ["shard-00009.tar is not in the manifest"],
+    ),
+    "the index": (lambda folder: flip(folder / "index.npy", 500), ["index.npy is damaged"]),
+    "a label out of range": (
+        lambda folder: write_index(folder, lambda index: put(index, "label", 3)),
+        ["has label 3, not one of 0..2", "in the tar, 3 in the index"],
+    ),
+    "another label": (
+        lambda folder: write_index(folder, lambda index: put(index, "label", 0)),
+        ["sample 000000007 has label 1 in the tar, 0 in the index", "classes' counts"],
+    ),
+    "an offset": (
+        lambda folder: write_index(folder, lambda index: put(index, "offset", 1000)),
+        ["sample 000000007 is damaged"],
+    ),
+    "a key twice": (
+        lambda folder: write_index(folder, lambda index: put(index, "key", 3)),
+        ["names a key twice"],
+    ),
+    "a shard's number": (
+        lambda folder: write_index(folder, lambda index: put(index, "shard", 1)),
+        ["other numbers of samples per shard"],
+    ),
+    "a statistic": (
+        lambda folder: change_manifest(folder, lambda m: m.update(channel_std=[1.0] * 4)),
+        ["the channels' deviations are 0.9", "the manifest says 1.00"],
+    ),
+    "no manifest to read": (
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        ["manifest.json is damaged"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARD_FAULTS)
+def test_every_fault_of_a_shard_set_is_named(healthy, tmp_path, name):
+    folder = copy(healthy, tmp_path, "latents")
+    break_it, words = SHARD_FAULTS[name]
+    break_it(folder)
+    lines = verify(folder, quiet)
+    assert lines and all(any(word in line for line in lines) for word in words), lines
+
+
+def test_latents_far_from_unit_variance_name_the_scale_that_suits(tmp_path):
+    make_shards(tmp_path / "latents", scale=1.0)
+    [line] = verify(tmp_path / "latents", quiet)
+    assert "deviations are 5." in line and "scale=1 does not suit them, 0.18" in line
+
+
+def test_a_checkpoint_is_held_against_the_shards_it_names(healthy, tmp_path):
+    folder = copy(healthy, tmp_path, "run")
+    text = (folder / "config.yaml").read_text().replace("shards: ''", f"shards: {healthy}/latents")
+    (folder / "config.yaml").write_text(text)
+    relist(folder)
+    [line] = verify(folder, quiet)
+    assert f"the latents in {healthy}/latents have codec 000" in line
+
+
+def test_the_command_ends_with_exit_code_2(healthy, tmp_path, capsys, monkeypatch):
+    folder = copy(healthy, tmp_path, "latents")
+    flip(folder / SHARD, 3000)
+    for path, words in [(folder, "wrong: "), (tmp_path / "gone", "error: "), (tmp_path, "holds no whole checkpoint")]:
+        monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(path)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        assert stop.value.code == 2 and words in output.out + output.err
+    assert replace(Manifest.load(folder), folder=None) == replace(Manifest.load(healthy / "latents"), folder=None)
