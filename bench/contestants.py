@@ -7,6 +7,7 @@ is a line in ABLATION.
 
 import dataclasses
 import importlib.util
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.distributed import Ranks
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine
-from fastdit.training.loop import network
+from fastdit.training.graph import GraphedStep
+from fastdit.training.loop import checkpointing_policy, network
 from fastdit.training.step import TrainStep
 
 SCALE, LR, SEED = 0.18215, 1e-4, 0
 EMA_DECAY = 0.99  # so far from 1 that the gate sees fp32 averages move within its few steps
 HOST_BATCHES = 4  # distinct ones, taken in turn
-GATE_STEPS = 3
+GATE_STEPS = 5  # a CUDA graph is replayed in the last two: the first three run as they are
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,19 @@ CONTESTANTS = {  # name: what the table says
     "fastdit": "fastdit",
 }
 
-ABLATION = {  # fastdit with one thing changed: config overrides
+ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
     "no compile": ["training.compile=false"],
+    "no Triton kernels": ["FASTDIT_KERNELS=eager"],
     "fp32": ["training.precision=fp32"],
+    "bf16 residual stream": ["training.residual=bf16"],
+    "CUDA graph": ["training.cuda_graph=true"],
     "selective checkpointing": ["training.activation_checkpointing=selective"],
     "full checkpointing": ["training.activation_checkpointing=full"],
-    "bf16 residual": ["training.residual=bf16"],
-    "cuda graph": ["training.cuda_graph=true"],
-    "eager attention": ["model.attention=eager"],
+    "attention sdpa-flash": ["model.attention=sdpa-flash"],
+    "attention sdpa-cudnn": ["model.attention=sdpa-cudnn"],
+    "attention eager": ["model.attention=eager"],
 }
+GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention sdpa-flash", "attention sdpa-cudnn"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,12 @@ def config_of(case: Case) -> Config:
     """The shipped DiT-XL/2 configuration, resized, with the case's overrides."""
     size = dataclasses.replace(SIZES[case.size], batch=case.batch)
     fixed = [*size.overrides(), f"training.lr={LR}", f"training.ema_decay={EMA_DECAY}"]
-    return load_config(shipped_config("dit_xl_2"), [*fixed, *case.overrides])
+    return load_config(shipped_config("dit_xl_2"), [*fixed, *(o for o in case.overrides if not is_variable(o))])
+
+
+def is_variable(override: str) -> bool:
+    """Whether this is an environment variable: FASTDIT_KERNELS=eager, where a key of the configuration has sections."""
+    return override.partition("=")[0].isupper()
 
 
 def latent_shape(size: Size) -> tuple[int, int, int]:
@@ -218,6 +229,7 @@ class Fastdit:
     """fastdit's own stack as training/loop.py builds it, from a Config."""
 
     def __init__(self, case: Case):
+        os.environ.update(o.split("=", 1) for o in case.overrides if is_variable(o))
         config, size, device = config_of(case), SIZES[case.size], torch.device(case.device)
         settings = config.training
         torch.set_float32_matmul_precision("high")
@@ -225,9 +237,11 @@ class Fastdit:
         self.batches = host_batches(size, case.batch, device.type == "cuda")
         self.objective = Recorder(build(OBJECTIVES, config.objective, "objective"))
         ranks = Ranks(0, 0, 1, device)
-        self.model = network(config, latent_shape(size), self.objective).to(device).train()
+        self.model = network(config, latent_shape(size), self.objective, device).to(device).train()
         fill(self.model)
-        self.model.set_activation_checkpointing(settings.activation_checkpointing)
+        self.model.set_activation_checkpointing(checkpointing_policy(config, self.model, case.batch, ranks))
+        if settings.residual == "bf16" and settings.precision == "bf16":
+            self.model.residual_dtype = torch.bfloat16
         if settings.compile:
             self.model.compile_blocks()
         engine = TorchEngine(
@@ -240,6 +254,8 @@ class Fastdit:
             class_dropout=config.model.class_dropout, null_label=self.model.null_label, micro_batch=case.batch,
             accumulation=1, seed=SEED,
         )  # fmt: skip
+        if settings.cuda_graph:
+            self.work = GraphedStep(self.work)
         self.device, self.lr, self.steps = device, settings.lr, 0
 
     def step(self, i: int) -> Tensor:

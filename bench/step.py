@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from contestants import ABLATION, CONTESTANTS, SIZES, Case, config_of, latent_shape, stack_of_repo
+from contestants import ABLATION, CONTESTANTS, GPU_ONLY, SIZES, Case, config_of, latent_shape, stack_of_repo
 from record import hardware, record
 from report import chart, table
 from workers import Gated, Worker, gate_errors
@@ -258,6 +258,8 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     if arguments.ablation:
         cases = [Case("fastdit", "fastdit", **common, overrides=own)]
         for name, changes in ABLATION.items():
+            if name in GPU_ONLY and not arguments.device.startswith("cuda"):
+                continue
             cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
     return cases
 
@@ -274,7 +276,7 @@ def main() -> None:
     parser.add_argument("--reference-repo", nargs="+", type=Path, default=[], metavar="PATH")
     parser.add_argument("--turns", type=int, default=2 if on_gpu else 5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 3, help="timed in a turn")
-    parser.add_argument("--warmup", type=int, default=3 if on_gpu else 1, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=6 if on_gpu else 1, help="steps before them")
     parser.add_argument("--fresh", action="store_true", default=on_gpu,
                         help="a new process each turn, alone on the device (always so on a GPU)")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="traces, and a step's time by kind of kernel")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import contestants  # noqa: E402
+import count  # noqa: E402
 import profiles  # noqa: E402
 import report  # noqa: E402
 import step  # noqa: E402
@@ -218,3 +220,51 @@ def test_a_table_without_figures_says_why():
     line = {"contestant": "strong", "size": "tiny", "failed": "out of memory: 1 GiB", "hardware": "x", "torch": "2",
             "commit": "c", "date": "d"}  # fmt: skip
     assert "**out of memory: 1 GiB**" in report.table([line])
+
+
+SMALLEST = contestants.Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
+
+
+@pytest.mark.parametrize("overrides", [(), ("training.activation_checkpointing=full",), ("training.grad_clip=1",)])
+def test_the_host_never_waits_for_the_device_within_a_step(overrides):
+    assert not count.host_waits(SMALLEST, overrides)
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(), "a branch": lambda x: bool(x.sum() > 0), "cpu": lambda x: x.cpu(),
+    "to cpu": lambda x: x.to("cpu"), "nonzero": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0],
+    "tolist": lambda x: x.tolist(), "a number from the host": lambda x: x + torch.tensor([1.0, 2.0]),
+    "float": lambda x: float(x[0]), "isnan": lambda x: torch.equal(x, x), "where": lambda x: torch.where(x > 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_every_wait_is_noticed(wait):
+    with count.HostWaits() as waits:
+        x = torch.linspace(-1, 1, 2, requires_grad=False)
+        (x * 2).to(torch.float64).sum()
+        assert not waits.found
+        wait(x)
+    assert waits.found
+
+
+def test_a_block_compiles_whole_and_equal_blocks_share_it():
+    graphs, breaks = count.graphs_of(replace(SMALLEST, depth=3))
+    assert not breaks
+    assert len(graphs) == 4  # forward and backward, of the first block and of all others
+    block, least = graphs[1], sum(count.least_bytes(SMALLEST).values())
+    assert 0 < block.kernels <= 40 and block.calls >= 6  # qkv, proj, fc1, fc2, adaLN and attention
+    assert sum(g.bytes for g in graphs[1:3]) > SMALLEST.batch * least  # no model can beat the minimum
+
+
+def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
+    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(contestants.SIZES["XL/2"]).items()}
+    assert xl["attention"] == pytest.approx(198, rel=0.01) and xl["GELU"] == pytest.approx(132 + 198, rel=0.01)
+    assert xl["gate, residual, norm, modulate"] == pytest.approx(132 + 198, rel=0.01)
+    a, b = torch.ones(100), torch.ones(100)
+    with count.Bytes() as moved:
+        torch.add(a, b).view(10, 10)
+    assert moved.total == 3 * 400
+    with count.Bytes() as moved:
+        torch._foreach_lerp_([a], [b], 0.5)
+    assert moved.total == 3 * 400
