@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_CODE = 2
 
@@ -30,3 +31,13 @@ def friendly_exit() -> Iterator[None]:
         message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere" if full else error
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Creates a folder for output; ValueError in one line where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_no_space(error):
+            raise
+        raise ValueError(f"{key}={path} cannot be made ({error.strerror}); choose another folder") from None

@@ -19,6 +19,7 @@ import fastdit
 from fastdit.config import Config, load_config, shipped_config, to_tree
 from fastdit.data.extract import extract_features
 from fastdit.data.images import list_images, load_crop, to_pixels, to_uint8
+from fastdit.errors import make_folder
 from fastdit.evaluation.frechet import frechet_distance
 from fastdit.evaluation.judge import Judge
 from fastdit.evaluation.report import denoising_gif, loss_curve, write_html
@@ -39,6 +40,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         raise ValueError(f"--out {out} is not empty; choose another --out, or remove it")
     places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}"]
     config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *overrides])
+    make_folder(out, "--out")
     seconds: dict[str, float] = {}
 
     @contextmanager

@@ -27,6 +27,7 @@ from fastdit.diffusion.guidance import guided, watched
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, seed_of
+from fastdit.errors import make_folder
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
 from fastdit.training.loop import network
@@ -224,7 +225,7 @@ def _claim(out: Path, settings: dict) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty and holds no {SETTINGS}; choose another --out")
     else:
-        (out / "images").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "images", "--out")
         path.write_text(json.dumps(settings, indent=1))
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from runs import ENVIRONMENT, command, free_port, run
 from safetensors.torch import load_file
 
 from fastdit.config import load_config
+from fastdit.distributed import Ranks
 from fastdit.models.vae import small_vae
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
@@ -257,12 +259,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(world, whole, tm
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    from fastdit.distributed import Ranks
-
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path / "run", 25, full, {}, Ranks(0, 0, 1, torch.device("cpu")), keep=3)
     assert checkpoint.find(tmp_path / "run").name == "step-0000020"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_full_disk_is_named_whatever_the_writer_calls_it(tmp_path, monkeypatch):
+    def full(folder):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/7")
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left on device.*step-0000005"):
+        checkpoint.save(tmp_path, 5, full, {}, Ranks(0, 0, 1, torch.device("cpu")), keep=3)
+    assert checkpoint.checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="run_dir=.*file/run cannot be made"):
+        train_here(world, tmp_path / "file" / "run", "training.steps=1")
 
 
 def test_deepspeed_keys_that_it_would_ignore_or_that_we_own_are_refused():

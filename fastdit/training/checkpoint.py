@@ -7,6 +7,7 @@
 Everything is written into `step-0000500.partial`, flushed to the disk and renamed; only the rename makes it count.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 from fastdit.distributed import Ranks
 
 META = "checkpoint.json"
+FULL = 1 << 20  # bytes: with less left than this, a failed write is the disk's
 
 
 def save(
@@ -32,8 +34,9 @@ def save(
     error = None
     try:
         write(partial)
-    except OSError as failure:  # a full disk, most often
-        error = failure
+    except Exception as failure:  # a full disk, most often, which torch and safetensors put into words of their own
+        full = shutil.disk_usage(partial).free < FULL
+        error = OSError(errno.ENOSPC, "No space left on device", str(final)) if full else failure
     if ranks.any(error is not None):  # also the barrier: a rename before every file is there would be a lie
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -57,10 +60,12 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
     (partial / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
     _flush(partial / META)
     _flush(partial)
+    replaced = final.with_suffix(".replaced.partial")
     if final.exists():  # the same step again: the old one goes only when the new one is whole
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
+from fastdit.errors import make_folder
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.training import checkpoint
@@ -144,7 +145,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     log = None
     if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "run_dir")
         save_config(config, run_dir / "config.yaml")
         log = Log(run_dir, start, settings.steps, flops_per_image=flops_per_image,
                   peak_flops=ranks.world * peak_flops(device))  # fmt: skip
@@ -210,15 +211,16 @@ def network(
     learn_sigma = objective.out_channels(channels) == 2 * channels
     if learn_sigma and config.model.learn_sigma is False:
         raise ValueError("model.learn_sigma=False leaves no channels for the objective's variance; use null")
+    apart = ("variant", "learn_sigma", "attention")
     model = create_dit(
         config.model.variant,
         input_size=height,
         in_channels=channels,
         num_classes=config.data.num_classes,
-        class_dropout=config.model.class_dropout,
         learn_sigma=learn_sigma or bool(config.model.learn_sigma),
+        **{key: value for key, value in vars(config.model).items() if key not in apart},
     )
-    head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.pos_embed.shape[1]
+    head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
 
