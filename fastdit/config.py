@@ -53,9 +53,24 @@ class ModelConfig:
     class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
     attention: str = "auto"  # a backend of models/attention.py; auto: the fastest known for this GPU and shape
     learn_sigma: bool | None = None  # 2C output channels; null: as the objective asks. True with flow: SiT's idle half
+    block: Literal["adaln_zero", "adaln", "in_context", "cross_attention"] = "adaln_zero"  # how time and label act
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: Literal["none", "rms", "layer"] = "none"  # norm of each head's queries and keys
+    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"  # gelu: exact; swiglu: two thirds as wide, gated
+    mlp_ratio: float = 4.0  # width of the MLP over the hidden size
+    position: Literal["sincos", "rope", "sincos_rope"] = "sincos"  # fixed table, rotary (2-D), or both
+    registers: int = 0  # learned tokens beside the patches
+    qkv_bias: bool = True  # biases of attention's first linear,
+    proj_bias: bool = True  # of its second,
+    mlp_bias: bool = True  # and of the MLP's two
+    dropout: float = 0.0  # share of every branch's values dropped in training
+    unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
-        _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a share in [0, 1)")
+        for key in ("class_dropout", "dropout"):
+            _require(0 <= getattr(self, key) < 1, f"model.{key}", getattr(self, key), "use a share in [0, 1)")
+        _require(self.registers >= 0, "model.registers", self.registers, "use 0 for none, 4 or more")
+        _require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 
 @dataclass(frozen=True)
@@ -173,10 +188,22 @@ def build(registry: Mapping[str, type], choice: Choice, key: str) -> Any:
 def bind(registry: Mapping[str, Callable], choice: Choice, key: str) -> Callable:
     """The function (or class) that `choice` names, bound to its options: those of its signature that YAML can spell."""
     entry = lookup(registry, choice.name, f"{key}.name")
+    known = _options(entry)
+    for option, value in choice.options.items():
+        others = [name for name, other in registry.items() if option in _options(other)]
+        if others and option not in known:
+            raise ValueError(
+                f"{key}.{option}={value!r} is an option of {' and '.join(others)}, not of {choice.name}; "
+                f"remove it, or use {key}.name={others[0]}"
+            )
+    return functools.partial(entry, **_convert_all(known, choice.options, key))
+
+
+def _options(entry: Callable) -> dict[str, Any]:
+    """Names and annotations of the arguments with a default that YAML can spell."""
     hints = typing.get_type_hints(entry.__init__ if inspect.isclass(entry) else entry)
     keywords = {p.name for p in inspect.signature(entry).parameters.values() if p.default is not p.empty}
-    known = {name: hint for name, hint in hints.items() if name in keywords and _is_plain(hint)}
-    return functools.partial(entry, **_convert_all(known, choice.options, key))
+    return {name: hint for name, hint in hints.items() if name in keywords and _is_plain(hint)}
 
 
 def _is_plain(hint: Any) -> bool:

@@ -1,4 +1,7 @@
-"""The diffusion transformer, DiT with adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748); SiT uses the same network."""
+"""The diffusion transformer, DiT (Peebles & Xie 2023, arXiv 2212.09748), and its options; SiT uses the same network.
+
+docs/variants.md lists the options with what each costs. The default of every one is the official design.
+"""
 
 import re
 
@@ -6,28 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.config import lookup
+from fastdit.kernels import rope_2d
 from fastdit.models.attention import ATTENTION
-from fastdit.models.layers import (
-    DiTBlock,
-    FinalLayer,
-    LabelEmbedder,
-    PatchEmbed,
-    TimestepEmbedder,
-    position_embedding,
-)
+from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
+from fastdit.models.dropout import dropout_keys
+from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding
+
+POSITIONS = dict.fromkeys(("sincos", "rope", "sincos_rope"))
 
 
 class DiT(nn.Module):
     """Latents (N, C, H, W), time (N,) on the model's clock and labels (N,) -> (N, C or 2C, H, W).
 
-    `learn_sigma` doubles the output channels. `num_classes=0` makes an unconditional network. The null label for
-    classifier-free guidance is `num_classes`; its row exists only when `class_dropout > 0` (`null_label` is None
-    otherwise). The network draws no random numbers: who trains it replaces labels by the null label.
+    `input_size` is a side, or (height, width). `learn_sigma` doubles the output channels. `num_classes=0` makes an
+    unconditional network. The null label for classifier-free guidance is `num_classes`; its row exists only when
+    `class_dropout > 0` (`null_label` is None otherwise). Who trains the network replaces labels by the null label.
+
+    block        adaln_zero | adaln | in_context | cross_attention: how time and label act (models/blocks.py)
+    norm         layer | rms (Zhang & Sennrich 2019), of every block and the final layer
+    qk_norm      none | rms | layer: of each head's queries and keys, with learned weights
+    mlp          gelu_tanh | gelu (exact) | swiglu (Shazeer 2020: three products, two thirds as wide)
+    mlp_ratio    width of the MLP over hidden_size
+    position     sincos, a fixed table added to the patches | rope, 2-D rotary (Su et al. 2021) | sincos_rope, both
+    registers    learned tokens beside the patches, dropped before the final layer (Darcet et al. 2023)
+    qkv_bias, proj_bias, mlp_bias  biases of attention's two linears and of the MLP's
+    dropout      share of every branch's values dropped in training; no random state (models/dropout.py)
+    unpatchify   linear | transposed_conv
     """
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | tuple[int, int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         hidden_size: int = 1152,
@@ -37,30 +49,82 @@ class DiT(nn.Module):
         class_dropout: float = 0.1,
         learn_sigma: bool = True,
         attention: str = "sdpa",
+        *,
+        block: str = "adaln_zero",
+        norm: str = "layer",
+        qk_norm: str = "none",
+        mlp: str = "gelu_tanh",
+        mlp_ratio: float = 4.0,
+        position: str = "sincos",
+        registers: int = 0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        dropout: float = 0.0,
+        unpatchify: str = "linear",
     ):
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(
-                f"latent size {input_size} is not divisible by patch_size={patch_size}; "
-                f"use a latent of {input_size // patch_size * patch_size} or another patch size"
-            )
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        for side in (height, width):
+            if side % patch_size or not side:
+                raise ValueError(
+                    f"latent size {side} is not divisible by patch_size={patch_size}; "
+                    f"use a latent of {max(side // patch_size, 1) * patch_size} or another patch size"
+                )
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4")
+        head_dim = hidden_size // num_heads
         lookup(ATTENTION, attention, "model.attention")
+        lookup(POSITIONS, position, "model.position")
+        if "rope" in position and head_dim % 4:
+            raise ValueError(
+                f"model.position={position!r} turns pairs along two axes and needs head_dim a multiple of 4, not "
+                f"{hidden_size} / {num_heads} = {head_dim}; use another num_heads, or position=sincos"
+            )
+        if registers < 0 or not 0 <= dropout < 1:
+            raise ValueError(f"registers={registers}, dropout={dropout}: use 0 or more registers, a dropout in [0, 1)")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.hidden_size, self.num_classes = hidden_size, num_classes
+        self.hidden_size, self.num_classes, self.block, self.dropout = hidden_size, num_classes, block, dropout
+        self.grid = height // patch_size, width // patch_size
+        self.patches = self.grid[0] * self.grid[1]
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.residual_dtype: torch.dtype | None = None  # None: as autocast leaves it, fp32
+        self.residual_dtype: torch.dtype | None = None  # None: that of the weights, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
+        conditions = 2 if num_classes else 1  # time, and label
+        self.tokens = self.patches + registers + (conditions if block == "in_context" else 0)  # of a block's sequence
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_row=class_dropout > 0)
-        grid = input_size // patch_size
-        self.register_buffer("pos_embed", position_embedding(hidden_size, grid, grid)[None])  # (1, T, D), frozen
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, attention) for _ in range(depth)])
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        table = position_embedding(hidden_size, *self.grid)[None] if "sincos" in position else None
+        self.register_buffer("pos_embed", table)  # (1, T, D), frozen
+        rope = None
+        if "rope" in position:  # (2, tokens, head_dim / 2): cos, sin; tokens beside the patches stay unturned
+            rope = torch.stack([torch.ones(self.tokens, head_dim // 2), torch.zeros(self.tokens, head_dim // 2)])
+            rope[:, : self.patches] = torch.stack(rope_2d(*self.grid, head_dim))
+        self.register_buffer("rope", rope)
+        self.registers = nn.Parameter(torch.empty(1, registers, hidden_size)) if registers else None
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                hidden_size,
+                num_heads,
+                attention,
+                design=block,
+                norm=norm,
+                qk_norm=qk_norm,
+                mlp=mlp,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                mlp_bias=mlp_bias,
+                dropout=dropout,
+            )
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(
+            hidden_size, patch_size, self.out_channels, modulated=BLOCKS[block] > 0, norm=norm, unpatchify=unpatchify
+        )
         self.initialize()
 
     def initialize(self) -> None:
@@ -68,7 +132,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         patch_weight = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as the linear that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
@@ -76,31 +141,54 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         if self.num_classes:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]]:
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:
+            if hasattr(layer, "adaLN_modulation"):
+                nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        for parameter in self.final_layer.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        c = self.t_embedder(t)  # (N, D)
-        if self.num_classes:
-            c = c + self.y_embedder(y)
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D), T = (H / p)(W / p)
-        x = x.to(self.residual_dtype or x.dtype)
+        keys = [None] * len(self.blocks)
+        if self.dropout and self.training:
+            keys = dropout_keys(x, len(self.blocks), 3)  # a block has at most three branches
+        c = self.condition(t, y)
+        x = self.x_embedder(x)  # (N, T, D), T = (H / p)(W / p)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if self.block == "in_context":
+            x, c = torch.cat([x, c], dim=1), None
+        if self.registers is not None:
+            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
+        x = x.to(self.residual_dtype or self.x_embedder.proj.weight.dtype)
         pending = None  # the last block's MLP branch, on its way into the residual x
-        for block in self.blocks:
-            x, pending = block(x, pending, c)
+        rope = None if self.rope is None else tuple(self.rope)
+        for block, key in zip(self.blocks, keys, strict=True):
+            x, pending = block(x, pending, c, rope, key)
+        if self.tokens > self.patches:  # what stands beside the patches has done its work
+            branch, *rows = pending
+            x, pending = x[:, : self.patches], (branch[:, : self.patches], *rows)
         return self.unpatchify(self.final_layer(x, pending, c))
+
+    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """Time and label embedded: their sum (N, D) where it modulates, else as tokens (N, 1 or 2, D)."""
+        c = self.t_embedder(t)
+        if BLOCKS[self.block]:
+            return c + self.y_embedder(y) if self.num_classes else c
+        return torch.stack([c, self.y_embedder(y)] if self.num_classes else [c], dim=1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, T, p p C) with channels fastest -> (N, C, H, W)."""
-        grid, p = self.input_size // self.patch_size, self.patch_size
-        x = x.view(x.shape[0], grid, grid, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, grid * p, grid * p)
+        (height, width), p = self.grid, self.patch_size
+        x = x.view(x.shape[0], height, width, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, height * p, width * p)
 
     def set_activation_checkpointing(self, policy: str) -> None:
-        """none; selective: backward runs norms, gates and GELU again; full: the whole block, a third more FLOPs."""
+        """none; activation: backward makes GELU's (SwiGLU's) output again, from what it reads anyway; selective: norms,
+        gates and GELU; full: the whole block, a third more FLOPs."""
         for block in self.blocks:
-            block.recompute = policy
+            block.recompute, block.mlp.recompute = policy, policy == "activation"
 
     def set_attention(self, backend: str) -> None:
         """Use another key of ATTENTION in every block."""
@@ -114,16 +202,21 @@ class DiT(nn.Module):
 
     def parameter_count(self) -> int:
         """Parameters as published, the frozen `pos_embed` included."""
-        return sum(p.numel() for p in self.parameters()) + self.pos_embed.numel()
+        table = 0 if self.pos_embed is None else self.pos_embed.numel()
+        return sum(p.numel() for p in self.parameters()) + table
 
     def flops_per_image(self) -> int:
         """FLOPs (2 x multiply-adds) of one image's forward pass in matrix products; training takes three times that."""
-        d, tokens = self.hidden_size, self.pos_embed.shape[1]
-        patch = self.in_channels * self.patch_size**2
-        head = self.out_channels * self.patch_size**2
-        per_token = patch * d + len(self.blocks) * (12 * d * d + 2 * tokens * d) + d * head
-        per_image = 256 * d + d * d + (6 * len(self.blocks) + 2) * d * d
-        return 2 * (tokens * per_token + per_image)
+        d, tokens, conditions = self.hidden_size, self.tokens, 2 if self.num_classes else 1
+        mlp = self.blocks[0].mlp
+        per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+        per_image = 2 * BLOCKS[self.block] * d * d
+        if self.block == "cross_attention":
+            per_token += 2 * d * d + 2 * conditions * d
+            per_image += conditions * 2 * d * d
+        ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # patches in and out
+        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.block] else 0)  # time; the final modulation
+        return 2 * (len(self.blocks) * (tokens * per_token + per_image) + ends)
 
 
 def drop_labels(y: Tensor, u: Tensor, class_dropout: float, null_label: int | None) -> Tensor:
@@ -131,12 +224,19 @@ def drop_labels(y: Tensor, u: Tensor, class_dropout: float, null_label: int | No
     return y if null_label is None else torch.where(u < class_dropout, null_label, y)
 
 
-_SIZES = {"Ti": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_SIZES = {
+    "Ti": (4, 64, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "2B": (30, 2048, 16),  # as in the Cerebras model zoo
+}
 
 DIT_VARIANTS: dict[str, dict[str, int]] = {
     f"DiT-{size}/{patch}": {"depth": depth, "hidden_size": hidden, "num_heads": heads, "patch_size": patch}
     for size, (depth, hidden, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8)
 }
 
 

@@ -1,15 +1,22 @@
-"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names."""
+"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names.
 
-import functools
+The default of every option is the official design. The last bias of a branch is not added here: it is returned, and
+joins where the branch's gate meets the residual, in one fused op.
+"""
+
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastdit.kernels import adaln, gate_residual_adaln
+from fastdit.config import lookup
+from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) of kernels.rope_2d
+Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,) still to be added
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -65,101 +72,120 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-Pending = tuple[Tensor, Tensor, Tensor]  # a branch (N, T, D) not yet in the residual, its gate (N, D), its bias (D,)
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # hold weights; fused ops normalise
+
+
+def learned_shift_and_scale(norm: nn.Module, n: int) -> tuple[Tensor, Tensor]:
+    """A norm's own affine in the form of a modulation norm(x) (1 + scale) + shift: the same (D,) for n images."""
+    bias = getattr(norm, "bias", None)  # RMSNorm has none
+    # copies: ZeRO-3 takes a module's parameters back when it returns
+    shift = torch.zeros_like(norm.weight) if bias is None else bias.clone()
+    return shift.expand(n, -1), (norm.weight - 1).expand(n, -1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (2i, 2i + 1) of x (N, heads, T, head_dim) turned by the angles of cos and sin (T, head_dim / 2)."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim).
 
-    The projection's bias is left out: it joins where the gate meets the residual, in one fused op.
+    `qk_norm` (none, rms, layer) normalises each head's queries and keys, with learned weights (Dehghani et al. 2023).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, backend: str = "sdpa"):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        backend: str = "sdpa",
+        qk_norm: str = "none",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+    ):
         super().__init__()
-        self.num_heads = num_heads
-        self.backend = backend
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        lookup({"none": None, **NORMS}, qk_norm, "model.qk_norm")
+        self.num_heads, self.backend, self.qk_norm = num_heads, backend, qk_norm
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
+        if qk_norm != "none":
+            self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads) for _ in range(2))  # hold the weights
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
         n, tokens, dim = x.shape
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim), views of the packed projection
+        if self.qk_norm == "none":
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim), views of the packed projection
+            if rope is not None:
+                q, k = rotated(q, *rope), rotated(k, *rope)
+        else:
+            cos, sin = (None, None) if rope is None else rope
+            q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, norm=self.qk_norm)
         x = attention(q, k, v, self.backend)
-        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight)
+        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight), self.proj.bias
 
 
-class Mlp(nn.Module):
-    """Two linears with a tanh-GELU between, over (N, T, D); the second one's bias is left out, as in Attention."""
+class CrossAttention(nn.Module):
+    """Image tokens (N, T, D) attend to the condition's tokens (N, K, D); kv laid out as (2, heads, head_dim)."""
 
-    def __init__(self, hidden_size: int, ratio: float = 4.0):
+    def __init__(
+        self, hidden_size: int, num_heads: int, backend: str = "sdpa", qkv_bias: bool = True, proj_bias: bool = True
+    ):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
-        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+        self.num_heads = num_heads
+        self.backend = "eager" if backend == "eager" else "sdpa"  # pinned kernels are chosen for self-attention
+        self.q = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size, bias=qkv_bias)
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(self.fc1(x), approximate="tanh"), self.fc2.weight)
-
-
-class DiTBlock(nn.Module):
-    """adaLN-Zero block: x + gate * attention(modulated LN(x)), then the same with the MLP; c (N, D) conditions.
-
-    A gated branch enters the residual in the op that also normalises and modulates for the next branch, so a block
-    hands its MLP branch on as `pending`: the next block, or the final layer, adds it.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, attention_backend: str = "sdpa"):
-        super().__init__()
-        self.attn = Attention(hidden_size, num_heads, attention_backend)
-        self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self.recompute = "none"  # activation checkpointing, a key of RECOMPUTE
-
-    def forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
-        options = RECOMPUTE[self.recompute]
-        if options is None or not torch.is_grad_enabled():
-            return self._forward(x, pending, c)
-        # inside the compiled region, so that the compiler sees it
-        return checkpoint(self._forward, x, pending, c, use_reentrant=False, preserve_rng_state=False, **options)
-
-    def _forward(self, x: Tensor, pending: Pending | None, c: Tensor) -> tuple[Tensor, Pending]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (N, D) each
-        x, h = add_and_modulate(x, pending, shift_a, scale_a)
-        x, h = add_and_modulate(x, (self.attn(h), gate_a, self.attn.proj.bias), shift_m, scale_m)
-        # a copy of the bias: ZeRO-3 takes a block's parameters back when the block returns
-        return x, (self.mlp(h), gate_m, self.mlp.fc2.bias.clone())
+    def forward(self, x: Tensor, context: Tensor) -> Branch:
+        n, tokens, dim = x.shape
+        head_dim = dim // self.num_heads
+        q = self.q(x).view(n, tokens, self.num_heads, head_dim).transpose(1, 2)  # (N, heads, T, head_dim)
+        kv = self.kv(context).view(n, context.shape[1], 2, self.num_heads, head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (N, heads, K, head_dim) each
+        x = attention(q, k, v, self.backend)
+        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight), self.proj.bias
 
 
-def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    kept = op.name().split("::")[1].split(".")[0]
-    expensive = kept in ("mm", "addmm", "bmm") or "scaled_dot_product" in kept
-    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+def exact_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x Phi(x), Phi by the error function."""
+    return F.gelu(x if bias is None else x + bias)
 
 
-# What backward runs again instead of keeping: nothing; the cheap ops (norms, gates, GELU); the whole block.
-RECOMPUTE: dict[str, dict | None] = {
-    "none": None,
-    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_products)},
-    "full": {},
+def exact_gelu_linear(x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    return F.linear(exact_gelu(x, bias), weight)
+
+
+# activation(x, bias of the linear that made x), and the same with the linear after it, which keeps x alone for backward
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "gelu_tanh": (gelu, gelu_linear),
+    "gelu": (exact_gelu, exact_gelu_linear),
+    "swiglu": (swiglu, swiglu_linear),
 }
 
 
-def add_and_modulate(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """x + gate (branch + bias), and LayerNorm(that) (1 + scale) + shift: both (N, T, D)."""
-    if pending is None:
-        return x, adaln(x, shift, scale)
-    branch, gate, bias = pending
-    return gate_residual_adaln(x, branch, gate, shift, scale, bias)
+def mlp_width(hidden_size: int, ratio: float, kind: str) -> int:
+    """Values between the two linears: ratio D, and for SwiGLU, which has three, two thirds of it, in whole eights."""
+    wide = int(hidden_size * ratio)
+    return -(-(2 * wide // 3) // 8) * 8 if kind == "swiglu" else wide
 
 
-class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the linear to p p C_out values a token: (N, T, D) -> (N, T, p p C_out)."""
+class Mlp(nn.Module):
+    """Two linears with `kind`, a key of ACTIVATIONS, between, over (N, T, D). SwiGLU's fc1 holds gates, then values."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, kind: str = "gelu_tanh", ratio: float = 4.0, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        lookup(ACTIVATIONS, kind, "model.mlp")
+        self.kind, self.recompute = kind, False  # recompute: the activation's output is made again in backward
+        wide = mlp_width(hidden_size, ratio, kind)
+        self.fc1 = nn.Linear(hidden_size, 2 * wide if kind == "swiglu" else wide, bias=bias)
+        self.fc2 = nn.Linear(wide, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, pending: Pending, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(add_and_modulate(x, pending, shift, scale)[1])
+    def forward(self, x: Tensor, _: None = None) -> Branch:
+        x = F.linear(x, self.fc1.weight)
+        activation, activation_linear = ACTIVATIONS[self.kind]
+        if self.recompute:
+            return activation_linear(x, self.fc1.bias, self.fc2.weight), self.fc2.bias
+        return F.linear(activation(x, self.fc1.bias), self.fc2.weight), self.fc2.bias

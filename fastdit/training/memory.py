@@ -12,7 +12,7 @@ def activation_bytes(model: DiT, policy: str, residual: int = 4) -> int:
     input of fc1 1, its output 4, GELU's output 4, at two bytes; and twice the residual stream at `residual` bytes.
     `selective` runs norms and GELU again and drops what they make; `full` keeps a block's residual and branch only.
     """
-    d, tokens, blocks = model.hidden_size, model.pos_embed.shape[1], len(model.blocks)
+    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     a_token = {
         "none": 2 * (1 + 3 + 1 + 2 + 1 + 4 + 4) + 2 * residual,
         "selective": 2 * (3 + 1 + 2 + 4) + residual,
@@ -24,7 +24,7 @@ def activation_bytes(model: DiT, policy: str, residual: int = 4) -> int:
 
 def moved_bytes(model: DiT, policy: str, residual: int = 4) -> int:
     """Bytes that one image's step moves outside matrix products: norms and gates, GELU, attention, bias gradients."""
-    d, tokens, blocks = model.hidden_size, model.pos_embed.shape[1], len(model.blocks)
+    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     norm = 2 * ((2 * residual + 2 + 2) + (3 * residual + 2 + 2 + 2))  # twice a block: x, branch, x', h and backward
     gelu = 2 * (4 + 4) + 2 * (4 + 4 + 4)
     attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3)
