@@ -37,6 +37,21 @@ def main() -> None:
     command.add_argument("path", help="a run, one of its checkpoints/step-*, or what extract_features.py wrote")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("likelihood", help="nats and bits a dimension of a shard set under a checkpoint")
+    command.add_argument("--checkpoint", required=True, help="a run folder, or one of its checkpoints/step-*")
+    command.add_argument("--shards", required=True, help="a folder that extract_features.py wrote")
+    command.add_argument("--num-images", type=int, default=64)
+    command.add_argument("--probes", type=int, default=4, help="random directions for the divergence")
+    command.add_argument("--steps", type=int, default=50, help="of the ODE")
+    command.add_argument("--method", choices=("euler", "heun"), default="heun")
+    command.add_argument("--batch-size", type=int, default=16)
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", help="cpu, cuda:0, ...; the GPU where there is one")
+    command.add_argument("--out", help="a JSON file to write")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(run=_likelihood)
+
     arguments, rest = parser.parse_known_args()  # argparse takes no positionals after options in a subcommand
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if unknown or (rest and not hasattr(arguments, "overrides")):
@@ -82,6 +97,26 @@ def _verify(arguments: argparse.Namespace) -> None:
     if findings:
         raise SystemExit(EXIT_CODE)
     print("all is well")
+
+
+def _likelihood(arguments: argparse.Namespace) -> None:
+    from fastdit.likelihood import likelihood, write_report
+
+    report = likelihood(
+        arguments.checkpoint,
+        arguments.shards,
+        num_images=arguments.num_images,
+        probes=arguments.probes,
+        steps=arguments.steps,
+        method=arguments.method,
+        batch_size=arguments.batch_size,
+        weights=arguments.weights,
+        seed=arguments.seed,
+        device=arguments.device,
+        overrides=arguments.overrides,
+    )
+    if arguments.out:
+        write_report(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""The likelihood command against closed forms, on latents whose density is known."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from convert_cases import golden_weights
+from data_cases import tiny_vae
+from test_verify import make_shards
+
+import fastdit.likelihood
+from fastdit import cli
+from fastdit.conversion import convert
+from fastdit.data.shards import Manifest
+from fastdit.likelihood import batches, likelihood, mean_and_error
+
+D, SCALE = 256, 0.18215
+STD = math.sqrt(29) * SCALE  # of make_shards' latents: posterior means of deviation 5, posteriors of deviation 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """latents/ of 40 images and a checkpoint for each objective."""
+    root = tmp_path_factory.mktemp("likelihood")
+    tiny_vae().save_pretrained(root / "vae")
+    torch.save(golden_weights(), root / "plain.pt")
+    make_shards(root / "latents")
+    for name in ("ddpm", "flow"):
+        convert(root / "plain.pt", "fastdit", root / name, overrides=[f"objective={name}"], heads=4, say=quiet)
+    return root
+
+
+class Gaussian(torch.nn.Module):
+    """What a perfect training on N(0, STD^2) would end in: eps (and a variance) of DDPM, or SiT's velocity."""
+
+    null_label = None
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def state_dict(self):
+        return golden_weights()
+
+    def load_state_dict(self, state):
+        pass
+
+    def forward(self, x, time, y):
+        ddpm = not hasattr(self.objective, "interpolant")
+        t = (time.double() + 1) / 1000 if ddpm else 1 - time.double()
+        alpha, sigma, d_alpha, d_sigma = self.objective.path.at(t, x)
+        excess = x / (alpha**2 * STD**2 + sigma**2)
+        x_0, eps = alpha * STD**2 * excess, sigma * excess
+        return torch.cat([eps, torch.zeros_like(x)], 1) if ddpm else -(d_alpha * x_0 + d_sigma * eps)
+
+
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_gaussian_latents_have_the_likelihood_of_their_closed_form(place, monkeypatch, name):
+    monkeypatch.setattr(fastdit.likelihood, "network", lambda config, shape, objective, device: Gaussian(objective))
+    report = likelihood(place / name, place / "latents", num_images=40, probes=2, steps=100, say=quiet)
+    wanted = -D / 2 * (math.log(2 * math.pi * STD**2) + 1)  # minus the entropy
+    assert report.nats_error == pytest.approx(math.sqrt(D / 2 / 40), rel=0.4)  # log p varies as chi-squared / 2
+    assert abs(report.nats - wanted) < 3 * report.nats_error
+    assert report.nats == pytest.approx(wanted, rel=0.01)
+    assert report.bits_per_dim == pytest.approx(-report.nats / D / math.log(2), rel=1e-6)
+    gain = 0.5 * math.log2(29 / 4)  # bits a dimension that a mean tells beyond its posterior
+    assert report.posterior_bits_per_dim == pytest.approx(gain, rel=0.01)
+    assert abs(report.posterior_bits_per_dim - gain) < 3 * report.posterior_bits_per_dim_error
+    assert report.probe_error_nats < 0.01  # its Jacobian is a multiple of the identity: no probe can miss
+
+
+def test_an_image_counts_the_same_in_any_batch(place):
+    first, second = (
+        likelihood(place / "flow", place / "latents", num_images=7, probes=2, steps=3, batch_size=size, say=quiet)
+        for size in (7, 3)
+    )
+    assert first.nats == pytest.approx(second.nats, rel=1e-6) and first.nats_error == pytest.approx(
+        second.nats_error, rel=1e-4
+    )
+    other = likelihood(place / "flow", place / "latents", num_images=7, probes=2, steps=3, seed=1, say=quiet)
+    assert abs(other.nats - first.nats) > 1e-3
+    assert first.probe_error_nats > 0
+
+
+def test_the_images_come_once_each_unmirrored(place):
+    manifest = Manifest.load(place / "latents")
+    parts = list(batches(manifest, 40, 16, seed=0))
+    assert [(start, len(y)) for start, _, y in parts] == [(0, 16), (16, 16), (32, 8)]
+    images = torch.cat([moments for _, moments, _ in parts])
+    assert len({image.numpy().tobytes() for image in images}) == 40
+    assert torch.bincount(torch.cat([y for _, _, y in parts])).tolist() == [14, 13, 13]
+
+
+def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch):
+    arguments = [
+        "--num-images",
+        "3",
+        "--probes",
+        "1",
+        "--steps",
+        "2",
+        "--method",
+        "euler",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    fixed = ["likelihood", "--checkpoint", str(place / "ddpm"), "--shards", str(place / "latents")]
+    monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "seed=3"])
+    cli.main()
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "3 images, 2 steps of euler, 1 probes" in printed and f"{report['nats']:.2f} +- " in printed
+    assert report["probe_error_nats"] is None and report["dimensions"] == D  # one probe has no spread
+    assert report["bits_per_dim"] == pytest.approx(-report["nats"] / D / math.log(2), rel=1e-6)
+
+
+def test_means_and_errors():
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    assert mean_and_error([5.0])[0] == 5 and math.isnan(mean_and_error([5.0])[1])
+    assert all(map(math.isnan, mean_and_error([math.inf, 1.0])))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"num_images": 41}, ["--num-images=41", "holds 40"]),
+        ({"num_images": 0}, ["--num-images=0"]),
+        ({"probes": 0}, ["--probes=0"]),
+        ({"steps": 2000}, ["2000"]),
+        ({"shards": "gone"}, ["gone holds no manifest.json"]),
+        ({"path": "gone"}, ["gone does not exist"]),
+        ({"overrides": ["data.num_classes=2"]}, ["num_classes=2"]),
+        ({"overrides": ["model.variant=DiT-3x48x4/2"]}, ["not those of DiT-3x48x4/2", "blocks.2.", "is missing"]),
+        ({"overrides": ["objective=ddmp"]}, ["did you mean 'ddpm'"]),
+        ({"scale": 1.0}, ["have scale 1.0", "was trained on 0.18215"]),
+    ],
+)
+def test_mistakes_are_named(place, tmp_path, arguments, words):
+    given = {"path": place / "ddpm", "shards": place / "latents", "num_images": 2, "steps": 2, **arguments}
+    if "scale" in given:
+        make_shards(tmp_path / "other", scale=given.pop("scale"))
+        given["shards"] = tmp_path / "other"
+    with pytest.raises(ValueError) as error:
+        likelihood(given.pop("path"), given.pop("shards"), say=quiet, **given)
+    assert all(word in str(error.value) for word in words), error.value
