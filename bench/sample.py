@@ -1,0 +1,162 @@
+"""Images sampled per second: fastdit's own path (fastdit.sampling's Generator) beside plain loops, by turns in one run.
+
+250-step DDPM, 50-step Heun and 20-step DPM-Solver++, classifier-free guidance 1.5 as one batch of twice the size;
+latents, without the autoencoder. First both must make the same latents in fp32 from the same weights, noise and labels.
+fastdit is timed in bf16, the plain loop in fp32 (TF32 on a GPU) as the public code samples, and in bf16 autocast too.
+Only a share of each sampler's steps is run, as all cost the same: images/s are scaled to the whole.
+
+    python bench/sample.py                       # the small model on a CPU, DiT-XL/2 on a GPU
+    python bench/sample.py --size tiny --share 0.1 --out results
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import reference_sampling
+import torch
+from contestants import SEED, SIZES, Case, config_of, fill, latent_shape, plain_network
+from record import record, synchronize
+from report import markdown
+from torch import Tensor
+
+from fastdit.config import build
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.timesteps import respaced
+from fastdit.distributed import ImageRandom, seed_of
+from fastdit.sampling import Generator
+from fastdit.training.loop import network
+
+CFG = 1.5
+# name: (overrides, whole number of steps, the plain loop as f(network, x_1, y, null, steps, noise))
+SAMPLINGS: dict[str, tuple[list[str], int, Callable]] = {
+    "DDPM": (
+        ["objective=ddpm", "sampling.sampler=ddpm", "sampling.cfg_channels=3"], 250,
+        lambda f, x, y, null, steps, noise: reference_sampling.ddpm(f, x, y, null, respaced(steps), noise, CFG),
+    ),
+    "Heun": (
+        ["objective=flow", "sampling.sampler=heun", "sampling.cfg_channels=0", "model.learn_sigma=true"], 50,
+        lambda f, x, y, null, steps, noise: reference_sampling.heun(f, x, y, null, steps, CFG),
+    ),
+    "DPM-Solver++": (
+        ["objective=ddpm", "sampling.sampler=dpmpp_2m", "sampling.cfg_channels=0"], 20,
+        lambda f, x, y, null, steps, noise: reference_sampling.dpmpp_2m(f, x, y, null, respaced(steps), CFG),
+    ),
+}  # fmt: skip
+GATE_STEPS = 8
+TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}  # of the latents' relative difference in fp32; TF32 on a GPU
+
+
+class Bench:
+    """One sampler, through fastdit and through the plain loop, on the same weights."""
+
+    def __init__(self, name: str, size: str, batch: int, device: torch.device, overrides: tuple[str, ...]):
+        self.options, self.whole, self.loop = SAMPLINGS[name]
+        self.case = Case(name, "fastdit", size, batch, device.type, overrides)
+        self.shape = latent_shape(SIZES[size])
+        self.null, self.device = SIZES[size].classes, device
+        generator = torch.Generator().manual_seed(SEED)
+        self.y = torch.randint(0, self.null, (batch,), generator=generator).to(device)
+        with device:
+            self.plain = plain_network(SIZES[size]).eval()
+        fill(self.plain)
+        self.own: Generator | None = None
+
+    def fastdit(self, steps: int, precision: str) -> Tensor:
+        """x_0 (N, C, h, w) of `steps` steps, as sample_ddp.py would make them."""
+        wanted = f"sampling.steps={steps}", f"sampling.precision={precision}", f"sampling.cfg_scale={CFG}"
+        config = config_of(replace(self.case, overrides=(*self.options, *wanted, *self.case.overrides)))
+        objective = build(OBJECTIVES, config.objective, "objective")
+        if self.own is None:
+            model = network(config, self.shape, objective, self.device).to(self.device).eval()
+            fill(model)
+        else:
+            model = self.own.model
+        self.own = Generator(config, model, objective, None, {"latents": {"shape": self.shape}})
+        return self.own.latents(list(range(len(self.y))), self.y, SEED)
+
+    def reference(self, steps: int, precision: str) -> Tensor:
+        noise = ImageRandom([seed_of(SEED, i) for i in range(len(self.y))])
+        x_1 = noise(torch.empty(len(self.y), *self.shape, device=self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return self.loop(lambda *a: self.plain(*a).float(), x_1, self.y, self.null, steps, noise)
+
+    def seconds(self, run: Callable[[int, str], Tensor], steps: int, precision: str) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        run(steps, precision)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("override", nargs="*", help="of fastdit's configuration, like model.attention=sdpa-flash")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
+    parser.add_argument("--batch", type=int, default=32 if on_gpu else 4, help="images; the network sees twice as many")
+    parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
+    parser.add_argument("--share", type=float, default=0.1, help="of each sampler's steps that are run")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to) and sample.md")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(arguments.device)
+    lines, wrong = [], []
+    for name in arguments.samplings:
+        bench = Bench(name, arguments.size, arguments.batch, device, tuple(arguments.override))
+        truth = bench.reference(GATE_STEPS, "fp32")
+        error = difference(bench.fastdit(GATE_STEPS, "fp32"), truth)
+        if not error <= TOLERANCE[device.type]:
+            wrong.append(f"{name} differs by {error:.1e} from the plain loop and was not timed")
+            print(wrong[-1], file=sys.stderr)
+            continue
+        noise = difference(bench.fastdit(GATE_STEPS, "bf16"), truth)
+        steps = max(4, round(arguments.share * bench.whole))
+        runs = {"plain, fp32": (bench.reference, "fp32"), "plain, bf16": (bench.reference, "bf16"),
+                "fastdit": (bench.fastdit, "bf16")}  # fmt: skip
+        seconds: dict[str, list[float]] = {key: [] for key in runs}
+        for run, precision in runs.values():
+            run(4, precision)  # compiles where something compiles
+        for _ in range(arguments.turns):
+            for key, (run, precision) in runs.items():
+                seconds[key].append(bench.seconds(run, steps, precision))
+        for key, each in seconds.items():
+            rates = [arguments.batch * steps / bench.whole / s for s in each]
+            over = {
+                other: round(statistics.median(b / a for a, b in zip(each, seconds[other], strict=True)), 3)
+                for other in seconds
+                if other != key
+            }
+            lines.append(dict(
+                sampler=name, contestant=key, size=arguments.size, device=str(device), batch=arguments.batch, cfg=CFG,
+                steps=bench.whole, steps_timed=steps, images_per_s=float(f"{statistics.median(rates):.4g}"),
+                spread=[float(f"{rate:.4g}") for rate in (min(rates), max(rates))], over=over,
+                fp32_error=float(f"{error:.2g}"), bf16_error=float(f"{noise:.2g}"), overrides=arguments.override,
+            ))  # fmt: skip
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = [record("sample", file=arguments.out and arguments.out / "results.jsonl", **line) for line in lines]
+    rows = [["sampler", "contestant", "images/s", "turns from .. to", "x plain, fp32"], ["---"] * 5]
+    rows += [
+        [f"{line['steps']}-step {line['sampler']}", line["contestant"], f"**{line['images_per_s']}**",
+         "{} .. {}".format(*line["spread"]), line["over"].get("plain, fp32", 1)] for line in lines
+    ]  # fmt: skip
+    print(markdown(rows))
+    if arguments.out:
+        (arguments.out / "sample.md").write_text(markdown(rows))
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
