@@ -30,12 +30,13 @@ from fastdit.models.convert import (
     read_released,
     write_official,
 )
+from fastdit.models.diffusers_dit import SLOTS
 from fastdit.models.dit import DiT, variant_shape
 from fastdit.training import checkpoint
 from fastdit.training.loop import network
 
 SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # Stable Diffusion's autoencoder, which DiT and SiT were released with
-ANY_NETWORK = {"variant", "class_dropout", "attention", "learn_sigma"}  # options of ModelConfig that every format has
+FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options of ModelConfig for any format
 GOLDEN = "golden.npz"
 
 
@@ -83,6 +84,12 @@ class Loaded:
         return {"x": x, "t": t, "y": y, "out": self.network()(x, t, y)}
 
     def architecture(self) -> Architecture:
+        """ValueError for latents that are not square: no other format has them."""
+        _, height, width = self.latents["shape"]
+        if height != width:
+            raise ValueError(
+                f"rectangular latents, {height} x {width}, have no slot there; keep the fastdit checkpoint"
+            )
         shape = variant_shape(self.config.model.variant)
         return architecture(
             self.ema, "the checkpoint", heads=shape["num_heads"], num_classes=self.config.data.num_classes
@@ -172,6 +179,7 @@ def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], state
         )
     lookup(OBJECTIVES, name, "objective.name")
     hints = [f"objective.{key}={value}" for key, value in said.get("objective", {"name": name}).items()]
+    hints += [f"model.{key}={value}" for key, value in said.get("model", {}).items()]
     hints += [f"data.vae={said['vae']}"] if "vae" in said and "data.vae" not in keys else []
     base = stated.config or shipped_config("sit_xl_2" if name == "flow" else "dit_xl_2")
     config = load_config(base, [*hints, *stated.overrides])
@@ -282,7 +290,8 @@ def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
 
 
 def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
-    refuse_options(loaded.config.model, "the official DiT")
+    refuse_options(loaded.config.model, "the official DiT", {})
+    loaded.architecture()
     if not loaded.config.data.num_classes:
         raise ValueError("data.num_classes=0: the official DiT always has a label table; keep the fastdit checkpoint")
     args = {
@@ -296,7 +305,7 @@ def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
 def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
     from fastdit.pipeline import write_pipeline
 
-    refuse_options(loaded.config.model, "DiTTransformer2DModel")
+    refuse_options(loaded.config.model, "DiTTransformer2DModel", SLOTS)
     with _new_folder(out) as partial:
         write_pipeline(loaded, partial, out, weights, say)
         save_config(loaded.config, partial / "fastdit.yaml")
@@ -305,12 +314,17 @@ def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
         partial.rename(out)
 
 
-def refuse_options(model: ModelConfig, where: str) -> None:
-    """ValueError naming the options of a network that a format has no slot for."""
+def refuse_options(model: ModelConfig, where: str, slots: dict[str, tuple[str, dict]]) -> None:
+    """ValueError naming the first option of a network that a format has no slot for."""
     default = ModelConfig()
     for option in dataclasses.fields(model):
         value = getattr(model, option.name)
-        if option.name not in ANY_NETWORK and value != getattr(default, option.name):
+        known = (
+            option.name in FREE
+            or value == getattr(default, option.name)
+            or value in slots.get(option.name, ("", {}))[1]
+        )
+        if not known:
             raise ValueError(f"model.{option.name}={value!r} has no slot in {where}; keep the fastdit checkpoint")
 
 

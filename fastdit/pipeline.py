@@ -16,6 +16,7 @@ from fastdit.models.diffusers_dit import (
     from_diffusers,
     make_exact,
     objective_of,
+    options_of,
     scheduler_of,
     to_diffusers,
     to_pipeline_clock,
@@ -44,7 +45,7 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str, say: Callable[
         raise ValueError("pos_embed is not the fixed sin-cos table, which DiTTransformer2DModel always uses")
     if isinstance(objective, FlowMatching):
         state = to_pipeline_clock(state)
-    transformer = diffusers.DiTTransformer2DModel(**transformer_config(shape))
+    transformer = diffusers.DiTTransformer2DModel(**transformer_config(shape, to_tree(config.model)))
     transformer.load_state_dict(to_diffusers(state, shape))
     transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
@@ -170,11 +171,7 @@ def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool =
         raise ValueError(f"{folder} is damaged: {error}") from error
     if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise ValueError(f"{path} holds a {kind.get('_class_name')}, not a DiTTransformer2DModel")
-    wanted = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
-              "norm_elementwise_affine": False}  # fmt: skip
-    for key, value in wanted.items():
-        if kind.get(key, value) != value:
-            raise ValueError(f"{path}: {key}={kind[key]!r} has no counterpart in DiT, where it is {value!r}")
+    model = options_of(kind, path)
     try:
         transformer, loading = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True)
     except Exception as error:  # files, pickles, safetensors and configs fail with no common base
@@ -184,7 +181,7 @@ def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool =
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} first; save the pipeline again")
     state = from_diffusers(transformer, num_classes, null_row)
-    said: dict[str, Any] = {"num_classes": num_classes} if num_classes is not None else {}
+    said: dict[str, Any] = {"model": model} | ({"num_classes": num_classes} if num_classes is not None else {})
     learn_sigma = transformer.out_channels == 2 * transformer.config.in_channels
     objective = objective_of(scheduler, learn_sigma)
     if objective is not None:

@@ -1,10 +1,14 @@
-"""Official-like files made on the spot from the recorded weights of dit.npz, for the tests of conversion and verify."""
+"""Official-like files made on the spot from the recorded weights of dit.npz, and what they convert to."""
 
 import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
+from data_cases import tiny_vae
+from safetensors.torch import load_file
+
+from fastdit.conversion import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = ["--heads", "4"]  # of the recorded network: hidden size 48 is no known one
@@ -33,3 +37,33 @@ def training_file(path: Path, prefix: str = "module.", **args) -> Path:
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 1e-4}]}
     torch.save({"model": model, "ema": ema, "opt": optimizer, "args": argparse.Namespace(**args)}, path)
     return path
+
+
+def quiet(line: str) -> None:
+    """For `say`."""
+
+
+def make_place(root: Path) -> Path:
+    """vae/, plain.pt, ddpm/ and flow/ (converted to fastdit), ddpm_pipe/ and flow_pipe/ (from these to diffusers)."""
+    tiny_vae().save_pretrained(root / "vae")
+    torch.save(golden_weights(), root / "plain.pt")
+    for name in ("ddpm", "flow"):
+        overrides = [f"objective={name}", f"data.vae={root}/vae"]
+        convert(root / "plain.pt", "fastdit", root / name, overrides=overrides, heads=4, say=quiet)
+        convert(root / name, "diffusers", root / f"{name}_pipe", say=quiet)
+    return root
+
+
+def weights(folder: Path, name: str = "ema") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def without(state: dict, *names: str) -> dict:
+    return {key: value for key, value in state.items() if key not in names}

@@ -9,6 +9,7 @@ nor its sign of velocity; both are folded into the weights (`to_pipeline_clock`)
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +33,21 @@ _BETAS = {
     "zero_terminal_snr": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
                           "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }  # fmt: skip
+# options of the network that their config has too: its key, and its values for ours, the official one first
+SLOTS = {
+    "mlp": ("activation_fn", {"gelu_tanh": "gelu-approximate", "gelu": "gelu"}),
+    "qkv_bias": ("attention_bias", {True: True, False: False}),
+}
+_FIXED = {"norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
-def transformer_config(shape: Architecture) -> dict[str, Any]:
-    """Arguments of DiTTransformer2DModel; norm_eps is DiT's own, which diffusers' default is not."""
-    return {
+def transformer_config(shape: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of DiTTransformer2DModel; norm_eps is DiT's own, which diffusers' default is not.
+
+    `options`: the network's, of which SLOTS count.
+    """
+    return {key: values[options[name]] for name, (key, values) in SLOTS.items()} | {
         "num_attention_heads": shape.num_heads,
         "attention_head_dim": shape.hidden_size // shape.num_heads,
         "in_channels": shape.in_channels,
@@ -48,6 +58,22 @@ def transformer_config(shape: Architecture) -> dict[str, Any]:
         "num_embeds_ada_norm": NULL_CLASS,
         "norm_eps": 1e-6,
     }
+
+
+def options_of(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """The network's options behind the config of a DiTTransformer2DModel; ValueError for what DiT never is."""
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{where}: {key}={config[key]!r} has no counterpart in DiT, which has {value!r}")
+    options = {}
+    for name, (key, values) in SLOTS.items():
+        theirs = config.get(key, next(iter(values.values())))
+        ours = [value for value, other in values.items() if other == theirs]
+        if not ours:
+            known = ", ".join(map(repr, values.values()))
+            raise ValueError(f"{where}: {key}={theirs!r} has no counterpart in DiT, which has {known}")
+        options[name] = ours[0]
+    return options
 
 
 def to_diffusers(state: Mapping[str, Tensor], shape: Architecture) -> dict[str, Tensor]:
@@ -71,7 +97,8 @@ def to_diffusers(state: Mapping[str, Tensor], shape: Architecture) -> dict[str, 
             out |= {
                 f"{block}{theirs}.{kind}": state[f"blocks.{i}.{ours}.{kind}"] for ours, theirs in _OF_A_BLOCK.items()
             }
-            for part, tensor in zip("qkv", state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True):
+            qkv = state.get(f"blocks.{i}.attn.qkv.{kind}")
+            for part, tensor in zip("qkv", qkv.chunk(3), strict=True) if qkv is not None else ():
                 out[f"{block}attn1.to_{part}.{kind}"] = tensor
             out[f"{block}norm1.emb.{_TABLE}"] = table
     return out
@@ -101,7 +128,9 @@ def from_diffusers(transformer: nn.Module, num_classes: int | None, null_row: bo
             out |= {
                 f"blocks.{i}.{ours}.{kind}": state[f"{block}{theirs}.{kind}"] for ours, theirs in _OF_A_BLOCK.items()
             }
-            out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state[f"{block}attn1.to_{part}.{kind}"] for part in "qkv"])
+            if f"{block}attn1.to_q.{kind}" in state:
+                parts = [state[f"{block}attn1.to_{part}.{kind}"] for part in "qkv"]
+                out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
     table = state[first + _TABLE]
     num_classes = len(table) - 1 if num_classes is None else num_classes
     if num_classes:
