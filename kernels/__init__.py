@@ -19,6 +19,7 @@ else:
     from .adaln import adaln
     from .adamw_ema import OP as _adamw_ema
     from .adamw_ema import adamw_ema
+    from .attention import ATTENTION, ATTENTION_PACKED, attention, attention_packed
     from .gate_residual import OP as _gate_residual
     from .gate_residual import gate_residual
     from .gate_residual_adaln import OP as _gate_residual_adaln
@@ -43,6 +44,8 @@ else:
             SWIGLU_LINEAR,
             _adamw_ema,
             _qk_norm_rope,
+            ATTENTION,
+            ATTENTION_PACKED,
         )
     }
 
@@ -51,6 +54,8 @@ else:
         "Op",
         "adamw_ema",
         "adaln",
+        "attention",
+        "attention_packed",
         "gate_residual",
         "gate_residual_adaln",
         "gelu",

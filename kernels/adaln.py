@@ -223,7 +223,7 @@ def minimum_bytes(shape: tuple[int, int, int], size: int) -> tuple[int, int]:
 
 OP = Op(
     "adaln", adaln_eager, adaln_triton, adaln, inputs,
-    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 384), (3, 41, 1152), (1, 256, 72)),
+    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 384), (3, 41, 1152), (1, 256, 72), (1, 9, 2048)),
     real=((256, 256, 384), (256, 256, 768), (256, 256, 1024), (256, 256, 1152)),
     minimum_bytes=minimum_bytes,
 )  # fmt: skip

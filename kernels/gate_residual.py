@@ -83,5 +83,5 @@ def minimum_bytes(shape: tuple[int, int, int], size: int) -> tuple[int, int]:
 
 OP = Op(
     "gate_residual", gate_residual_eager, gate_residual_triton, gate_residual, inputs,
-    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 384)), real=((256, 256, 1152),), minimum_bytes=minimum_bytes,
+    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 1024, 8)), real=((256, 256, 1152),), minimum_bytes=minimum_bytes,
 )  # fmt: skip

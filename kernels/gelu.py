@@ -179,6 +179,6 @@ def minimum_bytes(shape: tuple[int, int, int], size: int) -> tuple[int, int]:
 
 OP = Op(
     "gelu", gelu_eager, gelu_triton, gelu, inputs,
-    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 1536), (5, 41, 64)),
+    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 1536), (5, 41, 64), (1, 1024, 96)),
     real=((256, 256, 1536), (256, 256, 4608)), minimum_bytes=minimum_bytes,
 )  # fmt: skip

@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastdit.kernels import OPS, rope_2d, runtime
 from kernel_checks import DEVICE, DTYPES, cast, compare, run, strided
+
+from fastdit import kernels
 
 CASES = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
 
@@ -97,7 +100,7 @@ def test_empty_batch(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_two_runs_give_the_same_bits(name: str) -> None:
     op = OPS[name]
-    kwargs = op.inputs(op.shapes[0], torch.float32, DEVICE)
+    kwargs = op.inputs(op.shapes[0] if DEVICE == "cuda" else op.tiny, torch.float32, DEVICE)
     first, second = (run(op.triton, cast(kwargs)) for _ in range(2))
     for key, value in first.items():
         assert torch.equal(second[key], value), key
@@ -123,7 +126,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         super().__init__()
         self.calls: dict[object, tuple] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastdit":
             self.calls[func] = args
         return func(*args, **kwargs or {})
@@ -231,3 +234,89 @@ def test_adamw_ema_follows_torch(monkeypatch: pytest.MonkeyPatch, mode: str) -> 
         OPS["adamw_ema"].public(
             param, theirs.grad, exp_avg, exp_avg_sq, ema.bfloat16(), copy, torch.tensor(1, device=DEVICE), **scalars
         )
+
+
+# ---- under torch.compile
+
+
+def block(x, modulation, qkv, q_weight, k_weight, cos, sin, proj, fc1, fc1_bias, fc2, bias, gates):
+    """A block out of all the ops, each of them used where a model would."""
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+    n, t, d = x.shape
+    h = kernels.adaln(x, shift_a, scale_a)
+    packed = F.linear(h, qkv).view(n, t, 3, 2, d // 2)
+    q, k, v = kernels.qk_norm_rope(packed, q_weight, k_weight, cos, sin)
+    branch = kernels.attention(q, k, v).transpose(1, 2) + kernels.attention_packed(packed)
+    x, h = kernels.gate_residual_adaln(x, F.linear(branch.flatten(2), proj), gate_a, shift_m, scale_m, bias)
+    branch = kernels.gelu_linear(F.linear(h, fc1), fc1_bias, fc2) + F.linear(kernels.gelu(F.linear(h, fc1)), fc2)
+    branch = branch + F.linear(kernels.swiglu(F.linear(h, gates)), fc2) + kernels.swiglu_linear(
+        F.linear(h, gates), None, fc2
+    )
+    return kernels.gate_residual(x, branch, gate_m, bias)
+
+
+def block_arguments() -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 6, 16), (2, 96), (48, 16), (8,), (8,), (16, 16), (32, 16), (32,), (16, 32), (16,), (64, 16)]
+    made = [(torch.randn(s, generator=rng) / (4 if len(s) == 2 else 1)).to(DEVICE).requires_grad_() for s in shapes]
+    cos, sin = (table.to(DEVICE) for table in rope_2d(2, 3, 8))
+    return [*made[:5], cos, sin, *made[5:]]
+
+
+BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"  # interpreted kernels are no business of Inductor's
+
+
+@pytest.mark.parametrize("mode, backend", [("auto", "inductor"), ("triton", BACKEND)])
+def test_a_block_of_all_ops_compiles_whole(monkeypatch: pytest.MonkeyPatch, mode: str, backend: str) -> None:
+    arguments = block_arguments()
+    leaves = [a for a in arguments if a.requires_grad]
+
+    def run_block(fn) -> list[torch.Tensor]:
+        out = fn(*arguments)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    expected = run_block(block)
+    monkeypatch.setenv("FASTDIT_KERNELS", mode)
+    torch.compiler.reset()
+    for fn in (block, torch.compile(block, fullgraph=True, backend=backend)):
+        for ours, theirs in zip(run_block(fn), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["eager", "triton"])
+def test_adamw_ema_compiles_whole(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("FASTDIT_KERNELS", mode)
+    torch.compiler.reset()
+    step = torch.compile(kernels.adamw_ema, fullgraph=True, backend="aot_eager")
+    ours, theirs = (OPS["adamw_ema"].inputs((100,), torch.float32, DEVICE) for _ in range(2))
+    step(**ours)
+    kernels.adamw_ema(**theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+def test_adamw_ema_in_a_cuda_graph() -> None:
+    """Captured once, replayed with another step, rate and decay: the same as called anew."""
+    ours, theirs = (OPS["adamw_ema"].inputs((5000,), torch.float32, DEVICE) for _ in range(2))
+    for kwargs in (ours, theirs):
+        kernels.adamw_ema(**kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.adamw_ema(**ours)
+    for kwargs in (ours, theirs):
+        kwargs["step"].fill_(9)
+        kwargs["lr"].fill_(0.01)
+        kwargs["ema_decay"].fill_(0.5)
+    graph.replay()
+    kernels.adamw_ema(**theirs)
+    assert torch.equal(ours["param"], theirs["param"]) and torch.equal(ours["ema"], theirs["ema"])
+
+
+def test_planted_bugs_are_caught() -> None:
+    """One of each sort here; `python tests/mutate_kernels.py` plants them all."""
+    script = os.path.join(os.path.dirname(__file__), "mutate_kernels.py")
+    done = subprocess.run([sys.executable, script, "--fast"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "0 missed" in done.stdout
