@@ -207,14 +207,14 @@ def network(
     config: Config, latent_shape: tuple[int, int, int], objective, device: torch.device | str = "cpu"
 ) -> DiT:
     """The config's network for latents (C, h, w), on the CPU, its attention backend the one to use on `device`."""
-    channels, height, _ = latent_shape
+    channels, *sides = latent_shape
     learn_sigma = objective.out_channels(channels) == 2 * channels
     if learn_sigma and config.model.learn_sigma is False:
         raise ValueError("model.learn_sigma=False leaves no channels for the objective's variance; use null")
     apart = ("variant", "learn_sigma", "attention")
     model = create_dit(
         config.model.variant,
-        input_size=height,
+        input_size=tuple(sides),
         in_channels=channels,
         num_classes=config.data.num_classes,
         learn_sigma=learn_sigma or bool(config.model.learn_sigma),
