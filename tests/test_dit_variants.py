@@ -144,6 +144,7 @@ def test_blocks_compile_to_one_graph_with_the_same_values(options):
     torch.compiler.reset()  # it gives up on a function that was compiled for too many others
     model = small(**options)
     expected, expected_gradients = gradients(model)
+    model.set_activation_checkpointing("full")  # which then happens inside the graph
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     out, found = gradients(model)
@@ -285,6 +286,16 @@ def test_rope_leaves_tokens_beside_the_patches_unturned_and_adds_no_table():
     assert "pos_embed" not in model.state_dict() and model.rope.shape == (2, 9 + 2 + 2, 4)
     assert torch.equal(model.rope[:, 9:], torch.tensor([1.0, 0.0])[:, None, None].expand(2, 4, 4))
     torch.testing.assert_close(model.rope[:, :9], torch.stack(rope_2d(3, 3, 8)))
+
+
+@pytest.mark.parametrize("position", ["sincos", "rope"])
+def test_the_residual_stays_fp32_under_autocast(position):
+    model = small(position=position, block="in_context", registers=1)
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch(model))
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("norm", NORMS)

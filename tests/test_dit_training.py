@@ -1,0 +1,78 @@
+"""Options of the network in a run: exact resume, names through checkpoints, mistakes before anything is written."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdit.config import load_config
+from fastdit.sampling import load_generator
+from fastdit.training.loop import read_metrics, train
+
+EVERYTHING = [
+    "model.norm=rms", "model.qk_norm=layer", "model.mlp=swiglu", "model.position=rope", "model.registers=2",
+    "model.qkv_bias=false", "model.dropout=0.1", "model.unpatchify=transposed_conv",
+]  # fmt: skip
+SHORT = ["training.steps=6", "training.checkpoint_every=3", "training.precision=fp32"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads changes a sum's last bits
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_here(world, run_dir, *overrides, resume=False):
+    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
+
+
+def losses(run_dir) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention"])
+def test_a_resume_is_exact_and_a_checkpoint_keeps_every_name(world, tmp_path, block):
+    options = [f"model.block={block}", *EVERYTHING, *SHORT]
+    whole = train_here(world, tmp_path / "whole", *options)
+    train_here(world, tmp_path / "halves", *options, "training.steps=3")
+    halves = train_here(world, tmp_path / "halves", *options, resume=True)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    for name in ("model", "ema"):
+        ours, theirs = load_file(whole / f"{name}.safetensors"), load_file(halves / f"{name}.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    generator = load_generator(whole)
+    ema, loaded = load_file(whole / "ema.safetensors"), generator.model.state_dict()
+    assert ema.keys() == loaded.keys() and all(torch.equal(ema[k], loaded[k]) for k in ema)
+    assert generator.latents([0, 1], torch.tensor([3, 4]), seed=0).isfinite().all()
+
+
+def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
+    options = ["model.block=adaln", "model.dropout=0.2", *SHORT]  # without gates, that it is felt at once
+    train_here(world, tmp_path / "plain", *options)
+    changes = ["training.micro_batch=4", "training.activation_checkpointing=full"]
+    train_here(world, tmp_path / "changed", *options, *changes)
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    train_here(world, tmp_path / "without", *options, "model.dropout=0")
+    assert losses(tmp_path / "plain")[1:] != pytest.approx(losses(tmp_path / "without")[1:], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("model.dropout=1", "model.dropout=1.0 is out of range; use a share in [0, 1)"),
+        ("model.registers=-1", "model.registers=-1 is out of range; use 0 for none"),
+        ("model.mlp_ratio=0", "model.mlp_ratio=0.0 is out of range; use a positive factor"),
+        ("model.block=zero", "model.block='zero' is not one of adaln_zero, adaln, in_context, cross_attention"),
+        ("model.variant=DiT-4x64x7/4", "hidden_size=64 must be a multiple of num_heads=7"),
+        ("model.variant=DiT-XL/3", "model.variant='DiT-XL/3' is unknown; did you mean 'DiT-XL/"),
+        ("objective.variance=learned_range", "objective.variance='learned_range' is an option of ddpm, not of flow"),
+        ("objective={name: ddpm, weight: velocity}", "objective.weight='velocity' is an option of flow, not of ddpm"),
+        ("sampling.sampler={name: heun, eta: 1}", "sampling.sampler.eta=1 is an option of ddim"),
+        (["model.position=rope", "model.variant=DiT-2x60x10/4"], "use another num_heads, or position=sincos"),
+    ],
+)
+def test_wrong_combinations_fail_before_a_run_begins(world, tmp_path, change, words):
+    with pytest.raises(ValueError) as error:
+        train_here(world, tmp_path / "run", *([change] if isinstance(change, str) else change))
+    assert words in str(error.value) and not (tmp_path / "run").exists()
