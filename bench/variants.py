@@ -1,0 +1,215 @@
+"""Every option of the network and every objective, trained on scikit-learn's digits: the tables of docs/variants.md.
+
+    python bench/variants.py                        every row; about a minute each on one idle core
+    python bench/variants.py --only rope ot         these alone; the table keeps the newest line of every other row
+    python bench/variants.py --table                write the tables again, train nothing
+
+One autoencoder and one judge, made as `fastdit quickstart` makes them, serve all rows. A row is the quickstart's config
+with a few overrides, in fewer steps; its line in bench/results/variants.jsonl holds them.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from record import record
+
+from fastdit.config import build, load_config, shipped_config
+from fastdit.data.extract import extract_features
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.paths import INTERPOLANTS, SCHEDULES
+from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS
+from fastdit.evaluation.frechet import frechet_distance
+from fastdit.evaluation.judge import Judge
+from fastdit.models.blocks import BLOCKS
+from fastdit.models.dit import create_dit
+from fastdit.models.layers import ACTIVATIONS, NORMS
+from fastdit.models.vae import small_vae
+from fastdit.quickstart import SAMPLES, VAE, pixels, read_folder, write_digits
+from fastdit.sampling import load_generator, sample
+from fastdit.training.loop import read_metrics, train
+from fastdit.training.vae_loop import train_vae
+
+RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
+DOCS = Path(__file__).parents[1] / "docs" / "variants.md"
+STEPS = 1000
+COMMON = ["training.checkpoint_every=100000", "training.log_every=100"]
+DDIM = ["sampling.sampler=ddim", "sampling.steps=ddim50"]
+ANCESTRAL = ["sampling.sampler=ddpm", "sampling.steps=100"]
+PREDICTIONS = ("velocity", "eps", "score", "x_0")
+
+LIGHTNING = ["model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope"]
+NETWORKS: dict[str, list[str]] = {
+    "official design": [],
+    **{f"block={name}": [f"model.block={name}"] for name in BLOCKS if name != "adaln_zero"},
+    **{f"norm={name}": [f"model.norm={name}"] for name in NORMS if name != "layer"},
+    **{f"qk_norm={name}": [f"model.qk_norm={name}"] for name in NORMS},
+    **{f"mlp={name}": [f"model.mlp={name}"] for name in ACTIVATIONS if name != "gelu_tanh"},
+    "mlp_ratio=2": ["model.mlp_ratio=2"],
+    **{f"position={name}": [f"model.position={name}"] for name in ("rope", "sincos_rope")},
+    "registers=4": ["model.registers=4"],
+    **{f"{name}=false": [f"model.{name}=false"] for name in ("qkv_bias", "proj_bias", "mlp_bias")},
+    "dropout=0.1": ["model.dropout=0.1"],
+    "unpatchify=transposed_conv": ["model.unpatchify=transposed_conv"],
+    "class_dropout=0, no guidance": ["model.class_dropout=0", "sampling.cfg_scale=1"],
+    "patch 4": ["model.variant=DiT-Ti/4"],
+    "patch 1": ["model.variant=DiT-Ti/1"],
+    "LightningDiT's: rms, swiglu, sincos_rope": LIGHTNING,
+    "the same, qk_norm=rms, registers=4": [*LIGHTNING, "model.qk_norm=rms", "model.registers=4"],
+}
+
+DIFFUSIONS: dict[str, list[str]] = {
+    "ddpm, as released": ["objective=ddpm", *ANCESTRAL],
+    "ddpm, loss_type=rescaled_mse": ["objective=ddpm", "objective.loss_type=rescaled_mse", *ANCESTRAL],
+    "ddpm, loss_type=kl, loss-aware times": [
+        "objective=ddpm", "objective.loss_type=kl", "training.loss_aware_times=true", *ANCESTRAL
+    ],
+    **{
+        f"ddpm, prediction={prediction}": ["objective=ddpm", f"objective.prediction={prediction}", *ANCESTRAL]
+        for prediction in ("x_0", "v")
+    },
+    **{
+        f"ddpm, variance={variance}": [f"objective={{name: ddpm, variance: {variance}, loss_type: mse}}", *ANCESTRAL]
+        for variance in ("fixed_large", "fixed_small")
+    },
+    **{
+        f"ddpm, schedule={name}, prediction=v": [f"objective={{name: ddpm, schedule: {name}, prediction: v}}", *DDIM]
+        for name in SCHEDULES
+    },
+    "ddpm, min_snr_gamma=5": ["objective=ddpm", "objective.min_snr_gamma=5", *DDIM],
+}  # fmt: skip
+FLOWS: dict[str, list[str]] = {
+    **{
+        f"flow, {path}, {prediction}": [f"objective={{name: flow, interpolant: {path}, prediction: {prediction}}}"]
+        for path in INTERPOLANTS
+        for prediction in PREDICTIONS
+    },
+    "flow, linear, eps, weight=velocity": ["objective={name: flow, prediction: eps, weight: velocity}"],
+    "flow, linear, eps, weight=likelihood": ["objective={name: flow, prediction: eps, weight: likelihood}"],
+    **{
+        f"flow, times {name}": [f"objective={{name: flow, time_distribution: {name}}}"]
+        for name in TIME_DISTRIBUTIONS
+        if name != "uniform"
+    },
+    "flow, shift=2": ["objective={name: flow, shift: 2}"],
+    "flow, cosine_weight=1": ["objective={name: flow, cosine_weight: 1}"],
+    "flow, coupling=ot": ["objective={name: flow, coupling: ot}"],
+}
+ROWS = NETWORKS | DIFFUSIONS | FLOWS
+ASIDE: dict[str, int] = {}  # rows that need other than STEPS
+
+
+@dataclass(frozen=True)
+class World:
+    """Digits' latents, the autoencoder that made them, and a judge fitted on images that no generator sees."""
+
+    root: Path
+    judge: Judge
+    held_features: np.ndarray
+
+    @classmethod
+    def make(cls, root: Path, vae_steps: int = VAE["steps"]) -> "World":
+        config = load_config(shipped_config("quickstart"))
+        size = config.data.image_size
+        write_digits(root, size)
+        vae = small_vae(size, seed=0)
+        train_vae(vae, pixels(read_folder(root / "images", size)[0]), **VAE | {"steps": vae_steps}, seed=0)
+        vae.save_pretrained(root / "vae")
+        extract_features(images=root / "images", out=root / "latents", vae=str(root / "vae"), image_size=size)
+        images, labels = read_folder(root / "held_out", size)
+        judge = Judge(images, labels)
+        return cls(root, judge, judge.features(images))
+
+
+def measure(name: str, world: World, steps: int, samples: int = SAMPLES) -> dict:
+    """Train and sample one row; what its line is to hold."""
+    folder = Path(tempfile.mkdtemp(dir=world.root))
+    places = [f"run_dir={folder}/run", f"data.shards={world.root}/latents", f"data.vae={world.root}/vae"]
+    config = load_config(shipped_config("quickstart"), [*places, *COMMON, *ROWS[name], f"training.steps={steps}"])
+    start = time.perf_counter()
+    checkpoint = train(config)
+    trained = time.perf_counter()
+    sample(checkpoint, folder / "samples", samples)
+    images = np.load(folder / "samples" / "samples.npz")["arr_0"]
+    model = load_generator(checkpoint).model
+    return {
+        "row": name,
+        "overrides": ROWS[name],
+        "parameters": model.parameter_count(),
+        "gflops": round(model.flops_per_image() / 1e9, 5),
+        "steps": steps,
+        "accuracy": round(world.judge.accuracy(images, np.arange(samples) % config.data.num_classes), 4),
+        "frechet": round(frechet_distance(world.judge.features(images), world.held_features), 3),
+        "loss": round(read_metrics(config.run_dir)[-1]["loss"], 4),
+        "train_s": round(trained - start, 1),
+        "sample_s": round(time.perf_counter() - trained, 1),
+    }
+
+
+def of_xl(overrides: list[str]) -> tuple[float, float]:
+    """Millions of parameters and GFLOPs an image of DiT-XL with these options on 32 x 32 x 4 latents."""
+    config = load_config(shipped_config("quickstart"), overrides)
+    patch = config.model.variant.partition("/")[2]
+    objective = build(OBJECTIVES, config.objective, "objective")
+    apart = ("variant", "learn_sigma", "attention")
+    options = {key: value for key, value in vars(config.model).items() if key not in apart}
+    with torch.device("meta"):
+        model = create_dit(f"DiT-XL/{patch}", learn_sigma=objective.out_channels(4) == 8, **options)
+    return model.parameter_count() / 1e6, model.flops_per_image() / 1e9
+
+
+def table(names: list[str], lines: dict[str, dict], networks: bool) -> str:
+    """Markdown of the newest line of each row; with what the option costs at XL's size where networks differ."""
+    titles = ["option" if networks else "objective", "steps", "class accuracy", "Frechet distance"]
+    titles += ["parameters", "MFLOP an image", "XL: M parameters", "XL: GFLOP an image"] if networks else ["loss"]
+    rows = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    for name in names:
+        if name not in lines:
+            continue
+        line = lines[name]
+        cells = [name, line["steps"], f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}"]
+        if networks:
+            millions, gflops = of_xl(line["overrides"])
+            cells += [f"{line['parameters']:,}", f"{1000 * line['gflops']:.2f}", f"{millions:.1f}", f"{gflops:.1f}"]
+        else:
+            cells.append(f"{line['loss']:.3f}")
+        rows.append(cells)
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+
+
+def write_tables() -> None:
+    """Put the tables between their marks in docs/variants.md."""
+    lines = {line["row"]: line for line in map(json.loads, RESULTS.read_text().splitlines())}
+    text = DOCS.read_text()
+    for mark, names in (("networks", NETWORKS), ("diffusions", DIFFUSIONS), ("flows", FLOWS)):
+        head, _, rest = text.partition(f"<!-- {mark} -->\n")
+        tail = rest.partition("<!-- end -->")[2]
+        text = f"{head}<!-- {mark} -->\n{table(list(names), lines, mark == 'networks')}<!-- end -->{tail}"
+    DOCS.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="rows whose name contains one of these words")
+    parser.add_argument("--steps", type=int, help="training steps of every row")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        torch.set_num_threads(1)
+        names = [name for name in ROWS if not arguments.only or any(word in name for word in arguments.only)]
+        with tempfile.TemporaryDirectory() as root:
+            world = World.make(Path(root))
+            for name in names:
+                steps = arguments.steps or ASIDE.get(name, STEPS)
+                record("variants", file=RESULTS, **measure(name, world, steps))
+                write_tables()
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()
