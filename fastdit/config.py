@@ -77,7 +77,7 @@ class ModelConfig:
 class TrainingConfig:
     steps: int = 400_000
     global_batch: int = 256  # images a step over all processes
-    micro_batch: int = 0  # images a forward pass on one process; 0: all of its share at once
+    micro_batch: int = 0  # images a forward pass on one process; 0: all of its share; -1: as many as its GPU holds
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -101,7 +101,8 @@ class TrainingConfig:
     def __post_init__(self):
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
-        for key in ("micro_batch", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
+        _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
+        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use 0 to below 1, 0.9999 as published")

@@ -87,6 +87,13 @@ def _cpu_wanted() -> bool:
     return os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honoured by every command
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has: the GPU's own, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def seed_of(*parts: int) -> int:
     """One 63-bit seed from several integers, well mixed: (seed, step), (seed, image), ..."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -13,9 +13,8 @@ from fastdit.config import Config, build, lookup
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.models.dit import DiT
 from fastdit.training.loop import micro_batches, network
-from fastdit.training.memory import RESERVED, memory_bytes, moved_bytes
+from fastdit.training.memory import GIB, RESERVED, memory_bytes, moved_bytes
 
-GIB = 2**30
 GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
 MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels are to reach 0.85 of that
 RECOMPUTED = {"none": 0.0, "selective": 0.0, "full": 1 / 3}  # of a step's FLOPs, run once more in backward
@@ -62,7 +61,7 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     side = config.data.image_size // 8  # of the usual autoencoders; shards say the real one
     with torch.device("meta"):
         model = network(config, (4, side, side), objective)
-    micro, _ = micro_batches(settings.global_batch, settings.micro_batch, world)
+    micro, _ = micro_batches(settings.global_batch, max(settings.micro_batch, 0), world)
     share = settings.global_batch // world
     zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
     count = sum(p.numel() for p in model.parameters())

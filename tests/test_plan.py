@@ -9,11 +9,14 @@ from runs import ENVIRONMENT, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.config import load_config
+from fastdit.distributed import Ranks
 from fastdit.models.dit import DiT
 from fastdit.plan import GIB, GPUS, plan, report
-from fastdit.training.memory import activation_bytes, memory_bytes
+from fastdit.training.loop import memory_policy
+from fastdit.training.memory import activation_bytes, fit, memory_bytes
 
-XL = load_config(ROOT / "configs" / "dit_xl_2.yaml")
+XL_PATH = ROOT / "configs" / "dit_xl_2.yaml"
+XL = load_config(XL_PATH)
 
 
 class Products(TorchDispatchMode):
@@ -77,6 +80,31 @@ def test_the_fastest_policy_that_fits_comes_first(gpu, policy):
         assert p.fits == (sum(p.memory.values()) < GPUS[gpu].gib * GIB * 0.94)
     fitting = [p.images_per_s for p in plans if p.fits]
     assert fitting == sorted(fitting, reverse=True)
+
+
+def test_what_fits_is_found_policy_first_and_then_the_largest_micro_batch():
+    cost = {"none": 10, "selective": 6, "full": 1}
+    divisors, policies = [1, 2, 4, 8, 16, 32], ["none", "selective", "full"]
+
+    def choose(budget, micros=divisors):
+        return fit(budget, policies, micros, lambda policy, micro: cost[policy] * micro)
+
+    assert choose(320) == ("none", 32) and choose(100) == ("none", 8)
+    assert choose(79) == ("selective", 8)  # without checkpointing only 4 would fit: an eighth of the largest
+    assert choose(31) == ("full", 16) and choose(1) == ("full", 1)
+    assert choose(200, [32]) == ("selective", 32)
+    with pytest.raises(ValueError, match="micro_batch=1 with activation_checkpointing=full needs .* use more GPUs"):
+        choose(0.5)
+
+
+def test_the_loop_takes_the_micro_batch_that_fits(monkeypatch):
+    one = Ranks(0, 0, 1, torch.device("cpu"))
+    config = load_config(XL_PATH, ["training.micro_batch=-1", "training.activation_checkpointing=auto"])
+    with torch.device("meta"):
+        model = DiT()
+    for gib, chosen in ((141, ("none", 256, 1)), (80, ("none", 128, 2)), (40, ("none", 64, 4)), (24, ("full", 128, 2))):
+        monkeypatch.setattr("fastdit.distributed.memory_of", lambda device, gib=gib: gib * GIB)
+        assert memory_policy(config, model, 256, one) == chosen
 
 
 def test_hours_follow_from_speed_and_steps():

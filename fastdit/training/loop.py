@@ -24,7 +24,7 @@ from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.log import Log, peak_flops
-from fastdit.training.memory import RESERVED, memory_bytes
+from fastdit.training.memory import RESERVED, fit, memory_bytes
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -47,7 +47,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         # loading an autoencoder takes seconds: only where the name leaves a doubt
         codec=LatentCodec.load(config.data.vae).fingerprint if config.data.vae != manifest.vae else None,
     )
-    micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
+    micro, accumulation = micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build(OBJECTIVES, config.objective, "objective")
@@ -58,7 +58,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     torch.manual_seed(seed_of(config.seed, INIT))
     model = network(config, manifest.latent_shape, objective, device).to(device).train()
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
-    model.set_activation_checkpointing(checkpointing_policy(config, model, micro, ranks))
+    policy, micro, accumulation = memory_policy(config, model, micro * accumulation, ranks)
+    model.set_activation_checkpointing(policy)
     if settings.residual == "bf16" and settings.precision == "bf16":
         model.residual_dtype = torch.bfloat16
     if settings.compile:
@@ -225,22 +226,24 @@ def network(
     return model
 
 
-def checkpointing_policy(config: Config, model: DiT, micro_batch: int, ranks: distributed.Ranks) -> str:
-    """The config's policy; for auto the fastest whose predicted peak fits this GPU's memory."""
+def memory_policy(config: Config, model: DiT, share: int, ranks: distributed.Ranks) -> tuple[str, int, int]:
+    """Activation checkpointing, micro-batch and accumulation: the config's, or what is predicted to fit this GPU."""
     settings = config.training
-    if settings.activation_checkpointing != "auto":
-        return settings.activation_checkpointing
-    if ranks.device.type == "cpu":
-        return "none"
-    total = torch.cuda.get_device_properties(ranks.device).total_memory * (1 - RESERVED)
-    zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
-    for policy in ("none", "selective"):
-        kinds = memory_bytes(
-            model, micro_batch, policy, world=ranks.world, zero_stage=zero_stage, precision=settings.precision
-        )
-        if sum(kinds.values()) <= total:
-            return policy
-    return "full"
+    policy, micro = settings.activation_checkpointing, settings.micro_batch or share
+    if policy == "auto" or micro < 0:
+        policies = ["none", "selective", "full"] if policy == "auto" else [policy]
+        micros = [m for m in range(1, share + 1) if share % m == 0] if micro < 0 else [micro]
+        zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
+
+        def need(policy: str, micro: int) -> float:
+            kinds = memory_bytes(
+                model, micro, policy, world=ranks.world, zero_stage=zero_stage, precision=settings.precision
+            )
+            return sum(kinds.values())
+
+        budget = distributed.memory_of(ranks.device) * (1 - RESERVED)
+        policy, micro = fit(budget, policies, micros, need)
+    return policy, micro, share // micro
 
 
 def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:

@@ -1,7 +1,10 @@
 """Bytes that a training step keeps and moves, counted from the network's shapes (bf16 autocast, fused kernels)."""
 
+from collections.abc import Callable
+
 from fastdit.models.dit import DiT
 
+GIB = 2**30
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
 
 
@@ -48,3 +51,24 @@ def memory_bytes(
         "EMA": 4 * count / optimizer_over,
         "activations": images * (activation_bytes(model, policy) + again) * (1 if precision == "bf16" else 2),
     }
+
+
+def fit(
+    budget: float, policies: list[str], micro_batches: list[int], need: Callable[[str, int], float]
+) -> tuple[str, int]:
+    """The first policy, and its largest micro-batch, whose `need(policy, micro_batch)` bytes stay within `budget`.
+
+    A micro-batch that fills less than a quarter of the largest one is worse than the next policy, except for the
+    last. ValueError when nothing fits.
+    """
+    for policy in policies:
+        for micro in sorted(micro_batches, reverse=True):
+            if 4 * micro < max(micro_batches) and policy != policies[-1]:
+                break
+            if need(policy, micro) <= budget:
+                return policy, micro
+    least = need(policies[-1], min(micro_batches)) / GIB
+    raise ValueError(
+        f"training.micro_batch={min(micro_batches)} with activation_checkpointing={policies[-1]} needs {least:.1f} GiB "
+        f"of {budget / GIB:.1f}; use more GPUs, a higher training.zero_stage, or a smaller model.variant"
+    )
