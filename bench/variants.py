@@ -5,7 +5,7 @@
     python bench/variants.py --table                write the tables again, train nothing
 
 One autoencoder and one judge, made as `fastdit quickstart` makes them, serve all rows. A row is the quickstart's config
-with a few overrides, in fewer steps; its line in bench/results/variants.jsonl holds them.
+with a few overrides; its line in bench/results/variants.jsonl holds them.
 """
 
 import argparse
@@ -37,7 +37,6 @@ from fastdit.training.vae_loop import train_vae
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
 DOCS = Path(__file__).parents[1] / "docs" / "variants.md"
-STEPS = 1000
 COMMON = ["training.checkpoint_every=100000", "training.log_every=100"]
 DDIM = ["sampling.sampler=ddim", "sampling.steps=ddim50"]
 ANCESTRAL = ["sampling.sampler=ddpm", "sampling.steps=100"]
@@ -101,7 +100,6 @@ FLOWS: dict[str, list[str]] = {
     "flow, coupling=ot": ["objective={name: flow, coupling: ot}"],
 }
 ROWS = NETWORKS | DIFFUSIONS | FLOWS
-ASIDE: dict[str, int] = {}  # rows that need other than STEPS
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,11 @@ class World:
         return cls(root, judge, judge.features(images))
 
 
-def measure(name: str, world: World, steps: int, samples: int = SAMPLES) -> dict:
+def measure(name: str, world: World, overrides: list[str], samples: int = SAMPLES) -> dict:
     """Train and sample one row; what its line is to hold."""
     folder = Path(tempfile.mkdtemp(dir=world.root))
     places = [f"run_dir={folder}/run", f"data.shards={world.root}/latents", f"data.vae={world.root}/vae"]
-    config = load_config(shipped_config("quickstart"), [*places, *COMMON, *ROWS[name], f"training.steps={steps}"])
+    config = load_config(shipped_config("quickstart"), [*places, *COMMON, *ROWS[name], *overrides])
     start = time.perf_counter()
     checkpoint = train(config)
     trained = time.perf_counter()
@@ -142,7 +140,7 @@ def measure(name: str, world: World, steps: int, samples: int = SAMPLES) -> dict
         "overrides": ROWS[name],
         "parameters": model.parameter_count(),
         "gflops": round(model.flops_per_image() / 1e9, 5),
-        "steps": steps,
+        "steps": config.training.steps,
         "accuracy": round(world.judge.accuracy(images, np.arange(samples) % config.data.num_classes), 4),
         "frechet": round(frechet_distance(world.judge.features(images), world.held_features), 3),
         "loss": round(read_metrics(config.run_dir)[-1]["loss"], 4),
@@ -196,7 +194,7 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these words")
-    parser.add_argument("--steps", type=int, help="training steps of every row")
+    parser.add_argument("--set", nargs="+", default=[], help="overrides of every row, as training.steps=500")
     parser.add_argument("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if not arguments.table:
@@ -205,8 +203,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             world = World.make(Path(root))
             for name in names:
-                steps = arguments.steps or ASIDE.get(name, STEPS)
-                record("variants", file=RESULTS, **measure(name, world, steps))
+                record("variants", file=RESULTS, **measure(name, world, arguments.set))
                 write_tables()
     write_tables()
 
