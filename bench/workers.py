@@ -1,6 +1,5 @@
 """Contestants in processes of their own: one that runs out of memory ends alone, and peak memory is its own."""
 
-import contextlib
 import gc
 import time
 import traceback
@@ -112,11 +111,11 @@ class Served:
 
 
 def serve(connection) -> None:
-    """The body of a contestant's process: does what it is asked until it is told None."""
+    """The body of a contestant's process: does what it is asked until it is ended."""
     bench = Served()
     try:
-        while (order := connection.recv()) is not None:
-            method, arguments = order
+        while True:
+            method, arguments = connection.recv()
             connection.send(getattr(bench, method)(*arguments))
     except torch.OutOfMemoryError as error:
         connection.send(MemoryError(str(error).partition("\n")[0].partition(" GPU ")[0]))
@@ -151,11 +150,9 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.connection.send(None)
-        self.process.join(30)
-        if self.process.is_alive():
-            self.process.kill()
+        """At once: nothing that the process still holds is wanted, and the next one waits for its memory."""
+        self.process.kill()
+        self.process.join()
 
 
 def gate_errors(verdict: Verdict, truth: Verdict) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import contestants  # noqa: E402
 import count  # noqa: E402
 import profiles  # noqa: E402
 import report  # noqa: E402
+import sample  # noqa: E402
 import step  # noqa: E402
 from contestants import Case, build_case, fill  # noqa: E402
 from runs import ENVIRONMENT  # noqa: E402
@@ -164,7 +165,7 @@ def test_a_run_writes_table_chart_and_lines(tmp_path):
                     "--reference-repo", str(repo), "--out", str(out), "--")  # fmt: skip
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    official, fastdit = lines
+    official, fastdit = sorted(lines, key=lambda line: line["contestant"] == "fastdit")
     assert (official["contestant"], official["batch"], fastdit["batch"]) == ("official", 2, 4)
     for line in lines:
         for key in "images_per_s steps_per_s tflops of_product product_tflops peak_gib first_step_s".split():
@@ -268,3 +269,51 @@ def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
     with count.Bytes() as moved:
         torch._foreach_lerp_([a], [b], 0.5)
     assert moved.total == 3 * 400
+
+
+@pytest.mark.parametrize("name", sample.SAMPLINGS)
+def test_both_samplings_make_the_same_latents(name):
+    bench = sample.Bench(name, "tiny", 2, torch.device("cpu"), ())
+    truth = bench.reference(sample.GATE_STEPS, "fp32")
+    assert sample.difference(bench.fastdit(sample.GATE_STEPS, "fp32"), truth) < 1e-5
+    assert 1e-5 < sample.difference(bench.fastdit(sample.GATE_STEPS, "bf16"), truth) < 0.05
+    assert sample.difference(bench.fastdit(sample.GATE_STEPS + 1, "fp32"), truth) > sample.TOLERANCE["cpu"]
+
+
+def test_sampling_that_differs_is_not_timed(monkeypatch, tmp_path, capsys):
+    right = sample.Bench.fastdit
+    monkeypatch.setattr(sample.Bench, "fastdit", lambda self, *a: right(self, *a) * (1.01 if self.whole == 50 else 1))
+    arguments = f"sample.py --device cpu --size tiny --batch 2 --turns 1 --samplings Heun DPM-Solver++ --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    with pytest.raises(SystemExit, match="Heun differs"):
+        sample.main()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {line["sampler"] for line in lines} == {"DPM-Solver++"} and {line["contestant"] for line in lines} == {
+        "plain, fp32", "plain, bf16", "fastdit"
+    }  # fmt: skip
+    for line in lines:
+        assert line["images_per_s"] > 0 and (line["steps"], line["steps_timed"]) == (20, 4)
+        assert f"**{line['images_per_s']}**" in (tmp_path / "sample.md").read_text()
+
+
+def test_the_gpu_run_hangs_and_fails_part_by_part(tmp_path):
+    """bench/gpu.sh with a python that hangs on one part and fails on another: the others run, all ends up in OUT."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    *sample.py*) sleep 1000 ;;
+    *kernels.py*) exit 3 ;;
+    *import*) exec {sys.executable} "$@" ;;
+    *) echo "ran $*"; echo '{{"bench": 1}}' >> {tmp_path}/out/results.jsonl; echo table > {tmp_path}/out/step.md ;;
+esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out"), "--rehearse", "sample", "kernels", "step"],
+        env={**ENVIRONMENT, "PYTHON": str(python), "LIMITS": "sample 1"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "failed: sample(124) kernels(3)" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "results.jsonl", "report.md"}
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "=== step took" in log and "ran bench/step.py" in log
+    assert (tmp_path / "out" / "report.md").read_text() == "table\n"
