@@ -307,11 +307,13 @@ def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
 
     refuse_options(loaded.config.model, "DiTTransformer2DModel", SLOTS)
     with _new_folder(out) as partial:
-        write_pipeline(loaded, partial, out, weights, say)
+        lines = write_pipeline(loaded, partial, out, weights)
         save_config(loaded.config, partial / "fastdit.yaml")
         facts = {"latents": loaded.latents, "step": loaded.step, "weights": weights}
         (partial / "fastdit.json").write_text(json.dumps(facts, indent=1))
         partial.rename(out)
+    for line in lines:
+        say(line)
 
 
 def refuse_options(model: ModelConfig, where: str, slots: dict[str, tuple[str, dict]]) -> None:

@@ -29,10 +29,10 @@ SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""
 
 
-def write_pipeline(loaded, folder: Path, out: Path, weights: str, say: Callable[[str], None]) -> None:
+def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
     """Fill `folder` with transformer/, scheduler/, vae/ (where it is a local folder), model_index.json and README.md.
 
-    `loaded`: conversion.Loaded. The transformer is loaded back and compared before this returns.
+    `loaded`: conversion.Loaded. The transformer is loaded back and compared before this returns what is to be said.
     """
     import diffusers
 
@@ -64,8 +64,7 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str, say: Callable[
     assert report.exact < CLOSE * report.largest, report
     lines = notes(loaded, out, report, local)
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-    for line in lines[2:]:
-        say(line)
+    return lines[2:]
 
 
 @dataclass(frozen=True)
