@@ -1,0 +1,100 @@
+"""What every entry of OBJECTIVES owes the rest, new ones included: fitted to data, it says what the data are."""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+
+from fastdit.config import Choice, build
+from fastdit.diffusion.objectives import OBJECTIVES
+
+MEAN, STD = 0.6, 0.4
+CASES = [(name, {}) for name in OBJECTIVES]
+CASES += [("ddpm", {"prediction": p}) for p in ("x_0", "v")] + [("flow", {"prediction": p}) for p in ("eps", "x_0")]
+CASES += [("flow", {"prediction": "score", "weight": w}) for w in ("none", "velocity", "likelihood")]
+CASES += [("ddpm", {"variance": "fixed_small", "loss_type": "kl"}), ("ddpm", {"min_snr_gamma": 5.0})]
+every_objective = pytest.mark.parametrize("name, options", CASES)
+
+
+def normal_grid(n: int = 61) -> torch.Tensor:
+    """n quantiles of a standard normal, of mean 0 and deviation 1 exactly."""
+    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    return z / z.square().mean().sqrt()
+
+
+class Affine:
+    """A network of two numbers, out = a x + b, whatever the time; zeros in the channels beyond the latents'."""
+
+    null_label = None
+
+    def __init__(self, objective, a: float = 0.3, b: float = 0.1):
+        self.weights = torch.tensor([a, b], dtype=torch.float64, requires_grad=True)
+        self.idle = objective.out_channels(1) - 1
+
+    def __call__(self, x, t, y):
+        a, b = self.weights
+        return torch.cat([a * x + b, *[torch.zeros_like(x)] * self.idle], dim=1)
+
+
+@every_objective
+def test_its_best_network_tells_the_mean_of_the_data_behind_a_noisy_point(name, options):
+    objective = build(OBJECTIVES, Choice(name, options), "objective")
+    z, eps = (g.reshape(-1, 1, 1, 1) for g in torch.meshgrid(normal_grid(), normal_grid(), indexing="ij"))
+    x_0 = MEAN + STD * z  # (N, 1, 1, 1), every value with every noise
+    for u in (0.05, 0.4, 0.8):
+        t = objective.sample_t(torch.full((len(z),), u, dtype=torch.float64))
+        model = Affine(objective)
+        optimizer = torch.optim.LBFGS([model.weights], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15,
+                                      line_search_fn="strong_wolfe")  # fmt: skip
+
+        def closure(t=t, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = objective.loss(model, x_0, None, t, eps).per_sample
+            assert loss.shape == (len(z),)
+            loss.mean().backward()
+            return loss.mean()
+
+        optimizer.step(closure)
+        alpha, sigma, _, _ = objective.path(t[:1])
+        x_t = alpha * MEAN + (alpha**2 * STD**2 + sigma**2).sqrt() * torch.tensor([-1.5, 0.0, 0.7]).view(3, 1, 1, 1)
+        found = objective.predict(model, x_t, t[0], None).x_0
+        expected = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * MEAN)
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+
+
+@every_objective
+def test_its_prediction_agrees_with_itself(name, options):
+    objective = build(OBJECTIVES, Choice(name, options), "objective")
+    x_t = torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = objective.sample_t(torch.linspace(0.1, 0.9, 5, dtype=torch.float64))
+    prediction = objective.predict(Affine(objective), x_t, t, None)
+    alpha, sigma, d_alpha, d_sigma = objective.path.at(t, x_t)
+    torch.testing.assert_close(alpha * prediction.x_0 + sigma * prediction.eps, x_t)
+    torch.testing.assert_close(d_alpha * prediction.x_0 + d_sigma * prediction.eps, prediction.velocity)
+
+
+@every_objective
+def test_its_times_are_times_and_it_draws_nothing(name, options):
+    objective = build(OBJECTIVES, Choice(name, options), "objective")
+    state = torch.get_rng_state()
+    t = objective.sample_t(torch.linspace(0, 1 - 1e-7, 50))
+    assert t.dtype == torch.float64 and (t.diff() >= 0).all() and t[0] >= 0 and t[-1] <= 1 and t[-1] - t[0] > 0.5
+    assert objective.model_time(t).dtype == torch.float32 and objective.model_time(t).shape == (50,)
+    for steps in (7, "20"):
+        ts = objective.timesteps(steps)
+        assert ts.dtype == torch.float64 and len(ts) == int(steps) + 1 and (ts.diff() < 0).all() and ts[-1] >= 0
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    whole = objective.loss(Affine(objective), x, None, t[10:14], x.flip(0)).per_sample
+    one = objective.loss(Affine(objective), x[2:3], None, t[12:13], x.flip(0)[2:3]).per_sample
+    torch.testing.assert_close(whole[2:3], one)  # a sample's loss is its own
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_yaml_section_can_spell_it(name):
+    fields = dataclasses.fields(OBJECTIVES[name])
+    hints = typing.get_type_hints(OBJECTIVES[name])
+    assert all(f.default is not dataclasses.MISSING for f in fields) and OBJECTIVES[name].__dataclass_params__.frozen
+    plain = {int, float, str, bool, type(None)}
+    assert all(set(typing.get_args(hints[f.name]) or (hints[f.name],)) <= plain for f in fields)
