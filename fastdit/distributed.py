@@ -1,6 +1,8 @@
 """Processes and randomness: who am I among how many, on which device, and which random numbers belong to a step."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -85,6 +87,18 @@ def under_deepspeed() -> bool:
 
 def _cpu_wanted() -> bool:
     return os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honoured by every command
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, compute with one thread: the number of threads changes a sum's last bits, and so the bytes of a file."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def memory_of(device: torch.device) -> int:

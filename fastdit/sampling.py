@@ -26,7 +26,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.guidance import guided, watched
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.distributed import ImageRandom, seed_of
+from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
@@ -122,8 +122,6 @@ def sample(
     "207,360", taken in turn. ValueError when `out` holds anything else than a beginning of these very samples.
     """
     ranks = distributed.init(device)
-    if ranks.device.type == "cpu":
-        torch.set_num_threads(1)  # the number of threads changes a sum's last bits
     if num_samples < 1:
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
     generator = load_generator(path, overrides, weights=weights, device=ranks.device)
@@ -149,7 +147,9 @@ def sample(
         if all(_png(out, i).is_file() for i in wanted):
             continue
         y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
-        for i, image in zip(wanted, generator.images(indices, y, seed), strict=False):
+        with one_thread(ranks.device):
+            images = generator.images(indices, y, seed)
+        for i, image in zip(wanted, images, strict=False):
             temporary = _png(out, i).with_suffix(".partial")
             Image.fromarray(image).save(temporary, format="PNG")
             os.replace(temporary, _png(out, i))

@@ -22,7 +22,7 @@ from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import DTYPES, Manifest, permutation
 from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
-from fastdit.distributed import Ranks
+from fastdit.distributed import Ranks, one_thread
 from fastdit.errors import is_no_space
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,7 +194,8 @@ def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, de
     if device.type == "cuda":
         batch = batch.pin_memory()
     pixels = to_pixels(batch.to(device, non_blocking=True))
-    moments = torch.stack([codec.encode(pixels), codec.encode(pixels.flip(-1))], dim=1)
+    with one_thread(device):
+        moments = torch.stack([codec.encode(pixels), codec.encode(pixels.flip(-1))], dim=1)
     return moments
 
 
