@@ -91,7 +91,7 @@ def _cpu_wanted() -> bool:
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, compute with one thread: the number of threads changes a sum's last bits, and so the bytes of a file."""
+    """On a CPU, compute with one thread: the number of threads changes a sum's last bits, and so a file's bytes."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
