@@ -189,7 +189,7 @@ def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], state
     shape = architecture(
         state,
         where,
-        heads=stated.heads or (own["num_heads"] if own and own["hidden_size"] == hidden else None),
+        heads=own["num_heads"] if stated.heads is None and own and own["hidden_size"] == hidden else stated.heads,
         num_classes=config.data.num_classes if "data.num_classes" in keys else said.get("num_classes"),
     )
     if own and own != variant_shape(shape.variant):

@@ -153,7 +153,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(place, tmp_path, monkeyp
 HEAD = {"weight": (48,), "bias": ()}
 MISTAKES = {
     "no objective": (golden_weights, [], ["cannot be told from its weights", "objective=flow"]),
-    "unknown width": (golden_weights, ["objective=ddpm", "--heads", "0"], ["hidden size 48", "--heads"]),
+    "unknown width": (golden_weights, ["objective=ddpm"], ["hidden size 48, not one of 64,", "with --heads"]),
+    "no heads": (golden_weights, ["objective=ddpm", "--heads", "0"], ["--heads=0 does not divide"]),
     "heads": (golden_weights, ["objective=ddpm", "--heads", "5"], ["--heads=5 does not divide the hidden size 48"]),
     "objective": (golden_weights, ["objective=ddmp"], ["objective.name='ddmp'", "did you mean 'ddpm'"]),
     "an option": (golden_weights, ["objective=flow", "objective.path=gvp"], ["objective.path='gvp'", "did you mean"]),
@@ -190,7 +191,7 @@ MISTAKES = {
 def test_mistakes_end_in_one_line_and_leave_nothing(place, tmp_path, capsys, monkeypatch, name):
     state, arguments, words = MISTAKES[name]
     torch.save(state(), tmp_path / "in.pt")
-    size = [] if "--heads" in arguments else SIZE
+    size = [] if "--heads" in arguments or name == "unknown width" else SIZE
     fixed = ["convert", str(tmp_path / "in.pt"), "--to", "fastdit", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *size, *arguments, f"data.vae={place}/vae"])
     with pytest.raises(SystemExit) as stop:

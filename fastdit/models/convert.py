@@ -165,11 +165,11 @@ def architecture(
             f"{where}: the head has {outputs} values a patch, neither {channels * patch**2} nor twice that; "
             "this is another network"
         )
-    heads = heads or HEADS.get(hidden)
+    heads = HEADS.get(hidden) if heads is None else heads
     if heads is None:
         known = ", ".join(map(str, sorted(HEADS)))
         raise ValueError(f"{where} has hidden size {hidden}, not one of {known}: name its number of heads with --heads")
-    if hidden % heads:
+    if heads < 1 or hidden % heads:
         raise ValueError(f"--heads={heads} does not divide the hidden size {hidden} of {where}")
     rows = state["y_embedder.embedding_table.weight"].shape[0] if "y_embedder.embedding_table.weight" in state else 0
     if num_classes is None:
