@@ -14,17 +14,17 @@ from kernel_checks import DEVICE, DTYPES, cast, compare, run, strided
 
 from fastdit import kernels
 
-CASES = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
+# the interpreter is slow: there, further shapes in fp32 alone
+CASES = [
+    (name, shape, dtype)
+    for name, op in OPS.items()
+    for index, shape in enumerate(op.shapes)
+    for dtype in (DTYPES if index == 0 or DEVICE == "cuda" else DTYPES[:1])
+]
 
 
-def names(case: tuple) -> str:
-    return f"{case[0]}-{'x'.join(map(str, case[1]))}"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", CASES, ids=names)
-def test_as_exact_as_eager(case: tuple, dtype: torch.dtype) -> None:
-    name, shape = case
+@pytest.mark.parametrize("name, shape, dtype", CASES, ids=[f"{n}-{'x'.join(map(str, s))}-{d}" for n, s, d in CASES])
+def test_as_exact_as_eager(name: str, shape: tuple, dtype: torch.dtype) -> None:
     assert not compare(OPS[name], OPS[name].inputs(shape, dtype, DEVICE, seed=len(shape)))
 
 
