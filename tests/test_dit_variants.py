@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdit.kernels import rope_2d
+from fastdit.kernels.runtime import INTERPRET
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,6 +151,20 @@ def test_blocks_compile_to_one_graph_with_the_same_values(options):
     out, found = gradients(model)
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(found, expected_gradients, **CLOSE)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter stands in for a GPU")
+@pytest.mark.parametrize("policy, options", [("none", {"mlp_bias": False}), ("activation", EVERYTHING)])
+def test_fused_kernels_give_the_same_values(monkeypatch, policy, options):
+    model = small(block="cross_attention", depth=1, **options)
+    expected, expected_gradients = gradients(model)
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    model.set_activation_checkpointing(policy)
+    out, found = gradients(model)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    for key, gradient in found.items():
+        worst = (gradient - expected_gradients[key]).abs().max() / expected_gradients[key].abs().max()
+        assert worst < 1e-5, key
 
 
 def test_the_compilers_own_code_agrees_with_everything_on():
