@@ -2,10 +2,11 @@
 
     python bench/variants.py                        every row; about a minute each on one idle core
     python bench/variants.py --only rope ot         these alone; the table keeps the newest line of every other row
+    python bench/variants.py --missing              those that have no line yet
     python bench/variants.py --table                write the tables again, train nothing
 
 One autoencoder and one judge, made as `fastdit quickstart` makes them, serve all rows. A row is the quickstart's config
-with a few overrides; its line in bench/results/variants.jsonl holds them.
+with a few overrides, in three quarters of its steps; its line in bench/results/variants.jsonl holds them.
 """
 
 import argparse
@@ -37,9 +38,10 @@ from fastdit.training.vae_loop import train_vae
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
 DOCS = Path(__file__).parents[1] / "docs" / "variants.md"
-COMMON = ["training.checkpoint_every=100000", "training.log_every=100"]
+COMMON = ["training.steps=1500", "training.checkpoint_every=100000", "training.log_every=100"]
 DDIM = ["sampling.sampler=ddim", "sampling.steps=ddim50"]
 ANCESTRAL = ["sampling.sampler=ddpm", "sampling.steps=100"]
+REAL = "real images"
 PREDICTIONS = ("velocity", "eps", "score", "x_0")
 
 LIGHTNING = ["model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope"]
@@ -123,6 +125,16 @@ class World:
         judge = Judge(images, labels)
         return cls(root, judge, judge.features(images))
 
+    def real(self) -> dict:
+        """What as many real images as samples come to: the best that a row can do."""
+        images, labels = read_folder(self.root / "images", load_config(shipped_config("quickstart")).data.image_size)
+        chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLES]
+        return {
+            "row": REAL,
+            "accuracy": round(self.judge.accuracy(images, labels), 4),
+            "frechet": round(frechet_distance(self.judge.features(images[chosen]), self.held_features), 3),
+        }
+
 
 def measure(name: str, world: World, overrides: list[str], samples: int = SAMPLES) -> dict:
     """Train and sample one row; what its line is to hold."""
@@ -166,10 +178,13 @@ def table(names: list[str], lines: dict[str, dict], networks: bool) -> str:
     titles = ["option" if networks else "objective", "steps", "class accuracy", "Frechet distance"]
     titles += ["parameters", "MFLOP an image", "XL: M parameters", "XL: GFLOP an image"] if networks else ["loss"]
     rows = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
-    for name in names:
+    for name in [REAL, *names]:
         if name not in lines:
             continue
         line = lines[name]
+        if name == REAL:
+            rows.append([name, "", f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}", *[""] * (len(titles) - 4)])
+            continue
         cells = [name, line["steps"], f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}"]
         if networks:
             millions, gflops = of_xl(line["overrides"])
@@ -180,9 +195,15 @@ def table(names: list[str], lines: dict[str, dict], networks: bool) -> str:
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
 
 
+def newest_lines() -> dict[str, dict]:
+    """The last line of each row."""
+    text = RESULTS.read_text() if RESULTS.is_file() else ""
+    return {line["row"]: line for line in map(json.loads, text.splitlines())}
+
+
 def write_tables() -> None:
     """Put the tables between their marks in docs/variants.md."""
-    lines = {line["row"]: line for line in map(json.loads, RESULTS.read_text().splitlines())}
+    lines = newest_lines()
     text = DOCS.read_text()
     for mark, names in (("networks", NETWORKS), ("diffusions", DIFFUSIONS), ("flows", FLOWS)):
         head, _, rest = text.partition(f"<!-- {mark} -->\n")
@@ -194,14 +215,18 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these words")
+    parser.add_argument("--missing", action="store_true", help="rows without a line alone")
     parser.add_argument("--set", nargs="+", default=[], help="overrides of every row, as training.steps=500")
     parser.add_argument("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if not arguments.table:
         torch.set_num_threads(1)
         names = [name for name in ROWS if not arguments.only or any(word in name for word in arguments.only)]
+        names = [name for name in names if not arguments.missing or name not in newest_lines()]
         with tempfile.TemporaryDirectory() as root:
             world = World.make(Path(root))
+            if REAL not in newest_lines():
+                record("variants", file=RESULTS, **world.real())
             for name in names:
                 record("variants", file=RESULTS, **measure(name, world, arguments.set))
                 write_tables()
