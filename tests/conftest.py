@@ -18,3 +18,12 @@ def world(tmp_path_factory):
     from runs import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def one_thread():
+    """As the commands run in these tests: the number of threads changes a sum's last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -31,13 +31,7 @@ from fastdit.models.dit import DIT_VARIANTS, create_dit
 from fastdit.sampling import load_generator, sample
 from fastdit.training import checkpoint
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,7 @@ from fastdit.sampling import load_generator
 from fastdit.training import checkpoint
 from fastdit.training.loop import network
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

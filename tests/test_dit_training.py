@@ -15,12 +15,7 @@ EVERYTHING = [
 SHORT = ["training.steps=6", "training.checkpoint_every=3", "training.precision=fp32"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the number of threads changes a sum's last bits
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train_here(world, run_dir, *overrides, resume=False):

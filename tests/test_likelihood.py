@@ -20,12 +20,7 @@ D, SCALE = 256, 0.18215
 STD = math.sqrt(29) * SCALE  # of make_shards' latents: posterior means of deviation 5, posteriors of deviation 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quiet(line: str) -> None:

@@ -15,12 +15,7 @@ BOUND = ["objective={name: ddpm, variance: fixed_small, loss_type: kl}", "traini
 ON = [*BOUND, "training.loss_aware_times=true"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train_here(world, run_dir, *overrides, resume=False):

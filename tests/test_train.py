@@ -24,13 +24,7 @@ from fastdit.training.ema import EMA
 from fastdit.training.engine import merge_deepspeed
 from fastdit.training.loop import micro_batches, read_metrics, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the commands run: the number of threads changes a sum's last bits
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(run_dir) -> list[float]:

@@ -19,13 +19,7 @@ from fastdit.data.writer import write_shards
 from fastdit.training import checkpoint
 from fastdit.verify import verify
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quiet(line: str) -> None:
