@@ -1,0 +1,52 @@
+"""The table of variants: every value that an option can take has a row, and a row is trained, sampled and judged."""
+
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdit.config import ModelConfig, build, load_config, shipped_config
+from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.evaluation.judge import Judge
+from fastdit.quickstart import read_folder
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import variants  # noqa: E402
+
+
+def overrides_of(rows) -> set[str]:
+    return {override for overrides in rows.values() for override in overrides}
+
+
+def test_every_option_of_the_network_has_a_row():
+    stated = {override.partition("=")[0] for override in overrides_of(variants.NETWORKS)}
+    apart = {"attention", "learn_sigma"}  # how it is computed; what the objective asks
+    for name, hint in typing.get_type_hints(ModelConfig).items():
+        assert name in apart or f"model.{name}" in stated, name
+        if typing.get_origin(hint) is typing.Literal:
+            for value in typing.get_args(hint):
+                default = getattr(ModelConfig, name) == value
+                assert default or f"model.{name}={value}" in overrides_of(variants.NETWORKS), f"{name}={value}"
+
+
+@pytest.mark.parametrize("rows", [variants.DIFFUSIONS, variants.FLOWS])
+def test_every_row_is_a_config_that_can_be_sampled(rows):
+    for overrides in rows.values():
+        config = load_config(shipped_config("quickstart"), overrides)
+        build(OBJECTIVES, config.objective, "objective").timesteps(config.sampling.steps)
+
+
+def test_a_row_is_trained_sampled_and_judged(world):
+    threads = torch.get_num_threads()
+    images, labels = read_folder(world / "held_out", 32)
+    judge = Judge(images[::4], labels[::4])
+    own = variants.World(world, judge, judge.features(images))
+    line = variants.measure("registers=4", own, ["training.steps=2", "sampling.steps=2", "training.global_batch=8"], 10)
+    torch.set_num_threads(threads)
+    assert line["steps"] == 2 and 0 <= line["accuracy"] <= 1 and line["frechet"] > 0
+    assert line["parameters"] == 331_536 + 4 * 64
+    assert "| registers=4 | 2 |" in variants.table(["registers=4"], {"registers=4": line}, networks=True)
+    assert own.real()["accuracy"] > 0.5
