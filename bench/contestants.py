@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +71,16 @@ CONTESTANTS = {  # name: what the table says; in the order of their turns, shoul
 }
 
 ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
-    "no compile": ["training.compile=false"],
-    "no Triton kernels": ["FASTDIT_KERNELS=eager"],
-    "fp32": ["training.precision=fp32"],
     "bf16 residual stream": ["training.residual=bf16"],
     "CUDA graph": ["training.cuda_graph=true"],
+    "no Triton kernels": ["FASTDIT_KERNELS=eager"],
+    "no compile": ["training.compile=false"],
     "selective checkpointing": ["training.activation_checkpointing=selective"],
     "full checkpointing": ["training.activation_checkpointing=full"],
     "attention sdpa-flash": ["model.attention=sdpa-flash"],
     "attention sdpa-cudnn": ["model.attention=sdpa-cudnn"],
     "attention eager": ["model.attention=eager"],
+    "fp32": ["training.precision=fp32"],
 }
 GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention sdpa-flash", "attention sdpa-cudnn"}
 
@@ -103,7 +104,7 @@ class Verdict:
 
     inputs: Inputs
     losses: list[Tensor]  # (N,) of every step
-    moved: Tensor  # norm of each tensor's way from the start, in the order of its name: weights, then EMA
+    moved: Tensor  # norm of the way that each weight tensor, then its average, went from the start; by name
     precision: str
     first_done: float  # time.perf_counter() at the end of the first step
 
@@ -130,14 +131,25 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(named, key=lambda pair: pair[0])
 
 
-@torch.no_grad()
-def fill(model: nn.Module, seed: int = SEED) -> None:
-    """Weights that leave no part of the network silent (as initialised, the gates and the head are zero)."""
-    for _, parameter in trained(model):
+def start_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each trained tensor and where it starts: so that no part of the network is silent, as gates and head are at 0."""
+    for seed, (_, parameter) in enumerate(trained(model), SEED):
         generator = torch.Generator(parameter.device).manual_seed(seed)
         std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
-        parameter.normal_(0, std, generator=generator)
-        seed += 1
+        yield parameter, torch.empty_like(parameter).normal_(0, std, generator=generator)
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    for parameter, start in start_weights(model):
+        parameter.copy_(start)
+
+
+@torch.no_grad()
+def moved(model: nn.Module, averages: dict[int, Tensor]) -> Tensor:
+    """How far each weight tensor and its average went from the start."""
+    ways = [torch.linalg.vector_norm(t - a) for p, a in start_weights(model) for t in (p, averages[id(p)])]
+    return torch.stack(ways).cpu()
 
 
 def host_batches(size: Size, batch: int, pin: bool) -> list[tuple[Tensor, Tensor]]:
@@ -160,7 +172,8 @@ class Reference:
         self.size, device = SIZES[case.size], torch.device(case.device)
         self.batches = host_batches(self.size, case.batch, device.type == "cuda")
         with device:
-            self.model = (network_of_repo(case.repo, self.size) if case.repo else plain_network(self.size)).train()
+            model = network_of_repo(case.repo, self.size) if case.repo else plain_network(self.size)
+        self.model = model.to(device).train()
         fill(self.model)
         self.work = ReferenceStep(
             case.stack, self.model, device, lr=LR, ema_decay=EMA_DECAY, scale=SCALE, null_label=self.size.classes,
@@ -176,7 +189,6 @@ class Reference:
         if inputs is None:
             inputs = work.draw(*(value.to(work.device) for value in self.batches[0])).to("cpu")
         on_device = inputs.to(work.device)
-        start = start_of(self.model)
         embedder = self.model.y_embedder
         if work.drops_labels:  # the inputs' labels are dropped already
             embedder.dropout_prob, dropout = 0, embedder.dropout_prob
@@ -190,7 +202,7 @@ class Reference:
         if work.drops_labels:
             embedder.dropout_prob = dropout
         averages = dict(zip((id(p) for p in work.parameters), work.ema, strict=True))
-        return Verdict(inputs, losses, moved(self.model, start, averages), work.precision, first_done)
+        return Verdict(inputs, losses, moved(self.model, averages), work.precision, first_done)
 
 
 def plain_network(size: Size) -> nn.Module:
@@ -267,7 +279,7 @@ class Fastdit:
 
     def gate(self, inputs: Inputs | None) -> Verdict:
         """Draws its own inputs, the same at every step, and tells them: the others take these."""
-        start, losses, first_done = start_of(self.model), [], 0.0
+        losses, first_done = [], 0.0
         moments, y = (value.to(self.device) for value in self.batches[0])
         for _ in range(GATE_STEPS):
             mean_loss, _ = self.work(moments, y, 0, self.lr)
@@ -277,7 +289,7 @@ class Fastdit:
             if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):
                 raise ValueError(f"the step returned a loss of {mean_loss}, its objective {per_sample.mean()}")
         averages = dict(zip((id(p) for p in self.model.parameters() if p.requires_grad), self.ema.average, strict=True))
-        return Verdict(drawn.to("cpu"), losses, moved(self.model, start, averages), self.precision, first_done)
+        return Verdict(drawn.to("cpu"), losses, moved(self.model, averages), self.precision, first_done)
 
 
 class Recorder:
@@ -294,17 +306,6 @@ class Recorder:
         index = self.objective.model_time(t).round().long()
         self.seen = Inputs(x_0, y, index, noise), result.per_sample.detach()
         return result
-
-
-def start_of(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for _, p in trained(model)]
-
-
-def moved(model: nn.Module, start: list[Tensor], averages: dict[int, Tensor]) -> Tensor:
-    """How far each weight tensor, then each average, went from the weights' start."""
-    weights = [p for _, p in trained(model)]
-    there = [*(p.detach() for p in weights), *(averages[id(p)] for p in weights)]
-    return torch.stack([torch.linalg.vector_norm(a - b).cpu() for a, b in zip(there, [*start, *start], strict=True)])
 
 
 def build_case(case: Case) -> Reference | Fastdit:

@@ -3,12 +3,13 @@
     python bench/count.py [--size XL/2] [--out FOLDER] [training.x=y ...]
 
 Waits are counted by running the step in eager mode on the CPU under two modes that see every operator and every
-method call; graphs, kernels and bytes by compiling the step for the CPU, where Inductor fuses by the same rules but
-takes the eager definition of our Triton ops. Blocks are alike, so a network of three stands for the whole depth, and
-two batch sizes tell bytes per image from bytes per step (the weights').
+method call; graphs, kernels and bytes by compiling the step for the CPU, where Inductor fuses by the same rules around
+the Triton ops (none of these is run). Blocks are alike, so a network of three stands for the whole depth, and two batch
+sizes tell bytes per image from bytes per step (the weights').
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
 import torch
 from contestants import SIZES, Case, Fastdit, Size
+from fastdit.kernels import runtime
 from record import record
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -95,12 +99,20 @@ class Bytes(TorchDispatchMode):
         return result
 
 
+class _Dry:
+    """Stands for the kernels' state: they return tensors of the right shape and launch nothing."""
+
+    launches = None
+    dry = property(lambda self: True, lambda self, value: None)
+
+
 @dataclass
 class Graph:
-    """One compiled graph: its Inductor kernels, the library calls beside them, the bytes that both move."""
+    """One compiled graph: its Inductor kernels, the other calls beside them, the bytes that all move."""
 
     backward: bool
     kernels: int
+    ops: int  # our Triton ops
     calls: int  # matrix products and attention
     bytes: int
 
@@ -117,10 +129,12 @@ def compiled_graphs():
     def inner(module, example_inputs, **options):
         before = metrics.generated_kernel_count, metrics.num_bytes_accessed
         compiled = compile_fx.compile_fx_inner(module, example_inputs, **options)
-        names = [getattr(node.target, "overloadpacket", node.target) for node in module.graph.nodes]
+        targets = [node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
         graphs.append(Graph(
             bool(options.get("is_backward")), metrics.generated_kernel_count - before[0],
-            sum(getattr(name, "__name__", "") in library for name in names), metrics.num_bytes_accessed - before[1],
+            sum(target.namespace == "fastdit" for target in targets),
+            sum(target.overloadpacket.__name__ in library for target in targets),
+            metrics.num_bytes_accessed - before[1],
         ))  # fmt: skip
         return compiled
 
@@ -160,7 +174,8 @@ def host_waits(size: Size, overrides: tuple[str, ...] = ()) -> Counter[str]:
 
 def graphs_of(size: Size, overrides: tuple[str, ...] = ()) -> tuple[list[Graph], Counter[str]]:
     """The graphs of one compiled step in the order of their compilation, and the graph breaks by reason."""
-    with compiled_graphs() as graphs:
+    ops = {"FASTDIT_KERNELS": "triton"} if runtime.INTERPRET else {}
+    with compiled_graphs() as graphs, mock.patch.dict(os.environ, ops), mock.patch.object(runtime, "_state", _Dry()):
         torch._dynamo.utils.counters.clear()
         Fastdit(case_of(size, "graphs", overrides)).step(0)
         return graphs, Counter(torch._dynamo.utils.counters["graph_break"])
@@ -230,6 +245,7 @@ def report(size: Size, overrides: tuple[str, ...]) -> dict:
         "graph_breaks": sum(breaks.values()),
         "graphs": len(last),
         "block_kernels": {name: graph.kernels for name, graph in middle.items()},
+        "block_triton_ops": {name: graph.ops for name, graph in middle.items()},
         "block_library_calls": {name: graph.calls for name, graph in middle.items()},
         "mb_per_image": {f"blocks, {name}": round(size.depth * image / 1e6, 1) for name, (image, _) in slopes.items()},
         "mb_per_image_least": {name: round(size.depth * value / 1e6, 1) for name, value in least.items()},

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every measurement that needs a GPU, in one command under 9 minutes, into one folder; no network, nothing installed.
 #
-#   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]      parts: step tests kernels sample ablation
+#   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]      parts: attention step tests kernels sample ablation
 #
-# OUT gets results.jsonl, report.md, step.png, ablation.png, log.txt, traces.tar. --wheels: packages that the machine
-# lacks, unpacked beside the checkout (pip download --no-deps -d DIR NAME==VERSION where there is a network).
+# OUT gets results.jsonl, report.md, step.png, ablation.png, log.txt, traces.tar, attention.json. --wheels: packages that
+# the machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR NAME==VERSION where there is a network).
 # --rehearse: tiny sizes, on the CPU where there is no GPU. Each part has its own time limit: one that hangs or fails
 # leaves the others their time. COMMIT=... names the commit where the checkout came without .git.
 set -uo pipefail
@@ -20,7 +20,7 @@ while (($#)); do
     esac
     shift
 done
-((${#PARTS[@]})) || PARTS=(step tests kernels sample ablation)
+((${#PARTS[@]})) || PARTS=(attention step tests kernels sample ablation)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
@@ -44,20 +44,22 @@ if [[ -n $WHEELS ]]; then
 fi
 
 if [[ -n $REHEARSE ]]; then
-    LIMIT=(step 300 tests 120 kernels 90 sample 90 ablation 300)
+    LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300)
     STEP=(--size tiny --fresh --turns 1 --steps 2 --profile) ABLATION=(--size tiny --fresh --turns 1 --steps 2)
     SAMPLE=(--size tiny --share 0.05 --turns 1 --batch 2)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && KERNELS=(--ops adaln) || KERNELS=(--static --ops adaln)
     TESTS=(tests/test_dit.py)
 else
-    LIMIT=(step 200 tests 80 kernels 85 sample 45 ablation 110)
-    STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) SAMPLE=()
-    KERNELS=(--budget-s 65)
+    LIMIT=(attention 25 step 270 tests 60 kernels 70 sample 45 ablation 60)
+    STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) SAMPLE=(--turns 2)
+    KERNELS=(--budget-s 50)
     TESTS=(-m "not slow" tests/test_kernels.py tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py)
 fi
 
 read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds
 LIMIT=("${OTHER[@]}" "${LIMIT[@]}")
+
+COMMON=(--truth "$WORK/truth.pt" --out "$OUT")
 
 limit() {
     for ((i = 0; i < ${#LIMIT[@]}; i += 2)); do
@@ -68,8 +70,9 @@ limit() {
 command_of() {  # fills COMMAND
     local inner=$(($(limit "$1") - 15))  # the programs stop by themselves and write what they have
     case $1 in
-        step) COMMAND=("$PYTHON" bench/step.py "${STEP[@]}" --budget-s "$inner" --out "$OUT") ;;
-        ablation) COMMAND=("$PYTHON" bench/step.py --ablation "${ABLATION[@]}" --budget-s "$inner" --out "$OUT") ;;
+        attention) COMMAND=("$PYTHON" bench/attention.py) ;;  # first: `model.attention=auto` then reads its table
+        step) COMMAND=("$PYTHON" bench/step.py "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        ablation) COMMAND=("$PYTHON" bench/step.py --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
         sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT") ;;
         kernels) COMMAND=("$PYTHON" bench/kernels.py "${KERNELS[@]}" --out "$OUT/kernels") ;;
         tests) COMMAND=("$PYTHON" -m pytest -q -x -p no:cacheprovider "${TESTS[@]}") ;;
@@ -94,5 +97,6 @@ failed=()
 cat "$OUT"/kernels/*.jsonl >>"$OUT/results.jsonl" 2>/dev/null && rm -r "$OUT/kernels"
 cat "$OUT"/{step,ablation,sample}.md >"$OUT/report.md" 2>/dev/null
 rm -f "$OUT"/{step,ablation,sample}.md
+[[ " ${PARTS[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
 (cd "$OUT" && tar -cf traces.tar trace-*.json.gz 2>/dev/null && rm -f trace-*.json.gz || rm -f traces.tar)
 exit ${#failed[@]}

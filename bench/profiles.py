@@ -26,7 +26,8 @@ def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]
     spans = []
     for event in events:
         if device == "cuda":
-            if str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False):
+            marked = event.is_user_annotation or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
+            if str(event.device_type).endswith("CUDA") and not marked:
                 kinds[kind_of(event.name)] += event.time_range.elapsed_us() / 1e6
                 spans.append((event.time_range.start, event.time_range.end))
         else:

@@ -62,7 +62,8 @@ class Bench:
         generator = torch.Generator().manual_seed(SEED)
         self.y = torch.randint(0, self.null, (batch,), generator=generator).to(device)
         with device:
-            self.plain = plain_network(SIZES[size]).eval()
+            self.plain = plain_network(SIZES[size])
+        self.plain = self.plain.to(device).eval()
         fill(self.plain)
         self.own: Generator | None = None
 

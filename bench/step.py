@@ -46,7 +46,7 @@ class Row:
     gated: Gated | None = None
     errors: tuple[float, float] = (float("nan"), float("nan"))
     turns: list[list[float]] = field(default_factory=list)  # seconds of each step of each turn
-    peak_gib: float = float("nan")
+    peak_gib: tuple[float, float] = (float("nan"), float("nan"))  # of the tensors, taken from the device
     product_tflops: list[float] = field(default_factory=list)
     profile: dict[str, float] = field(default_factory=dict)  # ms of a step by kind of kernel
 
@@ -64,10 +64,11 @@ class Row:
 class Judge:
     """The gate: what the plain network in fp32 makes of the first contestant's inputs, and who agrees with it."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, file: Path | None):
         self.oracle = replace(case, name="oracle", stack="oracle", overrides=(), repo="")
         self.inputs = None
-        self.truths = {}
+        self.file = file
+        self.truths = torch.load(file, weights_only=False) if file and file.is_file() else {}
 
     def knows(self, gated: Gated) -> bool:
         return self._key(gated) in self.truths
@@ -76,15 +77,16 @@ class Judge:
         """Have a fresh `worker` find out what is right for the inputs of `gated`."""
         case = replace(self.oracle, batch=gated.batch)
         self.truths[self._key(gated)] = worker.ask("gate", case, gated.verdict.inputs, timeout_s=timeout_s).verdict
-        self.inputs = self.inputs or gated.verdict.inputs
+        if self.file:
+            torch.save(self.truths, self.file)
 
     def errors(self, gated: Gated) -> tuple[float, float]:
+        self.inputs = self.inputs or gated.verdict.inputs
         return gate_errors(gated.verdict, self.truths[self._key(gated)])
 
-    @staticmethod
-    def _key(gated: Gated) -> tuple:
-        inputs = gated.verdict.inputs
-        return gated.batch, float(inputs.x_0.double().sum()), float(inputs.noise.double().sum())
+    def _key(self, gated: Gated) -> tuple:
+        sums = (float(value.double().sum()) for value in (gated.verdict.inputs.x_0, gated.verdict.inputs.noise))
+        return self.oracle.size, self.oracle.device, gated.batch, *sums
 
     @staticmethod
     def objection(gated: Gated, errors: tuple[float, float]) -> str:
@@ -96,10 +98,10 @@ class Judge:
 
 
 def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident: bool, budget_s: float,
-            profile: bool, out: Path | None) -> list[Row]:  # fmt: skip
+            profile: bool, out: Path | None, truth: Path | None = None) -> list[Row]:  # fmt: skip
     """Gate and time all `cases`; what goes wrong with one is said in its row."""
     deadline, spares = time.monotonic() + budget_s, Spares(not resident)
-    rows, workers, judge = {case.name: Row(case) for case in cases}, {}, Judge(cases[0])
+    rows, workers, judge = {case.name: Row(case) for case in cases}, {}, Judge(cases[0], truth)
     cases = sorted(cases, key=lambda case: case.stack != "fastdit")  # first: it draws the gate's inputs
 
     def left() -> float:
@@ -141,9 +143,11 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         try:
             action(row)
         except (RuntimeError, MemoryError, TimeoutError) as error:
-            kind = "out of memory: " if isinstance(error, MemoryError) else ""
-            row.failed = kind + str(error)
-            say(f"{row.case.name}: {row.failed}")
+            why = ("out of memory: " if isinstance(error, MemoryError) else "") + str(error)
+            say(f"{row.case.name}: {why}")
+            if not (row.turns and isinstance(error, TimeoutError)):  # fewer turns for want of time are still turns
+                row.failed = why
+            leave(row.case.name)
         if row.failed:
             leave(row.case.name)
 
@@ -232,7 +236,8 @@ def figures(rows: list[Row]) -> list[dict]:
                 "mfu": datasheet and round(tflops / datasheet, 4),
                 "of_product": product and round(tflops / product, 4),
                 "product_tflops": product and significant(product),
-                "peak_gib": round(row.peak_gib, 2),
+                "peak_gib": round(row.peak_gib[0], 2),
+                "reserved_gib": round(row.peak_gib[1], 2),
                 "turns": len(row.turns),
                 "steps": len(row.turns[0]),
             }
@@ -281,6 +286,7 @@ def main() -> None:
                         help="a new process each turn, alone on the device (always so on a GPU)")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="traces, and a step's time by kind of kernel")
     parser.add_argument("--budget-s", type=float, default=3600.0, help="after it no turn begins")
+    parser.add_argument("--truth", type=Path, help="file that keeps what the fp32 network computed, for another run")
     parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to), step.md, step.png, traces")
     arguments = parser.parse_args()
     try:
@@ -297,6 +303,7 @@ def main() -> None:
         rows = compete(
             cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup, out=arguments.out,
             resident=not arguments.fresh, budget_s=arguments.budget_s, profile=arguments.profile,
+            truth=arguments.truth,
         )  # fmt: skip
     kind = "ablation" if arguments.ablation else "step"
     file = arguments.out and arguments.out / "results.jsonl"

@@ -35,6 +35,8 @@ class Served:
 
     def build(self, case: Case) -> None:
         self.device = torch.device(case.device)
+        # a batch that was halved, here or in an earlier process, must not make the compiler expect any batch
+        torch._dynamo.config.automatic_dynamic_shapes = False
         self.contestant = build_case(case)
 
     def gate(self, case: Case, inputs: Inputs | None) -> Gated:
@@ -84,8 +86,10 @@ class Served:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak_gib(self) -> float:
-        return peak_gib(self.device)
+    def peak_gib(self) -> tuple[float, float]:
+        """Of the tensors, and of what was taken from the device for them (a CUDA graph keeps its own)."""
+        on_gpu = self.device.type == "cuda"
+        return peak_gib(self.device), torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_gib(self.device)
 
     def product_tflops(self) -> float:
         return product_tflops(self.device)

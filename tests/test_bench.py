@@ -156,7 +156,7 @@ def test_a_run_writes_table_chart_and_lines(tmp_path):
     out = tmp_path / "out"
     memory = "if len(y) > 2: raise torch.OutOfMemoryError('CUDA out of memory. Tried')"
     repo = checkout(tmp_path / "DiT", memory)  # the released network instead of the plain one, in too little memory
-    done = run_step("--contestants", "official", "fastdit", "--turns", "1", "--steps", "2", "--fresh", "--profile",
+    done = run_step("--contestants", "official", "fastdit", "--turns", "1", "--steps", "2", "--profile",
                     "--reference-repo", str(repo), "--out", str(out), "--")  # fmt: skip
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -178,7 +178,7 @@ def test_a_run_writes_table_chart_and_lines(tmp_path):
 def test_a_wrong_or_dying_contestant_is_not_timed_and_the_others_are(tmp_path):
     wrong = checkout(tmp_path / "DiT", WRONG["labels"])
     dying = checkout(tmp_path / "fast-DiT", "import os; os._exit(9)  # checkpoint")
-    done = run_step("--turns", "1", "--steps", "1", "--contestants", "official", "fast-dit", "fastdit",
+    done = run_step("--turns", "1", "--steps", "1", "--fresh", "--contestants", "official", "fast-dit", "fastdit",
                     "--reference-repo", str(wrong), str(dying), "--", code=1)  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     lines = {line["contestant"]: line for line in lines}
