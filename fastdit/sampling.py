@@ -30,7 +30,7 @@ from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
-from fastdit.training.loop import network
+from fastdit.training.loop import check_sampling, network
 
 SETTINGS = "sampling.json"
 
@@ -81,20 +81,14 @@ def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", devi
     meta = checkpoint.read_meta(folder)
     config = load_config(folder / "config.yaml", overrides)
     objective = build(OBJECTIVES, config.objective, "objective")
-    bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")
-    objective.timesteps(config.sampling.steps)  # a count that the objective cannot make fails here
     model = network(config, tuple(meta["latents"]["shape"]), objective, torch.device(device))
+    check_sampling(config, objective, model)
     state = load_file(folder / f"{weights}.safetensors")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} is a checkpoint of another model than {config.model.variant}: {reason}") from error
-    if config.sampling.cfg_scale != 1 and model.null_label is None:
-        raise ValueError(
-            f"sampling.cfg_scale={config.sampling.cfg_scale} needs a null label; this model has class_dropout="
-            f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"
-        )
     codec = LatentCodec.load(config.data.vae, device=device)
     latents = meta["latents"]  # a converted checkpoint may not know its autoencoder, but knows the latents' scale
     if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:

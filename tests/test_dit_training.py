@@ -64,6 +64,9 @@ def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
         ("objective.variance=learned_range", "objective.variance='learned_range' is an option of ddpm, not of flow"),
         ("objective={name: ddpm, weight: velocity}", "objective.weight='velocity' is an option of flow, not of ddpm"),
         ("sampling.sampler={name: heun, eta: 1}", "sampling.sampler.eta=1 is an option of ddim"),
+        ("model.class_dropout=0", "sampling.cfg_scale=1.5 needs a null label; this model has class_dropout=0.0"),
+        ("sampling.steps=ddim50", "steps='ddim50' respaces a discrete schedule; use a positive count"),
+        (["objective=ddpm", "sampling.steps=ddim300"], "ddim300"),
         (["model.position=rope", "model.variant=DiT-2x60x10/4"], "use another num_heads, or position=sincos"),
     ],
 )

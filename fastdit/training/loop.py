@@ -51,12 +51,12 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build(OBJECTIVES, config.objective, "objective")
-    bind(SAMPLERS, config.sampling.sampler, "sampling.sampler")  # a misspelt sampler fails now, not after the training
     if settings.loss_aware_times and config.objective.name != "ddpm":
         raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = network(config, manifest.latent_shape, objective, device).to(device).train()
+    check_sampling(config, objective, model)  # a misspelt sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     policy, micro, accumulation = memory_policy(config, model, micro * accumulation, ranks)
     model.set_activation_checkpointing(policy)
@@ -224,6 +224,18 @@ def network(
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
+
+
+def check_sampling(config: Config, objective, model: DiT) -> None:
+    """ValueError where this model could not be sampled as `config.sampling` says."""
+    settings = config.sampling
+    bind(SAMPLERS, settings.sampler, "sampling.sampler")
+    objective.timesteps(settings.steps)  # a count that the objective cannot make fails here
+    if settings.cfg_scale != 1 and model.null_label is None:
+        raise ValueError(
+            f"sampling.cfg_scale={settings.cfg_scale} needs a null label; this model has class_dropout="
+            f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"
+        )
 
 
 def memory_policy(config: Config, model: DiT, share: int, ranks: distributed.Ranks) -> tuple[str, int, int]:
