@@ -42,6 +42,13 @@ def test_a_resume_is_exact_and_a_checkpoint_keeps_every_name(world, tmp_path, bl
     assert generator.latents([0, 1], torch.tensor([3, 4]), seed=0).isfinite().all()
 
 
+def test_a_resume_refuses_another_network_of_the_same_shapes(world, tmp_path):
+    train_here(world, tmp_path / "run", *SHORT, "training.steps=1")
+    with pytest.raises(ValueError, match="model.norm='layer', this run 'rms'; make them equal to resume"):
+        train_here(world, tmp_path / "run", *SHORT, "model.norm=rms", resume=True)
+    train_here(world, tmp_path / "run", *SHORT, "training.steps=2", "model.dropout=0.1", resume=True)
+
+
 def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
     options = ["model.block=adaln", "model.dropout=0.2", *SHORT]  # without gates, that it is felt at once
     train_here(world, tmp_path / "plain", *options)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import distributed
-from fastdit.config import Config, bind, build, save_config
+from fastdit.config import Config, bind, build, load_config, save_config
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -104,6 +104,12 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         for key, value in facts.items():
             if meta[key] != value:
                 raise ValueError(f"{found[-1]} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+        before = vars(load_config(found[-1] / "config.yaml").model)
+        for key, value in vars(config.model).items():  # another norm, say, has the same names and shapes
+            if before[key] != value and key not in ("variant", "attention", "class_dropout", "dropout"):
+                raise ValueError(
+                    f"{found[-1]} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume"
+                )
         engine.load(found[-1], load_file(found[-1] / "model.safetensors"))
         part = found[-1] / f"ema-{ranks.rank % facts['sharded_over']:05d}.pt"
         own = torch.load(part, map_location="cpu", weights_only=True)
