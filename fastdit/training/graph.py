@@ -27,6 +27,8 @@ class GraphedStep:
         for need, met in wrong.items():
             if not met:
                 raise ValueError(f"training.cuda_graph=true needs {need}; set training.cuda_graph=false")
+        for group in step.engine.optimizer.param_groups:
+            group["capturable"] = True  # as fused AdamW is: PyTorch refuses to capture its step without the flag
         self.step, self.calls = step, 0
         self.stream = torch.cuda.Stream(step.ranks.device)
         self.generator = torch.Generator(step.ranks.device)
