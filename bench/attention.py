@@ -11,7 +11,7 @@ import json
 import torch
 from record import record
 
-from fastdit.models.attention import ATTENTION, MEASURED, obstacle, table_key
+from fastdit.models.attention import ATTENTION, MEASURED, obstacle, packed_attention, table_key
 
 SHAPES = [(256, 16, 256, 72), (256, 12, 256, 64), (64, 16, 1024, 72), (64, 16, 1024, 64)]  # N, heads, T, head_dim
 TOLERANCE = 0.02  # of the largest value: bf16 keeps three digits
@@ -27,7 +27,7 @@ def inputs(n: int, heads: int, tokens: int, head_dim: int, device: str) -> tuple
 
 
 def run(name: str, qkv: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out = ATTENTION[name](*qkv.permute(2, 0, 3, 1, 4))
+    out = packed_attention(qkv, name).transpose(1, 2)
     return out, torch.autograd.grad(out, qkv, grad)[0]
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         times = {}
         for name in ATTENTION:
             shape = {"backend": name, "batch": n, "heads": heads, "tokens": tokens, "head_dim": head_dim}
-            reason = obstacle(name, device=device, head_dim=head_dim)
+            reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)
             try:
                 wrong = None if reason else error(name, heads, tokens, head_dim, "cuda")
                 if reason or wrong > TOLERANCE:

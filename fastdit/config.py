@@ -86,6 +86,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)): for runs of a few hundred steps
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, moments and EMA are always fp32
+    fp8: bool = False  # the blocks' linears multiply in FP8, the rest in bf16: Ada, Hopper or newer, with torchao
     residual: Literal["fp32", "bf16"] = "fp32"  # residual stream between the blocks, when precision is bf16
     cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
@@ -106,6 +107,9 @@ class TrainingConfig:
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use 0 to below 1, 0.9999 as published")
+        if self.fp8:
+            _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
+            _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
 
 

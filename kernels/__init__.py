@@ -19,7 +19,7 @@ else:
     from .adaln import adaln
     from .adamw_ema import OP as _adamw_ema
     from .adamw_ema import adamw_ema
-    from .attention import ATTENTION, ATTENTION_PACKED, attention, attention_packed
+    from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
     from .gate_residual import OP as _gate_residual
     from .gate_residual import gate_residual
     from .gate_residual_adaln import OP as _gate_residual_adaln
@@ -50,6 +50,7 @@ else:
     }
 
     __all__ = [
+        "LONGEST",
         "OPS",
         "Op",
         "adamw_ema",

@@ -8,6 +8,7 @@ import torch
 
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, obstacle, resolve, table_key
+from fastdit.models.layers import Attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -35,6 +36,31 @@ def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
             torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_networks_attention_runs_our_kernel(monkeypatch):
+    """Through the interpreter where there is no GPU; the packed gradient among the others."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    torch.manual_seed(0)
+    layer = Attention(144, 2).to(device)  # two heads of 72
+    x = torch.randn(2, 19, 144, device=device, requires_grad=True)
+    results = {}
+    for layer.backend in ("eager", "triton"):
+        out, bias = layer(x)
+        results[layer.backend] = out, *torch.autograd.grad((out + bias).square().sum(), (x, layer.qkv.weight))
+    for ours, wanted in zip(results["triton"], results["eager"], strict=True):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+        assert not torch.equal(ours, wanted)
+
+
+def test_our_kernel_is_refused_where_it_cannot_run(gpu, monkeypatch):
+    gpu("NVIDIA H200", (9, 0))
+    assert obstacle("triton", device=CUDA, head_dim=72, tokens=1024) is None
+    assert "at most 1024 tokens" in obstacle("triton", device=CUDA, head_dim=72, tokens=4096)
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    assert obstacle("triton", device=CUDA, head_dim=72, tokens=256) == "FASTDIT_KERNELS=eager"
+
+
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("sdpa", "eager")])
 def test_gpu_backends_are_refused_on_a_cpu(name):
     with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
@@ -44,13 +70,13 @@ def test_gpu_backends_are_refused_on_a_cpu(name):
 
 def test_flash_attention_4_is_refused_where_its_gradients_are_wrong(gpu):
     gpu("NVIDIA H200", (9, 0))
-    assert "silently wrong at head_dim=72" in obstacle("flash-attn-4", device=CUDA, head_dim=72)
-    assert obstacle("flash-attn-4", device=CUDA, head_dim=64) is None
+    assert "silently wrong at head_dim=72" in obstacle("flash-attn-4", device=CUDA, head_dim=72, tokens=256)
+    assert obstacle("flash-attn-4", device=CUDA, head_dim=64, tokens=256) is None
     gpu("NVIDIA A100", (8, 0))
-    assert "rejects" in obstacle("flash-attn-4", device=CUDA, head_dim=64)
-    assert "Hopper" in obstacle("flash-attn-3", device=CUDA, head_dim=64)
+    assert "rejects" in obstacle("flash-attn-4", device=CUDA, head_dim=64, tokens=256)
+    assert "Hopper" in obstacle("flash-attn-3", device=CUDA, head_dim=64, tokens=256)
     gpu("NVIDIA H200", (9, 0), installed=False)
-    assert obstacle("flash-attn", device=CUDA, head_dim=64) == "flash_attn is not installed"
+    assert obstacle("flash-attn", device=CUDA, head_dim=64, tokens=256) == "flash_attn is not installed"
 
 
 def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, monkeypatch):
@@ -68,7 +94,7 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
 def test_backends_that_run_on_this_gpu_are_right():
     from attention import TOLERANCE, error
 
-    ran = [name for name in ATTENTION if not obstacle(name, device=CUDA, head_dim=72)]
+    ran = [name for name in ATTENTION if not obstacle(name, device=CUDA, head_dim=72, tokens=256)]
     assert "sdpa-flash" in ran
     for name in ran:
         assert error(name, 16, 256, 72, "cuda") < TOLERANCE, name

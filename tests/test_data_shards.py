@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.data.shards import Manifest, latent_batches, mirrors, permutation
+from fastdit.data.shards import Manifest, latent_batches, mirrors, on_device, permutation
 from fastdit.data.writer import write_shards
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
@@ -248,6 +248,20 @@ def test_closing_ends_the_thread_and_the_files(stored):
     assert len(os.listdir("/proc/self/fd")) > files
     batches.close()
     assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, name):
+    expected = take(stored, 3, global_batch=40, seed=0)
+    threads = threading.active_count()
+    batches = on_device(latent_batches(stored, global_batch=40, seed=0, pin_memory=name == "cuda"), torch.device(name))
+    for batch in expected:
+        step, moments, y = next(batches)
+        assert step == batch.step and moments.device.type == y.device.type == name
+        assert torch.equal(moments.cpu(), batch.moments) and torch.equal(y.cpu(), batch.y)
+    batches.close()
+    assert threading.active_count() == threads
 
 
 def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):

@@ -210,6 +210,30 @@ def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[B
         reader.close()
 
 
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`; a GPU gets the next one over a stream of its own while it works on this one."""
+    if device.type != "cuda":
+        yield from batches
+    stream = torch.cuda.Stream(device)
+
+    def moved() -> Batch:
+        step, *tensors = next(batches)
+        with torch.cuda.stream(stream):
+            return Batch(step, *(t.to(device, non_blocking=True) for t in tensors))
+
+    try:
+        ahead = moved()
+        while True:
+            batch, here = ahead, torch.cuda.current_stream(device)
+            here.wait_stream(stream)  # before the next copy starts: this one is all that is waited for
+            for tensor in batch[1:]:
+                tensor.record_stream(here)
+            ahead = moved()
+            yield batch
+    finally:
+        batches.close()
+
+
 class _Reader:
     """Reads by offset, not through a memory map: a failing disk or a truncated file is an error, not a SIGBUS."""
 

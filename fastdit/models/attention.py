@@ -1,12 +1,14 @@
-"""Attention through one function: non-causal softmax(q k^T / sqrt(d)) v, the backend chosen by name.
+"""Attention by name: non-causal softmax(q k^T / sqrt(d)) v, from q, k, v or from the packed projection.
 
-q, k, v are views of the packed projection and no backend copies them. `auto` takes what `bench/attention.py` measured
-as fastest for this GPU and shape (attention.json beside this file), and where nothing was measured cuDNN on Hopper and
-newer, FlashAttention on Ampere, PyTorch's own choice elsewhere.
+No backend copies q, k, v out of the packed projection; those in PACKED write its gradient packed too, where the three
+of the others are copied into one. `auto` takes what `bench/attention.py` measured as fastest for this GPU and shape
+(attention.json beside this file), and where nothing was measured cuDNN on Hopper and newer, FlashAttention on Ampere,
+PyTorch's own choice elsewhere.
 """
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdit import kernels
 from fastdit.config import lookup
 
 Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,18 +29,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     return ATTENTION[backend](q, k, v)
 
 
+def packed_attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
+    """The same from the packed projection (N, T, 3, heads, d) -> (N, T, heads, d)."""
+    if backend in PACKED:
+        return PACKED[backend](qkv)
+    return ATTENTION[backend](*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+
 def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str:
     """The backend that `name`, a key of ATTENTION or "auto", means here; ValueError where it cannot or must not run."""
     lookup({"auto": None, **ATTENTION}, name, "model.attention")
     if name == "auto":
         return _fastest(device, head_dim, tokens)
-    reason = obstacle(name, device=device, head_dim=head_dim)
+    reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)
     if reason:
         raise ValueError(f"model.attention={name!r} is impossible here: {reason}; use auto or sdpa")
     return name
 
 
-def obstacle(name: str, *, device: torch.device, head_dim: int) -> str | None:
+def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str | None:
     """Why a backend cannot run on this device, or gives wrong numbers there; None where it works."""
     if name in ("sdpa", "eager"):
         return None
@@ -46,6 +56,10 @@ def obstacle(name: str, *, device: torch.device, head_dim: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if name == "triton" and os.environ.get("FASTDIT_KERNELS") == "eager":
+        return "FASTDIT_KERNELS=eager"
+    if name == "triton" and tokens > kernels.LONGEST:
+        return f"it is for at most {kernels.LONGEST} tokens, not {tokens}"
     module = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
     if name in module:
         try:
@@ -69,7 +83,7 @@ def _fastest(device: torch.device, head_dim: int, tokens: int) -> str:
         return "sdpa"
     table = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
     known = table.get(table_key(torch.cuda.get_device_name(device), head_dim, tokens))
-    if known and not obstacle(known, device=device, head_dim=head_dim):
+    if known and not obstacle(known, device=device, head_dim=head_dim, tokens=tokens):
         return known
     major, _ = torch.cuda.get_device_capability(device)
     return "sdpa-cudnn" if major >= 9 else "sdpa-flash" if major == 8 else "sdpa"
@@ -98,11 +112,24 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # it wants (N, T, heads, d)
 
 
+def _flash_attn_packed(qkv: Tensor) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv)
+
+
 def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
     out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _flash_attn_3_packed(qkv: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_qkvpacked_func
+
+    out = flash_attn_qkvpacked_func(qkv)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,5 +146,11 @@ ATTENTION: dict[str, Backend] = {
     "flash-attn": _flash_attn,
     "flash-attn-3": _flash_attn_3,
     "flash-attn-4": _flash_attn_4,
+    "triton": kernels.attention,
     "eager": _eager,
+}
+PACKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "flash-attn": _flash_attn_packed,
+    "flash-attn-3": _flash_attn_3_packed,
+    "triton": kernels.attention_packed,
 }

@@ -104,7 +104,7 @@ class DiTBlock(nn.Module):
 
 def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     kept = op.name().split("::")[1].split(".")[0]
-    expensive = kept in ("mm", "addmm", "bmm") or "scaled_dot_product" in kept
+    expensive = kept in ("mm", "addmm", "bmm", "_scaled_mm") or "scaled_dot_product" in kept
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 

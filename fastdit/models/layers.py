@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdit.config import lookup
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
-from fastdit.models.attention import attention
+from fastdit.models.attention import attention, packed_attention
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) of kernels.rope_2d
 Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,) still to be added
@@ -33,6 +33,24 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     halves = [position.flatten()[:, None] * omega for position in (column, row)]  # 2 x (T, dim / 4)
     return torch.cat([part for angles in halves for part in (angles.sin(), angles.cos())], dim=-1).float()
+
+
+class Linear(nn.Linear):
+    """A linear over tokens, whose product can be had without its bias, for a fused op to add.
+
+    `multiply`, (x, W) -> x W^T, is `models/fp8.py`'s to set.
+    """
+
+    multiply: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.multiply is None else self.multiply(x, self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.multiply is None:
+            return super().forward(x)
+        x = self.product(x)
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -107,23 +125,24 @@ class Attention(nn.Module):
         super().__init__()
         lookup({"none": None, **NORMS}, qk_norm, "model.qk_norm")
         self.num_heads, self.backend, self.qk_norm = num_heads, backend, qk_norm
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
-        self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
         if qk_norm != "none":
             self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads) for _ in range(2))  # hold the weights
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
         n, tokens, dim = x.shape
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
-        if self.qk_norm == "none":
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim), views of the packed projection
-            if rope is not None:
-                q, k = rotated(q, *rope), rotated(k, *rope)
-        else:
+        if self.qk_norm != "none":
             cos, sin = (None, None) if rope is None else rope
             q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, norm=self.qk_norm)
-        x = attention(q, k, v, self.backend)
-        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight), self.proj.bias
+            x = attention(q, k, v, self.backend).transpose(1, 2)  # (N, T, heads, head_dim)
+        elif rope is not None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim), views of the packed projection
+            x = attention(rotated(q, *rope), rotated(k, *rope), v, self.backend).transpose(1, 2)
+        else:
+            x = packed_attention(qkv, self.backend)
+        return self.proj.product(x.reshape(n, tokens, dim)), self.proj.bias
 
 
 class CrossAttention(nn.Module):
@@ -135,9 +154,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.backend = "eager" if backend == "eager" else "sdpa"  # pinned kernels are chosen for self-attention
-        self.q = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size, bias=qkv_bias)
-        self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
+        self.q = Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.kv = Linear(hidden_size, 2 * hidden_size, bias=qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
 
     def forward(self, x: Tensor, context: Tensor) -> Branch:
         n, tokens, dim = x.shape
@@ -146,7 +165,7 @@ class CrossAttention(nn.Module):
         kv = self.kv(context).view(n, context.shape[1], 2, self.num_heads, head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (N, heads, K, head_dim) each
         x = attention(q, k, v, self.backend)
-        return F.linear(x.transpose(1, 2).reshape(n, tokens, dim), self.proj.weight), self.proj.bias
+        return self.proj.product(x.transpose(1, 2).reshape(n, tokens, dim)), self.proj.bias
 
 
 def exact_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,12 +199,12 @@ class Mlp(nn.Module):
         lookup(ACTIVATIONS, kind, "model.mlp")
         self.kind, self.recompute = kind, False  # recompute: the activation's output is made again in backward
         wide = mlp_width(hidden_size, ratio, kind)
-        self.fc1 = nn.Linear(hidden_size, 2 * wide if kind == "swiglu" else wide, bias=bias)
-        self.fc2 = nn.Linear(wide, hidden_size, bias=bias)
+        self.fc1 = Linear(hidden_size, 2 * wide if kind == "swiglu" else wide, bias=bias)
+        self.fc2 = Linear(wide, hidden_size, bias=bias)
 
     def forward(self, x: Tensor, _: None = None) -> Branch:
-        x = F.linear(x, self.fc1.weight)
+        x = self.fc1.product(x)
         activation, activation_linear = ACTIVATIONS[self.kind]
         if self.recompute:
             return activation_linear(x, self.fc1.bias, self.fc2.weight), self.fc2.bias
-        return F.linear(activation(x, self.fc1.bias), self.fc2.weight), self.fc2.bias
+        return self.fc2.product(activation(x, self.fc1.bias)), self.fc2.bias

@@ -47,7 +47,8 @@ class GraphedStep:
             return out
         if self.calls == WARMUP + 1:
             self.moments, self.y = moments.clone(), y.clone()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # thread_local: the loader's thread pins memory meanwhile, which would end a global capture
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.step.run(self.moments, self.y, self.generator, step, lr)
             self.generator.manual_seed(seed_of(self.step.seed, step))
         self.moments.copy_(moments)

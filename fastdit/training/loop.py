@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fastdit import distributed
 from fastdit.config import Config, bind, build, load_config, save_config
 from fastdit.data.latents import LatentCodec
-from fastdit.data.shards import Manifest, latent_batches
+from fastdit.data.shards import Manifest, latent_batches, on_device
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.diffusion.timesteps import LossAwareTimes
@@ -19,6 +19,7 @@ from fastdit.distributed import seed_of
 from fastdit.errors import make_folder
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
+from fastdit.models.fp8 import use_fp8
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
@@ -62,6 +63,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     model.set_activation_checkpointing(policy)
     if settings.residual == "bf16" and settings.precision == "bf16":
         model.residual_dtype = torch.bfloat16
+    if settings.fp8:
+        use_fp8(model, device)
     if settings.compile:
         model.compile_blocks()
 
@@ -172,11 +175,11 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
     )
+    batches = on_device(batches, device)
     last = found[-1] if found else None
     clock, clock_step = time.perf_counter(), start
     for step in range(start, settings.steps):
-        batch = next(batches)
-        moments, y = batch.moments.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
+        _, moments, y = next(batches)
         lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
         loss, grad_norm = train_step(moments, y, step, lr)
         window += torch.stack([loss, torch.ones_like(loss)])
