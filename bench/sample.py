@@ -28,7 +28,7 @@ from fastdit.config import build
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.timesteps import respaced
 from fastdit.distributed import ImageRandom, seed_of
-from fastdit.sampling import Generator
+from fastdit.sampling import Generator, Inference
 from fastdit.training.loop import network
 
 CFG = 1.5
@@ -65,20 +65,19 @@ class Bench:
             self.plain = plain_network(SIZES[size])
         self.plain = self.plain.to(device).eval()
         fill(self.plain)
-        self.own: Generator | None = None
+        self.inferences: dict[str, Inference] = {}  # by precision
 
     def fastdit(self, steps: int, precision: str) -> Tensor:
         """x_0 (N, C, h, w) of `steps` steps, as sample_ddp.py would make them."""
         wanted = f"sampling.steps={steps}", f"sampling.precision={precision}", f"sampling.cfg_scale={CFG}"
         config = config_of(replace(self.case, overrides=(*self.options, *wanted, *self.case.overrides)))
         objective = build(OBJECTIVES, config.objective, "objective")
-        if self.own is None:
+        if precision not in self.inferences:
             model = network(config, self.shape, objective, self.device).to(self.device).eval()
             fill(model)
-        else:
-            model = self.own.model
-        self.own = Generator(config, model, objective, None, {"latents": {"shape": self.shape}})
-        return self.own.latents(list(range(len(self.y))), self.y, SEED)
+            self.inferences[precision] = Inference(model, precision, config.sampling.compile)
+        generator = Generator(config, self.inferences[precision], objective, None, {"latents": {"shape": self.shape}})
+        return generator.latents(list(range(len(self.y))), self.y, SEED)
 
     def reference(self, steps: int, precision: str) -> Tensor:
         noise = ImageRandom([seed_of(SEED, i) for i in range(len(self.y))])

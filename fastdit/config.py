@@ -121,6 +121,7 @@ class SamplingConfig:
     cfg_channels: int = 0  # guided latent channels, 3 in the official release; 0: all
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
+    compile: bool = True  # on a GPU: the blocks compiled, the network's evaluations replayed as a CUDA graph
 
     def __post_init__(self):
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")

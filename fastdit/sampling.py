@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit import distributed
@@ -35,12 +35,59 @@ from fastdit.training.loop import check_sampling, network
 SETTINGS = "sampling.json"
 
 
+class Inference:
+    """A DiT's output in fp32, computed in `precision`; its weights are not to change any more.
+
+    On a GPU with `compile`: blocks compiled, and the evaluations of one shape replayed as a CUDA graph.
+    """
+
+    def __init__(self, model: DiT, precision: str, compile: bool):
+        self.model, self.null_label = model, model.null_label
+        device = next(model.parameters()).device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        self.graphs: dict[tuple, tuple] | None = {} if compile and device.type == "cuda" else None
+        if self.graphs is not None:
+            model.compile_blocks()
+        if precision == "bf16":
+            for module in model.modules():
+                if isinstance(module, nn.Linear):  # once, what autocast would do at every evaluation
+                    module.weight.data = module.weight.data.bfloat16()
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if self.graphs is None:
+            return self._evaluate(x, t, y)
+        given = [tensor for tensor in (x, t, y) if tensor is not None]
+        shape = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture([tensor.clone() for tensor in given])
+        graph, places, out = self.graphs[shape]
+        for place, tensor in zip(places, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return out.clone()  # the next replay writes there
+
+    def _evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        with self.autocast:
+            return self.model(x, t, y).float()
+
+    def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile, and let the libraries make their workspaces
+                self._evaluate(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            out = self._evaluate(*places)
+        return graph, places, out
+
+
 @dataclass(frozen=True)
 class Generator:
     """A trained network with its objective, sampler and codec, ready to make images."""
 
     config: Config
-    model: DiT
+    inference: Inference
     objective: object
     codec: LatentCodec
     meta: dict
@@ -51,9 +98,7 @@ class Generator:
         settings, device = self.config.sampling, labels.device
         noise = ImageRandom([seed_of(seed, i) for i in indices])
         x_1 = noise(torch.empty(len(indices), *self.meta["latents"]["shape"], device=device))
-        denoise = guided(
-            self.objective, self._in_precision, labels, settings.cfg_scale, settings.cfg_channels or None
-        )
+        denoise = guided(self.objective, self.inference, labels, settings.cfg_scale, settings.cfg_channels or None)
         if on_step is not None:
             denoise = watched(denoise, on_step)
         sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
@@ -64,15 +109,8 @@ class Generator:
         return to_uint8(self.codec.decode(self.latents(indices, labels, seed))).cpu().numpy()
 
     @property
-    def _in_precision(self):
-        model, bf16 = self.model, self.config.sampling.precision == "bf16"
-
-        def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                return model(x, t, y).float()
-
-        call.null_label = model.null_label
-        return call
+    def model(self) -> DiT:
+        return self.inference.model
 
 
 def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> Generator:
@@ -96,7 +134,8 @@ def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", devi
             f"data.vae={config.data.vae} is another autoencoder than the one that made the latents of {folder} "
             f"({meta['latents']['vae']}); use that one"
         )
-    return Generator(config, model.to(device).eval(), objective, codec, meta)
+    inference = Inference(model.to(device).eval(), config.sampling.precision, config.sampling.compile)
+    return Generator(config, inference, objective, codec, meta)
 
 
 def sample(

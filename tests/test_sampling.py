@@ -173,3 +173,28 @@ def test_bf16_sampling_stays_near_fp32(trained):
     wanted = load_generator(trained).latents([0, 1], torch.tensor([0, 1]), 0)
     half = load_generator(trained, ["sampling.precision=bf16"]).latents([0, 1], torch.tensor([0, 1]), 0)
     assert 0 < (half - wanted).abs().max() < 0.1
+
+
+def test_weights_rounded_once_change_no_bit(trained):
+    generator = load_generator(trained, ["sampling.precision=bf16"])
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
+    model = load_generator(trained).model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x, t, y).float()
+    with torch.no_grad():
+        assert torch.equal(generator.inference(x, t, y), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_replays_what_the_compiled_network_computes(trained, precision):
+    overrides = [f"sampling.precision={precision}"]
+    graphed = load_generator(trained, overrides, device="cuda").inference
+    plain = load_generator(trained, [*overrides, "sampling.compile=false"], device="cuda").inference
+    y = torch.tensor([1, 2], device="cuda")
+    with torch.no_grad():
+        for seed in range(3):
+            x = torch.randn(2, 4, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+            t = torch.full((2,), 0.3 * seed, device="cuda")
+            torch.testing.assert_close(graphed(x, t, y), plain(x, t, y), atol=2e-2, rtol=2e-2)
+    assert len(graphed.graphs) == 1
