@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fastdit.config import Config, build, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.distributed import Ranks
+from fastdit.models.fp8 import use_fp8
 from fastdit.training.ema import EMA
-from fastdit.training.engine import TorchEngine
+from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.loop import network
 from fastdit.training.step import TrainStep
@@ -80,9 +81,16 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "attention sdpa-flash": ["model.attention=sdpa-flash"],
     "attention sdpa-cudnn": ["model.attention=sdpa-cudnn"],
     "attention eager": ["model.attention=eager"],
+    "attention triton": ["model.attention=triton"],
+    "FP8 linears": ["training.fp8=true"],
     "fp32": ["training.precision=fp32"],
 }
-GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention sdpa-flash", "attention sdpa-cudnn"}
+ENGINES = {  # the same step, in a group of one process: what an engine costs before anything is communicated
+    "DDP": ["DDP=1"],
+    **{f"ZeRO-{stage}": ["training.engine=deepspeed", f"training.zero_stage={stage}"] for stage in (1, 2, 3)},
+}
+GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention triton", "attention sdpa-flash", "attention sdpa-cudnn",
+            "FP8 linears"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,24 +139,29 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(named, key=lambda pair: pair[0])
 
 
-def start_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each trained tensor and where it starts: so that no part of the network is silent, as gates and head are at 0."""
-    for seed, (_, parameter) in enumerate(trained(model), SEED):
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
-        yield parameter, torch.empty_like(parameter).normal_(0, std, generator=generator)
+def start_weights(shapes: dict[str, torch.Size], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Where each trained tensor starts: so that no part of the network is silent, as gates and head are at 0."""
+    for seed, (name, shape) in enumerate(shapes.items(), SEED):
+        generator = torch.Generator(device).manual_seed(seed)
+        std = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
+        yield name, torch.empty(shape, device=device).normal_(0, std, generator=generator)
 
 
 @torch.no_grad()
-def fill(model: nn.Module) -> None:
-    for parameter, start in start_weights(model):
-        parameter.copy_(start)
+def fill(model: nn.Module) -> dict[str, torch.Size]:
+    """Put every trained tensor where it starts; their shapes by name."""
+    parameters = dict(trained(model))
+    shapes = {name: p.shape for name, p in parameters.items()}
+    for name, start in start_weights(shapes, next(iter(parameters.values())).device):
+        parameters[name].copy_(start)
+    return shapes
 
 
 @torch.no_grad()
-def moved(model: nn.Module, averages: dict[int, Tensor]) -> Tensor:
-    """How far each weight tensor and its average went from the start."""
-    ways = [torch.linalg.vector_norm(t - a) for p, a in start_weights(model) for t in (p, averages[id(p)])]
+def moved(shapes: dict[str, torch.Size], device: torch.device, *states: dict[str, Tensor]) -> Tensor:
+    """How far each tensor of the states (weights, averages) went from the start, by name."""
+    starts = start_weights(shapes, device)
+    ways = [torch.linalg.vector_norm(state[name].to(device) - start) for name, start in starts for state in states]
     return torch.stack(ways).cpu()
 
 
@@ -174,7 +187,7 @@ class Reference:
         with device:
             model = network_of_repo(case.repo, self.size) if case.repo else plain_network(self.size)
         self.model = model.to(device).train()
-        fill(self.model)
+        self.shapes = fill(self.model)
         self.work = ReferenceStep(
             case.stack, self.model, device, lr=LR, ema_decay=EMA_DECAY, scale=SCALE, null_label=self.size.classes,
             class_dropout=0.1, micro_batch=self.size.micro if case.stack == "oracle" else 0,
@@ -201,8 +214,9 @@ class Reference:
                 losses.pop()
         if work.drops_labels:
             embedder.dropout_prob = dropout
-        averages = dict(zip((id(p) for p in work.parameters), work.ema, strict=True))
-        return Verdict(inputs, losses, moved(self.model, averages), work.precision, first_done)
+        weights, averages = dict(trained(self.model)), dict(zip(map(id, work.parameters), work.ema, strict=True))
+        averages = {name: averages[id(p)] for name, p in weights.items()}
+        return Verdict(inputs, losses, moved(self.shapes, work.device, weights, averages), work.precision, first_done)
 
 
 def plain_network(size: Size) -> nn.Module:
@@ -250,18 +264,18 @@ class Fastdit:
         self.objective = Recorder(build(OBJECTIVES, config.objective, "objective"))
         ranks = Ranks(0, 0, 1, device)
         self.model = network(config, latent_shape(size), self.objective, device).to(device).train()
-        fill(self.model)
+        self.shapes = fill(self.model)
         if settings.activation_checkpointing == "auto":
             raise ValueError("training.activation_checkpointing=auto means another policy on each GPU; name one")
         self.model.set_activation_checkpointing(settings.activation_checkpointing)
         if settings.residual == "bf16" and settings.precision == "bf16":
             self.model.residual_dtype = torch.bfloat16
+        if settings.fp8:
+            use_fp8(self.model, device)
+            self.precision = "fp8"
         if settings.compile:
             self.model.compile_blocks()
-        engine = TorchEngine(
-            self.model, ranks, betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
-            accumulation=1, grad_clip=settings.grad_clip,
-        )  # fmt: skip
+        self.engine = engine = self._engine(settings, ranks, case.batch)
         self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
         self.work = TrainStep(
             engine, self.ema, self.objective, ranks, latent_shape=latent_shape(size), scale=SCALE, shift=0.0,
@@ -271,6 +285,22 @@ class Fastdit:
         if settings.cuda_graph:
             self.work = GraphedStep(self.work)
         self.device, self.lr, self.steps = device, settings.lr, 0
+
+    def _engine(self, settings, ranks: Ranks, batch: int) -> TorchEngine | DeepSpeedEngine:
+        """The engine of the settings; with DDP=1 in the environment PyTorch's DDP even around this one process."""
+        shared = dict(betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
+                      accumulation=1, grad_clip=settings.grad_clip)  # fmt: skip
+        if settings.engine == "deepspeed":
+            zero = dict(micro_batch=batch, zero_stage=settings.zero_stage, extra=settings.deepspeed)
+            return DeepSpeedEngine(self.model, ranks, **shared, **zero)
+        engine = TorchEngine(self.model, ranks, **shared)
+        if os.environ.get("DDP") == "1":
+            backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            engine.forward = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return engine
 
     def step(self, i: int) -> Tensor:
         moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])
@@ -288,8 +318,8 @@ class Fastdit:
             first_done = first_done or time.perf_counter()
             if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):
                 raise ValueError(f"the step returned a loss of {mean_loss}, its objective {per_sample.mean()}")
-        averages = dict(zip((id(p) for p in self.model.parameters() if p.requires_grad), self.ema.average, strict=True))
-        return Verdict(drawn.to("cpu"), losses, moved(self.model, averages), self.precision, first_done)
+        states = (self.engine.full_state(tensors) for tensors in (self.engine.master_parameters(), self.ema.average))
+        return Verdict(drawn.to("cpu"), losses, moved(self.shapes, self.device, *states), self.precision, first_done)
 
 
 class Recorder:

@@ -9,6 +9,7 @@ a turn. On a CPU all stay alive between their turns; on a GPU each has the memor
     python bench/step.py                     # the small model on a CPU, DiT-XL/2 at batch 256 on a GPU
     python bench/step.py --size S/2 --batch 64 --contestants strong fastdit --profile --out results
     python bench/step.py --ablation          # fastdit, and fastdit with one thing changed at a time
+    python bench/step.py --engines           # fastdit plain, under DDP, under ZeRO-1, 2 and 3, each in a group of one
     python bench/step.py --reference-repo ~/DiT ~/fast-DiT      # their models.py in the place of the plain network
 """
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from contestants import ABLATION, CONTESTANTS, GPU_ONLY, SIZES, Case, config_of, latent_shape, stack_of_repo
+from contestants import ABLATION, CONTESTANTS, ENGINES, GPU_ONLY, SIZES, Case, config_of, latent_shape, stack_of_repo
 from record import hardware, record
 from report import chart, table
 from workers import Gated, Worker, gate_errors
@@ -34,7 +35,8 @@ from fastdit.training.loop import network
 
 # of the gate's two errors: losses, and ways of the weights (Adam moves a weight whose gradient is all rounding as far
 # as any other, so these differ more). For scale: bf16 shows 5e-4 in the losses, times off by one of 1000 steps 5e-3
-TOLERANCE = {"fp32": (1e-4, 1e-2), "tf32": (2e-3, 0.1), "fp16": (2e-3, 0.1), "bf16": (4e-3, 0.15)}
+TOLERANCE = {"fp32": (1e-4, 1e-2), "tf32": (2e-3, 0.1), "fp16": (2e-3, 0.1), "bf16": (4e-3, 0.15),
+             "fp8": (2e-2, 0.5)}  # fmt: skip
 
 
 @dataclass
@@ -260,9 +262,10 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
         Case(name, name, **common, overrides=own if name == "fastdit" else (), repo=repos.get(name, ""))
         for name in arguments.contestants
     ]
-    if arguments.ablation:
+    changed = ABLATION if arguments.ablation else ENGINES if arguments.engines else {}
+    if changed:
         cases = [Case("fastdit", "fastdit", **common, overrides=own)]
-        for name, changes in ABLATION.items():
+        for name, changes in changed.items():
             if name in GPU_ONLY and not arguments.device.startswith("cuda"):
                 continue
             cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
@@ -278,6 +281,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images of a step (halved for a reference whose memory ends)")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--ablation", action="store_true", help="fastdit with one thing changed at a time")
+    parser.add_argument("--engines", action="store_true", help="fastdit plain, under DDP and under ZeRO-1, 2, 3")
     parser.add_argument("--reference-repo", nargs="+", type=Path, default=[], metavar="PATH")
     parser.add_argument("--turns", type=int, default=2 if on_gpu else 5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 3, help="timed in a turn")
@@ -305,7 +309,7 @@ def main() -> None:
             resident=not arguments.fresh, budget_s=arguments.budget_s, profile=arguments.profile,
             truth=arguments.truth,
         )  # fmt: skip
-    kind = "ablation" if arguments.ablation else "step"
+    kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
     file = arguments.out and arguments.out / "results.jsonl"
     lines = [record(kind, file=file, **line) for line in figures(rows)]
     text = table(lines)

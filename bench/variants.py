@@ -6,8 +6,8 @@
     python bench/variants.py --table                write the tables again, train nothing
 
 One autoencoder and one judge, made as `fastdit quickstart` makes them, serve all rows. A row is the quickstart's config
-with a few overrides, in three quarters of its steps, or in twice as many where the loss is of eps, which hardly weighs
-the noisy times at which a class is decided; its line in bench/results/variants.jsonl holds them.
+with a few overrides, in three quarters of its steps; in twice as many where nothing guides, or where the loss is of eps
+and hardly weighs the noisy times at which a class is decided. Its line in bench/results/variants.jsonl holds them.
 """
 
 import argparse
@@ -59,7 +59,7 @@ NETWORKS: dict[str, list[str]] = {
     **{f"{name}=false": [f"model.{name}=false"] for name in ("qkv_bias", "proj_bias", "mlp_bias")},
     "dropout=0.1": ["model.dropout=0.1"],
     "unpatchify=transposed_conv": ["model.unpatchify=transposed_conv"],
-    "class_dropout=0, no guidance": ["model.class_dropout=0", "sampling.cfg_scale=1"],
+    "class_dropout=0, no guidance": ["model.class_dropout=0", "sampling.cfg_scale=1", *LONGER],
     "patch 4": ["model.variant=DiT-Ti/4"],
     "patch 1": ["model.variant=DiT-Ti/1"],
     "LightningDiT's: rms, swiglu, sincos_rope": LIGHTNING,

@@ -5,6 +5,7 @@ Both offer the same: call it like the model, `boundary(last)`, `backward(loss)`,
 `precision="bf16"` computes under autocast.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -118,6 +119,7 @@ class DeepSpeedEngine:
         if not dist.is_initialized():  # plain `python`: a group of one, without asking for MPI
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.module, self.ranks, self.zero_stage = model, ranks, zero_stage
         own = {
