@@ -76,6 +76,7 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "CUDA graph": ["training.cuda_graph=true"],
     "no Triton kernels": ["FASTDIT_KERNELS=eager"],
     "no compile": ["training.compile=false"],
+    "whole compile": ["training.compile=whole"],
     "selective checkpointing": ["training.activation_checkpointing=selective"],
     "full checkpointing": ["training.activation_checkpointing=full"],
     "attention sdpa-flash": ["model.attention=sdpa-flash"],
@@ -87,7 +88,9 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
 }
 ENGINES = {  # the same step, in a group of one process: what an engine costs before anything is communicated
     "DDP": ["DDP=1"],
-    **{f"ZeRO-{stage}": ["training.engine=deepspeed", f"training.zero_stage={stage}"] for stage in (1, 2, 3)},
+    **{f"ZeRO-{stage}": ["training.engine=deepspeed", f"training.zero_stage={stage}"] for stage in (1, 2)},
+    "ZeRO-3, no compile": ["training.engine=deepspeed", "training.zero_stage=3", "training.compile=false"],
+    "no compile": ["training.compile=false"],
 }
 GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention triton", "attention sdpa-flash", "attention sdpa-cudnn",
             "FP8 linears"}  # fmt: skip
@@ -274,7 +277,7 @@ class Fastdit:
             use_fp8(self.model, device)
             self.precision = "fp8"
         if settings.compile:
-            self.model.compile_blocks()
+            self.model.compile(fullgraph=True) if settings.compile == "whole" else self.model.compile_blocks()
         self.engine = engine = self._engine(settings, ranks, case.batch)
         self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
         self.work = TrainStep(

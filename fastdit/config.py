@@ -90,7 +90,7 @@ class TrainingConfig:
     residual: Literal["fp32", "bf16"] = "fp32"  # residual stream between the blocks, when precision is bf16
     cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
-    compile: bool = True
+    compile: Literal[True, False, "whole"] = True  # true: each block, seconds to the first step; whole: all at once
     loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed under its launcher
     zero_stage: int = 1

@@ -83,10 +83,11 @@ def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, 
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-def test_compiled_blocks_give_the_same_losses(world, tmp_path):
-    for name in ("true", "false"):
+def test_compiled_blocks_and_the_whole_compiled_give_the_same_losses(world, tmp_path):
+    for name in ("true", "whole", "false"):
         train_here(world, tmp_path / name, f"training.compile={name}", "training.steps=4", "training.precision=fp32")
-    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
+    for name in ("true", "whole"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
 def test_a_bf16_residual_stream_stays_within_bf16_noise(world, whole, tmp_path):
@@ -107,6 +108,19 @@ def test_a_cuda_graph_replays_the_very_same_steps(world, tmp_path):
         change = [f"training.cuda_graph={name}", "training.warmup_steps=10", "training.steps=12"]
         train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{name}", *change]), device="cuda")
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-3)
+
+
+def test_zero_3_is_not_compiled(world, tmp_path):
+    zero = ["training.engine=deepspeed", "training.zero_stage=3", "training.compile=true"]
+    with pytest.raises(ValueError, match="use training.compile=false, or zero_stage=2"):
+        train_here(world, tmp_path / "run", *zero)
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_runs_under_plain_python(world, whole, tmp_path):
+    zero = ["training.engine=deepspeed", "training.steps=4"]
+    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", *zero)
+    assert losses(tmp_path / "run") == pytest.approx(whole[:4], rel=1e-3)
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):

@@ -65,8 +65,13 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         model.residual_dtype = torch.bfloat16
     if settings.fp8:
         use_fp8(model, device)
+    use_zero = settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
     if settings.compile:
-        model.compile_blocks()
+        if use_zero and settings.zero_stage == 3:
+            raise ValueError(
+                "training.compile=True cannot see ZeRO-3 gather weights; use training.compile=false, or zero_stage=2"
+            )
+        model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
 
     shared = dict(
         betas=settings.betas,
@@ -75,7 +80,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         accumulation=accumulation,
         grad_clip=settings.grad_clip,
     )
-    if settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed()):
+    if use_zero:
         zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
         engine = DeepSpeedEngine(model, ranks, **shared, **zero)
     else:
