@@ -90,6 +90,19 @@ def test_compiled_blocks_and_the_whole_compiled_give_the_same_losses(world, tmp_
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
+def test_fused_kernels_give_the_eager_definitions_losses(world, tmp_path, monkeypatch):
+    """Through Triton's interpreter where there is no GPU, forward and backward, three steps of moving weights."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for mode in ("triton", "eager"):
+        monkeypatch.setenv("FASTDIT_KERNELS", mode)
+        few = ["training.steps=3", "training.precision=fp32", "training.global_batch=3"]
+        train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{mode}", *few]), device=device)
+    assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
+    states = (load_file(tmp_path / mode / "checkpoints/step-0000003/model.safetensors") for mode in ("triton", "eager"))
+    assert any(not torch.equal(ours, theirs) for ours, theirs in zip(*(s.values() for s in states), strict=True))
+
+
 def test_a_bf16_residual_stream_stays_within_bf16_noise(world, whole, tmp_path):
     train_here(world, tmp_path / "run", "training.residual=bf16")
     assert losses(tmp_path / "run") != whole
