@@ -103,7 +103,7 @@ FLOWS: dict[str, list[str]] = {
     },
     "flow, shift=2": ["objective={name: flow, shift: 2}"],
     "flow, cosine_weight=1": ["objective={name: flow, cosine_weight: 1}"],
-    "flow, coupling=ot": ["objective={name: flow, coupling: ot}"],
+    "flow, coupling=ot": ["objective={name: flow, coupling: ot}", *LONGER],
 }
 ROWS = NETWORKS | DIFFUSIONS | FLOWS
 

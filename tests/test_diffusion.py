@@ -162,6 +162,14 @@ def test_the_cosine_loss_measures_the_angle():
         torch.testing.assert_close(loss.per_sample, loss.parts["mse"] + 2 * angle)
 
 
+def test_the_cosine_loss_lets_a_head_start_at_zero():
+    """Without a bound its first gradient is 5e7, which Adam's second moment remembers for a thousand steps."""
+    x_0, eps = batch(3)
+    output = torch.zeros_like(x_0, requires_grad=True)
+    FlowMatching(cosine_weight=1.0).loss(lambda *_: output, x_0, None, INSIDE[:3], eps).per_sample.sum().backward()
+    assert output.grad.norm() < 10
+
+
 def test_a_doubled_head_is_halved_by_flow_matching():
     x_0, eps = batch(3)
     output = draws(3, 4, 3, 3)
