@@ -238,8 +238,8 @@ class FlowMatching:
         parts = {"mse": self._weight(t).to(x_0) * per_sample_mean(error**2)}
         if self.cosine_weight:
             wanted = target("velocity", x_0, noise, t, self.path)
-            # a head that starts at zero has no direction: below a length of 0.1 the gradient, 1 / length, grows no more
-            parts["cosine"] = per_sample_mean(1 - cosine_similarity(output, wanted, dim=1, eps=0.1))  # (N, h, w) -> (N,)
+            # (N, h, w) -> (N,); a head that starts at zero has no direction: below a length of 0.1 no steeper gradient
+            parts["cosine"] = per_sample_mean(1 - cosine_similarity(output, wanted, dim=1, eps=0.1))
             return Loss(parts["mse"] + self.cosine_weight * parts["cosine"], parts)
         return Loss(parts["mse"], parts)
 
