@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from fastdit.config import Config, build, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.distributed import Ranks
-from fastdit.models.fp8 import use_fp8
 from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.graph import GraphedStep
-from fastdit.training.loop import network
+from fastdit.training.loop import network, set_up
 from fastdit.training.step import TrainStep
 
 SCALE, LR, SEED = 0.18215, 1e-4, 0
@@ -77,6 +76,7 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "no Triton kernels": ["FASTDIT_KERNELS=eager"],
     "no compile": ["training.compile=false"],
     "whole compile": ["training.compile=whole"],
+    "joint adaLN": ["training.joint_adaln=true"],
     "selective checkpointing": ["training.activation_checkpointing=selective"],
     "full checkpointing": ["training.activation_checkpointing=full"],
     "attention sdpa-flash": ["model.attention=sdpa-flash"],
@@ -270,14 +270,9 @@ class Fastdit:
         self.shapes = fill(self.model)
         if settings.activation_checkpointing == "auto":
             raise ValueError("training.activation_checkpointing=auto means another policy on each GPU; name one")
-        self.model.set_activation_checkpointing(settings.activation_checkpointing)
-        if settings.residual == "bf16" and settings.precision == "bf16":
-            self.model.residual_dtype = torch.bfloat16
         if settings.fp8:
-            use_fp8(self.model, device)
             self.precision = "fp8"
-        if settings.compile:
-            self.model.compile(fullgraph=True) if settings.compile == "whole" else self.model.compile_blocks()
+        set_up(self.model, settings, settings.activation_checkpointing)
         self.engine = engine = self._engine(settings, ranks, case.batch)
         self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
         self.work = TrainStep(

@@ -95,7 +95,9 @@ FLOWS: dict[str, list[str]] = {
         for prediction in PREDICTIONS
     },
     "flow, linear, eps, weight=velocity": ["objective={name: flow, prediction: eps, weight: velocity}", *LONGER],
-    "flow, linear, eps, weight=likelihood": ["objective={name: flow, prediction: eps, weight: likelihood}", *LONGER],
+    "flow, linear, eps, weight=likelihood, times logit_normal": [  # whose density tames the weight's singular ends
+        "objective={name: flow, prediction: eps, weight: likelihood, time_distribution: logit_normal}", *LONGER
+    ],
     **{
         f"flow, times {name}": [f"objective={{name: flow, time_distribution: {name}}}"]
         for name in TIME_DISTRIBUTIONS

@@ -91,6 +91,7 @@ class TrainingConfig:
     cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
     compile: Literal[True, False, "whole"] = True  # true: each block, seconds to the first step; whole: all at once
+    joint_adaln: bool = False  # the adaLN projections of all blocks as one product: for small batches
     loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed under its launcher
     zero_stage: int = 1
@@ -110,6 +111,8 @@ class TrainingConfig:
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
+        if self.joint_adaln:
+            _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
 
 
@@ -260,7 +263,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _fill(hint, value if value is not None else {}, key)
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
+        if not any(value == known and type(value) is type(known) for known in typing.get_args(hint)):  # 1 is not True
             raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
         return value
     if isinstance(hint, types.UnionType):  # X | None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_cases import batch, small
+from dit_cases import batch, gradients, small
 from fastdit.kernels import rope_2d
 
 from fastdit.models.dit import DiT
@@ -77,6 +77,26 @@ def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
     after = attention(x)[0]
     # normalised, |q| = |k| = sqrt(head_dim), so logits stay within sqrt(head_dim) and the scale is forgotten
     assert ((after - before).abs().max() < 1e-3) == (norm is not None)
+
+
+@pytest.mark.parametrize("options", [{}, {"block": "adaln"}], ids=["adaln_zero", "adaln"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_joint_modulations_change_neither_values_nor_names(options, compiled):
+    model = small(**options)
+    names, (out, wanted) = list(model.state_dict()), gradients(model)
+    model.join_modulations()
+    if compiled:
+        model.compile_blocks()
+    joint, found = gradients(model)
+    torch.testing.assert_close(joint, out, **CLOSE)
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= 2e-6 * wanted[name].norm(), name
+    assert list(model.state_dict()) == names
+
+
+def test_modulations_that_are_not_there_are_not_joined():
+    with pytest.raises(ValueError, match="training.joint_adaln=true needs modulations.* use false"):
+        small(block="in_context").join_modulations()
 
 
 def test_latents_may_be_rectangular():

@@ -1,5 +1,7 @@
 """FP8 products: torchao's rounding where it should be, and losses that stay beside bf16's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,6 @@ from fastdit.training.loop import read_metrics, train
 
 pytest.importorskip("torchao", reason="training.fp8 needs torchao")
 from fastdit.models.fp8 import use_fp8  # noqa: E402
-
-CPU = torch.device("cpu")
 
 
 def rounded(x, dtype=torch.float8_e4m3fn):
@@ -28,7 +28,7 @@ def model():
     made = create_dit("DiT-2x64x4/2", input_size=8, num_classes=10)
     for parameter in made.parameters():  # gates and head start at zero
         nn.init.normal_(parameter, std=0.1)
-    use_fp8(made, CPU)
+    use_fp8(made)
     return made
 
 
@@ -85,5 +85,6 @@ def test_what_fp8_cannot_do_is_refused(world, tmp_path, wrong):
 
 def test_gpus_before_ada_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     with pytest.raises(ValueError, match="needs compute capability 8.9"):
-        use_fp8(create_dit("DiT-Ti/2", input_size=8), torch.device("cuda"))
+        use_fp8(on_gpu)

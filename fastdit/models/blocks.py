@@ -63,6 +63,7 @@ class DiTBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * self.rows_of_c * hidden_size))
         else:
             self.norms = nn.ModuleList(own_norm(hidden_size) for _ in range(2 + (self.cross is not None)))
+        self.joint = False  # c comes as this block's rows, made with all the others' (DiT.join_modulations)
         self.recompute = "none"  # activation checkpointing, a key of RECOMPUTE
 
     def forward(
@@ -96,7 +97,7 @@ class DiTBlock(nn.Module):
         """Shift, scale and gate (N, D) of each branch; no gate is a gate of one."""
         if self.rows_of_c == 0:
             return [(*learned_shift_and_scale(norm, n), None) for norm in self.norms]
-        rows = self.adaLN_modulation(c).chunk(2 * self.rows_of_c, dim=-1)
+        rows = (c if self.joint else self.adaLN_modulation(c)).chunk(2 * self.rows_of_c, dim=-1)
         if self.rows_of_c == 2:
             return [(*rows[:2], None), (*rows[2:], None)]
         return [rows[:3], rows[3:]]

@@ -6,6 +6,7 @@ docs/variants.md lists the options with what each costs. The default of every on
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.config import lookup
@@ -164,8 +165,9 @@ class DiT(nn.Module):
         x = x.to(self.residual_dtype or self.x_embedder.proj.weight.dtype)
         pending = None  # the last block's MLP branch, on its way into the residual x
         rope = None if self.rope is None else tuple(self.rope)
-        for block, key in zip(self.blocks, keys, strict=True):
-            x, pending = block(x, pending, c, rope, key)
+        rows = self.joint_modulations(c) if self.blocks[0].joint else [c] * len(self.blocks)
+        for block, key, condition in zip(self.blocks, keys, rows, strict=True):
+            x, pending = block(x, pending, condition, rope, key)
         if self.tokens > self.patches:  # what stands beside the patches has done its work
             branch, *rows = pending
             x, pending = x[:, : self.patches], (branch[:, : self.patches], *rows)
@@ -177,6 +179,16 @@ class DiT(nn.Module):
         if BLOCKS[self.block]:
             return c + self.y_embedder(y) if self.num_classes else c
         return torch.stack([c, self.y_embedder(y)] if self.num_classes else [c], dim=1)
+
+    def joint_modulations(self, c: Tensor) -> tuple[Tensor, ...]:
+        """What every block's adaLN_modulation makes of c (N, D), as one product."""
+        linears = [block.adaLN_modulation[1] for block in self.blocks]
+        device = c.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c.dtype
+        # cast before they are joined: compiled, that is the one pass over the weights which autocast makes anyway
+        weight = torch.cat([linear.weight.to(dtype) for linear in linears])
+        bias = torch.cat([linear.bias.to(dtype) for linear in linears])
+        return F.linear(F.silu(c), weight, bias).chunk(len(self.blocks), dim=-1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, T, p p C) with channels fastest -> (N, C, H, W)."""
@@ -195,10 +207,19 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.attn.backend = backend
 
+    def join_modulations(self) -> None:
+        """Regress the modulations of all blocks in one product, for small batches; ValueError where there are none."""
+        if not BLOCKS[self.block]:
+            raise ValueError(f"training.joint_adaln=true needs modulations, block={self.block!r} has none; use false")
+        for block in self.blocks:
+            block.joint = True
+
     def compile_blocks(self) -> None:
         """torch.compile one block, reused by all of them: seconds to the first step, and the same parameter names."""
         for block in self.blocks:
             block.compile(fullgraph=True)
+        if self.blocks[0].joint:
+            self.joint_modulations = torch.compile(self.joint_modulations, fullgraph=True)
 
     def parameter_count(self) -> int:
         """Parameters as published, the frozen `pos_embed` included."""

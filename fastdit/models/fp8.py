@@ -14,11 +14,12 @@ from fastdit.models.dit import DiT
 from fastdit.models.layers import Linear
 
 
-def use_fp8(model: DiT, device: torch.device) -> None:
+def use_fp8(model: DiT) -> None:
     """Let attention's and the MLP's linears multiply in FP8; ValueError where that cannot be.
 
     Modulations, embedders and the final layer stay as they are: small, and worth their digits.
     """
+    device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError("training.fp8=true needs compute capability 8.9 (Ada, Hopper or newer); use false")
     try:

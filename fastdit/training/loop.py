@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import distributed
-from fastdit.config import Config, bind, build, load_config, save_config
+from fastdit.config import Config, TrainingConfig, bind, build, load_config, save_config
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches, on_device
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -60,18 +60,12 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     check_sampling(config, objective, model)  # a misspelt sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     policy, micro, accumulation = memory_policy(config, model, micro * accumulation, ranks)
-    model.set_activation_checkpointing(policy)
-    if settings.residual == "bf16" and settings.precision == "bf16":
-        model.residual_dtype = torch.bfloat16
-    if settings.fp8:
-        use_fp8(model, device)
     use_zero = settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
-    if settings.compile:
-        if use_zero and settings.zero_stage == 3:
-            raise ValueError(
-                "training.compile=True cannot see ZeRO-3 gather weights; use training.compile=false, or zero_stage=2"
-            )
-        model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
+    if use_zero and settings.zero_stage == 3 and settings.compile:
+        raise ValueError(
+            f"training.compile={settings.compile} cannot see ZeRO-3 gather weights; use compile=false, or zero_stage=2"
+        )
+    set_up(model, settings, policy)
 
     shared = dict(
         betas=settings.betas,
@@ -238,6 +232,19 @@ def network(
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
+
+
+def set_up(model: DiT, settings: TrainingConfig, policy: str) -> None:
+    """Have the network compute as training asks, on the device that it is on; `policy` of activation checkpointing."""
+    model.set_activation_checkpointing(policy)
+    if settings.residual == "bf16" and settings.precision == "bf16":
+        model.residual_dtype = torch.bfloat16
+    if settings.joint_adaln:
+        model.join_modulations()
+    if settings.fp8:
+        use_fp8(model)
+    if settings.compile:
+        model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
 
 
 def check_sampling(config: Config, objective, model: DiT) -> None:
