@@ -76,7 +76,9 @@ DIFFUSIONS: dict[str, list[str]] = {
     "ddpm, prediction=x_0": ["objective=ddpm", "objective.prediction=x_0", *DDIM],
     "ddpm, prediction=v": ["objective=ddpm", "objective.prediction=v", *ANCESTRAL],
     **{
-        f"ddpm, variance={variance}": [f"objective={{name: ddpm, variance: {variance}}}", *ANCESTRAL, *LONGER]
+        f"ddpm, variance={variance}": [
+            f"objective={{name: ddpm, variance: {variance}, loss_type: mse}}", *ANCESTRAL, *LONGER
+        ]
         for variance in ("fixed_large", "fixed_small")
     },
     **{
