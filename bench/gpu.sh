@@ -50,9 +50,9 @@ if [[ -n $REHEARSE ]]; then
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && KERNELS=(--ops adaln) || KERNELS=(--static --ops adaln)
     TESTS=(tests/test_dit.py)
 else
-    LIMIT=(attention 25 step 270 tests 60 kernels 70 sample 45 ablation 60)
+    LIMIT=(attention 25 step 250 tests 60 kernels 60 sample 80 ablation 55)
     STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) SAMPLE=(--turns 2)
-    KERNELS=(--budget-s 50)
+    KERNELS=(--budget-s 42)
     TESTS=(-m "not slow" tests/test_kernels.py tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py)
 fi
 

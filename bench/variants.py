@@ -43,8 +43,8 @@ COMMON = ["training.steps=1500", "training.checkpoint_every=100000", "training.l
 DDIM = ["sampling.sampler=ddim", "sampling.steps=ddim50"]
 ANCESTRAL = ["sampling.sampler=ddpm", "sampling.steps=100"]
 LONGER = ["training.steps=4000"]
+NOISIER = "time_distribution: logit_normal, time_mean: 1"
 REAL = "real images"
-PREDICTIONS = ("velocity", "eps", "score", "x_0")
 
 LIGHTNING = ["model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope"]
 NETWORKS: dict[str, list[str]] = {
@@ -72,6 +72,9 @@ DIFFUSIONS: dict[str, list[str]] = {
     "ddpm, loss_type=kl, loss-aware times": [
         "objective=ddpm", "objective.loss_type=kl", "training.loss_aware_times=true", *ANCESTRAL, *LONGER
     ],
+    "ddpm, prediction=v, loss-aware times": [
+        "objective=ddpm", "objective.prediction=v", "training.loss_aware_times=true", *ANCESTRAL
+    ],
     # learned variances of an x_0 prediction leave [0, 1] at the clean end, which a respaced chain extrapolates: DDIM
     "ddpm, prediction=x_0": ["objective=ddpm", "objective.prediction=x_0", *DDIM],
     "ddpm, prediction=v": ["objective=ddpm", "objective.prediction=v", *ANCESTRAL],
@@ -89,16 +92,25 @@ DIFFUSIONS: dict[str, list[str]] = {
 }  # fmt: skip
 FLOWS: dict[str, list[str]] = {
     **{
-        f"flow, {path}, {prediction}": [
-            f"objective={{name: flow, interpolant: {path}, prediction: {prediction}}}",
-            *(LONGER if prediction in ("eps", "score") else []),
+        f"flow, {path}, {prediction}": [f"objective={{name: flow, interpolant: {path}, prediction: {prediction}}}"]
+        for path in INTERPOLANTS
+        for prediction in ("velocity", "x_0")
+        if (path, prediction) != ("vp", "velocity")
+    },
+    **{
+        f"flow, {path}, {prediction}, noisier times": [
+            f"objective={{name: flow, interpolant: {path}, prediction: {prediction}, {NOISIER}}}", *LONGER
         ]
         for path in INTERPOLANTS
-        for prediction in PREDICTIONS
+        for prediction in ("velocity", "eps", "score")
+        if prediction != "velocity" or path == "vp"
     },
-    "flow, linear, eps, weight=velocity": ["objective={name: flow, prediction: eps, weight: velocity}", *LONGER],
-    "flow, linear, eps, weight=likelihood, times logit_normal": [  # whose density tames the weight's singular ends
-        "objective={name: flow, prediction: eps, weight: likelihood, time_distribution: logit_normal}", *LONGER
+    # a logit-normal density tames the weights' singular ends
+    "flow, linear, eps, weight=velocity, times logit_normal": [
+        "objective={name: flow, prediction: eps, weight: velocity, time_distribution: logit_normal}", *LONGER
+    ],
+    "flow, linear, eps, weight=likelihood, noisier times": [
+        f"objective={{name: flow, prediction: eps, weight: likelihood, {NOISIER}}}", *LONGER
     ],
     **{
         f"flow, times {name}": [f"objective={{name: flow, time_distribution: {name}}}"]
