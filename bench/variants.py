@@ -119,7 +119,8 @@ FLOWS: dict[str, list[str]] = {
     },
     "flow, shift=2": ["objective={name: flow, shift: 2}"],
     "flow, cosine_weight=1": ["objective={name: flow, cosine_weight: 1}"],
-    "flow, coupling=ot": ["objective={name: flow, coupling: ot}", *LONGER],
+    # noise is paired with images whatever their classes, and a class then says less: guidance gives it its weight back
+    "flow, coupling=ot, guidance 2": ["objective={name: flow, coupling: ot}", "sampling.cfg_scale=2", *LONGER],
 }
 ROWS = NETWORKS | DIFFUSIONS | FLOWS
 

@@ -32,8 +32,9 @@ def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
     for shape in ((3, 2, 41, 72), (1, 3, 64, 64)):
         qkv, grad = inputs(*shape, "cpu")
         qkv, grad = qkv.detach().float().requires_grad_(), grad.float()
-        for ours, wanted in zip(run("sdpa", qkv, grad), run("eager", qkv, grad), strict=True):
-            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+        for name in ("sdpa", "cpu"):
+            for ours, wanted in zip(run(name, qkv, grad), run("eager", qkv, grad), strict=True):
+                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_networks_attention_runs_our_kernel(monkeypatch):
@@ -61,11 +62,11 @@ def test_our_kernel_is_refused_where_it_cannot_run(gpu, monkeypatch):
     assert obstacle("triton", device=CUDA, head_dim=72, tokens=256) == "FASTDIT_KERNELS=eager"
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("sdpa", "eager")])
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("sdpa", "cpu", "eager")])
 def test_gpu_backends_are_refused_on_a_cpu(name):
     with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
         resolve(name, device=CPU, head_dim=64, tokens=256)
-    assert resolve("auto", device=CPU, head_dim=64, tokens=256) == "sdpa"
+    assert resolve("auto", device=CPU, head_dim=64, tokens=256) == "cpu"
 
 
 def test_flash_attention_4_is_refused_where_its_gradients_are_wrong(gpu):
