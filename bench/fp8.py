@@ -48,7 +48,7 @@ def main() -> None:
                 frechet=round(frechet_distance(world.judge.features(images), world.held_features), 3),
             )  # fmt: skip
     apart = statistics.median(abs(curves["fp8"][step] / loss - 1) for step, loss in curves["bf16"].items())
-    draw(curves, f"training loss on digits; fp8 is off by {apart:.2%} (median over the logged steps)")
+    draw(curves, f"training loss on digits; fp8 {apart:.1%} apart (median)")
 
 
 def draw(curves: dict[str, dict[int, float]], title: str) -> None:
