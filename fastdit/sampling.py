@@ -53,6 +53,7 @@ class Inference:
                 if isinstance(module, nn.Linear):  # once, what autocast would do at every evaluation
                     module.weight.data = module.weight.data.bfloat16()
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if self.graphs is None:
             return self._evaluate(x, t, y)

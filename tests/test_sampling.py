@@ -181,8 +181,7 @@ def test_weights_rounded_once_change_no_bit(trained):
     model = load_generator(trained).model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model(x, t, y).float()
-    with torch.no_grad():
-        assert torch.equal(generator.inference(x, t, y), wanted)
+    assert torch.equal(generator.inference(x, t, y), wanted)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -192,9 +191,8 @@ def test_a_graph_replays_what_the_compiled_network_computes(trained, precision):
     graphed = load_generator(trained, overrides, device="cuda").inference
     plain = load_generator(trained, [*overrides, "sampling.compile=false"], device="cuda").inference
     y = torch.tensor([1, 2], device="cuda")
-    with torch.no_grad():
-        for seed in range(3):
-            x = torch.randn(2, 4, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
-            t = torch.full((2,), 0.3 * seed, device="cuda")
-            torch.testing.assert_close(graphed(x, t, y), plain(x, t, y), atol=2e-2, rtol=2e-2)
+    for seed in range(3):
+        x = torch.randn(2, 4, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+        t = torch.full((2,), 0.3 * seed, device="cuda")
+        torch.testing.assert_close(graphed(x, t, y), plain(x, t, y), atol=2e-2, rtol=2e-2)
     assert len(graphed.graphs) == 1

@@ -213,7 +213,7 @@ def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[B
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches on `device`; a GPU gets the next one over a stream of its own while it works on this one."""
     if device.type != "cuda":
-        yield from batches
+        return (yield from batches)
     stream = torch.cuda.Stream(device)
 
     def moved() -> Batch:
