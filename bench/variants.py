@@ -243,6 +243,8 @@ def main() -> None:
     if not arguments.table:
         torch.set_num_threads(1)
         names = [name for name in ROWS if not arguments.only or any(word in name for word in arguments.only)]
+        if not names:
+            parser.error(f"--only {' '.join(arguments.only)} names no row; the rows are {', '.join(ROWS)}")
         names = [name for name in names if not arguments.missing or name not in newest_lines()]
         with tempfile.TemporaryDirectory() as root:
             world = World.make(Path(root))
