@@ -36,7 +36,15 @@ def test_every_option_of_the_network_has_a_row():
 def test_every_row_is_a_config_that_can_be_sampled(rows):
     for overrides in rows.values():
         config = load_config(shipped_config("quickstart"), overrides)
-        build(OBJECTIVES, config.objective, "objective").timesteps(config.sampling.steps)
+        ts = build(OBJECTIVES, config.objective, "objective").timesteps(config.sampling.steps)
+        assert len(ts) > 20 and (ts.diff() < 0).all(), overrides
+
+
+def test_the_tables_rows_are_what_they_say_and_all_but_the_bound_reach_nine_tenths():
+    lines = variants.newest_lines()
+    assert all(line["overrides"] == variants.ROWS[name] for name, line in lines.items() if name != variants.REAL)
+    below = [name for name, line in lines.items() if line["accuracy"] < 0.9]
+    assert below == ["ddpm, loss_type=kl, loss-aware times"]
 
 
 def test_a_row_is_trained_sampled_and_judged(world):
