@@ -22,9 +22,8 @@ from fastdit.config import Config, build, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.distributed import Ranks
 from fastdit.training.ema import EMA
-from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.graph import GraphedStep
-from fastdit.training.loop import network, set_up
+from fastdit.training.loop import build_engine, network, set_up
 from fastdit.training.step import TrainStep
 
 SCALE, LR, SEED = 0.18215, 1e-4, 0
@@ -273,7 +272,13 @@ class Fastdit:
         if settings.fp8:
             self.precision = "fp8"
         set_up(self.model, settings, settings.activation_checkpointing)
-        self.engine = engine = self._engine(settings, ranks, case.batch)
+        self.engine = engine = build_engine(self.model, settings, ranks, case.batch, 1)
+        if os.environ.get("DDP") == "1":  # even around this one process
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            engine.forward = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
         self.work = TrainStep(
             engine, self.ema, self.objective, ranks, latent_shape=latent_shape(size), scale=SCALE, shift=0.0,
@@ -283,22 +288,6 @@ class Fastdit:
         if settings.cuda_graph:
             self.work = GraphedStep(self.work)
         self.device, self.lr, self.steps = device, settings.lr, 0
-
-    def _engine(self, settings, ranks: Ranks, batch: int) -> TorchEngine | DeepSpeedEngine:
-        """The engine of the settings; with DDP=1 in the environment PyTorch's DDP even around this one process."""
-        shared = dict(betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
-                      accumulation=1, grad_clip=settings.grad_clip)  # fmt: skip
-        if settings.engine == "deepspeed":
-            zero = dict(micro_batch=batch, zero_stage=settings.zero_stage, extra=settings.deepspeed)
-            return DeepSpeedEngine(self.model, ranks, **shared, **zero)
-        engine = TorchEngine(self.model, ranks, **shared)
-        if os.environ.get("DDP") == "1":
-            backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-            engine.forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        return engine
 
     def step(self, i: int) -> Tensor:
         moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])

@@ -34,9 +34,10 @@ from fastdit.training.log import PEAK_TFLOPS
 from fastdit.training.loop import network
 
 # of the gate's two errors: losses, and ways of the weights (Adam moves a weight whose gradient is all rounding as far
-# as any other, so these differ more). For scale: bf16 shows 5e-4 in the losses, times off by one of 1000 steps 5e-3
+# as any other, so these differ more). For scale: bf16 shows 5e-4 in the losses, FP8 (emulated, 6 x 384) 3e-3 and 0.05,
+# times off by one of 1000 steps 5e-3
 TOLERANCE = {"fp32": (1e-4, 1e-2), "tf32": (2e-3, 0.1), "fp16": (2e-3, 0.1), "bf16": (4e-3, 0.15),
-             "fp8": (2e-2, 0.5)}  # fmt: skip
+             "fp8": (4e-3, 0.15)}  # fmt: skip
 
 
 @dataclass

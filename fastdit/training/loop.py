@@ -60,25 +60,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     check_sampling(config, objective, model)  # a misspelt sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     policy, micro, accumulation = memory_policy(config, model, micro * accumulation, ranks)
-    use_zero = settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
-    if use_zero and settings.zero_stage == 3 and settings.compile:
-        raise ValueError(
-            f"training.compile={settings.compile} cannot see ZeRO-3 gather weights; use compile=false, or zero_stage=2"
-        )
     set_up(model, settings, policy)
-
-    shared = dict(
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        precision=settings.precision,
-        accumulation=accumulation,
-        grad_clip=settings.grad_clip,
-    )
-    if use_zero:
-        zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
-        engine = DeepSpeedEngine(model, ranks, **shared, **zero)
-    else:
-        engine = TorchEngine(model, ranks, **shared)
+    engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
 
     # a run is its config, its seed and its step: a resume needs weights, moments, EMA and the step number
@@ -244,7 +227,33 @@ def set_up(model: DiT, settings: TrainingConfig, policy: str) -> None:
     if settings.fp8:
         use_fp8(model)
     if settings.compile:
+        if uses_zero(settings) and settings.zero_stage == 3:
+            raise ValueError(
+                f"training.compile={settings.compile} cannot see ZeRO-3 gather weights; "
+                "use compile=false, or zero_stage=2"
+            )
         model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
+
+
+def uses_zero(settings: TrainingConfig) -> bool:
+    return settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
+
+
+def build_engine(
+    model: DiT, settings: TrainingConfig, ranks: distributed.Ranks, micro: int, accumulation: int
+) -> TorchEngine | DeepSpeedEngine:
+    """The engine that the settings, and under `auto` the launcher, ask for."""
+    shared = dict(
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        accumulation=accumulation,
+        grad_clip=settings.grad_clip,
+    )
+    if uses_zero(settings):
+        zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
+        return DeepSpeedEngine(model, ranks, **shared, **zero)
+    return TorchEngine(model, ranks, **shared)
 
 
 def check_sampling(config: Config, objective, model: DiT) -> None:
