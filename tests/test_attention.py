@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastdit.models import attention as room
-from fastdit.models.attention import ATTENTION, obstacle, resolve, table_key
+from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -87,8 +88,28 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
     (tmp_path / "attention.json").write_text(f'{{"{table_key("NVIDIA H200", 72, 256)}": "sdpa-flash"}}')
     assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-flash"
     assert resolve("auto", device=CUDA, head_dim=72, tokens=1024) == "sdpa-cudnn"
+    # a register more, or heads that cuDNN has no kernel for, are PyTorch's to choose for
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=260) == "sdpa"
+    assert resolve("auto", device=CUDA, head_dim=144, tokens=1024) == "sdpa"
     gpu("NVIDIA A100", (8, 0))
     assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-flash"
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith(("sdpa-", "flash-"))])
+def test_kernels_of_half_precision_leave_fp32_to_pytorch(name):
+    """The quickstart, the likelihood and sampling by default compute in fp32, whatever the training's backend was."""
+    q, k, v = torch.randn(3, 2, 3, 41, 72).unbind()
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v, name), wanted)
+    packed = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4)  # (N, T, 3, heads, d)
+    torch.testing.assert_close(packed_attention(packed, name), wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("cpu", 64), ("sdpa-cudnn", 36), ("sdpa-cudnn", 144)])
+def test_what_a_gpu_has_no_kernel_for_is_refused_there(gpu, name, head_dim):
+    gpu("NVIDIA H200", (9, 0))
+    with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
+        resolve(name, device=CUDA, head_dim=head_dim, tokens=256)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

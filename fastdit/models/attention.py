@@ -3,7 +3,7 @@
 No backend copies q, k, v out of the packed projection; those in PACKED write its gradient packed too, where the three
 of the others are copied into one. `auto` takes what `bench/attention.py` measured as fastest for this GPU and shape
 (attention.json beside this file), and where nothing was measured cuDNN on Hopper and newer, FlashAttention on Ampere,
-PyTorch's own choice elsewhere.
+PyTorch's own choice elsewhere. cuDNN and FlashAttention know half precision alone: fp32 is left to PyTorch's choice.
 """
 
 import importlib.util
@@ -49,8 +49,10 @@ def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> s
 
 def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str | None:
     """Why a backend cannot run on this device, or gives wrong numbers there; None where it works."""
-    if name in ("sdpa", "cpu", "eager"):
+    if name in ("sdpa", "eager"):
         return None
+    if name == "cpu":
+        return None if device.type == "cpu" else f"it is for a CPU, this is {device.type}"
     if device.type != "cuda":
         return f"it needs a GPU, this is {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -60,6 +62,8 @@ def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> 
         return "FASTDIT_KERNELS=eager"
     if name == "triton" and tokens > kernels.LONGEST:
         return f"it is for at most {kernels.LONGEST} tokens, not {tokens}"
+    if name == "sdpa-cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"it needs a head_dim that is a multiple of 8 and at most 128, not {head_dim}"
     module = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
     if name in module:
         try:
@@ -86,7 +90,11 @@ def _fastest(device: torch.device, head_dim: int, tokens: int) -> str:
     if known and not obstacle(known, device=device, head_dim=head_dim, tokens=tokens):
         return known
     major, _ = torch.cuda.get_device_capability(device)
-    return "sdpa-cudnn" if major >= 9 else "sdpa-flash" if major == 8 else "sdpa"
+    if major == 8:
+        return "sdpa-flash"
+    # PyTorch itself avoids cuDNN at lengths that are no multiple of 128, where some versions are wrong (#169849)
+    suits = tokens % 128 == 0 and not obstacle("sdpa-cudnn", device=device, head_dim=head_dim, tokens=tokens)
+    return "sdpa-cudnn" if major >= 9 and suits else "sdpa"
 
 
 def table_key(gpu: str, head_dim: int, tokens: int) -> str:
@@ -104,7 +112,24 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _eager(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
 
 
+def _in_half_precision(backend: Backend) -> Backend:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v) if q.dtype == torch.float32 else backend(q, k, v)
+
+    return run
+
+
+def _packed_in_half_precision(backend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(qkv: Tensor) -> Tensor:
+        if qkv.dtype != torch.float32:
+            return backend(qkv)
+        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+    return run
+
+
 def _pinned(backend: SDPBackend) -> Backend:
+    @_in_half_precision
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -112,18 +137,21 @@ def _pinned(backend: SDPBackend) -> Backend:
     return run
 
 
+@_in_half_precision
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # it wants (N, T, heads, d)
 
 
+@_packed_in_half_precision
 def _flash_attn_packed(qkv: Tensor) -> Tensor:
     from flash_attn import flash_attn_qkvpacked_func
 
     return flash_attn_qkvpacked_func(qkv)
 
 
+@_in_half_precision
 def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
@@ -131,6 +159,7 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
+@_packed_in_half_precision
 def _flash_attn_3_packed(qkv: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_qkvpacked_func
 
@@ -138,6 +167,7 @@ def _flash_attn_3_packed(qkv: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+@_in_half_precision
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.cute import flash_attn_func
 
