@@ -89,7 +89,8 @@ class TrainingConfig:
     fp8: bool = False  # the blocks' linears multiply in FP8, the rest in bf16: Ada, Hopper or newer, with torchao
     residual: Literal["fp32", "bf16"] = "fp32"  # residual stream between the blocks, when precision is bf16
     cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"  # auto: the fastest that fits
+    # what backward makes again: activation: GELU; selective: that and the norms; auto: as little as the memory allows
+    activation_checkpointing: Literal["none", "activation", "selective", "full", "auto"] = "none"
     compile: Literal[True, False, "whole"] = True  # true: each block, seconds to the first step; whole: all at once
     joint_adaln: bool = False  # the adaLN projections of all blocks as one product: for small batches
     loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
@@ -111,9 +112,16 @@ class TrainingConfig:
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
+            policy = self.activation_checkpointing  # FP8 products keep inputs of their own
+            _require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes a value of the residual stream."""
+        return 2 if self.residual == self.precision == "bf16" else 4
 
 
 @dataclass(frozen=True)

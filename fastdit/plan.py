@@ -12,12 +12,12 @@ import torch
 from fastdit.config import Config, build, lookup
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.models.dit import DiT
-from fastdit.training.loop import micro_batches, network
-from fastdit.training.memory import GIB, RESERVED, memory_bytes, moved_bytes
+from fastdit.training.loop import divisors, memory_by_kind, micro_batches, network, policies_of, uses_zero
+from fastdit.training.memory import GIB, RESERVED, moved_bytes
 
 GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
+ACCUMULATION_BYTES = 18  # a parameter and further micro-batch: its gradient added to, its weight cast again
 MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels are to reach 0.85 of that
-RECOMPUTED = {"none": 0.0, "selective": 0.0, "full": 1 / 3}  # of a step's FLOPs, run once more in backward
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One policy on one kind of GPU; memory in bytes a GPU, speed of the whole job."""
+    """One policy on one kind of GPU, with its largest micro-batch; bytes a GPU, speed of the whole job."""
 
     policy: str
     micro_batch: int
@@ -53,7 +53,8 @@ class Plan:
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     """The network (without memory) and one Plan a policy, fastest that fits first.
 
-    ValueError for an unknown GPU, and for a batch that the processes cannot share.
+    A micro-batch is the largest that fits, or training.micro_batch where that is a number of images. ValueError for an
+    unknown GPU, and for a batch that the processes cannot share.
     """
     card = lookup(GPUS, gpu, "--gpu")
     settings = config.training
@@ -61,55 +62,62 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     side = config.data.image_size // 8  # of the usual autoencoders; shards say the real one
     with torch.device("meta"):
         model = network(config, (4, side, side), objective)
-    micro, _ = micro_batches(settings.global_batch, max(settings.micro_batch, 0), world)
-    share = settings.global_batch // world
-    zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
+    micro, accumulation = micro_batches(settings.global_batch, max(settings.micro_batch, 0), world)
+    share = micro * accumulation
+    candidates = [micro] if settings.micro_batch > 0 else divisors(share)
     count = sum(p.numel() for p in model.parameters())
-    optimizer_bytes = 40 * count / (world if zero_stage else 1)  # weights, moments, gradients, EMA: read and written
+    optimizer_bytes = 40 * count / (world if uses_zero(settings) else 1)  # weights, moments, gradients, EMA
     plans = []
-    for policy in RECOMPUTED:
-        memory = memory_bytes(model, micro, policy, world=world, zero_stage=zero_stage, precision=settings.precision)
-        flops = 3 * model.flops_per_image() * (1 + RECOMPUTED[policy])
-        moved = share * moved_bytes(model, policy) + optimizer_bytes
+    for policy in policies_of(settings):
+        memory = {m: memory_by_kind(model, settings, policy, m, world) for m in candidates}
+        fitting = [m for m in candidates if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
+        micro = max(fitting, default=min(candidates))
+        flops = 3 * model.flops_per_image() * (4 / 3 if policy == "full" else 1)
+        moved = share * moved_bytes(model, policy, residual=settings.residual_bytes) + optimizer_bytes
+        moved += (share // micro - 1) * ACCUMULATION_BYTES * count
         step_s = share * flops / (card.tflops * 1e12 * GEMM_SHARE) + moved / (card.bandwidth * 1e12 * MEMORY_SHARE)
-        fits = sum(memory.values()) <= card.gib * GIB * (1 - RESERVED)
         speed = settings.global_batch / step_s
-        plans.append(Plan(policy, micro, memory, fits, step_s, speed, settings.steps * step_s / 3600))
+        hours = settings.steps * step_s / 3600
+        plans.append(Plan(policy, micro, memory[micro], bool(fitting), step_s, speed, hours))
     return model, sorted(plans, key=lambda p: (not p.fits, p.step_s))
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
     """The plan in Markdown, as `fastdit plan` prints it."""
     model, plans = plan(config, gpu, world)
-    forward = model.flops_per_image()
-    best = plans[0]
+    settings, forward, best = config.training, model.flops_per_image(), plans[0]
+    engine = f"ZeRO-{settings.zero_stage}" if uses_zero(settings) else "DDP"
+    processes = f"{world} x {gpu}" + (f" ({engine})" if world > 1 else "")
     lines = [
-        f"### {config.model.variant}, {config.data.image_size} px, {world} x {gpu}, global batch "
-        f"{config.training.global_batch}, {config.training.precision}",
+        f"### {config.model.variant}, {config.data.image_size} px, {processes}, global batch "
+        f"{settings.global_batch}, {settings.precision}, residual stream {8 * settings.residual_bytes} bits",
         "",
         f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP an image forward, "
         f"{3 * forward / 1e9:.1f} in training.",
         "",
-        "| checkpointing | " + " | ".join(best.memory) + " | total GiB | fits | images/s | hours | GPU-hours |",
-        "|---" * (len(best.memory) + 6) + "|",
+        "| checkpointing | micro-batch | "
+        + " | ".join(best.memory)
+        + " | total GiB | fits | images/s | hours | GPU-hours |",
+        "|---" * (len(best.memory) + 7) + "|",
     ]
     for p in plans:
         cells = [f"{value / GIB:.1f}" for value in p.memory.values()]
         total = f"{sum(p.memory.values()) / GIB:.1f}"
         fits = "yes" if p.fits else "no"
         lines.append(
-            f"| {p.policy} | {' | '.join(cells)} | {total} | {fits} | {p.images_per_s:.0f} | {p.hours:.0f} "
-            f"| {p.hours * world:.0f} |"
+            f"| {p.policy} | {p.micro_batch} | {' | '.join(cells)} | {total} | {fits} | {p.images_per_s:.0f} "
+            f"| {p.hours:.0f} | {p.hours * world:.0f} |"
         )
     lines += [
         "",
         (
-            f"Fastest that fits: training.activation_checkpointing={best.policy}."
+            f"Fastest that fits: training.activation_checkpointing={best.policy} "
+            f"training.micro_batch={best.micro_batch}."
             if best.fits
             else f"Nothing fits {gpu}: lower training.micro_batch={best.micro_batch}, or use more GPUs."
         ),
         f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s, the rest at "
         f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
-        f"{config.training.steps:,} steps.",
+        f"{settings.steps:,} steps.",
     ]
     return "\n".join(lines)

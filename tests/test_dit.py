@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.models.attention import ATTENTION
+from fastdit.models.blocks import RECOMPUTE
 from fastdit.models.dit import DIT_VARIANTS, DiT, create_dit, drop_labels
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +36,7 @@ def test_forward_equals_the_official_network(backend):
     torch.testing.assert_close(fractional, golden["out_t_fractional"], **CLOSE)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_gradients_equal_the_official_network(recompute):
     model, golden = golden_dit()
     model.set_activation_checkpointing(recompute)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
-from fastdit.config import load_config
+from fastdit.config import TrainingConfig, load_config
+from fastdit.models.dit import DiT
 from fastdit.sampling import load_generator
-from fastdit.training.loop import read_metrics, train
+from fastdit.training.loop import read_metrics, set_up, train
 
 EVERYTHING = [
     "model.norm=rms", "model.qk_norm=layer", "model.mlp=swiglu", "model.position=rope", "model.registers=2",
@@ -81,3 +84,24 @@ def test_wrong_combinations_fail_before_a_run_begins(world, tmp_path, change, wo
     with pytest.raises(ValueError) as error:
         train_here(world, tmp_path / "run", *([change] if isinstance(change, str) else change))
     assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_compiler_leaves_blocks_whole_under_ddp(monkeypatch):
+    """At DDP's buckets, which a block of this width overflows, it would cut them, and fuse nothing across."""
+    counters, compile_module = torch._dynamo.utils.counters, nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager"))
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        graphs = []
+        for wrap in (lambda model: model, nn.parallel.DistributedDataParallel):
+            torch._dynamo.reset()
+            counters.clear()
+            model = DiT(input_size=8, hidden_size=256, depth=3, num_heads=4, num_classes=10)
+            set_up(model, TrainingConfig(precision="fp32"), "none")
+            wrap(model)(*inputs).sum().backward()
+            graphs.append(counters["aot_autograd"]["total"])
+        assert graphs[0] == graphs[1] > 0
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()

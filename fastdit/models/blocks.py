@@ -104,9 +104,10 @@ class DiTBlock(nn.Module):
 
 
 def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    kept = op.name().split("::")[1].split(".")[0]
-    expensive = kept in ("mm", "addmm", "bmm", "_scaled_mm") or "scaled_dot_product" in kept
-    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+    room, kept = op.name().split(".")[0].split("::")
+    product = kept in ("mm", "addmm", "bmm", "_scaled_mm")
+    attends = "scaled_dot_product" in kept or "flash_attn" in room or (room == "fastdit" and "attention" in kept)
+    return CheckpointPolicy.MUST_SAVE if product or attends else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # What backward runs again instead of keeping: nothing; GELU; the cheap ops (norms, gates, GELU); the whole block.

@@ -25,7 +25,7 @@ from fastdit.training.ema import EMA
 from fastdit.training.engine import DeepSpeedEngine, TorchEngine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.log import Log, peak_flops
-from fastdit.training.memory import RESERVED, fit, memory_bytes
+from fastdit.training.memory import POLICIES, RESERVED, fit, memory_bytes
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -220,7 +220,7 @@ def network(
 def set_up(model: DiT, settings: TrainingConfig, policy: str) -> None:
     """Have the network compute as training asks, on the device that it is on; `policy` of activation checkpointing."""
     model.set_activation_checkpointing(policy)
-    if settings.residual == "bf16" and settings.precision == "bf16":
+    if settings.residual_bytes == 2:
         model.residual_dtype = torch.bfloat16
     if settings.joint_adaln:
         model.join_modulations()
@@ -232,6 +232,8 @@ def set_up(model: DiT, settings: TrainingConfig, policy: str) -> None:
                 f"training.compile={settings.compile} cannot see ZeRO-3 gather weights; "
                 "use compile=false, or zero_stage=2"
             )
+        # DDP would have the compiler cut each block at its buckets; blocks alone give it the gradients early enough
+        torch._dynamo.config.optimize_ddp = settings.compile == "whole"
         model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
 
 
@@ -273,19 +275,36 @@ def memory_policy(config: Config, model: DiT, share: int, ranks: distributed.Ran
     settings = config.training
     policy, micro = settings.activation_checkpointing, settings.micro_batch or share
     if policy == "auto" or micro < 0:
-        policies = ["none", "selective", "full"] if policy == "auto" else [policy]
-        micros = [m for m in range(1, share + 1) if share % m == 0] if micro < 0 else [micro]
-        zero_stage = settings.zero_stage if settings.engine == "deepspeed" else 0
-
-        def need(policy: str, micro: int) -> float:
-            kinds = memory_bytes(
-                model, micro, policy, world=ranks.world, zero_stage=zero_stage, precision=settings.precision
-            )
-            return sum(kinds.values())
-
+        policies = policies_of(settings) if policy == "auto" else [policy]
+        micros = divisors(share) if micro < 0 else [micro]
         budget = distributed.memory_of(ranks.device) * (1 - RESERVED)
-        policy, micro = fit(budget, policies, micros, need)
+        policy, micro = fit(
+            budget, policies, micros, lambda p, m: sum(memory_by_kind(model, settings, p, m, ranks.world).values())
+        )
     return policy, micro, share // micro
+
+
+def policies_of(settings: TrainingConfig) -> list[str]:
+    """The policies of activation checkpointing that these settings can run; FP8 products keep inputs of their own."""
+    return [policy for policy in POLICIES if not (settings.fp8 and policy == "activation")]
+
+
+def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int, world: int) -> dict[str, float]:
+    """Peak bytes of one of `world` processes, predicted."""
+    return memory_bytes(
+        model,
+        micro,
+        policy,
+        world=world,
+        zero_stage=settings.zero_stage if uses_zero(settings) else 0,
+        precision=settings.precision,
+        residual=settings.residual_bytes,
+    )
+
+
+def divisors(share: int) -> list[int]:
+    """What a micro-batch can be, ascending."""
+    return [m for m in range(1, share + 1) if share % m == 0]
 
 
 def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:
@@ -296,7 +315,7 @@ def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int,
     share = global_batch // world
     micro = micro_batch or share
     if share % micro:
-        fits = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        fits = max(m for m in divisors(share) if m <= micro)
         raise ValueError(f"training.micro_batch={micro} does not divide {share} images a process; use {fits}")
     return micro, share // micro
 

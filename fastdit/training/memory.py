@@ -8,40 +8,68 @@ GIB = 2**30
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
 
 
-def activation_bytes(model: DiT, policy: str, residual: int = 4) -> int:
-    """Bytes that one image keeps from forward to backward, bf16 under autocast with the fused kernels.
+POLICIES = ("none", "activation", "selective", "full")  # of activation checkpointing, fastest first
 
-    Per token and block, in units of D values: the input of qkv 1, qkv 3, attention's output 1, both branches 2, the
-    input of fc1 1, its output 4, GELU's output 4, at two bytes; and twice the residual stream at `residual` bytes.
-    `selective` runs norms and GELU again and drops what they make; `full` keeps a block's residual and branch only.
+
+def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: int = 4) -> int:
+    """Bytes that one image keeps from forward to backward, with the fused kernels.
+
+    Per token and block, in units of D values of `itemsize` bytes: the input of qkv 1, qkv 3, attention's output 1, both
+    branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
+    bytes. `activation` makes the activation's output again; `selective` that and the norms' outputs; `full` keeps a
+    block's residual and branch only.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
-    a_token = {
-        "none": 2 * (1 + 3 + 1 + 2 + 1 + 4 + 4) + 2 * residual,
-        "selective": 2 * (3 + 1 + 2 + 4) + residual,
-        "full": 2 + residual,
+    before, after = activation_widths(model)
+    units, residuals = {
+        "none": (1 + 3 + 1 + 2 + 1 + before + after, 2),
+        "activation": (1 + 3 + 1 + 2 + 1 + before, 2),
+        "selective": (3 + 1 + 2 + before, 1),
+        "full": (1, 1),
     }[policy]
-    ends = residual + 2  # the residual and the input of the final layer
-    return d * tokens * (blocks * a_token + ends)
+    ends = residual + itemsize  # the residual and the input of the final layer
+    return round(d * tokens * (blocks * (itemsize * units + residual * residuals) + ends))
 
 
-def moved_bytes(model: DiT, policy: str, residual: int = 4) -> int:
+def activation_widths(model: DiT) -> tuple[float, float]:
+    """Widths of the MLP's values before and after its activation, over D: 4 and 4, as published."""
+    mlp = model.blocks[0].mlp
+    return mlp.fc1.weight.shape[0] / model.hidden_size, mlp.fc2.weight.shape[1] / model.hidden_size
+
+
+def moved_bytes(model: DiT, policy: str, *, residual: int = 4) -> float:
     """Bytes that one image's step moves outside matrix products: norms and gates, GELU, attention, bias gradients."""
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
+    before, after = activation_widths(model)
     norm = 2 * ((2 * residual + 2 + 2) + (3 * residual + 2 + 2 + 2))  # twice a block: x, branch, x', h and backward
-    gelu = 2 * (4 + 4) + 2 * (4 + 4 + 4)
+    activation = 2 * (before + after)  # forward; backward reads both and writes a gradient
     attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3)
     bias_gradients = 2 * (3 + 4)  # those of qkv and fc1; the others leave the fused kernels
-    again = {"none": 0, "selective": norm // 3 + 2 * (4 + 4), "full": (norm + gelu + attention) // 3}[policy]
-    return d * tokens * blocks * (norm + gelu + attention + bias_gradients + again)
+    step = norm + activation + (activation + 2 * before) + attention + bias_gradients
+    again = {
+        "none": 0,
+        "activation": 2 * after,  # written once more by the activation's backward pass
+        "selective": norm // 3 + activation,
+        "full": (norm + 2 * activation + 2 * before + attention) // 3,
+    }[policy]
+    return d * tokens * blocks * (step + again)
 
 
 def memory_bytes(
-    model: DiT, images: int, policy: str, *, world: int = 1, zero_stage: int = 0, precision: str = "bf16"
+    model: DiT,
+    images: int,
+    policy: str,
+    *,
+    world: int = 1,
+    zero_stage: int = 0,
+    precision: str = "bf16",
+    residual: int = 4,
 ) -> dict[str, float]:
-    """Peak bytes a GPU by kind, for `images` in one forward pass."""
+    """Peak bytes a GPU by kind, for `images` in one forward pass; `residual` bytes a value of that stream."""
     count = sum(p.numel() for p in model.parameters())
-    again = activation_bytes(model, "none") / len(model.blocks) if policy != "none" else 0  # one block's, in backward
+    width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual}
+    kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
+    again = (whole - kept) / len(model.blocks)  # what one block makes once more, in backward
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
     return {
         "weights": 4 * count / weights_over,
@@ -49,7 +77,7 @@ def memory_bytes(
         "gradients": 4 * count / gradients_over,
         "moments": 8 * count / optimizer_over,
         "EMA": 4 * count / optimizer_over,
-        "activations": images * (activation_bytes(model, policy) + again) * (1 if precision == "bf16" else 2),
+        "activations": images * (kept + again),
     }
 
 
