@@ -148,5 +148,6 @@ class ImageRandom:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Standard normals of the shape, type and device of `like` (N, ...), row i from generator i."""
-        rows = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
-        return torch.stack(rows).to(like)
+        rows = torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators])
+        # from pinned memory the copy waits for its turn on the GPU while the next evaluation is being launched
+        return (rows.pin_memory() if like.is_cuda else rows).to(like, non_blocking=True)

@@ -1,13 +1,14 @@
 """What every entry of OBJECTIVES owes the rest, new ones included: fitted to data, it says what the data are."""
 
 import dataclasses
+import functools
 import typing
 
 import pytest
 import torch
 
 from fastdit.config import Choice, build
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.objectives import OBJECTIVES, compiled
 
 MEAN, STD = 0.6, 0.4
 CASES = [(name, {}) for name in OBJECTIVES]
@@ -98,3 +99,39 @@ def test_a_yaml_section_can_spell_it(name):
     assert all(f.default is not dataclasses.MISSING for f in fields) and OBJECTIVES[name].__dataclass_params__.frozen
     plain = {int, float, str, bool, type(None)}
     assert all(set(typing.get_args(hints[f.name]) or (hints[f.name],)) <= plain for f in fields)
+
+
+@every_objective
+def test_a_compiler_sees_the_whole_of_a_loss_and_no_table_travels(name, options, monkeypatch):
+    """On a GPU the loss is fused; what stood outside the graph, or was copied inside it, would wait at every step."""
+    objective = build(OBJECTIVES, Choice(name, options), "objective")
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        fused = compiled(objective)
+    x_0, noise = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64).unbind()
+    t = objective.sample_t(torch.linspace(0, 0.99, 5))
+    model = Affine(objective)
+    ours, wanted = (o.loss(model, x_0, None, t, noise) for o in (fused, objective))
+    assert torch.equal(ours.per_sample, wanted.per_sample) and ours.parts.keys() == wanted.parts.keys()
+    assert len(graphs) == 1
+    devices = [node for node in graphs[0].graph.nodes if any(isinstance(a, torch.device) for a in node.args)]
+    assert not devices
+
+
+def test_a_fused_loss_is_the_loss_with_its_gradient():
+    objective = OBJECTIVES["ddpm"]()
+    x_0, noise = torch.randn(2, 6, 4, 8, 8).unbind()
+    t = objective.sample_t(torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 0.99]))
+    results = []
+    for form in (objective, compiled(objective)):
+        output = torch.linspace(-1, 1, 6 * 8 * 64).view(6, 8, 8, 8).requires_grad_()
+        loss = form.loss(lambda x_t, time, y, output=output: output, x_0, None, t, noise).per_sample
+        results.append((loss, torch.autograd.grad(loss.sum(), output)[0]))
+    for ours, wanted in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2e-5, atol=1e-6)

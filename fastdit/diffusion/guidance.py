@@ -37,7 +37,7 @@ def guided(
 
     def denoise(x_t: Tensor, time: Tensor) -> Prediction:
         inside = low <= float(time) <= high
-        t = torch.as_tensor(time, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        t = torch.full((len(x_t),), float(time), dtype=torch.float64, device=x_t.device)  # no copy that waits
         if cfg_scale == 1 or not inside:
             return objective.predict(model, x_t, t, y)
         if weak_model is not None:

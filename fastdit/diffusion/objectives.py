@@ -15,10 +15,11 @@ from torch.nn.functional import cosine_similarity
 
 from fastdit.diffusion.coupling import COUPLINGS
 from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, half_diffusion, pick
-from fastdit.diffusion.prediction import Prediction, predicted, reverse_moments, target
+from fastdit.diffusion.prediction import Prediction, Step, predicted, target
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS, respaced, shifted
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Terms = tuple[Tensor, dict[str, Tensor]]  # the fields of a Loss
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,21 @@ class DDPM:
     def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
         """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
         x_t = self.path.q_sample(x_0, noise, t)
-        output = model(x_t, self.model_time(t), y).to(x_t.dtype)
+        return Loss(*self.terms(model(x_t, self.model_time(t), y).to(x_t.dtype), x_0, x_t, t, noise))
+
+    def terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Terms:
+        """What `loss` makes of the network's output: nothing but arithmetic, for a compiler to fuse."""
         prediction = self._read(output, x_t, t)
         if self.loss_type == "kl":
             vlb = self.vlb(prediction, x_0, x_t, t)
-            return Loss(vlb * NUM_TIMESTEPS, {"vlb": vlb})
+            return vlb * NUM_TIMESTEPS, {"vlb": vlb}
         error = output[:, : x_0.shape[1]] - target(self.prediction, x_0, noise, t, self.path)
         parts = {"mse": self._min_snr_weight(t).to(x_0) * per_sample_mean(error**2)}
         if self._learned:
             # the bound learns the variance alone: through the mean it would be a noisy second loss for eps
             parts["vlb"] = self.vlb(replace(prediction, x_0=prediction.x_0.detach()), x_0, x_t, t)
         scale = NUM_TIMESTEPS / 1000 if self.loss_type == "rescaled_mse" else 1.0
-        return Loss(parts["mse"] + scale * parts["vlb"] if self._learned else parts["mse"], parts)
+        return parts["mse"] + scale * parts["vlb"] if self._learned else parts["mse"], parts
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
         if not self.min_snr_gamma:
@@ -130,9 +134,10 @@ class DDPM:
         s = t - 1 / NUM_TIMESTEPS
         first = s < 0.5 / NUM_TIMESTEPS
         s = torch.where(first, 0.0, s)
-        mean, log_variance = reverse_moments(prediction, x_t, t, s, self.path)
+        step = Step.between(t, s, self.path, x_t)
+        mean, log_variance = step.moments(prediction, x_t)
         true = Prediction(x_0, prediction.eps, prediction.velocity)
-        true_mean, true_log_variance = reverse_moments(true, x_t, t, s, self.path)
+        true_mean, true_log_variance = step.moments(true, x_t)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nats = torch.where(broadcast(first, x_t).bool(), -binned_log_likelihood(x_0, mean, 0.5 * log_variance), kl)
         return per_sample_mean(nats) / math.log(2)
@@ -230,7 +235,11 @@ class FlowMatching:
     def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
         """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
         noise = COUPLINGS[self.coupling](x_0, noise)
-        output = self._output(model, self.path.q_sample(x_0, noise, t), t, y)
+        x_t = self.path.q_sample(x_0, noise, t)
+        return Loss(*self.terms(self._output(model, x_t, t, y), x_0, x_t, t, noise))
+
+    def terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Terms:
+        """What `loss` makes of the network's output: nothing but arithmetic, for a compiler to fuse."""
         if self.prediction == "score":  # as an error of eps, which stays finite: score = -eps / sigma
             error = output * broadcast(self.path.sigma(t), x_0) + noise
         else:
@@ -240,8 +249,8 @@ class FlowMatching:
             wanted = target("velocity", x_0, noise, t, self.path)
             # (N, h, w) -> (N,); a head that starts at zero has no direction: below a length of 0.1 no steeper gradient
             parts["cosine"] = per_sample_mean(1 - cosine_similarity(output, wanted, dim=1, eps=0.1))
-            return Loss(parts["mse"] + self.cosine_weight * parts["cosine"], parts)
-        return Loss(parts["mse"], parts)
+            return parts["mse"] + self.cosine_weight * parts["cosine"], parts
+        return parts["mse"], parts
 
     def _weight(self, t: Tensor) -> Tensor:
         if self.weight == "none" or self.prediction == "velocity":
@@ -276,6 +285,13 @@ def binned_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     above, below = cdf(inverse_scale * (x - mean + half_bin)), cdf(inverse_scale * (x - mean - half_bin))
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
+
+
+def compiled(objective):
+    """The objective with the arithmetic of its loss fused: on a GPU, where hundreds of tiny kernels take their time."""
+    copy = replace(objective)
+    object.__setattr__(copy, "terms", torch.compile(objective.terms, fullgraph=True))  # it is frozen
+    return copy
 
 
 OBJECTIVES = {"ddpm": DDPM, "flow": FlowMatching}

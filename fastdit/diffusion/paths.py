@@ -58,7 +58,7 @@ class Path:
 
         On a DDPM schedule these are the released tables, respaced where t and s lie several steps apart; last is beta.
         """
-        alpha_t, sigma_t, alpha_s, sigma_s = self.alpha(t), self.sigma(t), self.alpha(s), self.sigma(s)
+        (alpha_t, sigma_t, _, _), (alpha_s, sigma_s, _, _) = self(t), self(s)
         alpha_ts = alpha_t / alpha_s
         variance_ts = sigma_t**2 - (alpha_ts * sigma_s) ** 2
         kept = (sigma_s / sigma_t) ** 2
@@ -113,8 +113,12 @@ def tabulated(alphas_cumprod: Tensor) -> Schedule:
     """
     nodes = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.sqrt()])
     (slopes,) = torch.gradient(nodes)  # per step; one-sided at the ends
-    steps = len(alphas_cumprod)
-    on = functools.cache(lambda device: (nodes.to(device), slopes.to(device)))
+    steps, table = len(alphas_cumprod), torch.stack([nodes, slopes])
+    cached = functools.cache(lambda device: table.to(device))
+
+    @torch.compiler.assume_constant_result  # traced, the table would be sent to the device at every step
+    def on(device):
+        return cached(device)
 
     def schedule(t):
         nodes, slopes = on(t.device)

@@ -86,8 +86,26 @@ def reverse_moments(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, p
 
     A step to s = 0 has no posterior variance; as released, that of the step above, equally long, stands in its place.
     """
-    from_x_t, from_x_0, variance, beta = path.posterior(t, s)
-    mean = broadcast(from_x_t, x_t) * x_t + broadcast(from_x_0, x_t) * prediction.x_0
-    variance = torch.where(s > 0, variance, path.posterior(2 * t - s, t)[2])
-    mix = 0.0 if prediction.log_variance_mix is None else prediction.log_variance_mix
-    return mean, mix * broadcast(beta.log(), x_t) + (1 - mix) * broadcast(variance.log(), x_t)
+    return Step.between(t, s, path, x_t).moments(prediction, x_t)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the steps from x_t to x_s need to know of their times; coefficients of x (N, ...), ready to multiply it."""
+
+    from_x_t: Tensor
+    from_x_0: Tensor
+    log_variance: Tensor  # of q(x_s | x_t, x_0)
+    log_beta: Tensor  # of q(x_t | x_s)
+
+    @classmethod
+    def between(cls, t: Tensor, s: Tensor, path: Path, x: Tensor) -> "Step":
+        from_x_t, from_x_0, variance, beta = path.posterior(t, s)
+        variance = torch.where(s > 0, variance, path.posterior(2 * t - s, t)[2])
+        return cls(*(broadcast(c, x) for c in (from_x_t, from_x_0, variance.log(), beta.log())))
+
+    def moments(self, prediction: Prediction, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (N, C, h, w) and log-variance of p(x_s | x_t) as the prediction has it."""
+        mean = self.from_x_t * x_t + self.from_x_0 * prediction.x_0
+        mix = 0.0 if prediction.log_variance_mix is None else prediction.log_variance_mix
+        return mean, mix * self.log_beta + (1 - mix) * self.log_variance

@@ -12,7 +12,7 @@ from fastdit import distributed
 from fastdit.config import Config, TrainingConfig, bind, build, load_config, save_config
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches, on_device
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.objectives import OBJECTIVES, compiled
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
@@ -51,7 +51,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     micro, accumulation = micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)
 
     # objective and network, from the seed alone: every process starts with the same weights
-    objective = build(OBJECTIVES, config.objective, "objective")
+    objective = build_objective(config, device)
     if settings.loss_aware_times and config.objective.name != "ddpm":
         raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     times = LossAwareTimes() if settings.loss_aware_times else None
@@ -193,6 +193,12 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     if log:
         log.close()
     return last
+
+
+def build_objective(config: Config, device: torch.device):
+    """The config's objective, its loss compiled where the blocks are, on a GPU: a CPU launches nothing."""
+    objective = build(OBJECTIVES, config.objective, "objective")
+    return compiled(objective) if config.training.compile and device.type == "cuda" else objective
 
 
 def network(
