@@ -43,7 +43,7 @@ def adaln_eager(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm
 
 
 @triton.jit
-def _forward(
+def _adaln_forward(
     x, shift, scale, h, stats, T, chunks, x_n, x_t, shift_n, scale_n,
     EPS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
@@ -80,7 +80,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _adaln_backward(
     d_h, x, scale, stats, d_x, partial, T, chunks, dh_n, dh_t, x_n, x_t, scale_n,
     RMS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
@@ -146,7 +146,7 @@ def _op(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rms: bool) -> tuple
         rows = rows_per_program(n, t, programs=2048, most=32)
         chunks = cdiv(t, rows)
         with on_device(x):
-            wrap_triton(_forward)[(n * chunks,)](
+            wrap_triton(_adaln_forward)[(n * chunks,)](
                 x, shift, scale, h, stats, t, chunks, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
                 EPS=eps, RMS=rms, D=d, A=a, B=b, STEPS=rows // FORWARD["ROWS"], **FORWARD, num_warps=warps_for(a),
             )  # fmt: skip
@@ -165,7 +165,7 @@ def _op_backward(d_h: Tensor, x: Tensor, scale: Tensor, stats: Tensor, rms: bool
     if x.numel():
         a, b = split_columns(d)
         with on_device(x):
-            wrap_triton(_backward)[(n * chunks,)](
+            wrap_triton(_adaln_backward)[(n * chunks,)](
                 d_h, x, scale, stats, d_x, partial, t, chunks,
                 d_h.stride(0), d_h.stride(1), x.stride(0), x.stride(1), scale.stride(0),
                 RMS=rms, D=d, A=a, B=b, STEPS=rows // BACKWARD["ROWS"], **BACKWARD, num_warps=warps_for(a),

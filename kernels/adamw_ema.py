@@ -43,7 +43,7 @@ def _one_minus_exp(z):
 
 
 @triton.jit
-def _update(
+def _adamw_ema(
     param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, M,
     BETA_1: tl.constexpr, BETA_2: tl.constexpr, LOG_1: tl.constexpr, LOG_2: tl.constexpr, EPS: tl.constexpr,
     DECAY: tl.constexpr, COPY: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,7 +82,7 @@ def _op(
     if m:
         logs = [-math.log(beta) if beta else 1e30 for beta in (beta_1, beta_2)]
         with on_device(param):
-            wrap_triton(_update)[(cdiv(m, BLOCK),)](
+            wrap_triton(_adamw_ema)[(cdiv(m, BLOCK),)](
                 param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, m,
                 BETA_1=beta_1, BETA_2=beta_2, LOG_1=logs[0], LOG_2=logs[1], EPS=eps, DECAY=weight_decay,
                 COPY=int(copy is not None), SCALE=int(grad_scale is not None), BLOCK=BLOCK, num_warps=4,

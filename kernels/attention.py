@@ -58,7 +58,7 @@ def _store(base, rows, stride: tl.constexpr, cols, T: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def _forward(
+def _attention_forward(
     q, k, v, out, lse, q_n, k_n, v_n, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
     SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
@@ -107,7 +107,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_q(
+def _attention_backward_q(
     d_out, q, k, v, out, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
     do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
@@ -160,7 +160,7 @@ def _backward_q(
 
 
 @triton.jit
-def _backward_kv(
+def _attention_backward_kv(
     d_out, q, k, v, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
     do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
@@ -237,7 +237,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
         config |= {key: _block(config[key], t) for key in ("BLOCK_M", "BLOCK_N")}
         strides = [x.stride(dim) for dim in range(3) for x in (q, k, v)]
         with on_device(q):
-            wrap_triton(_forward)[(cdiv(t, config["BLOCK_M"]) * n * h,)](
+            wrap_triton(_attention_forward)[(cdiv(t, config["BLOCK_M"]) * n * h,)](
                 q, k, v, out, lse, *strides,
                 SCALE=scale, H=h, T=t, **_columns(d), **config,
             )  # fmt: skip
@@ -273,10 +273,10 @@ def _op_backward(
             for config in (BACKWARD_Q[q.dtype.itemsize], BACKWARD_KV[q.dtype.itemsize])
         )
         with on_device(q):
-            wrap_triton(_backward_q)[(cdiv(t, queries["BLOCK_M"]) * n * h,)](
+            wrap_triton(_attention_backward_q)[(cdiv(t, queries["BLOCK_M"]) * n * h,)](
                 d_out, q, k, v, out, lse, delta, d_qkv, *strides, **sizes, **queries
             )
-            wrap_triton(_backward_kv)[(cdiv(t, keys["BLOCK_M"]) * n * h,)](
+            wrap_triton(_attention_backward_kv)[(cdiv(t, keys["BLOCK_M"]) * n * h,)](
                 d_out, q, k, v, lse, delta, d_qkv, *strides, **sizes, **keys
             )
     return d_qkv

@@ -48,7 +48,7 @@ def gate_residual_adaln_eager(
 
 
 @triton.jit
-def _forward(
+def _gate_residual_adaln_forward(
     x, branch, gate, bias, shift, scale, x_out, h, stats, T, chunks,
     x_n, x_t: tl.constexpr, branch_n, branch_t: tl.constexpr, gate_n, shift_n, scale_n,
     EPS: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
@@ -107,7 +107,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _gate_residual_adaln_backward(
     d_out, d_h, x_out, branch, gate, scale, stats, d_x, d_branch, partial, T, chunks,
     dout_n, dout_t: tl.constexpr, dh_n, dh_t: tl.constexpr, x_n, x_t: tl.constexpr, branch_n, branch_t: tl.constexpr,
     gate_n, scale_n,
@@ -212,7 +212,7 @@ def launch_forward(
     chunks = cdiv(t, rows)
     shift, scale = modulation or (None, None)
     with on_device(x):
-        wrap_triton(_forward)[(n * chunks,)](
+        wrap_triton(_gate_residual_adaln_forward)[(n * chunks,)](
             x, branch, gate, bias, shift, scale, x_out, h, stats, t, chunks, *x.stride()[:2], *branch.stride()[:2],
             gate.stride(0), 0 if shift is None else shift.stride(0), 0 if scale is None else scale.stride(0),
             EPS=eps, NORM=int(h is not None), RMS=rms, BIAS=int(bias is not None), D=d, A=a, B=b,
@@ -233,7 +233,7 @@ def launch_backward(
         a, b = split_columns(d)
         strides = [s for v in (d_out, d_h, x_out, branch) for s in ((0, 0) if v is None else v.stride()[:2])]
         with on_device(branch):
-            wrap_triton(_backward)[(n * chunks,)](
+            wrap_triton(_gate_residual_adaln_backward)[(n * chunks,)](
                 d_out, d_h, x_out, branch, gate, scale, stats, d_x, d_branch, partial, t, chunks, *strides,
                 gate.stride(0), 0 if scale is None else scale.stride(0),
                 NORM=int(norm), RMS=rms, BIAS=int(has_bias), D_OUT=int(d_out is not None), D=d, A=a, B=b,

@@ -48,7 +48,7 @@ def _gate(u):
 
 
 @triton.jit
-def _forward(
+def _gelu_forward(
     x, bias, y, M, x_row, BIAS: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _gelu_backward(
     d_y, x, bias, d_x, y, partial, M, dy_row, x_row,
     BIAS: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
@@ -109,7 +109,7 @@ def _op(x: Tensor, bias: Tensor | None) -> Tensor:
         c = column_block(d)
         tile = TILE // c
         with on_device(x):
-            wrap_triton(_forward)[(cdiv(m, tile * FORWARD_TILES) * cdiv(d, c),)](
+            wrap_triton(_gelu_forward)[(cdiv(m, tile * FORWARD_TILES) * cdiv(d, c),)](
                 rows, bias, y, m, rows.stride(0),
                 BIAS=int(bias is not None), D=d, C=c, ROWS=tile, STEPS=FORWARD_TILES, STAGES=STAGES, num_warps=8,
             )  # fmt: skip
@@ -131,7 +131,7 @@ def _op_backward(d_y: Tensor, x: Tensor, bias: Tensor | None, keep: bool) -> tup
     if x.numel():
         bias = None if bias is None else unit_stride(bias)
         with on_device(x):
-            wrap_triton(_backward)[(chunks * cdiv(d, c),)](
+            wrap_triton(_gelu_backward)[(chunks * cdiv(d, c),)](
                 d_rows, rows, bias, d_x, y, partial, m, d_rows.stride(0), rows.stride(0),
                 BIAS=int(bias is not None), KEEP=int(keep), D=d, C=c,
                 ROWS=tile, STEPS=steps, STAGES=STAGES, num_warps=8,

@@ -100,7 +100,7 @@ def _normed(base, rows, cols_a, cols_b, in_a, in_b, EPS: tl.constexpr, RMS: tl.c
 
 
 @triton.jit
-def _forward(
+def _qk_norm_rope_forward(
     qkv, q_weight, k_weight, cos, sin, q, k, T, chunks, qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
     EPS: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, ROPE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
@@ -143,7 +143,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _qk_norm_rope_backward(
     d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, d_qkv, partial, T, chunks,
     qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
     EPS: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, ROPE: tl.constexpr,
@@ -244,7 +244,7 @@ def _op(
     if qkv.numel():
         sizes, chunks, warps = _launch(qkv, cos)
         with on_device(qkv):
-            wrap_triton(_forward)[(n * chunks,)](
+            wrap_triton(_qk_norm_rope_forward)[(n * chunks,)](
                 qkv, q_weight, k_weight, cos, sin, q, k, t, chunks, qkv.stride(0), qkv.stride(1), qkv.stride(2),
                 EPS=eps, RMS=rms, WEIGHT=int(q_weight is not None), **sizes, num_warps=warps,
             )  # fmt: skip
@@ -266,7 +266,7 @@ def _op_backward(
     partial = torch.empty((1, programs, 2, d), dtype=torch.float32, device=qkv.device)
     if qkv.numel():
         with on_device(qkv):
-            wrap_triton(_backward)[(n * chunks,)](
+            wrap_triton(_qk_norm_rope_backward)[(n * chunks,)](
                 d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, d_qkv, partial, t, chunks,
                 qkv.stride(0), qkv.stride(1), qkv.stride(2),
                 EPS=eps, RMS=rms, WEIGHT=int(q_weight is not None), **sizes, num_warps=warps,
