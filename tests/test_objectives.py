@@ -104,6 +104,7 @@ def test_a_yaml_section_can_spell_it(name):
 @every_objective
 def test_a_compiler_sees_the_whole_of_a_loss_and_no_table_travels(name, options, monkeypatch):
     """On a GPU the loss is fused; what stood outside the graph, or was copied inside it, would wait at every step."""
+    torch._dynamo.reset()  # many objectives are compiled in one process here
     objective = build(OBJECTIVES, Choice(name, options), "objective")
     graphs = []
 
@@ -125,6 +126,7 @@ def test_a_compiler_sees_the_whole_of_a_loss_and_no_table_travels(name, options,
 
 
 def test_a_fused_loss_is_the_loss_with_its_gradient():
+    torch._dynamo.reset()
     objective = OBJECTIVES["ddpm"]()
     x_0, noise = torch.randn(2, 6, 4, 8, 8).unbind()
     t = objective.sample_t(torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 0.99]))

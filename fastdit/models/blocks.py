@@ -64,14 +64,14 @@ class DiTBlock(nn.Module):
         else:
             self.norms = nn.ModuleList(own_norm(hidden_size) for _ in range(2 + (self.cross is not None)))
         self.joint = False  # c comes as this block's rows, made with all the others' (DiT.join_modulations)
-        self.recompute = "none"  # activation checkpointing, a key of RECOMPUTE
+        self.checkpointing = "none"  # activation checkpointing, a key of RECOMPUTE
 
     def forward(
         self, x: Tensor, pending: Pending | None, c: Row, rope: Rope | None = None, keys: Tensor | None = None
     ) -> tuple[Tensor, Pending]:
         """keys (branches, N) of `dropout_keys`, where values are to be dropped."""
         arguments = (x, pending, c, rope, keys)
-        options = RECOMPUTE[self.recompute]
+        options = RECOMPUTE[self.checkpointing]
         if options is None or not torch.is_grad_enabled():
             return self._forward(*arguments)
         # inside the compiled region, so that the compiler sees it

@@ -200,7 +200,7 @@ class DiT(nn.Module):
         """none; activation: backward makes GELU's (SwiGLU's) output again, from what it reads anyway; selective: norms,
         gates and GELU; full: the whole block, a third more FLOPs."""
         for block in self.blocks:
-            block.recompute, block.mlp.recompute = policy, policy == "activation"
+            block.checkpointing, block.mlp.recompute = policy, policy == "activation"
 
     def set_attention(self, backend: str) -> None:
         """Use another key of ATTENTION in every block."""

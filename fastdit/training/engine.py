@@ -135,7 +135,6 @@ class DeepSpeedEngine:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=zero_stage < 3)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merge_deepspeed(own, extra))
-        self.skipped = 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.engine(x, t, y).float()
