@@ -70,10 +70,10 @@ limit() {
 command_of() {  # fills COMMAND
     local inner=$(($(limit "$1") - 15))  # the programs stop by themselves and write what they have
     case $1 in
-        attention) COMMAND=("$PYTHON" bench/attention.py) ;;  # first: `model.attention=auto` then reads its table
+        attention) COMMAND=("$PYTHON" bench/attention.py --out "$OUT" --budget-s "$inner") ;;  # first: `model.attention=auto` then reads its table
         step) COMMAND=("$PYTHON" bench/step.py "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
         ablation) COMMAND=("$PYTHON" bench/step.py --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT") ;;
+        sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT" --budget-s "$inner") ;;
         kernels) COMMAND=("$PYTHON" bench/kernels.py "${KERNELS[@]}" --out "$OUT/kernels") ;;
         tests) COMMAND=("$PYTHON" -m pytest -q -x -p no:cacheprovider "${TESTS[@]}") ;;
         *) echo "unknown part $1"; exit 2 ;;

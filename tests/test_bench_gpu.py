@@ -1,0 +1,100 @@
+"""The programs for a GPU: what they write when time, memory or a backend ends early; on one, the graphs' numbers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import attention  # noqa: E402
+import sample  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """bench/attention.py as on a GPU whose backends take the milliseconds of the returned dict, one a second."""
+    backends, now = {"sdpa": 3.0, "sdpa-flash": 2.0, "triton": 4.0}, [0.0]
+
+    def ms(name, shape, deadline, file):
+        if now[0] > deadline:
+            raise TimeoutError
+        now[0] += 1
+        return backends.get(name)
+
+    monkeypatch.setattr(attention, "milliseconds", ms)
+    monkeypatch.setattr(attention, "MEASURED", tmp_path / "attention.json")
+    monkeypatch.setattr(attention.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(sys, "argv", ["attention.py"])
+    return backends
+
+
+def test_attentions_table_holds_every_shape_that_was_done_when_time_ended(gpu, monkeypatch, tmp_path):
+    (tmp_path / "attention.json").write_text('{"GPU d64 t256": "sdpa", "another": "eager"}')
+    each = len(attention.ATTENTION) - 1  # seconds a shape: all backends but the CPU's
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--budget-s", str(each + 2)])
+    with pytest.raises(SystemExit, match="was used up"):
+        attention.main()
+    table = json.loads((tmp_path / "attention.json").read_text())
+    assert table == {"GPU d72 t256": "sdpa-flash", "GPU d64 t256": "sdpa", "another": "eager"}
+
+
+def test_the_cpus_attention_is_never_a_gpus(gpu, tmp_path):
+    gpu["cpu"] = 0.1
+    attention.main()
+    table = json.loads((tmp_path / "attention.json").read_text())
+    assert len(table) == len(attention.SHAPES) and set(table.values()) == {"sdpa-flash"}
+
+
+def test_a_backend_that_breaks_is_left_out(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attention, "obstacle", lambda *args, **kwargs: None)
+    file, shape = tmp_path / "results.jsonl", attention.SHAPES[0]
+    for wrong in (float("nan"), ImportError("undefined symbol\nand more")):
+
+        def error(*args, wrong=wrong):
+            if isinstance(wrong, Exception):
+                raise wrong
+            return wrong
+
+        monkeypatch.setattr(attention, "error", error)
+        assert attention.milliseconds("triton", shape, float("inf"), file) is None
+    with pytest.raises(TimeoutError):
+        attention.milliseconds("triton", shape, 0.0, file)
+    assert [line["skipped"] for line in lines_of(tmp_path)] == ["error nan", "ImportError: undefined symbol"]
+
+
+def test_sampling_keeps_what_it_had_time_for_and_what_did_not_fail(monkeypatch, tmp_path):
+    """Heun runs out of memory; after the first turn of DPM-Solver++ the time is over, so DDPM is not begun."""
+    right, late = sample.Bench.seconds, []
+    monkeypatch.setattr(sample.time, "monotonic", lambda: 1000.0 * (len(late) > 3))
+
+    def seconds(self, run, steps, precision):
+        late.append(precision)
+        return right(self, run, steps, precision)
+
+    def fastdit(self, steps, precision, right=sample.Bench.fastdit):
+        if self.whole == 50:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return right(self, steps, precision)
+
+    monkeypatch.setattr(sample.Bench, "seconds", seconds)
+    monkeypatch.setattr(sample.Bench, "fastdit", fastdit)
+    arguments = "sample.py --device cpu --size tiny --batch 2 --budget-s 500 --samplings Heun DPM-Solver++ DDPM --out"
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), str(tmp_path)])
+    with pytest.raises(SystemExit, match="Heun CUDA out of memory.; DDPM was not begun"):
+        sample.main()
+    lines = lines_of(tmp_path)
+    assert {(line["sampler"], line["turns"]) for line in lines} == {("DPM-Solver++", 1)} and len(lines) == 3
+    assert (tmp_path / "sample.md").read_text().count("DPM-Solver++") == 3
