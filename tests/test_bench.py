@@ -14,13 +14,14 @@ sys.path.append(str(ROOT / "bench"))
 
 import contestants  # noqa: E402
 import count  # noqa: E402
+import gate  # noqa: E402
 import profiles  # noqa: E402
 import report  # noqa: E402
 import sample  # noqa: E402
 import step  # noqa: E402
 from contestants import Case, build_case, fill  # noqa: E402
+from gate import Gated, gate_errors  # noqa: E402
 from runs import ENVIRONMENT  # noqa: E402
-from workers import Gated, gate_errors  # noqa: E402
 
 EAGER = ("training.compile=false",)
 CHECKOUT = '''
@@ -59,24 +60,25 @@ def tiny(name: str, stack: str, *overrides: str, repo: str = "") -> Case:
 
 @pytest.fixture(scope="module")
 def first():
-    """fastdit's gate in fp32, whose inputs the others take, and the oracle's."""
-    verdict = build_case(tiny("fastdit", "fastdit", *EAGER, "training.precision=fp32")).gate(None)
-    return verdict, build_case(tiny("oracle", "oracle")).gate(verdict.inputs)
+    """fastdit's gate in fp32, and the oracle's."""
+    verdict = build_case(tiny("fastdit", "fastdit", *EAGER, "training.precision=fp32")).gate()
+    return verdict, build_case(tiny("oracle", "oracle")).gate()
 
 
 def objection(verdict, truth) -> str:
-    return step.Judge.objection(Gated(verdict, 4, 0.0), gate_errors(verdict, truth))
+    return gate.objection(Gated(verdict, 4, 0.0), gate_errors(verdict, truth))
 
 
 @pytest.mark.parametrize("stack", ["official", "fast-dit"])
 def test_stacks_compute_the_same(first, stack):
     verdict, truth = first
     assert gate_errors(verdict, truth)[0] < 1e-5
-    assert not objection(build_case(tiny(stack, stack)).gate(verdict.inputs), truth)
+    assert not objection(build_case(tiny(stack, stack)).gate(), truth)
 
 
-def test_fastdit_in_bf16_passes_within_its_noise(first):
-    verdict = build_case(tiny("fastdit", "fastdit", *EAGER)).gate(None)
+@pytest.mark.parametrize("overrides", [(), ("training.residual=bf16",)])
+def test_fastdit_in_bf16_passes_within_its_noise(first, overrides):
+    verdict = build_case(tiny("fastdit", "fastdit", *EAGER, *overrides)).gate()
     assert verdict.precision == "bf16" and not objection(verdict, first[1])
     assert gate_errors(verdict, first[1])[0] > 1e-5  # it is not fp32 in disguise
 
@@ -118,7 +120,7 @@ WRONG = {  # what a stack might get wrong without any error
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
 def test_a_wrong_network_is_caught(first, tmp_path, change):
     repo = str(checkout(tmp_path / "repo", change))
-    verdict = build_case(tiny("official", "official", repo=repo)).gate(first[0].inputs)
+    verdict = build_case(tiny("official", "official", repo=repo)).gate()
     assert "computes something else" in objection(verdict, first[1])
 
 
@@ -128,10 +130,37 @@ def test_a_wrong_step_is_caught(first, what):
     if what == "no optimiser":
         bench.work.optimizer.step = lambda: None
     elif what == "half the rate":
-        bench.work.optimizer.param_groups[0]["lr"] /= 2
+        right = bench.work.set_lr
+        bench.work.set_lr = lambda lr: right(lr / 2)
     else:
         bench.work.average = lambda: None
-    assert objection(bench.gate(first[0].inputs), first[1])
+    assert objection(bench.gate(), first[1])
+
+
+@pytest.mark.parametrize("what", ["moments", "y", "step", "lr"])
+def test_a_graph_that_replays_what_it_was_captured_with_is_caught(first, what):
+    bench = build_case(tiny("fastdit", "fastdit", *EAGER))
+    right, names, calls = bench.work, ("moments", "y", "step", "lr"), []
+
+    def stale(*given):
+        calls.append(dict(zip(names, given, strict=True)))
+        if len(calls) > 4:  # three as they are, one captured, then replays
+            given = ({**calls[-1], what: calls[3][what]}[name] for name in names)
+        return right(*given)
+
+    bench.work = stale
+    if what == "lr":  # in bf16, whose own noise is 0.04
+        assert gate_errors(bench.gate(), first[1])[1] > 1.5 * gate.TOLERANCE["bf16"][1]
+    else:
+        with pytest.raises(ValueError, match="step 4 computed on another (x_0|y) than its seed, number and batch say"):
+            bench.gate()
+
+
+def test_half_a_batch_is_the_first_half_of_the_images():
+    whole, half = (contestants.host_batches(contestants.SIZES["tiny"], batch, False) for batch in (4, 2))
+    for ours, theirs in zip(half, whole, strict=True):
+        assert torch.equal(ours[0], theirs[0][:2]) and torch.equal(ours[1], theirs[1][:2])
+    assert not torch.equal(whole[0][0], whole[1][0])
 
 
 def test_weights_are_equal_by_name_and_leave_nothing_silent():

@@ -12,6 +12,11 @@ sys.path.append(str(ROOT / "bench"))
 
 import attention  # noqa: E402
 import sample  # noqa: E402
+import step  # noqa: E402
+from contestants import Case  # noqa: E402
+from workers import Served  # noqa: E402
+
+from fastdit.training.engine import TorchEngine  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,3 +103,84 @@ def test_sampling_keeps_what_it_had_time_for_and_what_did_not_fail(monkeypatch, 
     lines = lines_of(tmp_path)
     assert {(line["sampler"], line["turns"]) for line in lines} == {("DPM-Solver++", 1)} and len(lines) == 3
     assert (tmp_path / "sample.md").read_text().count("DPM-Solver++") == 3
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """bench/step.py's workers within this process; the list says what was asked, of whom."""
+    asked = []
+
+    class Here(Served):
+        def ask(self, method, *arguments, timeout_s):
+            if method in ("gate", "build"):
+                self.case = arguments[0]
+            asked.append((self.case.name, method))
+            return getattr(self, method)(*arguments)
+
+        def close(self):
+            self.contestant = None
+
+    monkeypatch.setattr(step, "Worker", Here)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):  # as it was, afterwards
+        yield asked
+
+
+def compete(*contestants: str, **options) -> list[step.Row]:
+    eager = ("training.compile=false",)
+    cases = [
+        Case(name, "fastdit" if "fastdit" in name else name, "tiny", 4, "cpu", eager if "fastdit" in name else ())
+        for name in contestants
+    ]
+    options = {"turns": 2, "steps": 1, "warmup": 0, "resident": False, "budget_s": 600, "profile": True, **options}
+    return step.compete(cases, out=None, **options)
+
+
+def test_the_first_contestant_too_halves_its_batch_and_the_others_keep_theirs(here, monkeypatch):
+    right = TorchEngine.__call__
+
+    def call(self, x, t, y):
+        if len(y) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return right(self, x, t, y)
+
+    monkeypatch.setattr(TorchEngine, "__call__", call)
+    rows = compete("official", "fastdit")
+    assert [(row.case.name, row.gated.batch, row.failed, len(row.turns)) for row in rows] == [
+        ("official", 4, "", 2), ("fastdit", 2, "", 2)
+    ]  # fmt: skip
+    assert rows[0].errors[0] < 1e-5 < rows[1].errors[0] < 4e-3
+    assert here[:6] == [("fastdit", "gate"), ("fastdit", "release"), ("oracle", "gate"), ("fastdit", "build"),
+                        ("fastdit", "turn"), ("fastdit", "peak_gib")]  # fmt: skip
+    assert here.count(("oracle", "gate")) == 2  # one of each batch
+
+
+def test_a_contestant_goes_from_its_gate_to_its_first_turn_and_profile(here):
+    rows = compete("official", "fastdit")
+    assert all(row.profile and len(row.turns) == 2 for row in rows)
+    turn = ["turn", "peak_gib", "product_tflops", "profile"]
+    assert [method for name, method in here if name == "fastdit"] == ["gate", "release", *turn, "build", *turn[:-1]]
+    assert here.index(("fastdit", "profile")) < here.index(("official", "gate"))
+
+
+def test_a_profiler_that_fails_costs_no_turn(here, monkeypatch):
+    def profile(self, steps, trace):
+        raise RuntimeError("CUPTI")
+
+    monkeypatch.setattr(Served, "profile", profile)
+    rows = compete("fastdit", turns=1)
+    assert not rows[0].failed and rows[0].rates and not rows[0].profile
+
+
+def test_an_oracle_too_large_to_stand_beside_a_contestant_runs_alone(here, monkeypatch):
+    right, tries = Served.gate, []
+
+    def gate(self, case):
+        tries.append(case.name)
+        if tries.count("oracle") == 1 and case.name == "oracle":
+            raise MemoryError("CUDA out of memory")
+        return right(self, case)
+
+    monkeypatch.setattr(Served, "gate", gate)
+    rows = compete("fastdit", turns=1)
+    assert tries == ["fastdit", "oracle", "oracle"] and rows[0].rates
+    assert [method for name, method in here if name == "fastdit"][:4] == ["gate", "release", "build", "turn"]
