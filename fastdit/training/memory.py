@@ -37,11 +37,19 @@ def moved_bytes(model: DiT, policy: str, residual: int = 4) -> int:
 
 
 def memory_bytes(
-    model: DiT, images: int, policy: str, *, world: int = 1, zero_stage: int = 0, precision: str = "bf16"
+    model: DiT,
+    images: int,
+    policy: str,
+    *,
+    world: int = 1,
+    zero_stage: int = 0,
+    precision: str = "bf16",
+    residual: int = 4,
 ) -> dict[str, float]:
     """Peak bytes a GPU by kind, for `images` in one forward pass."""
     count = sum(p.numel() for p in model.parameters())
-    again = activation_bytes(model, "none") / len(model.blocks) if policy != "none" else 0  # one block's, in backward
+    one_block = activation_bytes(model, "none", residual) / len(model.blocks)
+    again = one_block if policy != "none" else 0  # in backward
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
     return {
         "weights": 4 * count / weights_over,
@@ -49,7 +57,7 @@ def memory_bytes(
         "gradients": 4 * count / gradients_over,
         "moments": 8 * count / optimizer_over,
         "EMA": 4 * count / optimizer_over,
-        "activations": images * (activation_bytes(model, policy) + again) * (1 if precision == "bf16" else 2),
+        "activations": images * (activation_bytes(model, policy, residual) + again) * (1 if precision == "bf16" else 2),
     }
 
 
