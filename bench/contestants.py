@@ -67,9 +67,11 @@ SIZES = {
 CONTESTANTS = {  # name: what the table says; in the order of their turns, should time run out
     "fastdit": "fastdit",
     "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
+    "fastdit-all-on": "fastdit, all on: bf16 residual stream, on a GPU the step as a CUDA graph",
     "official": "official design: eager, TF32 on a GPU, EMA in a loop",
     "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
 }
+ALL_ON = ["training.residual=bf16", "training.cuda_graph=true"]  # a CPU has no graph
 
 ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
     "bf16 residual stream": ["training.residual=bf16"],
@@ -122,15 +124,19 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     common = dict(size=arguments.size, batch=arguments.batch or size.batch, device=arguments.device)
     own = tuple(arguments.override)
     repos = {stack_of_repo(path): str(path.resolve()) for path in arguments.reference_repo}
+    on_gpu = arguments.device.startswith("cuda")
+    all_on = [override for override in ALL_ON if on_gpu or override != "training.cuda_graph=true"]
+    changes = {"fastdit": own, "fastdit-all-on": (*all_on, *own)}
     cases = [
-        Case(name, name, **common, overrides=own if name == "fastdit" else (), repo=repos.get(name, ""))
+        Case(name, "fastdit" if name in changes else name, **common, overrides=changes.get(name, ()),
+             repo=repos.get(name, ""))
         for name in arguments.contestants
-    ]
+    ]  # fmt: skip
     changed = ABLATION if arguments.ablation else ENGINES if arguments.engines else {}
     if changed:
         cases = [Case("fastdit", "fastdit", **common, overrides=own)]
         for name, changes in changed.items():
-            if name in GPU_ONLY and not arguments.device.startswith("cuda"):
+            if name in GPU_ONLY and not on_gpu:
                 continue
             cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
     return cases

@@ -32,7 +32,8 @@ from workers import Worker
 
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.training.log import PEAK_TFLOPS
-from fastdit.training.loop import network
+from fastdit.training.loop import network, uses_zero
+from fastdit.training.memory import GIB, memory_bytes
 
 
 @dataclass
@@ -185,6 +186,18 @@ def flops_per_image(case: Case) -> int:
         return 3 * network(config_of(case), latent_shape(SIZES[case.size]), objective).flops_per_image()
 
 
+def predicted_gib(case: Case, batch: int) -> float:
+    """Peak memory as `fastdit plan` predicts it."""
+    settings = config_of(case).training
+    with torch.device("meta"):
+        model = network(config_of(case), latent_shape(SIZES[case.size]), OBJECTIVES["ddpm"]())
+    kinds = memory_bytes(
+        model, batch, settings.activation_checkpointing, zero_stage=settings.zero_stage if uses_zero(settings) else 0,
+        precision=settings.precision, residual=2 if settings.residual == "bf16" else 4,
+    )  # fmt: skip
+    return sum(kinds.values()) / GIB
+
+
 def figures(rows: list[Row]) -> list[dict]:
     """The fields of each contestant's JSON line."""
     flops = flops_per_image(rows[0].case)
@@ -199,6 +212,9 @@ def figures(rows: list[Row]) -> list[dict]:
             line |= {"batch": row.gated.batch, "precision": row.gated.verdict.precision,
                      "loss_error": float(f"{row.errors[0]:.2g}"), "way_error": float(f"{row.errors[1]:.2g}"),
                      "first_step_s": round(row.gated.first_step_s, 2)}  # fmt: skip
+        if row.case.stack == "fastdit":
+            batch = row.gated.batch if row.gated else row.case.batch
+            line["predicted_gib"] = significant(predicted_gib(row.case, batch))
         if row.failed:
             line["failed"] = row.failed.strip().splitlines()[-1]
         if row.turns:

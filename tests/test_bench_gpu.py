@@ -2,6 +2,8 @@
 
 import json
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ sys.path.append(str(ROOT / "bench"))
 import attention  # noqa: E402
 import sample  # noqa: E402
 import step  # noqa: E402
-from contestants import Case  # noqa: E402
+from contestants import Case, cases_of, config_of  # noqa: E402
 from workers import Served  # noqa: E402
 
 from fastdit.training.engine import TorchEngine  # noqa: E402
@@ -184,3 +186,18 @@ def test_an_oracle_too_large_to_stand_beside_a_contestant_runs_alone(here, monke
     rows = compete("fastdit", turns=1)
     assert tries == ["fastdit", "oracle", "oracle"] and rows[0].rates
     assert [method for name, method in here if name == "fastdit"][:4] == ["gate", "release", "build", "turn"]
+
+
+def test_all_on_is_a_contestant_of_its_own_and_has_no_graph_on_a_cpu():
+    common = dict(size="XL/2", batch=None, override=["model.attention=sdpa"], reference_repo=[], ablation=False,
+                  engines=False, contestants=["fastdit", "fastdit-all-on", "strong"])  # fmt: skip
+    plain, on, strong = cases_of(Namespace(device="cuda", **common))
+    assert plain.overrides == ("model.attention=sdpa",) and not strong.overrides
+    settings = config_of(on).training
+    assert settings.cuda_graph and settings.residual == "bf16" and on.stack == "fastdit"
+    assert config_of(on).model.attention == "sdpa" and config_of(replace(on, overrides=())).model.attention == "auto"
+    on_cpu = config_of(cases_of(Namespace(device="cpu", **common))[1]).training
+    assert on_cpu.residual == "bf16" and not on_cpu.cuda_graph
+    # a bf16 stream keeps 4 bytes a value less in each of 28 blocks, 256 images of 256 tokens, and 2 at the end
+    saved = step.predicted_gib(plain, 256) - step.predicted_gib(on, 256)
+    assert saved == pytest.approx(256 * 256 * 1152 * (28 * 4 + 2) / 2**30)
