@@ -61,8 +61,8 @@ class Row:
 
 
 def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident: bool, budget_s: float,
-            profile: bool, out: Path | None, truth: Path | None = None) -> list[Row]:  # fmt: skip
-    """Gate and time all `cases`; what goes wrong with one is said in its row."""
+            profile: bool, traces: str = "", truth: Path | None = None) -> list[Row]:  # fmt: skip
+    """Gate and time all `cases`; what goes wrong with one is said in its row. `traces`: how their files begin."""
     deadline, spares = time.monotonic() + budget_s, Spares(not resident)
     rows, workers, judge = {case.name: Row(case) for case in cases}, {}, Judge(cases[0], truth)
     cases = sorted(cases, key=lambda case: case.name != "fastdit")  # first, should time run out
@@ -137,7 +137,7 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         if row.case.name == cases[0].name:  # the ceiling, measured while everything is as warm as it gets
             row.product_tflops.append(worker.ask("product_tflops", timeout_s=left()))
         if profile and not row.profile and row.case.name in CONTESTANTS:
-            trace = out and out / f"trace-{row.case.name}.json.gz"
+            trace = Path(f"{traces}{row.case.name}.json.gz") if traces else None
             try:
                 row.profile = worker.ask("profile", 2, trace, timeout_s=left())
             except (RuntimeError, MemoryError) as error:  # the turn counts nevertheless
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3600.0, help="after it no turn begins")
     parser.add_argument("--truth", type=Path, help="file that keeps what the fp32 network computed, for another run")
     parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to), step.md, step.png, traces")
+    parser.add_argument("--label", default="", help="in the place of step, ablation or engines in the files' names")
     arguments = parser.parse_args()
     try:
         cases = cases_of(arguments)
@@ -274,22 +275,23 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
+    kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
+    label = arguments.label and f"{arguments.label}-"
     with tempfile.TemporaryDirectory() as cache:  # empty, so that the time to the first step is a newcomer's
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
         os.environ.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
         rows = compete(
-            cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup, out=arguments.out,
+            cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup,
             resident=not arguments.fresh, budget_s=arguments.budget_s, profile=arguments.profile,
-            truth=arguments.truth,
+            truth=arguments.truth, traces=str(arguments.out / f"trace-{label}") if arguments.out else "",
         )  # fmt: skip
-    kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
     file = arguments.out and arguments.out / "results.jsonl"
     lines = [record(kind, file=file, **line) for line in figures(rows)]
     text = table(lines)
     print(text)
     if arguments.out:
-        (arguments.out / f"{kind}.md").write_text(text)
-        chart(lines, arguments.out / f"{kind}.png")
+        (arguments.out / f"{arguments.label or kind}.md").write_text(text)
+        chart(lines, arguments.out / f"{arguments.label or kind}.png")
     if any(row.failed for row in rows):
         sys.exit("not every contestant came through: " + ", ".join(row.case.name for row in rows if row.failed))
 

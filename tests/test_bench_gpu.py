@@ -1,6 +1,7 @@
 """The programs for a GPU: what they write when time, memory or a backend ends early; on one, the graphs' numbers."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -13,9 +14,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import attention  # noqa: E402
+import contestants  # noqa: E402
 import sample  # noqa: E402
 import step  # noqa: E402
-from contestants import Case, cases_of, config_of  # noqa: E402
+from contestants import Case, build_case, cases_of, config_of  # noqa: E402
+from gate import gate_errors  # noqa: E402
 from workers import Served  # noqa: E402
 
 from fastdit.training.engine import TorchEngine  # noqa: E402
@@ -127,14 +130,14 @@ def here(monkeypatch):
         yield asked
 
 
-def compete(*contestants: str, **options) -> list[step.Row]:
+def compete(*names: str, **options) -> list[step.Row]:
     eager = ("training.compile=false",)
     cases = [
         Case(name, "fastdit" if "fastdit" in name else name, "tiny", 4, "cpu", eager if "fastdit" in name else ())
-        for name in contestants
+        for name in names
     ]
     options = {"turns": 2, "steps": 1, "warmup": 0, "resident": False, "budget_s": 600, "profile": True, **options}
-    return step.compete(cases, out=None, **options)
+    return step.compete(cases, **options)
 
 
 def test_the_first_contestant_too_halves_its_batch_and_the_others_keep_theirs(here, monkeypatch):
@@ -201,3 +204,65 @@ def test_all_on_is_a_contestant_of_its_own_and_has_no_graph_on_a_cpu():
     # a bf16 stream keeps 4 bytes a value less in each of 28 blocks, 256 images of 256 tokens, and 2 at the end
     saved = step.predicted_gib(plain, 256) - step.predicted_gib(on, 256)
     assert saved == pytest.approx(256 * 256 * 1152 * (28 * 4 + 2) / 2**30)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_engines_whose_package_is_missing_are_left_out_in_one_line(installed, monkeypatch, capsys):
+    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: object() if installed else None)
+    asked = Namespace(device="cpu", size="tiny", batch=None, override=[], reference_repo=[], ablation=False,
+                      engines=True, contestants=[])  # fmt: skip
+    names = [case.name for case in cases_of(asked)]
+    zero = ["ZeRO-1", "ZeRO-2", "ZeRO-3, no compile"]
+    assert names == ["fastdit", "DDP", *zero * installed, "no compile"]
+    said = capsys.readouterr().err
+    assert said == ("" if installed else f"{', '.join(zero)}: left out, deepspeed is not installed\n")
+
+
+def test_the_time_limits_of_a_call_stay_under_nine_minutes():
+    script = (ROOT / "bench/gpu.sh").read_text()
+    words = re.findall(r"LIMIT=\((attention 60 [^)]*)\)", script)[0].split()
+    limits = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    parts = re.search(r"PARTS=\((attention [^)]*)\)", script)[1].split()
+    assert sum(limits[part] for part in parts) == 535 and "at most 535 s" in script
+    assert limits["ablation"] < 540 and limits["small-batch"] + limits["engines"] < 540
+    for file, name in re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", script):
+        assert f"def {name}" in (ROOT / file).read_text(), (file, name)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+def test_a_network_built_on_the_gpu_has_the_same_tables():
+    for overrides in ((), ("model.position=rope",)):
+        ours, wanted = (
+            dict(build_case(Case("fastdit", "fastdit", "tiny", 4, device, overrides)).model.named_buffers())
+            for device in ("cuda", "cpu")
+        )
+        assert ours.keys() == wanted.keys() and len(ours)
+        for name, buffer in ours.items():
+            assert buffer.is_cuda
+            torch.testing.assert_close(buffer.cpu(), wanted[name], atol=1e-6, rtol=1e-6)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compiled", ["true", "false"])
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_a_graphed_step_is_the_step_that_it_captured(compiled, residual):
+    """Images, labels, seed and learning rate are other ones at every step (bench/gate.py)."""
+    common = (f"training.compile={compiled}", f"training.residual={residual}")
+    graphed, plain = (
+        build_case(Case("fastdit", "fastdit", "tiny", 4, "cuda", (*common, f"training.cuda_graph={graph}"))).gate()
+        for graph in ("true", "false")
+    )
+    losses, ways = gate_errors(graphed, plain)
+    assert losses < 1e-3 and ways < 0.05
+
+
+@on_a_gpu
+@pytest.mark.parametrize("precision, most", [("fp32", sample.TOLERANCE["cuda"]), ("bf16", 0.05)])
+def test_a_graphed_evaluation_is_the_networks(precision, most):
+    bench = sample.Bench("DDPM", "tiny", 2, torch.device("cuda"), ())
+    truth = bench.reference(sample.GATE_STEPS, "fp32")
+    assert sample.difference(bench.fastdit(sample.GATE_STEPS, precision), truth) < most
+    assert bench.inferences[precision].graphs
