@@ -81,7 +81,9 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         if row.gated is not None:
             worker.ask("build", replace(row.case, batch=row.gated.batch), timeout_s=left())
             return
-        gated = worker.ask("gate", row.case, timeout_s=left())
+        first = rows[cases[0].name].gated  # what it cannot hold nobody is compared on, and compiles for
+        case = replace(row.case, batch=min(row.case.batch, first.batch)) if first else row.case
+        gated = worker.ask("gate", case, timeout_s=left())
         if not judge.knows(gated):
             worker.ask("release", timeout_s=left())
             learn(name, gated)
@@ -89,7 +91,7 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         row.failed = objection(gated, row.errors)
         say(f"{name}: {gated.verdict.precision}, batch {gated.batch}, first step after {gated.first_step_s:.1f} s, "
             + (row.failed or f"equal (losses {row.errors[0]:.0e}, ways {row.errors[1]:.0e})"))  # fmt: skip
-        if gated.batch < row.case.batch:
+        if gated.batch < case.batch:
             leave(name)  # its peak of memory is that of the batch that did not fit
         if not row.failed:
             enter(row)
@@ -251,7 +253,7 @@ def main() -> None:
     parser.add_argument("override", nargs="*", help="of fastdit's configuration, like training.compile=false")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
-    parser.add_argument("--batch", type=int, help="images of a step (halved for a reference whose memory ends)")
+    parser.add_argument("--batch", type=int, help="images of a step (halved where memory ends)")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--ablation", action="store_true", help="fastdit with one thing changed at a time")
     parser.add_argument("--engines", action="store_true", help="fastdit plain, under DDP and under ZeRO-1, 2, 3")
