@@ -1,11 +1,13 @@
 """The programs for a GPU: what they write when time, memory or a backend ends early; on one, the graphs' numbers."""
 
+import importlib.util
 import json
 import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,40 @@ def test_a_backend_that_breaks_is_left_out(monkeypatch, tmp_path):
     with pytest.raises(TimeoutError):
         attention.milliseconds("triton", shape, 0.0, file)
     assert [line["skipped"] for line in lines_of(tmp_path)] == ["error nan", "ImportError: undefined symbol"]
+
+
+def test_an_op_that_fails_and_a_peer_that_is_missing_leave_the_others_their_times(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench/kernels.py")
+    kernels = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(kernels)
+    import kernels_peers
+
+    def peer():
+        raise ImportError("No module named 'liger_kernel'")
+
+    def correct(op, shape):
+        if op.name == "swiglu":
+            raise RuntimeError("out of resource: shared memory")
+        return []
+
+    ops = {name: SimpleNamespace(name=name, real=[(1,)], inputs=lambda *a: {}, minimum_bytes=lambda *a: (1e6, 1e6),
+                                 triton=None, eager=lambda: None) for name in ("swiglu", "adaln")}  # fmt: skip
+    monkeypatch.setattr(kernels, "OPS", ops)
+    monkeypatch.setattr(kernels, "correct", correct)
+    monkeypatch.setattr(kernels, "copy_gbps", lambda ms: 1000.0)
+    monkeypatch.setattr(kernels, "timed", lambda fn, kwargs, ms: {"forward": (1.0, 1.0, 1.0)})
+    monkeypatch.setitem(kernels_peers.PEERS, "adaln", {"liger": peer, "apex": lambda: None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--out", str(tmp_path)])
+    with torch._functorch.config.patch(donated_buffer=True):  # the bench sets it
+        assert kernels.main() == 0
+    lines = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert lines[0]["op"] == "swiglu" and "shared memory" in lines[0]["failed"][0]
+    assert [line["contestant"] for line in lines[1:]] == ["fastdit", "eager", "compiled", "liger", "apex"]
+    assert "liger_kernel" in lines[4]["failed"][0] and lines[5]["ms"] == 1.0
 
 
 def test_sampling_keeps_what_it_had_time_for_and_what_did_not_fail(monkeypatch, tmp_path):
