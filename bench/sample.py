@@ -134,7 +134,7 @@ def markdown_of(lines: list[dict]) -> str:
         [f"{line['steps']}-step {line['sampler']}", line["contestant"], f"**{line['images_per_s']}**",
          "{} .. {}".format(*line["spread"]), line["over"].get("plain, fp32", 1)] for line in lines
     ]  # fmt: skip
-    return markdown(rows)
+    return "## sample\n\n" + markdown(rows)
 
 
 def main() -> None:

@@ -289,7 +289,7 @@ def main() -> None:
         )  # fmt: skip
     file = arguments.out and arguments.out / "results.jsonl"
     lines = [record(kind, file=file, **line) for line in figures(rows)]
-    text = table(lines)
+    text = f"## {arguments.label or kind}\n\n{table(lines)}\n"
     print(text)
     if arguments.out:
         (arguments.out / f"{arguments.label or kind}.md").write_text(text)
