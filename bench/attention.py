@@ -2,11 +2,14 @@
 
     python bench/attention.py            # prints JSON lines, updates fastdit/models/attention.json
 
-A backend is timed only after its output and gradients agree with fp32 eager to bf16 accuracy in the same run.
+A backend is timed only after its output and gradients agree with fp32 eager to bf16 accuracy in the same run. The table
+is written after every shape, DiT-XL/2 at 256 px first; a shape that not all backends had time for stays as it was.
 """
 
 import argparse
 import json
+import time
+from pathlib import Path
 
 import torch
 from record import record
@@ -36,37 +39,56 @@ def error(name: str, heads: int, tokens: int, head_dim: int, device: str) -> flo
     qkv, grad = inputs(2, heads, tokens, head_dim, device)
     wanted = run("eager", qkv.detach().float().requires_grad_(), grad.float())
     pairs = zip(run(name, qkv, grad), wanted, strict=True)
-    return max(float((ours.float() - exact).abs().max() / exact.abs().max()) for ours, exact in pairs)
+    return float(torch.stack([(a.float() - exact).abs().max() / exact.abs().max() for a, exact in pairs]).max())
+
+
+def milliseconds(name: str, shape: tuple[int, int, int, int], deadline: float, file: Path | None) -> float | None:
+    """Forward and backward, recorded; None, with the reason recorded, where the backend is not to be used."""
+    from triton.testing import do_bench
+
+    n, heads, tokens, head_dim = shape
+    about = {"backend": name, "batch": n, "heads": heads, "tokens": tokens, "head_dim": head_dim}
+    reason = obstacle(name, device=torch.device("cuda"), head_dim=head_dim, tokens=tokens)
+    if time.monotonic() > deadline:
+        raise TimeoutError
+    try:
+        wrong = None if reason else error(name, heads, tokens, head_dim, "cuda")
+        if reason or not wrong <= TOLERANCE:  # not <=: NaN is an error too
+            record("attention", file=file, **about, skipped=reason or f"error {wrong:.3f}")
+            return None
+        qkv, grad = inputs(n, heads, tokens, head_dim, "cuda")
+        ms = do_bench(lambda: run(name, qkv, grad), return_mode="median")
+    except Exception as failure:  # without a kernel for the shape, out of memory, or what a compiler raises
+        record("attention", file=file, **about, skipped=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+        return None
+    tflops = 14 * n * heads * tokens**2 * head_dim / ms / 1e9  # forward 4, backward 10
+    record("attention", file=file, **about, ms=round(ms, 4), tflops=round(tflops, 1), error=round(wrong, 5))
+    return ms
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--budget-s", type=float, default=600.0, help="after it no backend begins")
+    parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to)")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.budget_s
     if not torch.cuda.is_available():
         raise SystemExit("error: bench/attention.py measures a GPU, and there is none; auto takes its defaults")
-    from triton.testing import do_bench
-
-    device = torch.device("cuda")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out and arguments.out / "results.jsonl"
     table = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
-    for n, heads, tokens, head_dim in SHAPES:
-        times = {}
-        for name in ATTENTION:
-            shape = {"backend": name, "batch": n, "heads": heads, "tokens": tokens, "head_dim": head_dim}
-            reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)
-            try:
-                wrong = None if reason else error(name, heads, tokens, head_dim, "cuda")
-                if reason or wrong > TOLERANCE:
-                    record("attention", **shape, skipped=reason or f"error {wrong:.3f}")
-                    continue
-                qkv, grad = inputs(n, heads, tokens, head_dim, "cuda")
-                times[name] = do_bench(lambda b=name, q=qkv, g=grad: run(b, q, g), return_mode="median")
-            except RuntimeError as failure:  # a backend without a kernel for the shape, or out of memory
-                record("attention", **shape, skipped=str(failure).splitlines()[0][:200])
-                continue
-            tflops = 14 * n * heads * tokens**2 * head_dim / times[name] / 1e9  # forward 4, backward 10
-            record("attention", **shape, ms=round(times[name], 4), tflops=round(tflops, 1), error=round(wrong, 5))
-        table[table_key(torch.cuda.get_device_name(), head_dim, tokens)] = min(times, key=times.get)
-    MEASURED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    backends = [name for name in ATTENTION if name != "cpu"]  # that one is what `auto` means without a GPU
+    for shape in SHAPES:
+        _, _, tokens, head_dim = shape
+        try:
+            times = {name: milliseconds(name, shape, deadline, file) for name in backends}
+        except TimeoutError:
+            raise SystemExit(f"the budget of {arguments.budget_s:.0f} s was used up before {shape} was done") from None
+        times = {name: ms for name, ms in times.items() if ms is not None}
+        if times:
+            table[table_key(torch.cuda.get_device_name(), head_dim, tokens)] = min(times, key=times.get)
+            MEASURED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

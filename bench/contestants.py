@@ -1,10 +1,11 @@
 """Who runs in bench/step.py: sizes, the same weights and batches for all, and one interface to every stack.
 
 A contestant has `step(i)` (one timed training step on host batch i, returns its loss on the device) and
-`gate(inputs)` (a few steps on given inputs, what they came to). New ones are lines in CONTESTANTS; a toggle of fastdit
-is a line in ABLATION.
+`gate()` (the first steps as gate.py says, what they came to). New ones are lines in CONTESTANTS; a toggle of fastdit is
+a line in ABLATION.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gate import RATES, Verdict, check_drawn, gate_inputs
 from reference import Inputs, PlainDiT, ReferenceStep
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ from fastdit.training.step import TrainStep
 
 SCALE, LR, SEED = 0.18215, 1e-4, 0
 EMA_DECAY = 0.99  # so far from 1 that the gate sees fp32 averages move within its few steps
+CLASS_DROPOUT = 0.1
 HOST_BATCHES = 4  # distinct ones, taken in turn
-GATE_STEPS = 5  # a CUDA graph is replayed in the last two: the first three run as they are
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ SIZES = {
 CONTESTANTS = {  # name: what the table says; in the order of their turns, should time run out
     "fastdit": "fastdit",
     "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
+    "fastdit-all-on": "fastdit, all on: bf16 residual stream, on a GPU the step as a CUDA graph",
     "official": "official design: eager, TF32 on a GPU, EMA in a loop",
     "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
 }
+ALL_ON = ["training.residual=bf16", "training.cuda_graph=true"]  # a CPU has no graph
 
 ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
     "bf16 residual stream": ["training.residual=bf16"],
@@ -83,7 +87,7 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "attention eager": ["model.attention=eager"],
     "attention triton": ["model.attention=triton"],
     "FP8 linears": ["training.fp8=true"],
-    "fp32": ["training.precision=fp32"],
+    "fp32": ["training.precision=fp32", "model.attention=sdpa"],  # what auto takes on a GPU is for 16 bits
 }
 ENGINES = {  # the same step, in a group of one process: what an engine costs before anything is communicated
     "DDP": ["DDP=1"],
@@ -108,22 +112,38 @@ class Case:
     repo: str = ""  # a checkout whose models.py holds the network of a reference
 
 
-@dataclass
-class Verdict:
-    """What GATE_STEPS steps on the same inputs came to, on the CPU."""
-
-    inputs: Inputs
-    losses: list[Tensor]  # (N,) of every step
-    moved: Tensor  # norm of the way that each weight tensor, then its average, went from the start; by name
-    precision: str
-    first_done: float  # time.perf_counter() at the end of the first step
-
-
 def config_of(case: Case) -> Config:
     """The shipped DiT-XL/2 configuration, resized, with the case's overrides."""
     size = dataclasses.replace(SIZES[case.size], batch=case.batch)
     fixed = [*size.overrides(), f"training.lr={LR}", f"training.ema_decay={EMA_DECAY}"]
     return load_config(shipped_config("dit_xl_2"), [*fixed, *(o for o in case.overrides if not is_variable(o))])
+
+
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    size = SIZES[arguments.size]
+    common = dict(size=arguments.size, batch=arguments.batch or size.batch, device=arguments.device)
+    own = tuple(arguments.override)
+    repos = {stack_of_repo(path): str(path.resolve()) for path in arguments.reference_repo}
+    on_gpu = arguments.device.startswith("cuda")
+    all_on = [override for override in ALL_ON if on_gpu or override != "training.cuda_graph=true"]
+    changes = {"fastdit": own, "fastdit-all-on": (*all_on, *own)}
+    cases = [
+        Case(name, "fastdit" if name in changes else name, **common, overrides=changes.get(name, ()),
+             repo=repos.get(name, ""))
+        for name in arguments.contestants
+    ]  # fmt: skip
+    changed = ABLATION if arguments.ablation else ENGINES if arguments.engines else {}
+    if changed:
+        cases = [Case("fastdit", "fastdit", **common, overrides=own)]
+        without = ["training.engine=deepspeed"] if importlib.util.find_spec("deepspeed") is None else []
+        missing = [name for name, changes in changed.items() if set(without) & set(changes)]
+        if missing:
+            print(f"{', '.join(missing)}: left out, deepspeed is not installed", file=sys.stderr)
+        for name, changes in changed.items():
+            if name in missing or (name in GPU_ONLY and not on_gpu):
+                continue
+            cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
+    return cases
 
 
 def is_variable(override: str) -> bool:
@@ -168,16 +188,24 @@ def moved(shapes: dict[str, torch.Size], device: torch.device, *states: dict[str
 
 
 def host_batches(size: Size, batch: int, pin: bool) -> list[tuple[Tensor, Tensor]]:
-    """Moments (N, 2C, h, w) and labels (N,) as the loader hands them over."""
-    generator = torch.Generator().manual_seed(SEED)
+    """Moments (N, 2C, h, w) and labels (N,) as the loader hands them over; half a batch has the first half's images."""
     batches = []
-    for _ in range(HOST_BATCHES):
-        mean = 5 * torch.randn(batch, *latent_shape(size), generator=generator)
-        std = 0.1 * torch.rand(batch, *latent_shape(size), generator=generator)
-        y = torch.randint(0, size.classes, (batch,), generator=generator)
-        pair = torch.cat([mean, std], dim=1), y
+    for i in range(HOST_BATCHES):
+        generator = torch.Generator().manual_seed(SEED + i)
+        rows = []
+        for _ in range(batch):
+            mean = 5 * torch.randn(latent_shape(size), generator=generator)
+            std = 0.1 * torch.rand(latent_shape(size), generator=generator)
+            rows.append((torch.cat([mean, std]), torch.randint(0, size.classes, (), generator=generator)))
+        pair = tuple(map(torch.stack, zip(*rows, strict=True)))
         batches.append(tuple(value.pin_memory() for value in pair) if pin else pair)
     return batches
+
+
+def inputs_of_gate(size: Size, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Inputs]:
+    return gate_inputs(
+        batches, device, seed=SEED, scale=SCALE, class_dropout=CLASS_DROPOUT, null_label=size.classes
+    )  # fmt: skip
 
 
 class Reference:
@@ -192,33 +220,32 @@ class Reference:
         self.shapes = fill(self.model)
         self.work = ReferenceStep(
             case.stack, self.model, device, lr=LR, ema_decay=EMA_DECAY, scale=SCALE, null_label=self.size.classes,
-            class_dropout=0.1, micro_batch=self.size.micro if case.stack == "oracle" else 0,
+            class_dropout=CLASS_DROPOUT, micro_batch=self.size.micro if case.stack == "oracle" else 0,
             drops_labels=bool(case.repo),
         )  # fmt: skip
 
     def step(self, i: int) -> Tensor:
         return self.work(*self.batches[i % HOST_BATCHES])
 
-    def gate(self, inputs: Inputs | None) -> Verdict:
-        work = self.work
-        if inputs is None:
-            inputs = work.draw(*(value.to(work.device) for value in self.batches[0])).to("cpu")
-        on_device = inputs.to(work.device)
-        embedder = self.model.y_embedder
+    def gate(self) -> Verdict:
+        work, embedder = self.work, self.model.y_embedder
         if work.drops_labels:  # the inputs' labels are dropped already
             embedder.dropout_prob, dropout = 0, embedder.dropout_prob
         losses, first_done = [], 0.0
-        while len(losses) < GATE_STEPS:
-            scale = work.scaler.get_scale()
-            losses.append(work.learn(on_device).cpu())
-            first_done = first_done or time.perf_counter()
-            if work.scaler.get_scale() < scale:  # fp16 overflowed and the step was left out, as it should be
-                losses.pop()
+        for inputs, rate in zip(inputs_of_gate(self.size, self.batches, work.device), RATES, strict=True):
+            work.set_lr(rate * LR)
+            while True:
+                scale = work.scaler.get_scale()
+                per_sample = work.learn(inputs).cpu()
+                first_done = first_done or time.perf_counter()
+                if work.scaler.get_scale() >= scale:
+                    break  # else fp16 overflowed and the step was left out, as it should be
+            losses.append(per_sample)
         if work.drops_labels:
             embedder.dropout_prob = dropout
         weights, averages = dict(trained(self.model)), dict(zip(map(id, work.parameters), work.ema, strict=True))
         averages = {name: averages[id(p)] for name, p in weights.items()}
-        return Verdict(inputs, losses, moved(self.shapes, work.device, weights, averages), work.precision, first_done)
+        return Verdict(losses, moved(self.shapes, work.device, weights, averages), work.precision, first_done)
 
 
 def plain_network(size: Size) -> nn.Module:
@@ -265,7 +292,9 @@ class Fastdit:
         self.batches = host_batches(size, case.batch, device.type == "cuda")
         self.objective = Recorder(build(OBJECTIVES, config.objective, "objective"))
         ranks = Ranks(0, 0, 1, device)
-        self.model = network(config, latent_shape(size), self.objective, device).to(device).train()
+        with device:  # seconds less than on the CPU
+            model = network(config, latent_shape(size), self.objective, device)
+        self.model = model.to(device).train()
         self.shapes = fill(self.model)
         if settings.activation_checkpointing == "auto":
             raise ValueError("training.activation_checkpointing=auto means another policy on each GPU; name one")
@@ -287,26 +316,27 @@ class Fastdit:
         )  # fmt: skip
         if settings.cuda_graph:
             self.work = GraphedStep(self.work)
-        self.device, self.lr, self.steps = device, settings.lr, 0
+        self.size, self.device, self.lr, self.steps = size, device, settings.lr, 0
 
     def step(self, i: int) -> Tensor:
         moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])
         self.steps += 1
         return self.work(moments, y, self.steps - 1, self.lr)[0]
 
-    def gate(self, inputs: Inputs | None) -> Verdict:
-        """Draws its own inputs, the same at every step, and tells them: the others take these."""
+    def gate(self) -> Verdict:
+        """Draws its own inputs, which must be everybody's."""
         losses, first_done = [], 0.0
-        moments, y = (value.to(self.device) for value in self.batches[0])
-        for _ in range(GATE_STEPS):
-            mean_loss, _ = self.work(moments, y, 0, self.lr)
+        for i, wanted in enumerate(inputs_of_gate(self.size, self.batches, self.device)):
+            moments, y = (value.to(self.device) for value in self.batches[i % HOST_BATCHES])
+            mean_loss, _ = self.work(moments, y, i, RATES[i] * self.lr)
             drawn, per_sample = self.objective.seen
             losses.append(per_sample.cpu())
             first_done = first_done or time.perf_counter()
+            check_drawn(i, drawn, wanted)
             if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):
                 raise ValueError(f"the step returned a loss of {mean_loss}, its objective {per_sample.mean()}")
         states = (self.engine.full_state(tensors) for tensors in (self.engine.master_parameters(), self.ema.average))
-        return Verdict(drawn.to("cpu"), losses, moved(self.shapes, self.device, *states), self.precision, first_done)
+        return Verdict(losses, moved(self.shapes, self.device, *states), self.precision, first_done)
 
 
 class Recorder:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Every measurement that needs a GPU, in one command under 9 minutes, into one folder; no network, nothing installed.
+# What needs a GPU, in commands under 9 minutes, each into one folder; no network, nothing installed.
 #
-#   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]      parts: attention step tests kernels sample ablation
+#   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]
 #
-# OUT gets results.jsonl, report.md, step.png, ablation.png, log.txt, traces.tar, attention.json. --wheels: packages that
-# the machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR NAME==VERSION where there is a network).
+# Parts: attention step tests kernels sample, the default, at most 535 s together; ablation (530 s); small-batch (the
+# step at batch 32, 230 s) and engines (200 s). bench/README.md has a plan of three calls.
+# OUT gets results.jsonl, report.md, step.png, ..., log.txt, traces.tar, attention.json. --wheels: packages that the
+# machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR NAME==VERSION where there is a network).
 # --rehearse: tiny sizes, on the CPU where there is no GPU. Each part has its own time limit: one that hangs or fails
 # leaves the others their time. COMMIT=... names the commit where the checkout came without .git.
 set -uo pipefail
@@ -20,7 +22,7 @@ while (($#)); do
     esac
     shift
 done
-((${#PARTS[@]})) || PARTS=(attention step tests kernels sample ablation)
+((${#PARTS[@]})) || PARTS=(attention step tests kernels sample)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
@@ -43,17 +45,32 @@ if [[ -n $WHEELS ]]; then
     export PYTHONPATH=$PYTHONPATH:$WORK/wheels
 fi
 
+has() { "$PYTHON" -c "import importlib.util as i, sys; sys.exit(i.find_spec('$1') is None)"; }
+
+ON_DEVICE=tests/test_data_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
+SMALL=(--batch 32 --contestants fastdit fastdit-all-on strong --profile)
 if [[ -n $REHEARSE ]]; then
-    LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300)
-    STEP=(--size tiny --fresh --turns 1 --steps 2 --profile) ABLATION=(--size tiny --fresh --turns 1 --steps 2)
+    LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300 small-batch 200 engines 200)
+    TINY=(--size tiny --fresh --turns 1 --steps 2)
+    STEP=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
     SAMPLE=(--size tiny --share 0.05 --turns 1 --batch 2)
-    $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && KERNELS=(--ops adaln) || KERNELS=(--static --ops adaln)
-    TESTS=(tests/test_dit.py)
+    KERNELS=(--ops adaln)
+    $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS+=(--static)
+    TESTS=(tests/test_dit.py tests/test_bench_gpu.py $ON_DEVICE)
 else
-    LIMIT=(attention 25 step 250 tests 60 kernels 60 sample 80 ablation 55)
-    STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) SAMPLE=(--turns 2)
-    KERNELS=(--budget-s 42)
-    TESTS=(-m "not slow" tests/test_kernels.py tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py)
+    LIMIT=(attention 60 step 280 tests 65 kernels 60 sample 70 ablation 530 small-batch 230 engines 200)
+    STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) ENGINES=(--turns 2 --steps 10)
+    SAMPLE=(--turns 2) SMALL+=(--turns 3 --steps 30) KERNELS=(--budget-s 42)
+    # those that do something else on a GPU; quick ones first, as time may end
+    TESTS=(-m "not slow" $ON_DEVICE
+        tests/test_bench_gpu.py::test_a_network_built_on_the_gpu_has_the_same_tables
+        tests/test_bench_gpu.py::test_a_graphed_step_is_the_step_that_it_captured
+        tests/test_bench_gpu.py::test_a_graphed_evaluation_is_the_networks)
+    # those that train or sample in tests/runs.py's world, whose autoencoder is diffusers'
+    has diffusers && TESTS+=(tests/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
+        tests/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
+        tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
+    TESTS+=(tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py tests/test_kernels.py)
 fi
 
 read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds
@@ -69,13 +86,16 @@ limit() {
 
 command_of() {  # fills COMMAND
     local inner=$(($(limit "$1") - 15))  # the programs stop by themselves and write what they have
-    case $1 in
-        attention) COMMAND=("$PYTHON" bench/attention.py) ;;  # first: `model.attention=auto` then reads its table
+    case $1 in  # attention comes first: `model.attention=auto` then reads its table
+        attention) COMMAND=("$PYTHON" bench/attention.py --out "$OUT" --budget-s "$inner") ;;
         step) COMMAND=("$PYTHON" bench/step.py "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        small-batch) COMMAND=("$PYTHON" bench/step.py "${SMALL[@]}" "${COMMON[@]}" --label "$1" --budget-s "$inner") ;;
         ablation) COMMAND=("$PYTHON" bench/step.py --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT") ;;
+        engines) COMMAND=("$PYTHON" bench/step.py --engines "${ENGINES[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT" --budget-s "$inner") ;;
         kernels) COMMAND=("$PYTHON" bench/kernels.py "${KERNELS[@]}" --out "$OUT/kernels") ;;
-        tests) COMMAND=("$PYTHON" -m pytest -q -x -p no:cacheprovider "${TESTS[@]}") ;;
+        tests)  # interrupted, pytest says what failed
+            COMMAND=(timeout --signal=INT "$inner" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${TESTS[@]}") ;;
         *) echo "unknown part $1"; exit 2 ;;
     esac
 }
@@ -95,8 +115,8 @@ failed=()
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
 cat "$OUT"/kernels/*.jsonl >>"$OUT/results.jsonl" 2>/dev/null && rm -r "$OUT/kernels"
-cat "$OUT"/{step,ablation,sample}.md >"$OUT/report.md" 2>/dev/null
-rm -f "$OUT"/{step,ablation,sample}.md
+cat "$OUT"/{step,small-batch,ablation,engines,sample}.md >"$OUT/report.md" 2>/dev/null
+rm -f "$OUT"/{step,small-batch,ablation,engines,sample}.md
 [[ " ${PARTS[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
 (cd "$OUT" && tar -cf traces.tar trace-*.json.gz 2>/dev/null && rm -f trace-*.json.gz || rm -f traces.tar)
 exit ${#failed[@]}

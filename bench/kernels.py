@@ -46,13 +46,12 @@ def copy_gbps(ms: float) -> float:
 
 
 def contestants(op: Any) -> dict[str, Callable]:
-    """Name -> callable with the op's keywords."""
+    """Name -> what makes a callable with the op's keywords; ImportError where a peer is not installed."""
     from kernels_peers import PEERS
 
     torch._functorch.config.donated_buffer = False  # backward is timed on one graph, kept
-    return {"fastdit": op.triton, "eager": op.eager, "compiled": torch.compile(op.eager, fullgraph=True)} | {
-        name: make() for name, make in PEERS.get(op.name, {}).items()
-    }
+    own = {"fastdit": lambda: op.triton, "eager": lambda: op.eager}
+    return {**own, "compiled": lambda: torch.compile(op.eager, fullgraph=True), **PEERS.get(op.name, {})}
 
 
 def correct(op: Any, shape: tuple[int, ...]) -> list[str]:
@@ -85,10 +84,10 @@ def bench(op: Any, shape: tuple[int, ...], copy: float, ms: float, file: Path) -
         record("kernels", file=file, op=op.name, shape=shape, failed=complaints)
         return
     minimum = dict(zip(("forward", "backward"), op.minimum_bytes(shape, 2), strict=True))
-    for name, fn in contestants(op).items():
+    for name, make in contestants(op).items():
         kwargs = cast(op.inputs(shape, torch.bfloat16, "cuda"))
         try:
-            times = timed(fn, kwargs, ms)
+            times = timed(make(), kwargs, ms)
         except Exception as error:  # a peer that cannot: say so and go on
             record("kernels", file=file, op=op.name, shape=shape, contestant=name, failed=[str(error)[:200]])
             continue
@@ -134,7 +133,10 @@ def main() -> int:
         if time.monotonic() - start > arguments.budget_s:
             record("kernels", file=file, op=op.name, shape=shape, failed=["not started: --budget-s was used up"])
             continue
-        bench(op, shape, copy, arguments.ms, file)
+        try:
+            bench(op, shape, copy, arguments.ms, file)
+        except Exception as error:  # what a compiler or the memory raises: the other ops go on
+            record("kernels", file=file, op=op.name, shape=shape, failed=[f"{type(error).__name__}: {error}"[:200]])
     return 0
 
 

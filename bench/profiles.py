@@ -4,20 +4,40 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-KINDS = [  # first match wins; kernels' names on a GPU, operators' on a CPU
+# first match wins; kernels' names on a GPU, operators' on a CPU
+OURS = [  # kernels/*.py, which the compiler may number
+    ("attention", r"_attention_(forward|backward_q|backward_kv)"),
+    ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
+             r"|_qk_norm_rope_(forward|backward)"),
+    ("activation", r"_(gelu|swiglu)_(forward|backward)"),
+    ("optimiser", r"_adamw_ema"),
+]  # fmt: skip
+FUSED = [  # Inductor's, named after the operators that went into them: their products and attention are in others
+    ("optimiser", r"adam|lerp"),
+    ("norm", r"layer_norm|rms_norm|rsqrt|welford"),
+    ("activation", r"gelu|tanh|sigmoid|silu"),
+    ("random", r"rand|philox|seed"),
+]
+KINDS = [
     ("attention", r"flash|fmha|attention|sdpa|cudnn.*(mha|attn)"),
-    ("optimiser", r"adam|multi_tensor|lerp|_update|optimizer"),
-    ("GEMM", r"gemm|nvjet|cutlass|wgmma|xmma|cublas|\bmm\b|addmm|\bbmm\b|linear|conv|matmul|splitk"),
-    ("norm", r"layer_norm|native_layer_norm|adaln|welford|^_(forward|backward)(_\d+)?$"),
-    ("copy", r"memcpy|memset|copy_|_to_copy"),
+    ("optimiser", r"adam|multi_tensor|lerp|optimizer"),
+    ("GEMM", r"gemm|gemv|nvjet|cutlass|wgmma|xmma|cublas|\bmm\b|addmm|\bbmm\b|linear|conv|matmul|splitk|triton_tem"),
+    ("norm", r"layer_norm|welford|rms_norm"),
+    ("activation", r"gelu|silu"),
+    ("copy", r"memcpy|memset|copy_|_to_copy|direct_copy"),
     ("random", r"distribution|philox|randn?_|normal_|uniform_|random_"),
 ]
 OTHER, GAP = "elementwise", "gap"
 
 
 def kind_of(name: str) -> str:
-    """The kind of one kernel: what matches none of KINDS is elementwise (or a reduction fused with some)."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+    """The kind of one kernel: what matches nothing is elementwise (or a reduction fused with some)."""
+    fused = re.match(r"triton_(poi|red|per|for)_", name)  # pointwise, reductions, foreach
+    if fused is None and re.fullmatch(rf"({'|'.join(pattern for _, pattern in OURS)})(_\d+)*", name):
+        kinds = OURS
+    else:
+        kinds = FUSED if fused else KINDS
+    return next((kind for kind, pattern in kinds if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]:

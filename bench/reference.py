@@ -36,9 +36,6 @@ class Inputs:
     index: Tensor
     noise: Tensor
 
-    def to(self, device: torch.device | str) -> "Inputs":
-        return Inputs(*(value.to(device) for value in vars(self).values()))
-
 
 # ---- network
 
@@ -255,6 +252,10 @@ class ReferenceStep:
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             return self.forward(x, t, y).float()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def draw(self, moments: Tensor, y: Tensor) -> Inputs:
         """moments (N, 2C, h, w), y (N,) on the device -> this step's inputs, from the device's own generator."""

@@ -12,7 +12,7 @@ def table(lines: list[dict]) -> str:
     ratios = {name for line in lines for name in line.get("over", {})}
     against = [name for name in ("official", "strong", "fastdit") if name in ratios]
     titles = ["contestant", "precision", "batch", "images/s", "turns from .. to", *(f"x {name}" for name in against),
-              "TFLOP/s", "MFU", "of the product", "peak GiB", "first step s", "loss error"]  # fmt: skip
+              "TFLOP/s", "MFU", "of the product", "peak GiB", "predicted", "first step s", "loss error"]  # fmt: skip
     rows = [titles, ["---"] * len(titles)]
     for line in lines:
         name = CONTESTANTS.get(line["contestant"], f"fastdit, {line['contestant']}")
@@ -22,8 +22,8 @@ def table(lines: list[dict]) -> str:
         rows.append([
             name, line["precision"], line["batch"], f"**{line['images_per_s']}**",
             "{} .. {}".format(*line["spread"]), *(line["over"].get(other, 1) for other in against), line["tflops"],
-            percent(line["mfu"]), percent(line["of_product"]), line["peak_gib"], line["first_step_s"],
-            line["loss_error"],
+            percent(line["mfu"]), percent(line["of_product"]), line["peak_gib"], line.get("predicted_gib", ""),
+            line["first_step_s"], line["loss_error"],
         ])  # fmt: skip
     text = head + "\n\n" + markdown(rows)
     product = next((line["product_tflops"] for line in lines if line.get("product_tflops")), None)
@@ -60,7 +60,7 @@ def chart(lines: list[dict], path: Path) -> None:
     spread = [[line["images_per_s"] - line["spread"][0] for line in lines],
               [line["spread"][1] - line["images_per_s"] for line in lines]]  # fmt: skip
     figure, axes = plt.subplots(figsize=(9, 1 + 0.5 * len(lines)), layout="constrained")
-    colours = ["tab:orange" if line["contestant"] == "fastdit" else "tab:gray" for line in lines]
+    colours = ["tab:orange" if line["contestant"].startswith("fastdit") else "tab:gray" for line in lines]
     bars = axes.barh(names, rates, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [f" {rate:g}" for rate in rates])
     axes.margins(x=0.12)

@@ -24,20 +24,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from contestants import ABLATION, CONTESTANTS, ENGINES, GPU_ONLY, SIZES, Case, config_of, latent_shape, stack_of_repo
+from contestants import CONTESTANTS, SIZES, Case, cases_of, config_of, latent_shape
+from gate import Gated, Judge, objection
 from record import hardware, record
 from report import chart, table
-from workers import Gated, Worker, gate_errors
+from workers import Worker
 
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.training.log import PEAK_TFLOPS
-from fastdit.training.loop import network
-
-# of the gate's two errors: losses, and ways of the weights (Adam moves a weight whose gradient is all rounding as far
-# as any other, so these differ more). For scale: bf16 shows 5e-4 in the losses, FP8 (emulated, 6 x 384) 3e-3 and 0.05,
-# times off by one of 1000 steps 5e-3
-TOLERANCE = {"fp32": (1e-4, 1e-2), "tf32": (2e-3, 0.1), "fp16": (2e-3, 0.1), "bf16": (4e-3, 0.15),
-             "fp8": (4e-3, 0.15)}  # fmt: skip
+from fastdit.training.loop import network, uses_zero
+from fastdit.training.memory import GIB, memory_bytes
 
 
 @dataclass
@@ -64,48 +60,12 @@ class Row:
         return round(math.exp(statistics.median(logs)), 3)
 
 
-class Judge:
-    """The gate: what the plain network in fp32 makes of the first contestant's inputs, and who agrees with it."""
-
-    def __init__(self, case: Case, file: Path | None):
-        self.oracle = replace(case, name="oracle", stack="oracle", overrides=(), repo="")
-        self.inputs = None
-        self.file = file
-        self.truths = torch.load(file, weights_only=False) if file and file.is_file() else {}
-
-    def knows(self, gated: Gated) -> bool:
-        return self._key(gated) in self.truths
-
-    def learn(self, gated: Gated, worker: Worker, timeout_s: float) -> None:
-        """Have a fresh `worker` find out what is right for the inputs of `gated`."""
-        case = replace(self.oracle, batch=gated.batch)
-        self.truths[self._key(gated)] = worker.ask("gate", case, gated.verdict.inputs, timeout_s=timeout_s).verdict
-        if self.file:
-            torch.save(self.truths, self.file)
-
-    def errors(self, gated: Gated) -> tuple[float, float]:
-        self.inputs = self.inputs or gated.verdict.inputs
-        return gate_errors(gated.verdict, self.truths[self._key(gated)])
-
-    def _key(self, gated: Gated) -> tuple:
-        sums = (float(value.double().sum()) for value in (gated.verdict.inputs.x_0, gated.verdict.inputs.noise))
-        return self.oracle.size, self.oracle.device, gated.batch, *sums
-
-    @staticmethod
-    def objection(gated: Gated, errors: tuple[float, float]) -> str:
-        """Empty when the contestant computes what it should."""
-        most = TOLERANCE[gated.verdict.precision]
-        if all(error <= limit for error, limit in zip(errors, most, strict=True)):
-            return ""
-        return f"computes something else: losses differ by {errors[0]:.1e}, ways of the weights by {errors[1]:.1e}"
-
-
 def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident: bool, budget_s: float,
-            profile: bool, out: Path | None, truth: Path | None = None) -> list[Row]:  # fmt: skip
-    """Gate and time all `cases`; what goes wrong with one is said in its row."""
+            profile: bool, traces: str = "", truth: Path | None = None) -> list[Row]:  # fmt: skip
+    """Gate and time all `cases`; what goes wrong with one is said in its row. `traces`: how their files begin."""
     deadline, spares = time.monotonic() + budget_s, Spares(not resident)
     rows, workers, judge = {case.name: Row(case) for case in cases}, {}, Judge(cases[0], truth)
-    cases = sorted(cases, key=lambda case: case.stack != "fastdit")  # first: it draws the gate's inputs
+    cases = sorted(cases, key=lambda case: case.name != "fastdit")  # first, should time run out
 
     def left() -> float:
         if time.monotonic() > deadline:
@@ -121,19 +81,33 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         if row.gated is not None:
             worker.ask("build", replace(row.case, batch=row.gated.batch), timeout_s=left())
             return
-        gated = worker.ask("gate", row.case, judge.inputs, timeout_s=left())
+        first = rows[cases[0].name].gated  # what it cannot hold nobody is compared on, and compiles for
+        case = replace(row.case, batch=min(row.case.batch, first.batch)) if first else row.case
+        gated = worker.ask("gate", case, timeout_s=left())
         if not judge.knows(gated):
-            if not resident:
-                leave(name)  # the oracle needs the memory
-            oracle = spares.take()
-            judge.learn(gated, oracle, left())
-            oracle.close()
+            worker.ask("release", timeout_s=left())
+            learn(name, gated)
         row.errors, row.gated = judge.errors(gated), gated
-        row.failed = judge.objection(gated, row.errors)
+        row.failed = objection(gated, row.errors)
         say(f"{name}: {gated.verdict.precision}, batch {gated.batch}, first step after {gated.first_step_s:.1f} s, "
             + (row.failed or f"equal (losses {row.errors[0]:.0e}, ways {row.errors[1]:.0e})"))  # fmt: skip
+        if gated.batch < case.batch:
+            leave(name)  # its peak of memory is that of the batch that did not fit
         if not row.failed:
             enter(row)
+
+    def learn(name: str, gated: Gated) -> None:
+        """Ask the oracle, beside the waiting contestant, or without it where the memory is too little for both."""
+        while True:
+            oracle, beside = spares.take(), name in workers
+            try:
+                return judge.learn(gated, oracle, left())
+            except MemoryError:
+                if not beside:
+                    raise
+                leave(name)
+            finally:
+                oracle.close()
 
     def leave(name: str) -> None:
         if name in workers:
@@ -164,9 +138,13 @@ def compete(cases: list[Case], *, turns: int, steps: int, warmup: int, resident:
         say(f"{row.case.name}: {row.rates[-1]:.2f} images/s")
         if row.case.name == cases[0].name:  # the ceiling, measured while everything is as warm as it gets
             row.product_tflops.append(worker.ask("product_tflops", timeout_s=left()))
-        if profile and len(row.turns) == turns and row.case.name in CONTESTANTS:
-            trace = out and out / f"trace-{row.case.name}.json.gz"
-            row.profile = worker.ask("profile", 2, trace, timeout_s=left())
+        if profile and not row.profile and row.case.name in CONTESTANTS:
+            trace = Path(f"{traces}{row.case.name}.json.gz") if traces else None
+            try:
+                row.profile = worker.ask("profile", 2, trace, timeout_s=left())
+            except (RuntimeError, MemoryError) as error:  # the turn counts nevertheless
+                say(f"{row.case.name}: no profile: {error}")
+                leave(row.case.name)
         if not resident:
             leave(row.case.name)
 
@@ -210,6 +188,18 @@ def flops_per_image(case: Case) -> int:
         return 3 * network(config_of(case), latent_shape(SIZES[case.size]), objective).flops_per_image()
 
 
+def predicted_gib(case: Case, batch: int) -> float:
+    """Peak memory as `fastdit plan` predicts it."""
+    settings = config_of(case).training
+    with torch.device("meta"):
+        model = network(config_of(case), latent_shape(SIZES[case.size]), OBJECTIVES["ddpm"]())
+    kinds = memory_bytes(
+        model, batch, settings.activation_checkpointing, zero_stage=settings.zero_stage if uses_zero(settings) else 0,
+        precision=settings.precision, residual=2 if settings.residual == "bf16" else 4,
+    )  # fmt: skip
+    return sum(kinds.values()) / GIB
+
+
 def figures(rows: list[Row]) -> list[dict]:
     """The fields of each contestant's JSON line."""
     flops = flops_per_image(rows[0].case)
@@ -224,6 +214,9 @@ def figures(rows: list[Row]) -> list[dict]:
             line |= {"batch": row.gated.batch, "precision": row.gated.verdict.precision,
                      "loss_error": float(f"{row.errors[0]:.2g}"), "way_error": float(f"{row.errors[1]:.2g}"),
                      "first_step_s": round(row.gated.first_step_s, 2)}  # fmt: skip
+        if row.case.stack == "fastdit":
+            batch = row.gated.batch if row.gated else row.case.batch
+            line["predicted_gib"] = significant(predicted_gib(row.case, batch))
         if row.failed:
             line["failed"] = row.failed.strip().splitlines()[-1]
         if row.turns:
@@ -254,32 +247,13 @@ def significant(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    size = SIZES[arguments.size]
-    common = dict(size=arguments.size, batch=arguments.batch or size.batch, device=arguments.device)
-    own = tuple(arguments.override)
-    repos = {stack_of_repo(path): str(path.resolve()) for path in arguments.reference_repo}
-    cases = [
-        Case(name, name, **common, overrides=own if name == "fastdit" else (), repo=repos.get(name, ""))
-        for name in arguments.contestants
-    ]
-    changed = ABLATION if arguments.ablation else ENGINES if arguments.engines else {}
-    if changed:
-        cases = [Case("fastdit", "fastdit", **common, overrides=own)]
-        for name, changes in changed.items():
-            if name in GPU_ONLY and not arguments.device.startswith("cuda"):
-                continue
-            cases.append(Case(name, "fastdit", **common, overrides=(*own, *changes)))
-    return cases
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("override", nargs="*", help="of fastdit's configuration, like training.compile=false")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
-    parser.add_argument("--batch", type=int, help="images of a step (halved for a reference whose memory ends)")
+    parser.add_argument("--batch", type=int, help="images of a step (halved where memory ends)")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--ablation", action="store_true", help="fastdit with one thing changed at a time")
     parser.add_argument("--engines", action="store_true", help="fastdit plain, under DDP and under ZeRO-1, 2, 3")
@@ -293,6 +267,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3600.0, help="after it no turn begins")
     parser.add_argument("--truth", type=Path, help="file that keeps what the fp32 network computed, for another run")
     parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to), step.md, step.png, traces")
+    parser.add_argument("--label", default="", help="in the place of step, ablation or engines in the files' names")
     arguments = parser.parse_args()
     try:
         cases = cases_of(arguments)
@@ -302,22 +277,23 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
+    kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
+    label = arguments.label and f"{arguments.label}-"
     with tempfile.TemporaryDirectory() as cache:  # empty, so that the time to the first step is a newcomer's
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
         os.environ.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
         rows = compete(
-            cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup, out=arguments.out,
+            cases, turns=arguments.turns, steps=arguments.steps, warmup=arguments.warmup,
             resident=not arguments.fresh, budget_s=arguments.budget_s, profile=arguments.profile,
-            truth=arguments.truth,
+            truth=arguments.truth, traces=str(arguments.out / f"trace-{label}") if arguments.out else "",
         )  # fmt: skip
-    kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
     file = arguments.out and arguments.out / "results.jsonl"
     lines = [record(kind, file=file, **line) for line in figures(rows)]
-    text = table(lines)
+    text = f"## {arguments.label or kind}\n\n{table(lines)}\n"
     print(text)
     if arguments.out:
-        (arguments.out / f"{kind}.md").write_text(text)
-        chart(lines, arguments.out / f"{kind}.png")
+        (arguments.out / f"{arguments.label or kind}.md").write_text(text)
+        chart(lines, arguments.out / f"{arguments.label or kind}.png")
     if any(row.failed for row in rows):
         sys.exit("not every contestant came through: " + ", ".join(row.case.name for row in rows if row.failed))
 

@@ -3,27 +3,17 @@
 import gc
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import Case, Verdict, build_case
+from contestants import Case, build_case
+from gate import Gated
 from record import product_tflops
-from reference import Inputs
-from torch import Tensor
 
 from fastdit.training.log import peak_gib
-
-
-@dataclass
-class Gated:
-    """A contestant that has run its first steps: what came out, the batch that fitted, seconds to the first step."""
-
-    verdict: Verdict
-    batch: int
-    first_step_s: float
 
 
 class Served:
@@ -39,24 +29,26 @@ class Served:
         torch._dynamo.config.automatic_dynamic_shapes = False
         self.contestant = build_case(case)
 
-    def gate(self, case: Case, inputs: Inputs | None) -> Gated:
-        """Build, and run the first steps; with half the batch, and half again, where the memory does not suffice.
-
-        Half is a way out for the references alone: fastdit's inputs are everybody's.
-        """
+    def gate(self, case: Case) -> Gated:
+        """Build, and run the first steps; with half the batch, and half again, where the memory does not suffice."""
         while True:
             try:
                 begin = time.perf_counter()
                 self.build(case)
-                rows = inputs and Inputs(*(value[: case.batch] for value in vars(inputs).values()))
-                verdict = self.contestant.gate(rows)
+                verdict = self.contestant.gate()
                 return Gated(verdict, case.batch, verdict.first_done - begin)
-            except torch.OutOfMemoryError:
-                if case.batch == 1 or inputs is None:
+            except Exception as error:
+                if case.batch == 1 or not is_out_of_memory(error):
                     raise
                 case = replace(case, batch=case.batch // 2)
             self.contestant = None
-            gc.collect()
+            torch._dynamo.reset()
+            self.release()
+
+    def release(self) -> None:
+        """Give the device back what nothing is kept in."""
+        gc.collect()
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def turn(self, warmup: int, steps: int) -> list[float]:
@@ -121,12 +113,19 @@ def serve(connection) -> None:
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(bench, method)(*arguments))
-    except torch.OutOfMemoryError as error:
-        connection.send(MemoryError(str(error).partition("\n")[0].partition(" GPU ")[0]))
     except (EOFError, KeyboardInterrupt):
         pass
-    except Exception:
-        connection.send(RuntimeError(traceback.format_exc()))
+    except Exception as error:
+        if is_out_of_memory(error):
+            connection.send(MemoryError(str(error).partition("\n")[0].partition(" GPU ")[0]))
+        else:
+            connection.send(RuntimeError(traceback.format_exc()))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """The allocator's own error, or what a library or the driver says when it asked in vain."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
 
 
 class Worker:
@@ -157,15 +156,3 @@ class Worker:
         """At once: nothing that the process still holds is wanted, and the next one waits for its memory."""
         self.process.kill()
         self.process.join()
-
-
-def gate_errors(verdict: Verdict, truth: Verdict) -> tuple[float, float]:
-    """(of the losses, of the ways that weights and averages went): root mean square of the relative differences."""
-
-    def distance(ours: Tensor, theirs: Tensor) -> float:
-        return float((ours / theirs - 1).square().mean().sqrt())
-
-    return (
-        distance(torch.stack(verdict.losses), torch.stack(truth.losses)),
-        distance(verdict.moved, truth.moved),
-    )
