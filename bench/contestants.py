@@ -20,12 +20,11 @@ from gate import RATES, Verdict, check_drawn, gate_inputs
 from reference import Inputs, PlainDiT, ReferenceStep
 from torch import Tensor, nn
 
-from fastdit.config import Config, build, load_config, shipped_config
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.config import Config, load_config, shipped_config
 from fastdit.distributed import Ranks
 from fastdit.training.ema import EMA
 from fastdit.training.graph import GraphedStep
-from fastdit.training.loop import build_engine, network, set_up
+from fastdit.training.loop import build_engine, build_objective, network, set_up
 from fastdit.training.step import TrainStep
 
 SCALE, LR, SEED = 0.18215, 1e-4, 0
@@ -80,6 +79,7 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "no compile": ["training.compile=false"],
     "whole compile": ["training.compile=whole"],
     "joint adaLN": ["training.joint_adaln=true"],
+    "activation checkpointing": ["training.activation_checkpointing=activation"],
     "selective checkpointing": ["training.activation_checkpointing=selective"],
     "full checkpointing": ["training.activation_checkpointing=full"],
     "attention sdpa-flash": ["model.attention=sdpa-flash"],
@@ -87,7 +87,7 @@ ABLATION = {  # fastdit with one thing changed: overrides of the configuration, 
     "attention eager": ["model.attention=eager"],
     "attention triton": ["model.attention=triton"],
     "FP8 linears": ["training.fp8=true"],
-    "fp32": ["training.precision=fp32", "model.attention=sdpa"],  # what auto takes on a GPU is for 16 bits
+    "fp32": ["training.precision=fp32"],
 }
 ENGINES = {  # the same step, in a group of one process: what an engine costs before anything is communicated
     "DDP": ["DDP=1"],
@@ -290,7 +290,7 @@ class Fastdit:
         torch.set_float32_matmul_precision("high")
         self.precision = settings.precision if settings.precision != "fp32" or device.type == "cpu" else "tf32"
         self.batches = host_batches(size, case.batch, device.type == "cuda")
-        self.objective = Recorder(build(OBJECTIVES, config.objective, "objective"))
+        self.objective = Recorder(build_objective(config, device))
         ranks = Ranks(0, 0, 1, device)
         with device:  # seconds less than on the CPU
             model = network(config, latent_shape(size), self.objective, device)

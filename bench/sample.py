@@ -70,8 +70,6 @@ class Bench:
     def fastdit(self, steps: int, precision: str) -> Tensor:
         """x_0 (N, C, h, w) of `steps` steps, as sample_ddp.py would make them."""
         wanted = f"sampling.steps={steps}", f"sampling.precision={precision}", f"sampling.cfg_scale={CFG}"
-        if precision == "fp32":  # what auto takes on a GPU is for 16 bits
-            wanted += ("model.attention=sdpa",)
         config = config_of(replace(self.case, overrides=(*self.options, *wanted, *self.case.overrides)))
         objective = build(OBJECTIVES, config.objective, "objective")
         if precision not in self.inferences:

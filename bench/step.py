@@ -32,8 +32,8 @@ from workers import Worker
 
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.training.log import PEAK_TFLOPS
-from fastdit.training.loop import network, uses_zero
-from fastdit.training.memory import GIB, memory_bytes
+from fastdit.training.loop import memory_by_kind, network
+from fastdit.training.memory import GIB
 
 
 @dataclass
@@ -193,11 +193,7 @@ def predicted_gib(case: Case, batch: int) -> float:
     settings = config_of(case).training
     with torch.device("meta"):
         model = network(config_of(case), latent_shape(SIZES[case.size]), OBJECTIVES["ddpm"]())
-    kinds = memory_bytes(
-        model, batch, settings.activation_checkpointing, zero_stage=settings.zero_stage if uses_zero(settings) else 0,
-        precision=settings.precision, residual=2 if settings.residual == "bf16" else 4,
-    )  # fmt: skip
-    return sum(kinds.values()) / GIB
+    return sum(memory_by_kind(model, settings, settings.activation_checkpointing, batch, world=1).values()) / GIB
 
 
 def figures(rows: list[Row]) -> list[dict]:

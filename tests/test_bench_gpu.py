@@ -302,3 +302,17 @@ def test_a_graphed_evaluation_is_the_networks(precision, most):
     truth = bench.reference(sample.GATE_STEPS, "fp32")
     assert sample.difference(bench.fastdit(sample.GATE_STEPS, precision), truth) < most
     assert bench.inferences[precision].graphs
+
+
+@on_a_gpu
+@pytest.mark.parametrize("policy", ["none", "activation", "selective"])
+def test_predicted_memory_is_within_a_tenth_of_the_peak(policy):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    case = Case("peak", "fastdit", "B/2", 64, "cuda", (f"training.activation_checkpointing={policy}",))
+    bench = build_case(case)
+    for i in range(3):
+        torch.cuda.reset_peak_memory_stats()  # of a step when all has been compiled
+        bench.step(i)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert peak == pytest.approx(step.predicted_gib(case, 64), rel=0.1)
