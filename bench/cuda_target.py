@@ -7,6 +7,7 @@ calls in their order and the tensors of each; the program gets uninitialised out
 nothing. Kernels can be compiled for sm_90 as well, which needs no device either.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -157,7 +158,16 @@ def _machine() -> Iterator[None]:
     """What Inductor and its code ask the machine, answered for the GPU that is not there."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import scheduler
+    from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
     from torch._inductor.fx_passes import reinplace
+    from torch._inductor.virtualized import V
+
+    def accesses(self: SIMDKernelFeatures, original: Callable = SIMDKernelFeatures.buf_accesses) -> dict[str, list]:
+        """Inductor's count of bytes loses what a kernel of the program wrote: it goes by another name since."""
+        found = collections.defaultdict(list)
+        for name, uses in original(self).items():
+            found[V.graph.scheduler.mutation_real_name.get(name, name)] += uses
+        return found
 
     answers = [
         (torch.cuda, "is_available", True), (torch.cuda, "device_count", 1), (torch.cuda, "current_device", 0),
@@ -176,6 +186,7 @@ def _machine() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value, create=owner is torch._C))
         for name in ("device", "_DeviceGuard"):
             stack.enter_context(mock.patch.object(torch.cuda, name, contextlib.nullcontext))
+        stack.enter_context(mock.patch.object(SIMDKernelFeatures, "buf_accesses", accesses))
         # a pass that writes into views of fake CUDA tensors, for their shapes alone: the shape is the target's
         stack.enter_context(mock.patch.object(reinplace, "_inplace_generalized_scatter", lambda into, _, __: into))
         # its definition computes on fake CUDA tensors in a way that a build without CUDA cannot
