@@ -4,8 +4,8 @@
 
 Waits are counted by running the step in eager mode on the CPU under two modes that see every operator and every
 method call; graphs, kernels and bytes from the code that torch.compile writes for an H200 (cuda_target.py). Blocks are
-alike, so a network of three stands for the whole depth, and the batch and its half tell bytes per image from bytes per
-step (the weights'). Embedders, final layer and, with training.joint_adaln, the joint projection are left out.
+alike, so a network of three stands for the whole depth. Embedders, final layer and, with training.joint_adaln, the
+joint projection are left out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from contestants import SIZES, Case, Fastdit, Size
-from cuda_target import Graph, build, compiled_graphs
+from cuda_target import Graph, build, bytes_of, compiled_graphs
 from fastdit.kernels import runtime
 from record import record
 from torch import Tensor
@@ -169,15 +169,22 @@ def middle_block(graphs: list[Graph]) -> dict[str, Graph]:
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 
 
-def kinds(graph: Graph) -> Counter[str]:
-    """A graph's bytes by who moves them."""
-    found: Counter[str] = Counter()
+def bytes_by_kind(graph: Graph, size: Size) -> tuple[Counter[str], Counter[str]]:
+    """A graph's bytes by who moves them: those that grow with the batch, and those of weights and their gradients."""
+    images, weights = Counter(), Counter()
+    rows = {size.batch, size.batch * (size.latent // size.patch) ** 2}
     for call in graph.calls:
         kind = {"ours": "Triton ops", "inductor": "Inductor"}.get(call.kind)
         if kind is None:
             kind = "products" if call.name in PRODUCTS else "attention" if "attention" in call.name else "other calls"
-        found[kind] += call.bytes
-    return found
+        fixed = [t for t in call.tensors if not rows & set(t.shape)]
+        if len(fixed) == len(call.tensors):
+            of_weights = call.bytes
+        else:
+            of_weights = sum(map(bytes_of, fixed)) if kind == "products" else 0
+        weights[kind] += of_weights
+        images[kind] += call.bytes - of_weights
+    return images, weights
 
 
 def optimiser_bytes(size: Size, overrides: tuple[str, ...] = ()) -> tuple[int, int]:
@@ -226,24 +233,20 @@ def report(size: Size, overrides: tuple[str, ...], calls: bool = False) -> dict:
     narrow = replace(few, hidden=64, heads=4, latent=8, batch=2)
     waits = host_waits(narrow, overrides)
     graphs, breaks = graphs_of(few, overrides)
-    halved, _ = graphs_of(replace(few, batch=size.batch // 2), overrides)
-    middle, half = middle_block(graphs), middle_block(halved)
+    middle = middle_block(graphs)
     if calls:
         print_calls(middle)
-    per_image, per_step = {}, {}  # of one block, by direction and kind
-    for way in middle:
-        large, small = kinds(middle[way]), kinds(half[way])
-        for kind in large:
-            per_image[way, kind] = (large[kind] - small[kind]) / (size.batch - size.batch // 2)
-            per_step[way, kind] = large[kind] - size.batch * per_image[way, kind]
+    images, weights = {}, Counter()
+    for way, graph in middle.items():
+        images[way], of_weights = bytes_by_kind(graph, few)
+        weights += of_weights
     built = {kernel.source: kernel for graph in graphs for kernel in graph.kernels}.values()
     registers, spills = zip(*map(build, built), strict=True)
     moved, parameters = optimiser_bytes(narrow, overrides)
     least = least_bytes(size)
 
-    def sums(values: dict, key: int, scale: float) -> dict[str, float]:
-        names = dict.fromkeys(pair[key] for pair in values)
-        return {n: round(scale * sum(v for pair, v in values.items() if pair[key] == n) / 1e6, 1) for n in names}
+    def per_image(moved: int) -> float:
+        return round(size.depth * moved / size.batch / 1e6, 1)
 
     return {
         "batch": size.batch,
@@ -253,12 +256,11 @@ def report(size: Size, overrides: tuple[str, ...], calls: bool = False) -> dict:
         "block_kernels": {way: len(graph.of("inductor")) for way, graph in middle.items()},
         "block_triton_ops": {way: len(graph.of("ours")) for way, graph in middle.items()},
         "block_library_calls": {way: len(graph.of("library")) for way, graph in middle.items()},
-        "mb_per_image": {f"blocks, {way}": mb for way, mb in sums(per_image, 0, size.depth).items()},
-        "mb_per_image_by": sums(per_image, 1, size.depth),
+        "mb_per_image": {f"blocks, {way}": per_image(found.total()) for way, found in images.items()},
+        "mb_per_image_by": {kind: per_image(moved) for kind, moved in sum(images.values(), Counter()).items()},
         "mb_per_image_least": {name: round(size.depth * value / 1e6, 1) for name, value in least.items()},
-        "times_least": round(sum(per_image.values()) / sum(least.values()), 2),
-        "block_weights_mb_per_step": round(sum(per_step.values()) / 1e6, 1),
-        "block_weights_mb_per_step_by": sums(per_step, 1, 1),
+        "times_least": round(sum(found.total() for found in images.values()) / size.batch / sum(least.values()), 2),
+        "block_weights_mb_per_step": {kind: round(moved / 1e6, 1) for kind, moved in weights.items()},
         "optimiser_bytes_per_parameter": round(moved / parameters, 1),
         "optimiser_bytes_per_parameter_least": LEAST_OPTIMISER,
         "kernels_compiled": len(built),
@@ -272,7 +274,7 @@ def print_calls(block: dict[str, Graph]) -> None:
     for way, graph in block.items():
         print(f"{way}: {len(graph.calls)} calls, {graph.bytes / 1e6:.1f} MB")
         for call in graph.calls:
-            print(f"{call.bytes / 1e6:9.1f} MB  {call.kind:8}  {call.name:40}  {', '.join(call.tensors)}")
+            print(call)
 
 
 def main() -> None:

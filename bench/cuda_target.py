@@ -75,7 +75,11 @@ class Call:
     name: str
     kind: str  # "inductor", "ours": a Triton kernel of the program, "library": products, attention, and any stray copy
     bytes: int
-    tensors: list[str]
+    tensors: list[Tensor]  # on the meta device
+
+    def __str__(self) -> str:
+        tensors = (f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors)
+        return f"{self.bytes / 1e6:9.1f} MB  {self.kind:8}  {self.name:40}  {', '.join(tensors)}"
 
 
 @dataclasses.dataclass
@@ -99,11 +103,13 @@ def call_of(name: str, kind: str, values: object, moved: int | None = None) -> C
     """A Call with the tensors among the values: a tensor given twice, as an output is, counts once."""
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
     once = {(t.untyped_storage()._cdata, t.storage_offset(), t.dtype, *t.shape, *t.stride()): t for t in tensors}
-    if moved is None:  # a stride of 0 repeats what is there once
-        sizes = ([n for n, stride in zip(t.shape, t.stride(), strict=True) if stride] for t in once.values())
-        moved = sum(t.itemsize * math.prod(size) for t, size in zip(once.values(), sizes, strict=True))
-    names = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in once.values()]
-    return Call(name, kind, moved, names)
+    tensors = list(once.values())
+    return Call(name, kind, sum(map(bytes_of, tensors)) if moved is None else moved, tensors)
+
+
+def bytes_of(t: Tensor) -> int:
+    """A stride of 0 repeats what is there once."""
+    return t.itemsize * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
 
 
 class _Library:
