@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import fake_tensor
@@ -29,7 +28,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton.backends.compiler import GPUTarget
 
 DEVICE = torch.device("cuda", 0)
 H200 = types.SimpleNamespace(
@@ -37,7 +35,6 @@ H200 = types.SimpleNamespace(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, shared_memory_per_block_optin=232448,
     total_memory=140 << 30, L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclasses.dataclass
@@ -146,7 +143,9 @@ class _Operators(TorchDispatchMode):
 class _Driver:
     """Triton's driver where only the target is known."""
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
@@ -241,6 +240,7 @@ def _run_on_meta(code: types.ModuleType, kernels: list[Kernel], inputs: list) ->
 @contextlib.contextmanager
 def compiled_graphs() -> Iterator[list[Graph]]:
     """Collects a Graph for everything that torch.compile compiles inside; TRITON_INTERPRET must not be set."""
+    import triton
     from torch._functorch import partitioners
     from torch._inductor import compile_fx
     from torch._inductor.async_compile import AsyncCompile
@@ -302,6 +302,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
 
 def build(kernel: Kernel) -> tuple[int, int]:
     """(registers a thread, bytes of stack and local memory: spills), the worse of its configurations, for sm_90."""
+    import triton
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
@@ -315,7 +316,7 @@ def build(kernel: Kernel) -> tuple[int, int]:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(tuner._precompile_config(config).kernel.asm["cubin"])
                 file.flush()
-                command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+                command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
                 usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
             found.append((number["REG"], number["STACK"] + number["LOCAL"]))
