@@ -250,9 +250,12 @@ import json, sys
 sys.path.append({bench!r})
 import contestants, count, cuda_target
 
-for overrides in [], ["training.residual=bf16"], ["training.residual=bf16", "model.attention=triton"]:
+bf16 = "training.residual=bf16"
+for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.fp8=true"]:
     graphs, breaks = count.graphs_of(contestants.{size}, tuple(overrides))
     kernels = {{kernel.source: kernel for graph in graphs for kernel in graph.kernels}}.values()
+    if "training.fp8=true" in overrides:
+        kernels = []  # 50 more, ten seconds
     print(json.dumps({{
         "graphs": len(graphs), "breaks": breaks, "spills": [k.name for k in kernels if cuda_target.build(k)[1]],
         **{{way: [[c.kind, c.name, c.bytes] for c in g.calls] for way, g in count.middle_block(graphs).items()}},
@@ -262,8 +265,9 @@ for overrides in [], ["training.residual=bf16"], ["training.residual=bf16", "mod
 
 @pytest.fixture(scope="module")
 def counted():
-    """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention too; in a process of its own,
-    since this one's kernels are interpreted."""
+    """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention or FP8 too; in a process of
+    its own, since this one's kernels are interpreted."""
+    pytest.importorskip("torchao")
     program = COUNT.format(bench=str(ROOT / "bench"), size=BLOCK)
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "0"},
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
@@ -288,7 +292,7 @@ def test_a_block_compiles_whole_for_a_gpu_and_its_kernels_spill_nothing(counted)
 
 
 def test_a_block_launches_our_kernels_and_products_and_copies_nothing(counted):
-    for found, packed in zip(counted, (False, False, True), strict=True):
+    for found, packed in zip(counted[:3], (False, False, True), strict=True):
         attention = [] if packed else ["_scaled_dot_product_cudnn_attention"]
         assert names(found["forward"], "library") == attention + ["addmm"] * 2 + ["mm"] * 3
         attention = [] if packed else ["_scaled_dot_product_cudnn_attention_backward"]
@@ -300,6 +304,16 @@ def test_a_block_launches_our_kernels_and_products_and_copies_nothing(counted):
                  for way in ("forward", "backward")}  # fmt: skip
         assert large["forward"] == []
         assert ["clone" in name and "sum" not in name for name in large["backward"]] == [True] * (not packed) + [False]
+
+
+def test_fp8_multiplies_in_fp8_and_reads_each_operand_to_scale_it(counted):
+    fp8, d = counted[3], BLOCK.hidden
+    assert [names(fp8[way], "library").count("_scaled_mm") for way in ("forward", "backward")] == [4, 8]
+    qkv = UNIT // 2 + 3 * d * d + 3 * UNIT + 2 * 4  # input and weight a byte each, output bf16, two scales
+    assert ["library", "_scaled_mm", qkv] in fp8["forward"]
+    # Inductor's own figure loses what our kernels wrote: the norm's output, read for its largest value
+    readings = [size for _, name, size in fp8["forward"] if "abs_max" in name and "_t_" not in name]
+    assert sum(size >= UNIT for size in readings) == 4 and max(readings) >= 4 * UNIT
 
 
 def test_bytes_of_calls_are_those_worked_out_by_hand(counted):
@@ -317,7 +331,7 @@ def test_bytes_of_calls_are_those_worked_out_by_hand(counted):
 
 
 def test_a_block_moves_little_more_than_it_must(counted):
-    plain, bf16, _ = ([moved(found[way]) for way in ("forward", "backward")] for found in counted)
+    plain, bf16 = ([moved(found[way]) for way in ("forward", "backward")] for found in counted[:2])
     least = BLOCK.batch * sum(count.least_bytes(BLOCK).values())
     assert least < sum(bf16) < 1.25 * least
     # of each of the two additions: x read and written, its gradient read and written and x read again, at 2 bytes less
