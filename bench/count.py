@@ -1,31 +1,34 @@
 """What can be counted about fastdit's step without a GPU: waits of the host, graph breaks, kernels, bytes.
 
-    python bench/count.py [--size XL/2] [--out FOLDER] [training.x=y ...]
+    python bench/count.py [--size XL/2] [--calls] [--out FOLDER] [training.x=y | FASTDIT_KERNELS=eager ...]
 
 Waits are counted by running the step in eager mode on the CPU under two modes that see every operator and every
-method call; graphs, kernels and bytes by compiling the step for the CPU, where Inductor fuses by the same rules around
-the Triton ops (none of these is run). Blocks are alike, so a network of three stands for the whole depth, and two batch
-sizes tell bytes per image from bytes per step (the weights').
+method call; graphs, kernels and bytes from the code that torch.compile writes for an H200 (cuda_target.py). Blocks are
+alike, so a network of three stands for the whole depth. Embedders, final layer and, with training.joint_adaln, the
+joint projection are left out.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-
 import torch
 from contestants import SIZES, Case, Fastdit, Size
+from cuda_target import Graph, build, bytes_of, compiled_graphs
 from fastdit.kernels import runtime
 from record import record
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdit.models import attention
 
 WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero __array__ pin_memory".split()
 WAITING_FUNCTIONS = "tensor as_tensor from_numpy nonzero masked_select unique equal allclose".split()
@@ -92,80 +95,30 @@ class Bytes(TorchDispatchMode):
             read = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             self.total += sum(value.nbytes for value in read)
             self.total += sum(value.nbytes for value in written)
+            unscaled = (kwargs or {}).get("grad_scale") is None
             for given, argument in zip(args, function._schema.arguments, strict=False):  # written in place
+                if argument.name == "grads" and unscaled:  # a fused optimiser writes them to take a scale off, else not
+                    continue
                 if argument.alias_info is not None and argument.alias_info.is_write and not written:
                     leaves = torch.utils._pytree.tree_leaves(given)
                     self.total += sum(value.nbytes for value in leaves if isinstance(value, Tensor))
         return result
 
 
-class _Dry:
-    """Stands for the kernels' state: they return tensors of the right shape and launch nothing."""
-
-    launches = None
-    dry = property(lambda self: True, lambda self, value: None)
-
-
-@dataclass
-class Graph:
-    """One compiled graph: its Inductor kernels, the other calls beside them, the bytes that all move."""
-
-    backward: bool
-    kernels: int
-    ops: int  # our Triton ops
-    calls: int  # matrix products and attention
-    bytes: int
-
-
-@contextmanager
-def compiled_graphs():
-    """Collects a Graph for everything that torch.compile compiles inside."""
-    from torch._inductor import async_compile, compile_fx, metrics
-
-    graphs: list[Graph] = []
-    library = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
-               "_scaled_dot_product_flash_attention_for_cpu_backward"}  # fmt: skip
-
-    def inner(module, example_inputs, **options):
-        before = metrics.generated_kernel_count, metrics.num_bytes_accessed
-        compiled = compile_fx.compile_fx_inner(module, example_inputs, **options)
-        targets = [node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        graphs.append(Graph(
-            bool(options.get("is_backward")), metrics.generated_kernel_count - before[0],
-            sum(target.namespace == "fastdit" for target in targets),
-            sum(target.overloadpacket.__name__ in library for target in targets),
-            metrics.num_bytes_accessed - before[1],
-        ))  # fmt: skip
-        return compiled
-
-    def backend(module, example_inputs, **options):  # one for all, as equal blocks share what is compiled by it
-        return compile_fx.compile_fx(module, example_inputs, inner_compile=inner, **options)
-
-    def counting(*args, **options):
-        return original(*args, **{k: v for k, v in options.items() if k != "mode"}, backend=backend)
-
-    original = torch.compile
-    torch._dynamo.reset()
-    quiet = mock.Mock(**{"isEnabledFor.return_value": True})  # Inductor counts bytes only for its log
-    with (
-        mock.patch.object(torch, "compile", counting),
-        mock.patch.object(compile_fx, "inductor_metrics_log", quiet),
-        mock.patch.object(async_compile.AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None),  # nobody runs them
-        torch._inductor.config.patch(force_disable_caches=True),
-    ):
-        yield graphs
-    torch._dynamo.reset()
-
-
 def case_of(size: Size, name: str, overrides: tuple[str, ...]) -> Case:
     SIZES[name] = size
-    # attention in one kernel, as on a GPU; a CPU makes products of it where tokens are few
-    return Case(name, "fastdit", name, size.batch, "cpu", ("model.attention=sdpa", *overrides))
+    return Case(name, "fastdit", name, size.batch, "cpu", overrides)
+
+
+def eager_case(size: Size, name: str, overrides: tuple[str, ...]) -> Case:
+    """As the CPU can run it."""
+    able = [o for o in overrides if not o.startswith("model.attention=")]
+    return case_of(size, name, (*able, "model.attention=sdpa", "training.compile=false"))
 
 
 def host_waits(size: Size, overrides: tuple[str, ...] = ()) -> Counter[str]:
     """What the host would wait for in one step, by name; empty is as it should be."""
-    bench = Fastdit(case_of(size, "waits", (*overrides, "training.compile=false")))
+    bench = Fastdit(eager_case(size, "waits", overrides))
     moments, y = bench.batches[0]
     bench.work(moments, y, 0, bench.lr)  # tables are made and kept at the first step
     with HostWaits() as waits:
@@ -173,18 +126,70 @@ def host_waits(size: Size, overrides: tuple[str, ...] = ()) -> Counter[str]:
     return waits.found
 
 
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What scaled_dot_product_attention becomes on Hopper with the backend of cuDNN, which "auto" takes there."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)[0]
+
+
+@contextlib.contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """fastdit's own choices by the device, as it makes them on an H200."""
+    if runtime.INTERPRET:
+        raise ValueError("TRITON_INTERPRET=1 hides the kernels from the compiler; unset it")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(runtime, "_obstacle", lambda *_: None))
+        stack.enter_context(mock.patch.object(attention, "obstacle", lambda *_, **__: None))
+        stack.enter_context(mock.patch.dict(attention.ATTENTION, dict.fromkeys(("sdpa", "sdpa-cudnn"), _cudnn)))
+        if importlib.util.find_spec("torchao"):
+            import torchao.float8
+
+            config = torchao.float8.Float8LinearConfig
+            real = lambda **options: config(**options | {"emulate": False})  # noqa: E731
+            stack.enter_context(mock.patch.object(torchao.float8, "Float8LinearConfig", real))
+        stack.callback(runtime._decide.cache_clear)
+        runtime._decide.cache_clear()
+        yield
+
+
 def graphs_of(size: Size, overrides: tuple[str, ...] = ()) -> tuple[list[Graph], Counter[str]]:
     """The graphs of one compiled step in the order of their compilation, and the graph breaks by reason."""
-    ops = {"FASTDIT_KERNELS": "triton"} if runtime.INTERPRET else {}
-    with compiled_graphs() as graphs, mock.patch.dict(os.environ, ops), mock.patch.object(runtime, "_state", _Dry()):
+    case = case_of(size, "graphs", ("model.attention=sdpa-cudnn", *overrides))
+    with _as_on_gpu(), compiled_graphs() as graphs, mock.patch.dict(os.environ):
         torch._dynamo.utils.counters.clear()
-        Fastdit(case_of(size, "graphs", overrides)).step(0)
+        Fastdit(case).step(0)
         return graphs, Counter(torch._dynamo.utils.counters["graph_break"])
+
+
+def middle_block(graphs: list[Graph]) -> dict[str, Graph]:
+    """Forward and backward of a block in the middle: compiled last on the way there, first on the way back."""
+    forward, backward = ([g for g in graphs if g.backward == way] for way in (False, True))
+    return {"forward": forward[-1], "backward": backward[0]}
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+
+
+def bytes_by_kind(graph: Graph, size: Size) -> tuple[Counter[str], Counter[str]]:
+    """A graph's bytes by who moves them: those that grow with the batch, and those of weights and their gradients."""
+    images, weights = Counter(), Counter()
+    rows = {size.batch, size.batch * (size.latent // size.patch) ** 2}
+    for call in graph.calls:
+        kind = {"ours": "Triton ops", "inductor": "Inductor"}.get(call.kind)
+        if kind is None:
+            kind = "products" if call.name in PRODUCTS else "attention" if "attention" in call.name else "other calls"
+        fixed = [t for t in call.tensors if not rows & set(t.shape)]
+        if len(fixed) == len(call.tensors):
+            of_weights = call.bytes
+        else:
+            of_weights = sum(map(bytes_of, fixed)) if kind == "products" else 0
+        weights[kind] += of_weights
+        images[kind] += call.bytes - of_weights
+    return images, weights
 
 
 def optimiser_bytes(size: Size, overrides: tuple[str, ...] = ()) -> tuple[int, int]:
     """(bytes that optimiser and EMA move in a step, parameters)."""
-    bench = Fastdit(case_of(size, "optimiser", (*overrides, "training.compile=false")))
+    bench = Fastdit(eager_case(size, "optimiser", overrides))
     bench.step(0)
     total = []
     originals = bench.work.engine.step, bench.work.ema.update
@@ -222,54 +227,74 @@ def least_bytes(size: Size, itemsize: int = 2) -> dict[str, int]:
 LEAST_OPTIMISER = 36  # bytes a parameter: weight, both moments and average read and written, gradient and copy in bf16
 
 
-def report(size: Size, overrides: tuple[str, ...]) -> dict:
-    """All counts, for a network of the size's width; bytes of the size's whole depth and batch."""
-    few = replace(size, depth=3, batch=2, classes=10)
-    waits = host_waits(replace(few, hidden=64, heads=4, latent=8), overrides)
-    totals = []
-    for batch in (2, 4):
-        graphs, breaks = graphs_of(replace(few, batch=batch), overrides)
-        totals.append((sum(g.bytes for g in graphs), graphs))
-    last = totals[0][1]
-    forward, backward = [g for g in last if not g.backward], [g for g in last if g.backward]
-    # the last graphs compiled are those of a block in the middle
-    middle = {"forward": forward[-1], "backward": backward[0]}
-    slopes = {}
-    for name, pick in (("forward", lambda g: [x for x in g if not x.backward][-1]),
-                       ("backward", lambda g: [x for x in g if x.backward][0])):  # fmt: skip
-        small, large = pick(totals[0][1]).bytes, pick(totals[1][1]).bytes
-        slopes[name] = (large - small) / 2, 2 * small - large  # per image, per step
-    moved, parameters = optimiser_bytes(replace(few, hidden=64, heads=4, latent=8), overrides)
+def report(size: Size, overrides: tuple[str, ...], calls: bool = False) -> dict:
+    """All counts, for a network of the size's width; bytes of the size's whole depth."""
+    few = replace(size, depth=3, classes=10)
+    narrow = replace(few, hidden=64, heads=4, latent=8, batch=2)
+    waits = host_waits(narrow, overrides)
+    graphs, breaks = graphs_of(few, overrides)
+    middle = middle_block(graphs)
+    if calls:
+        print_calls(middle)
+    images, weights = {}, Counter()
+    for way, graph in middle.items():
+        images[way], of_weights = bytes_by_kind(graph, few)
+        weights += of_weights
+    built = {kernel.source: kernel for graph in graphs for kernel in graph.kernels}.values()
+    registers, spills = zip(*map(build, built), strict=True)
+    moved, parameters = optimiser_bytes(narrow, overrides)
     least = least_bytes(size)
+
+    def per_image(moved: int) -> float:
+        return round(size.depth * moved / size.batch / 1e6, 1)
+
     return {
+        "batch": size.batch,
         "host_waits": dict(waits),
         "graph_breaks": sum(breaks.values()),
-        "graphs": len(last),
-        "block_kernels": {name: graph.kernels for name, graph in middle.items()},
-        "block_triton_ops": {name: graph.ops for name, graph in middle.items()},
-        "block_library_calls": {name: graph.calls for name, graph in middle.items()},
-        "mb_per_image": {f"blocks, {name}": round(size.depth * image / 1e6, 1) for name, (image, _) in slopes.items()},
+        "graphs": len(graphs),
+        "block_kernels": {way: len(graph.of("inductor")) for way, graph in middle.items()},
+        "block_triton_ops": {way: len(graph.of("ours")) for way, graph in middle.items()},
+        "block_library_calls": {way: len(graph.of("library")) for way, graph in middle.items()},
+        "mb_per_image": {f"blocks, {way}": per_image(found.total()) for way, found in images.items()},
+        "mb_per_image_by": {kind: per_image(moved) for kind, moved in sum(images.values(), Counter()).items()},
         "mb_per_image_least": {name: round(size.depth * value / 1e6, 1) for name, value in least.items()},
-        "times_least": round(sum(image for image, _ in slopes.values()) / sum(least.values()), 2),
-        "block_weights_mb_per_step": round(sum(step for _, step in slopes.values()) / 1e6, 1),
+        "times_least": round(sum(found.total() for found in images.values()) / size.batch / sum(least.values()), 2),
+        "block_weights_mb_per_step": {kind: round(moved / 1e6, 1) for kind, moved in weights.items()},
         "optimiser_bytes_per_parameter": round(moved / parameters, 1),
         "optimiser_bytes_per_parameter_least": LEAST_OPTIMISER,
+        "kernels_compiled": len(built),
+        "most_registers": max(registers),
+        "spilled_bytes": sum(spills),
     }
+
+
+def print_calls(block: dict[str, Graph]) -> None:
+    """The calls of a block in order: what a reader optimises from."""
+    for way, graph in block.items():
+        print(f"{way}: {len(graph.calls)} calls, {graph.bytes / 1e6:.1f} MB")
+        for call in graph.calls:
+            print(call)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("override", nargs="*")
     parser.add_argument("--size", choices=SIZES, default="XL/2")
+    parser.add_argument(
+        "--calls", action="store_true", help="list the calls of a block in the middle, with their bytes"
+    )
     parser.add_argument("--out", type=Path, help="folder of results.jsonl")
     arguments = parser.parse_args()
+    if "training.compile=whole" in arguments.override:
+        parser.error("training.compile=whole has no graph of one block to count; leave it out")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out and arguments.out / "results.jsonl"
-    found = report(SIZES[arguments.size], tuple(arguments.override))
+    found = report(SIZES[arguments.size], tuple(arguments.override), arguments.calls)
     record("count", file=file, size=arguments.size, overrides=arguments.override, **found)
-    if found["host_waits"] or found["graph_breaks"]:
-        sys.exit("the step waits for the device, or breaks its graphs")
+    if found["host_waits"] or found["graph_breaks"] or found["spilled_bytes"]:
+        sys.exit("the step waits for the device, breaks its graphs, or spills registers")
 
 
 if __name__ == "__main__":
