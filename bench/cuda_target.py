@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -53,16 +52,7 @@ class Kernel:
         # Inductor's own kernels may read slices of what they are given, and say so; the program's are given views
         stated = re.search(r"'kernel_num_gb': ([\d.e+-]+)", self.source)
         moved = round(float(stated[1]) * 1e9) if stated else None
-        self.record(call_of(self.title, "ours" if self.ours else "inductor", args, moved))
-
-    @property
-    def title(self) -> str:
-        """The name, with the module where the program has it: its kernels are all called forward and backward."""
-        for known in kernel_side_table.id_to_kernel.values():
-            known = getattr(known, "fn", known) if hasattr(known, "configs") else known
-            if self.ours and known.fn.__name__ == self.name and known.src in self.source:
-                return known.fn.__module__.rpartition(".")[2] + "." + self.name.strip("_")
-        return self.name
+        self.record(call_of(self.name.strip("_"), "ours" if self.ours else "inductor", args, moved))
 
 
 @dataclasses.dataclass

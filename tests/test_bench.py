@@ -375,7 +375,7 @@ def test_a_block_launches_our_kernels_and_products_and_copies_nothing(counted):
         assert names(found["forward"], "library") == attention + ["addmm"] * 2 + ["mm"] * 3
         attention = [] if packed else ["_scaled_dot_product_cudnn_attention_backward"]
         assert names(found["backward"], "library") == attention + ["mm"] * 10
-        expected = ["attention.forward"] * packed + ["gate_residual_adaln.forward"] * 2 + ["gelu.forward"]
+        expected = ["attention_forward"] * packed + ["gate_residual_adaln_forward"] * 2 + ["gelu_forward"]
         assert names(found["forward"], "ours") == expected
         # the gradients of qkv are packed where attention does not write them so, and summed for the bias
         large = {way: [name for kind, name, size in found[way] if kind == "inductor" and size > UNIT]
@@ -404,7 +404,7 @@ def test_bytes_of_calls_are_those_worked_out_by_hand(counted):
     assert ("_scaled_dot_product_cudnn_attention", 4 * UNIT + 4 * n * BLOCK.heads * 256 + 16) in calls  # and logsumexp
     for op, shape in (("gate_residual_adaln", (n, 256, d)), ("gelu", (n, 256, 4 * d))):
         for way, least in zip(("forward", "backward"), OPS[op].minimum_bytes(shape, 2), strict=True):
-            sizes = {size for name, size in calls if name == f"{op}.{way}"}
+            sizes = {size for name, size in calls if name == f"{op}_{way}"}
             assert sizes and all(least <= size < 1.12 * least for size in sizes), (op, way)  # partial sums in fp32
 
 
