@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from contestants import SIZES, Case, Fastdit, Size
+from contestants import SIZES, Case, Fastdit, Size, latent_shape
 from cuda_target import Graph, build, bytes_of, compiled_graphs
 from fastdit.kernels import runtime
 from record import record
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdit.diffusion.objectives import OBJECTIVES, compiled
 from fastdit.models import attention
 
 WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero __array__ pin_memory".split()
@@ -166,6 +167,18 @@ def middle_block(graphs: list[Graph]) -> dict[str, Graph]:
     return {"forward": forward[-1], "backward": backward[0]}
 
 
+def loss_graphs(size: Size) -> list[Graph]:
+    """DDPM's loss, forward and backward from the network's output, as the training loop has it compiled on a GPU."""
+    objective = OBJECTIVES["ddpm"]()
+    x_0, noise = torch.randn(2, size.batch, *latent_shape(size)).unbind()
+    output = torch.randn(size.batch, objective.out_channels(size.channels), size.latent, size.latent)
+    with compiled_graphs() as graphs:
+        loss = compiled(objective).loss
+        t = objective.sample_t(torch.rand(size.batch))
+        loss(lambda x_t, time, y: output.requires_grad_(), x_0, None, t, noise).per_sample.mean().backward()
+    return graphs
+
+
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 
 
@@ -256,6 +269,7 @@ def report(size: Size, overrides: tuple[str, ...], calls: bool = False) -> dict:
         "block_kernels": {way: len(graph.of("inductor")) for way, graph in middle.items()},
         "block_triton_ops": {way: len(graph.of("ours")) for way, graph in middle.items()},
         "block_library_calls": {way: len(graph.of("library")) for way, graph in middle.items()},
+        "loss_kernels": {("forward", "backward")[g.backward]: len(g.calls) for g in loss_graphs(size)},
         "mb_per_image": {f"blocks, {way}": per_image(found.total()) for way, found in images.items()},
         "mb_per_image_by": {kind: per_image(moved) for kind, moved in sum(images.values(), Counter()).items()},
         "mb_per_image_least": {name: round(size.depth * value / 1e6, 1) for name, value in least.items()},

@@ -12,10 +12,14 @@ import torch
 from fastdit.config import Config, build, lookup
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.models.dit import DiT
+from fastdit.models.layers import Linear
 from fastdit.training.loop import divisors, memory_by_kind, micro_batches, network, policies_of, uses_zero
 from fastdit.training.memory import GIB, RESERVED, moved_bytes
 
 GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
+FP8_SPEED = 1.6  # of bf16's rate, in the products of the blocks' linears
+OPTIMIZER_BYTES = 44  # a parameter: norm, AdamW, EMA
+CAST_BYTES = 12  # a parameter: its copy in bf16, its gradient to fp32
 ACCUMULATION_BYTES = 18  # a parameter and further micro-batch: its gradient added to, its weight cast again
 MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels are to reach 0.85 of that
 
@@ -27,10 +31,11 @@ class GPU:
     tflops: float
     bandwidth: float
     gib: float
+    has_fp8: bool = True
 
 
 GPUS = {
-    "A100-80G": GPU(312, 2.04, 80),
+    "A100-80G": GPU(312, 2.04, 80, has_fp8=False),
     "H100": GPU(989, 3.35, 80),
     "H200": GPU(989, 4.80, 141),
     "B200": GPU(2250, 8.00, 180),
@@ -58,6 +63,8 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     """
     card = lookup(GPUS, gpu, "--gpu")
     settings = config.training
+    if settings.fp8 and not card.has_fp8:
+        raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
     objective = build(OBJECTIVES, config.objective, "objective")
     side = config.data.image_size // 8  # of the usual autoencoders; shards say the real one
     with torch.device("meta"):
@@ -66,14 +73,17 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     share = micro * accumulation
     candidates = [micro] if settings.micro_batch > 0 else divisors(share)
     count = sum(p.numel() for p in model.parameters())
-    optimizer_bytes = 40 * count / (world if uses_zero(settings) else 1)  # weights, moments, gradients, EMA
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of an image's forward pass
+    weight_bytes = (OPTIMIZER_BYTES / (world if uses_zero(settings) else 1) + CAST_BYTES) * count
     plans = []
     for policy in policies_of(settings):
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in candidates}
         fitting = [m for m in candidates if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(candidates))
-        flops = 3 * model.flops_per_image() * (4 / 3 if policy == "full" else 1)
-        moved = share * moved_bytes(model, policy, residual=settings.residual_bytes) + optimizer_bytes
+        flops = 3 * (model.flops_per_image() - in_fp8 * (1 - 1 / FP8_SPEED)) * (4 / 3 if policy == "full" else 1)
+        moved = share * moved_bytes(model, policy, residual=settings.residual_bytes, fp8=settings.fp8)
+        moved += weight_bytes
         moved += (share // micro - 1) * ACCUMULATION_BYTES * count
         step_s = share * flops / (card.tflops * 1e12 * GEMM_SHARE) + moved / (card.bandwidth * 1e12 * MEMORY_SHARE)
         speed = settings.global_batch / step_s
@@ -88,9 +98,10 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
     settings, forward, best = config.training, model.flops_per_image(), plans[0]
     engine = f"ZeRO-{settings.zero_stage}" if uses_zero(settings) else "DDP"
     processes = f"{world} x {gpu}" + (f" ({engine})" if world > 1 else "")
+    precision = "FP8 linears, " * settings.fp8 + settings.precision
     lines = [
         f"### {config.model.variant}, {config.data.image_size} px, {processes}, global batch "
-        f"{settings.global_batch}, {settings.precision}, residual stream {8 * settings.residual_bytes} bits",
+        f"{settings.global_batch}, {precision}, residual stream {8 * settings.residual_bytes} bits",
         "",
         f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP an image forward, "
         f"{3 * forward / 1e9:.1f} in training.",
@@ -116,7 +127,8 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
             if best.fits
             else f"Nothing fits {gpu}: lower training.micro_batch={best.micro_batch}, or use more GPUs."
         ),
-        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s, the rest at "
+        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s"
+        f"{f' ({FP8_SPEED} times that in FP8)' * settings.fp8}, the rest at "
         f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
         f"{settings.steps:,} steps.",
     ]

@@ -1,5 +1,7 @@
 """The plan: counted parameters, FLOPs and saved bytes; what fits where; the printed report."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -139,6 +141,41 @@ def test_bytes_follow_the_width_of_the_mlp():
     tokens = 256 * 1152
     assert activation_bytes(wide, "none") - activation_bytes(narrow, "none") == tokens * 2 * (2 + 2)
     assert moved_bytes(wide, "none") - moved_bytes(narrow, "none") == tokens * 2 * (2 * (2 + 2) + 2)
+
+
+COUNTED = [json.loads(line) for line in (ROOT / "bench/results/count.jsonl").read_text().splitlines()]
+COUNTED = [line for line in COUNTED if all(o.startswith("training.") for o in line["overrides"])]
+
+
+@pytest.mark.parametrize("line", COUNTED, ids=lambda line: " ".join(line["overrides"]) or "defaults")
+def test_bytes_of_the_plan_are_those_counted_on_the_gpus_code(line):
+    settings = load_config(XL_PATH, line["overrides"]).training
+    with torch.device("meta"):
+        model = DiT()
+    by_kind = line["mb_per_image_by"]
+    counted = sum(by_kind.values()) - by_kind["products"]
+    policy = settings.activation_checkpointing
+    planned = moved_bytes(model, policy, residual=settings.residual_bytes, fp8=settings.fp8) / 1e6
+    assert planned == pytest.approx(counted, rel=0.04)
+
+
+def test_fp8_counts_in_the_plan_and_is_refused_where_there_is_none():
+    config = load_config(XL_PATH, ["training.fp8=true", "training.residual=bf16"])
+    best, bf16 = plan(config, "H200")[1][0], plan(load_config(XL_PATH, ["training.residual=bf16"]), "H200")[1][0]
+    assert 1.05 < best.images_per_s / bf16.images_per_s < 1.2  # preparing the operands takes much of what they save
+    assert "FP8 linears" in report(config, "H200") and "activation" not in [p.policy for p in plan(config, "H200")[1]]
+    with pytest.raises(ValueError, match="training.fp8=true is impossible on --gpu A100-80G; use training.fp8=false"):
+        plan(config, "A100-80G")
+
+
+def test_the_page_of_plans_is_what_the_command_prints():
+    page = (ROOT / "docs/plan.md").read_text()
+    commands = re.findall(r"^    fastdit plan --config (\S+) (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) >= 12
+    for path, rest in commands:
+        gpu, gpus = re.search(r"--gpu (\S+)", rest)[1], re.search(r"--gpus (\d+)", rest)
+        overrides = [word for word in rest.split() if "=" in word]
+        assert report(load_config(ROOT / path, overrides), gpu, int(gpus[1]) if gpus else 1) in page, (path, rest)
 
 
 def test_hours_follow_from_speed_and_steps():
