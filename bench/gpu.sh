@@ -70,7 +70,8 @@ else
     has diffusers && TESTS+=(tests/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
-    TESTS+=(tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py tests/test_kernels.py)
+    TESTS+=(tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py tests/test_kernels.py
+        tests/test_bench_gpu.py::test_predicted_memory_is_within_a_tenth_of_the_peak)
 fi
 
 read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds
