@@ -33,6 +33,18 @@ def friendly_exit() -> Iterator[None]:
         raise SystemExit(EXIT_CODE) from error
 
 
+@contextmanager
+def out_of_memory_says(remedy: str) -> Iterator[None]:
+    """Turns a device's lack of memory into a ValueError that ends with the remedy."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(". ")
+        raise ValueError(f"{said[0]}; {remedy}") from error
+
+
 def make_folder(path: Path, key: str) -> None:
     """Creates a folder for output; ValueError in one line where that is impossible."""
     try:

@@ -27,7 +27,7 @@ from fastdit.diffusion.guidance import guided, watched
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, one_thread, seed_of
-from fastdit.errors import make_folder
+from fastdit.errors import make_folder, out_of_memory_says
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
 from fastdit.training.loop import check_sampling, network
@@ -181,7 +181,8 @@ def sample(
         if all(_png(out, i).is_file() for i in wanted):
             continue
         y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
-        with one_thread(ranks.device):
+        remedy = f"sampling.batch_size={batch} is too much for {ranks.device}: use a smaller one"
+        with one_thread(ranks.device), out_of_memory_says(remedy):
             images = generator.images(indices, y, seed)
         for i, image in zip(wanted, images, strict=False):
             temporary = _png(out, i).with_suffix(".partial")

@@ -21,7 +21,7 @@ from fastdit.distributed import Ranks
 from fastdit.models.vae import small_vae
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
-from fastdit.training.engine import merge_deepspeed
+from fastdit.training.engine import TorchEngine, merge_deepspeed
 from fastdit.training.loop import micro_batches, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +225,25 @@ def test_mistakes_end_in_one_line_before_anything_is_written(world, tmp_path, ov
         train_here(world, tmp_path / "run", *overrides)
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_said_with_the_keys_that_help_and_loses_nothing(world, tmp_path, monkeypatch):
+    """By the GPU's own error, at the third step; the checkpoint of the second is there to go on from."""
+    step, calls = TorchEngine.step, []
+
+    def full(self, lr):
+        calls.append(lr)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+        return step(self, lr)
+
+    monkeypatch.setattr(TorchEngine, "step", full)
+    options = ["training.steps=3", "training.checkpoint_every=2", "training.micro_batch=6"]
+    remedy = "training.micro_batch=6 with activation_checkpointing=none is too much .* use training.micro_batch=-1"
+    with pytest.raises(ValueError, match=f"CUDA out of memory; {remedy}"):
+        train_here(world, tmp_path / "run", *options)
+    assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-0000002"]
+    train_here(world, tmp_path / "run", *options, resume=True)
 
 
 def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):

@@ -23,7 +23,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import DTYPES, Manifest, permutation
 from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
 from fastdit.distributed import Ranks, one_thread
-from fastdit.errors import is_no_space
+from fastdit.errors import is_no_space, out_of_memory_says
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_FAILED = "another process of this extraction has failed; see its message"
@@ -91,7 +91,8 @@ def extract_features(
         if not partial.is_dir():
             raise ValueError(f"out={out} is not seen by process {ranks.rank}; write to a disk that all processes share")
         start = time.perf_counter()
-        _extract_share(folder, partial, codec, ranks, about, batch_size, workers, shard_size)
+        with out_of_memory_says(f"--batch-size={batch_size} is too much for {ranks.device}: use a smaller one"):
+            _extract_share(folder, partial, codec, ranks, about, batch_size, workers, shard_size)
         _wait_for_parts(partial, shards)  # not a collective: shares may end many minutes apart
         ranks.barrier()
         if ranks.is_main:

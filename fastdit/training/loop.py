@@ -16,7 +16,7 @@ from fastdit.diffusion.objectives import OBJECTIVES, compiled
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
-from fastdit.errors import make_folder
+from fastdit.errors import make_folder, out_of_memory_says
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
@@ -159,11 +159,16 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     )
     batches = on_device(batches, device)
     last = found[-1] if found else None
+    remedy = (
+        f"training.micro_batch={micro} with activation_checkpointing={policy} is too much for {device}: use "
+        "training.micro_batch=-1, as many as fit, or training.activation_checkpointing=auto"
+    )
     clock, clock_step = time.perf_counter(), start
     for step in range(start, settings.steps):
         _, moments, y = next(batches)
         lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
-        loss, grad_norm = train_step(moments, y, step, lr)
+        with out_of_memory_says(remedy):
+            loss, grad_norm = train_step(moments, y, step, lr)
         window += torch.stack([loss, torch.ones_like(loss)])
 
         done = step + 1
