@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.diffusion.objectives import OBJECTIVES, compiled
+from fastdit.errors import friendly_exit
 from fastdit.models import attention
 
 WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero __array__ pin_memory".split()
@@ -291,6 +292,7 @@ def print_calls(block: dict[str, Graph]) -> None:
             print(call)
 
 
+@friendly_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("override", nargs="*")

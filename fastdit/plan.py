@@ -62,6 +62,8 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     unknown GPU, and for a batch that the processes cannot share.
     """
     card = lookup(GPUS, gpu, "--gpu")
+    if world < 1:
+        raise ValueError(f"--gpus={world} is no number of GPUs; use 1 or more")
     settings = config.training
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
@@ -75,17 +77,19 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     count = sum(p.numel() for p in model.parameters())
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
     in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of an image's forward pass
-    weight_bytes = (OPTIMIZER_BYTES / (world if uses_zero(settings) else 1) + CAST_BYTES) * count
+    wide = 1 if settings.precision == "bf16" else 2  # TF32: values of twice the bytes, products at half the rate
+    casts = CAST_BYTES if wide == 1 else 0
+    weight_bytes = (OPTIMIZER_BYTES / (world if uses_zero(settings) else 1) + casts) * count
     plans = []
     for policy in policies_of(settings):
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in candidates}
         fitting = [m for m in candidates if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(candidates))
         flops = 3 * (model.flops_per_image() - in_fp8 * (1 - 1 / FP8_SPEED)) * (4 / 3 if policy == "full" else 1)
-        moved = share * moved_bytes(model, policy, residual=settings.residual_bytes, fp8=settings.fp8)
-        moved += weight_bytes
-        moved += (share // micro - 1) * ACCUMULATION_BYTES * count
-        step_s = share * flops / (card.tflops * 1e12 * GEMM_SHARE) + moved / (card.bandwidth * 1e12 * MEMORY_SHARE)
+        moved = weight_bytes + (share // micro - 1) * ACCUMULATION_BYTES * count
+        moved += share * wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=settings.fp8)
+        rate, bandwidth = card.tflops / wide * GEMM_SHARE, card.bandwidth * MEMORY_SHARE
+        step_s = share * flops / (rate * 1e12) + moved / (bandwidth * 1e12)
         speed = settings.global_batch / step_s
         hours = settings.steps * step_s / 3600
         plans.append(Plan(policy, micro, memory[micro], bool(fitting), step_s, speed, hours))
@@ -119,16 +123,15 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
             f"| {p.policy} | {p.micro_batch} | {' | '.join(cells)} | {total} | {fits} | {p.images_per_s:.0f} "
             f"| {p.hours:.0f} | {p.hours * world:.0f} |"
         )
+    chosen = f"training.activation_checkpointing={best.policy} training.micro_batch={best.micro_batch}"
+    smaller = f"lower training.micro_batch={best.micro_batch}, or " * (best.micro_batch > 1)
+    other = f" ({FP8_SPEED} times that in FP8)" * settings.fp8 + " (half that in TF32)" * (settings.precision == "fp32")
     lines += [
         "",
-        (
-            f"Fastest that fits: training.activation_checkpointing={best.policy} "
-            f"training.micro_batch={best.micro_batch}."
-            if best.fits
-            else f"Nothing fits {gpu}: lower training.micro_batch={best.micro_batch}, or use more GPUs."
-        ),
-        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s"
-        f"{f' ({FP8_SPEED} times that in FP8)' * settings.fp8}, the rest at "
+        f"Fastest that fits: {chosen}."
+        if best.fits
+        else f"Nothing fits {gpu}: {smaller}use more GPUs with training.engine=deepspeed training.zero_stage=3.",
+        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s{other}, the rest at "
         f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
         f"{settings.steps:,} steps.",
     ]

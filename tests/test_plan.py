@@ -135,6 +135,11 @@ def test_a_bf16_residual_stream_and_zero_count_in_the_plan(monkeypatch):
     assert memory_by_kind(model, XL.training, "none", 32, 8) == zero.memory
 
 
+def test_tf32_is_half_as_fast_as_bf16():
+    fp32, bf16 = (plan(load_config(XL_PATH, [f"training.precision={p}"]), "H200")[1][0] for p in ("fp32", "bf16"))
+    assert 0.45 < fp32.images_per_s / bf16.images_per_s < 0.55
+
+
 def test_bytes_follow_the_width_of_the_mlp():
     with torch.device("meta"):
         wide, narrow = DiT(depth=1), DiT(depth=1, mlp_ratio=2.0)
@@ -194,3 +199,5 @@ def test_the_command_prints_the_report_and_names_mistakes():
     assert done.returncode == 2 and "did you mean 'H200'" in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(ValueError, match="global_batch=256 is not divisible by 7 processes"):
         plan(XL, "H100", world=7)
+    with pytest.raises(ValueError, match="--gpus=0 is no number of GPUs; use 1 or more"):
+        plan(XL, "H100", world=0)
