@@ -63,7 +63,7 @@ def chart(lines: list[dict], path: Path) -> None:
     colours = ["tab:orange" if line["contestant"].startswith("fastdit") else "tab:gray" for line in lines]
     bars = axes.barh(names, rates, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [f" {rate:g}" for rate in rates])
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.set_xlabel("images/s")
     if lines:
         axes.set_title(f"{lines[0]['size']}, {lines[0]['hardware']}", fontsize=9)
