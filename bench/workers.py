@@ -13,6 +13,7 @@ from contestants import Case, build_case
 from gate import Gated
 from record import product_tflops
 
+from fastdit.errors import is_out_of_memory
 from fastdit.training.log import peak_gib
 
 
@@ -38,7 +39,7 @@ class Served:
                 verdict = self.contestant.gate()
                 return Gated(verdict, case.batch, verdict.first_done - begin)
             except Exception as error:
-                if case.batch == 1 or not is_out_of_memory(error):
+                if case.batch == 1 or case.stack == "oracle" or not is_out_of_memory(error):
                     raise
                 case = replace(case, batch=case.batch // 2)
             self.contestant = None
@@ -120,12 +121,6 @@ def serve(connection) -> None:
             connection.send(MemoryError(str(error).partition("\n")[0].partition(" GPU ")[0]))
         else:
             connection.send(RuntimeError(traceback.format_exc()))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """The allocator's own error, or what a library or the driver says when it asked in vain."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
 
 
 class Worker:

@@ -36,13 +36,21 @@ def friendly_exit() -> Iterator[None]:
 @contextmanager
 def out_of_memory_says(remedy: str) -> Iterator[None]:
     """Turns a device's lack of memory into a ValueError that ends with the remedy."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        said = str(error).partition(". ")
-        raise ValueError(f"{said[0]}; {remedy}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"{said}; {remedy}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """The allocator's own error, or what a library or the driver says when it asked in vain."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
 
 
 def make_folder(path: Path, key: str) -> None:

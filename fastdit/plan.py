@@ -20,7 +20,7 @@ GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on
 FP8_SPEED = 1.6  # of bf16's rate, in the products of the blocks' linears
 OPTIMIZER_BYTES = 44  # a parameter: norm, AdamW, EMA
 CAST_BYTES = 12  # a parameter: its copy in bf16, its gradient to fp32
-ACCUMULATION_BYTES = 18  # a parameter and further micro-batch: its gradient added to, its weight cast again
+ADD_BYTES = 12  # a parameter and further micro-batch: its gradient added to; its weight is cast again, too
 MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels are to reach 0.85 of that
 
 
@@ -75,18 +75,19 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Plan]]:
     share = micro * accumulation
     candidates = [micro] if settings.micro_batch > 0 else divisors(share)
     count = sum(p.numel() for p in model.parameters())
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    linears = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, Linear)}
+    weights = sum(count for name, count in linears.items() if not name.endswith("cross.kv"))  # that sees two tokens
     in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of an image's forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: values of twice the bytes, products at half the rate
     casts = CAST_BYTES if wide == 1 else 0
     weight_bytes = (OPTIMIZER_BYTES / (world if uses_zero(settings) else 1) + casts) * count
     plans = []
-    for policy in policies_of(settings):
+    for policy in policies_of(config):
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in candidates}
         fitting = [m for m in candidates if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(candidates))
         flops = 3 * (model.flops_per_image() - in_fp8 * (1 - 1 / FP8_SPEED)) * (4 / 3 if policy == "full" else 1)
-        moved = weight_bytes + (share // micro - 1) * ACCUMULATION_BYTES * count
+        moved = weight_bytes + (share // micro - 1) * (ADD_BYTES + casts / 2) * count
         moved += share * wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=settings.fp8)
         rate, bandwidth = card.tflops / wide * GEMM_SHARE, card.bandwidth * MEMORY_SHARE
         step_s = share * flops / (rate * 1e12) + moved / (bandwidth * 1e12)
@@ -125,12 +126,13 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         )
     chosen = f"training.activation_checkpointing={best.policy} training.micro_batch={best.micro_batch}"
     smaller = f"lower training.micro_batch={best.micro_batch}, or " * (best.micro_batch > 1)
+    shards = "" if uses_zero(settings) else " with training.engine=deepspeed training.zero_stage=2"
     other = f" ({FP8_SPEED} times that in FP8)" * settings.fp8 + " (half that in TF32)" * (settings.precision == "fp32")
     lines += [
         "",
         f"Fastest that fits: {chosen}."
         if best.fits
-        else f"Nothing fits {gpu}: {smaller}use more GPUs with training.engine=deepspeed training.zero_stage=3.",
+        else f"Nothing fits {gpu}: {smaller}use more GPUs{shards}.",
         f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s{other}, the rest at "
         f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
         f"{settings.steps:,} steps.",

@@ -38,10 +38,19 @@ class Products(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_predicted_activations_are_those_that_autograd_keeps(policy, monkeypatch):
+OPTIONS = [{}, {"mlp": "swiglu"}, {"mlp": "gelu"}, {"qk_norm": "rms"}, {"position": "rope"}, {"dropout": 0.1},
+           {"block": "cross_attention"}, {"block": "in_context"}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "policy, options",
+    [(policy, {}) for policy in POLICIES]
+    + [(policy, o) for o in OPTIONS[1:] for policy in ("none", "selective")]
+    + [("activation", o) for o in OPTIONS[1:] if o.get("mlp") != "gelu"],
+)
+def test_predicted_activations_are_those_that_autograd_keeps(policy, options, monkeypatch):
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")  # through the interpreter: the ops keep what they keep on a GPU
-    model = DiT(input_size=16, hidden_size=192, depth=2, num_heads=3, num_classes=10)
+    model = DiT(input_size=16, hidden_size=192, depth=2, num_heads=3, num_classes=10, **options)
     model.set_activation_checkpointing(policy)
 
     def kept(images: int) -> int:
@@ -119,6 +128,12 @@ def test_the_loop_takes_the_micro_batch_that_fits(monkeypatch):
     for gib, chosen in ((141, ("none", 256, 1)), (80, ("none", 128, 2)), (40, ("none", 64, 4)), (24, ("full", 128, 2))):
         monkeypatch.setattr("fastdit.distributed.memory_of", lambda device, gib=gib: gib * GIB)
         assert memory_policy(config, model, 256, one) == chosen
+
+
+def test_a_policy_without_a_kernel_is_refused_and_never_planned():
+    with pytest.raises(ValueError, match="has no kernel for model.mlp=gelu; use selective"):
+        DiT(depth=1, mlp="gelu").set_activation_checkpointing("activation")
+    assert "activation" not in [p.policy for p in plan(load_config(XL_PATH, ["model.mlp=gelu"]), "H100")[1]]
 
 
 def test_a_bf16_residual_stream_and_zero_count_in_the_plan(monkeypatch):

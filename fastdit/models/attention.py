@@ -2,8 +2,9 @@
 
 No backend copies q, k, v out of the packed projection; those in PACKED write its gradient packed too, where the three
 of the others are copied into one. `auto` takes what `bench/attention.py` measured as fastest for this GPU and shape
-(attention.json beside this file), and where nothing was measured cuDNN on Hopper and newer, FlashAttention on Ampere,
-PyTorch's own choice elsewhere. cuDNN and FlashAttention know half precision alone: fp32 is left to PyTorch's choice.
+(attention.json beside this file), and where nothing was measured FlashAttention on Ampere, on Hopper and newer cuDNN
+for whole 128s of tokens, PyTorch's own choice elsewhere. cuDNN and FlashAttention know half precision alone: fp32 is
+left to PyTorch's choice.
 """
 
 import importlib.util

@@ -198,7 +198,9 @@ class DiT(nn.Module):
 
     def set_activation_checkpointing(self, policy: str) -> None:
         """none; activation: backward makes GELU's (SwiGLU's) output again, from what it reads anyway; selective: norms,
-        gates and GELU; full: the whole block, a third more FLOPs."""
+        gates and GELU; full: the whole block, a third more FLOPs. ValueError where nothing makes it again."""
+        if policy == "activation" and self.blocks[0].mlp.kind == "gelu":
+            raise ValueError("activation_checkpointing='activation' has no kernel for model.mlp=gelu; use selective")
         for block in self.blocks:
             block.checkpointing, block.mlp.recompute = policy, policy == "activation"
 

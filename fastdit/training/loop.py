@@ -159,9 +159,10 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     )
     batches = on_device(batches, device)
     last = found[-1] if found else None
+    smaller = max((m for m in divisors(micro) if m < micro), default=1)
     remedy = (
         f"training.micro_batch={micro} with activation_checkpointing={policy} is too much for {device}: use "
-        "training.micro_batch=-1, as many as fit, or training.activation_checkpointing=auto"
+        f"training.micro_batch={smaller}" + ", or activation_checkpointing=full" * (policy != "full")
     )
     clock, clock_step = time.perf_counter(), start
     for step in range(start, settings.steps):
@@ -286,7 +287,7 @@ def memory_policy(config: Config, model: DiT, share: int, ranks: distributed.Ran
     settings = config.training
     policy, micro = settings.activation_checkpointing, settings.micro_batch or share
     if policy == "auto" or micro < 0:
-        policies = policies_of(settings) if policy == "auto" else [policy]
+        policies = policies_of(config) if policy == "auto" else [policy]
         micros = divisors(share) if micro < 0 else [micro]
         budget = distributed.memory_of(ranks.device) * (1 - RESERVED)
         policy, micro = fit(
@@ -295,9 +296,10 @@ def memory_policy(config: Config, model: DiT, share: int, ranks: distributed.Ran
     return policy, micro, share // micro
 
 
-def policies_of(settings: TrainingConfig) -> list[str]:
-    """The policies of activation checkpointing that these settings can run; FP8 products keep inputs of their own."""
-    return [policy for policy in POLICIES if not (settings.fp8 and policy == "activation")]
+def policies_of(config: Config) -> list[str]:
+    """The policies of activation checkpointing that can run; FP8 products keep inputs of their own."""
+    without = config.training.fp8 or config.model.mlp == "gelu"
+    return [policy for policy in POLICIES if not (without and policy == "activation")]
 
 
 def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int, world: int) -> dict[str, float]:

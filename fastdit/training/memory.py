@@ -16,15 +16,20 @@ def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: in
 
     Per token and block, in units of D values of `itemsize` bytes: the input of qkv 1, qkv 3, attention's output 1, both
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
-    bytes. `activation` makes the activation's output again; `selective` that and the norms' outputs; `full` keeps a
-    block's residual and branch only.
+    bytes; more where the network has options. `activation` makes the activation's output again; `selective` that and
+    the norms' outputs; `full` keeps a block's residual and branch only.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     before, after = activation_widths(model)
+    cross = model.blocks[0].cross is not None  # its input, q, output and branch, and one more residual
+    turned = model.blocks[0].attn.qk_norm != "none" or model.rope is not None  # q and k before and after
+    dropped = (2 + cross) if model.dropout else 0  # branches of which it is kept what is dropped, and where
+    biased = before if model.blocks[0].mlp.kind == "gelu" else 0  # the exact GELU keeps its input with its bias, too
+    options = 2 * turned + 3 * dropped + biased
     units, residuals = {
-        "none": (1 + 3 + 1 + 2 + 1 + before + after, 2),
-        "activation": (1 + 3 + 1 + 2 + 1 + before, 2),
-        "selective": (3 + 1 + 2 + before, 1),
+        "none": (1 + 3 + 1 + 2 + 1 + before + after + 4 * cross + options, 2 + cross),
+        "activation": (1 + 3 + 1 + 2 + 1 + before + 4 * cross + options, 2 + cross),
+        "selective": (3 + 1 + 2 + before + 3 * cross + dropped, 1),
         "full": (1, 1),
     }[policy]
     ends = residual + itemsize  # the residual and the input of the final layer
@@ -38,20 +43,21 @@ def activation_widths(model: DiT) -> tuple[float, float]:
 
 
 def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False) -> float:
-    """Bytes that one image's step moves outside matrix products; within 3% of those that bench/count.py counts.
+    """Bytes that one image's step moves outside matrix products; within 4% of those that bench/count.py counts.
 
     Norms and gates, GELU, attention, the bias and the packing of qkv's gradient; under FP8 what prepares the operands.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     before, after = activation_widths(model)
-    norm = 2 * (2 * residual + 2 + 2)  # twice a block: x, branch, x', h
-    norm_backward = 2 * (3 * residual + 2 + 2 + 2)
+    cross = model.blocks[0].cross is not None
+    norm = (2 + cross) * (2 * residual + 2 + 2)  # of each branch: x, branch, x', h
+    norm_backward = (2 + cross) * (3 * residual + 2 + 2 + 2)
     activation = 2 * (before + after)  # forward; backward reads both and writes a gradient
-    attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3)
+    attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3) + cross * (2 * (1 + 1) + 2 * (1 + 1 + 1 + 1))
     packing = 2 * (3 + 3) + 2 * 3  # the gradients of q, k and v into one; read once more for the bias
     step = norm + norm_backward + activation + (activation + 2 * before) + attention + packing
     if fp8:  # inputs and gradients of the linears: read for the largest value, read, written as they are and transposed
-        step += 6 * (1 + 1 + 1 + after + 3 + 1 + before + 1)
+        step += 6 * (1 + 1 + 1 + after + 3 + 1 + before + 1 + 4 * cross)
     again = {
         "none": 0,
         "activation": 2 * after,  # written once more by the activation's backward pass
