@@ -38,19 +38,18 @@ class Products(TorchDispatchMode):
         return out
 
 
-OPTIONS = [{}, {"mlp": "swiglu"}, {"mlp": "gelu"}, {"qk_norm": "rms"}, {"position": "rope"}, {"dropout": 0.1},
+OPTIONS = [{"mlp": "swiglu"}, {"mlp": "gelu"}, {"qk_norm": "rms"}, {"position": "rope"}, {"dropout": 0.1},
            {"block": "cross_attention"}, {"block": "in_context"}]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "policy, options",
-    [(policy, {}) for policy in POLICIES]
-    + [(policy, o) for o in OPTIONS[1:] for policy in ("none", "selective")]
-    + [("activation", o) for o in OPTIONS[1:] if o.get("mlp") != "gelu"],
+    [(policy, {}) for policy in POLICIES] + [("none", options) for options in OPTIONS],
 )
 def test_predicted_activations_are_those_that_autograd_keeps(policy, options, monkeypatch):
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")  # through the interpreter: the ops keep what they keep on a GPU
-    model = DiT(input_size=16, hidden_size=192, depth=2, num_heads=3, num_classes=10, **options)
+    side = 8 if options else 16  # interpreted kernels are slow
+    model = DiT(input_size=side, hidden_size=192, depth=2, num_heads=3, num_classes=10, **options)
     model.set_activation_checkpointing(policy)
 
     def kept(images: int) -> int:
@@ -62,10 +61,10 @@ def test_predicted_activations_are_those_that_autograd_keeps(policy, options, mo
 
         products, hooks = Products(storages if policy == "selective" else {}), torch.autograd.graph.saved_tensors_hooks
         with hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), products:
-            model(torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.long))
+            model(torch.randn(images, 4, side, side), torch.rand(images), torch.zeros(images, dtype=torch.long))
         return sum(storage.nbytes() for storage in storages.values())
 
-    an_image = (kept(3) - kept(1)) / 2  # weights and their copies cancel
+    an_image = kept(2) - kept(1)  # weights and their copies cancel
     assert an_image == pytest.approx(activation_bytes(model, policy), rel=0.08)
 
 
