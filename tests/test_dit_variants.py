@@ -84,6 +84,8 @@ def test_recomputing_activations_changes_nothing(options):
     model = small(**options)
     expected, expected_gradients = gradients(model)
     for policy in RECOMPUTE:
+        if policy == "activation" and options.get("mlp") == "gelu":
+            continue  # refused: nothing would be saved (tests/test_plan.py)
         model.set_activation_checkpointing(policy)
         out, found = gradients(model)
         torch.testing.assert_close(out, expected, **CLOSE)
