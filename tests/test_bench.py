@@ -1,7 +1,6 @@
-"""The bench measures what it says: wrong contestants are caught, failures end alone, counts need no GPU."""
+"""The bench measures what it says: wrong contestants are caught, failures end alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import contestants  # noqa: E402
-import count  # noqa: E402
 import gate  # noqa: E402
 import profiles  # noqa: E402
 import report  # noqa: E402
@@ -294,144 +292,6 @@ def test_a_table_without_figures_says_why():
     line = {"contestant": "strong", "size": "tiny", "failed": "out of memory: 1 GiB", "hardware": "x", "torch": "2",
             "commit": "c", "date": "d"}  # fmt: skip
     assert "**out of memory: 1 GiB**" in report.table([line])
-
-
-SMALLEST = contestants.Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
-
-
-@pytest.mark.parametrize("overrides", [(), ("training.activation_checkpointing=full",), ("training.grad_clip=1",)])
-def test_the_host_never_waits_for_the_device_within_a_step(overrides):
-    assert not count.host_waits(SMALLEST, overrides)
-
-
-WAITS = {
-    "item": lambda x: x.sum().item(), "a branch": lambda x: bool(x.sum() > 0), "cpu": lambda x: x.cpu(),
-    "to cpu": lambda x: x.to("cpu"), "nonzero": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0],
-    "tolist": lambda x: x.tolist(), "a number from the host": lambda x: x + torch.tensor([1.0, 2.0]),
-    "float": lambda x: float(x[0]), "isnan": lambda x: torch.equal(x, x), "where": lambda x: torch.where(x > 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_every_wait_is_noticed(wait):
-    with count.HostWaits() as waits:
-        x = torch.linspace(-1, 1, 2, requires_grad=False)
-        (x * 2).to(torch.float64).sum()
-        assert not waits.found
-        wait(x)
-    assert waits.found
-
-
-BLOCK = contestants.Size(depth=2, hidden=128, heads=2, latent=32, batch=16, classes=10)
-COUNT = """
-import json, sys
-sys.path.append({bench!r})
-import contestants, count, cuda_target
-
-bf16 = "training.residual=bf16"
-for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.fp8=true"]:
-    graphs, breaks = count.graphs_of(contestants.{size}, tuple(overrides))
-    kernels = {{kernel.source: kernel for graph in graphs for kernel in graph.kernels}}.values()
-    if "training.fp8=true" in overrides:
-        kernels = []  # 50 more, ten seconds
-    print(json.dumps({{
-        "graphs": len(graphs), "breaks": breaks, "spills": [k.name for k in kernels if cuda_target.build(k)[1]],
-        **{{way: [[c.kind, c.name, c.bytes] for c in g.calls] for way, g in count.middle_block(graphs).items()}},
-    }}))
-"""
-
-
-@pytest.fixture(scope="module")
-def counted():
-    """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention or FP8 too; in a process of
-    its own, since this one's kernels are interpreted."""
-    pytest.importorskip("torchao")
-    program = COUNT.format(bench=str(ROOT / "bench"), size=BLOCK)
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "0"},
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-UNIT = BLOCK.batch * 256 * BLOCK.hidden * 2  # bytes of one activation (N, T, D)
-
-
-def names(calls: list, kind: str) -> list[str]:
-    return sorted(name for found, name, _ in calls if found == kind)
-
-
-def moved(calls: list) -> int:
-    return sum(size for *_, size in calls)
-
-
-def test_a_block_compiles_whole_for_a_gpu_and_its_kernels_spill_nothing(counted):
-    for found in counted:  # graphs: forward and backward, of the first block and of all others
-        assert (found["graphs"], found["breaks"], found["spills"]) == (4, {}, [])
-
-
-def test_a_block_launches_our_kernels_and_products_and_copies_nothing(counted):
-    for found, packed in zip(counted[:3], (False, False, True), strict=True):
-        attention = [] if packed else ["_scaled_dot_product_cudnn_attention"]
-        assert names(found["forward"], "library") == attention + ["addmm"] * 2 + ["mm"] * 3
-        attention = [] if packed else ["_scaled_dot_product_cudnn_attention_backward"]
-        assert names(found["backward"], "library") == attention + ["mm"] * 10
-        expected = ["attention_forward"] * packed + ["gate_residual_adaln_forward"] * 2 + ["gelu_forward"]
-        assert names(found["forward"], "ours") == expected
-        # the gradients of qkv are packed where attention does not write them so, and summed for the bias
-        large = {way: [name for kind, name, size in found[way] if kind == "inductor" and size > UNIT]
-                 for way in ("forward", "backward")}  # fmt: skip
-        assert large["forward"] == []
-        assert ["clone" in name and "sum" not in name for name in large["backward"]] == [True] * (not packed) + [False]
-
-
-def test_fp8_multiplies_in_fp8_and_reads_each_operand_to_scale_it(counted):
-    fp8, d = counted[3], BLOCK.hidden
-    assert [names(fp8[way], "library").count("_scaled_mm") for way in ("forward", "backward")] == [4, 8]
-    qkv = UNIT // 2 + 3 * d * d + 3 * UNIT + 2 * 4  # input and weight a byte each, output bf16, two scales
-    assert ["library", "_scaled_mm", qkv] in fp8["forward"]
-    # Inductor's own figure loses what our kernels wrote: the norm's output, read for its largest value
-    readings = [size for _, name, size in fp8["forward"] if "abs_max" in name and "_t_" not in name]
-    assert sum(size >= UNIT for size in readings) == 4 and max(readings) >= 4 * UNIT
-
-
-def test_bytes_of_calls_are_those_worked_out_by_hand(counted):
-    from fastdit.kernels import OPS
-
-    n, d, bf16 = BLOCK.batch, BLOCK.hidden, counted[1]
-    calls = {(name, size) for way in ("forward", "backward") for _, name, size in bf16[way]}
-    assert ("addmm", 4 * UNIT + 2 * (3 * d * d + 3 * d)) in calls  # qkv
-    assert ("mm", 5 * UNIT + 2 * 4 * d * d) in calls  # fc1, fc2
-    assert ("_scaled_dot_product_cudnn_attention", 4 * UNIT + 4 * n * BLOCK.heads * 256 + 16) in calls  # and logsumexp
-    for op, shape in (("gate_residual_adaln", (n, 256, d)), ("gelu", (n, 256, 4 * d))):
-        for way, least in zip(("forward", "backward"), OPS[op].minimum_bytes(shape, 2), strict=True):
-            sizes = {size for name, size in calls if name == f"{op}_{way}"}
-            assert sizes and all(least <= size < 1.12 * least for size in sizes), (op, way)  # partial sums in fp32
-
-
-def test_a_block_moves_little_more_than_it_must(counted):
-    plain, bf16 = ([moved(found[way]) for way in ("forward", "backward")] for found in counted[:2])
-    least = BLOCK.batch * sum(count.least_bytes(BLOCK).values())
-    assert least < sum(bf16) < 1.25 * least
-    # of each of the two additions: x read and written, its gradient read and written and x read again, at 2 bytes less
-    assert [a - b for a, b in zip(plain, bf16, strict=True)] == [2 * 2 * UNIT, 2 * 3 * UNIT]
-
-
-def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
-    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(contestants.SIZES["XL/2"]).items()}
-    assert xl["attention"] == pytest.approx(198, rel=0.01) and xl["GELU"] == pytest.approx(132 + 198, rel=0.01)
-    assert xl["gate, residual, norm, modulate"] == pytest.approx(132 + 198, rel=0.01)
-    a, b = torch.ones(100), torch.ones(100)
-    with count.Bytes() as moved:
-        torch.add(a, b).view(10, 10)
-    assert moved.total == 3 * 400
-    with count.Bytes() as moved:
-        torch._foreach_lerp_([a], [b], 0.5)
-    assert moved.total == 3 * 400
-
-
-def test_the_optimiser_reads_the_gradients_and_leaves_them(one_thread):
-    bytes_, parameters = count.optimiser_bytes(SMALLEST)
-    assert round(bytes_ / parameters) == 44  # weight, moments and gradient: 28; weight read again, average: 12; norm: 4
 
 
 @pytest.mark.parametrize("name", sample.SAMPLINGS)
