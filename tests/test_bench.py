@@ -196,7 +196,7 @@ def test_a_run_writes_table_chart_and_lines(tmp_path):
         assert line["loss_error"] < 1e-2 and line["hardware"] and line["commit"] and line["date"] and line["torch"]
         assert line["profile_ms"]["GEMM"] > 0 and line["profile_ms"]["gap"] >= 0
     assert fastdit["over"]["official"] == pytest.approx(1 / official["over"]["fastdit"], rel=0.02)
-    assert fastdit["predicted_gib"] > 0 and "predicted_gib" not in official
+    assert "predicted_gib" not in fastdit  # the peak beside it is the whole process's on a CPU
     table = (out / "step.md").read_text()
     assert table in done.stdout and all(f"**{line['images_per_s']}**" in table for line in lines)
     assert (out / "step.png").read_bytes().startswith(b"\x89PNG")
