@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 from contestants import SIZES, Case, Fastdit, Size, latent_shape
 from cuda_target import Graph, build, bytes_of, compiled_graphs
-from fastdit.kernels import runtime
 from record import record
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.diffusion.objectives import OBJECTIVES, compiled
 from fastdit.errors import friendly_exit
+from fastdit.kernels import runtime
 from fastdit.models import attention
 
 WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero __array__ pin_memory".split()

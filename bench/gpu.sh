@@ -47,7 +47,7 @@ fi
 
 has() { "$PYTHON" -c "import importlib.util as i, sys; sys.exit(i.find_spec('$1') is None)"; }
 
-ON_DEVICE=tests/test_data_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
+ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
 SMALL=(--batch 32 --contestants fastdit fastdit-all-on strong --profile)
 if [[ -n $REHEARSE ]]; then
     LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300 small-batch 200 engines 200)
@@ -56,22 +56,22 @@ if [[ -n $REHEARSE ]]; then
     SAMPLE=(--size tiny --share 0.05 --turns 1 --batch 2)
     KERNELS=(--ops adaln)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS+=(--static)
-    TESTS=(tests/test_dit.py tests/test_bench_gpu.py $ON_DEVICE)
+    TESTS=(tests/models/test_dit.py tests/bench/test_gpu.py $ON_DEVICE)
 else
     LIMIT=(attention 60 step 280 tests 65 kernels 60 sample 70 ablation 530 small-batch 230 engines 200)
     STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) ENGINES=(--turns 2 --steps 10)
     SAMPLE=(--turns 2) SMALL+=(--turns 3 --steps 30) KERNELS=(--budget-s 42)
     # those that do something else on a GPU; quick ones first, as time may end
     TESTS=(-m "not slow" $ON_DEVICE
-        tests/test_bench_gpu.py::test_a_network_built_on_the_gpu_has_the_same_tables
-        tests/test_bench_gpu.py::test_a_graphed_step_is_the_step_that_it_captured
-        tests/test_bench_gpu.py::test_a_graphed_evaluation_is_the_networks)
-    # those that train or sample in tests/runs.py's world, whose autoencoder is diffusers'
-    has diffusers && TESTS+=(tests/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
-        tests/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
+        tests/bench/test_gpu.py::test_a_network_built_on_the_gpu_has_the_same_tables
+        tests/bench/test_gpu.py::test_a_graphed_step_is_the_step_that_it_captured
+        tests/bench/test_gpu.py::test_a_graphed_evaluation_is_the_networks)
+    # those that train or sample in tests/helpers/runs.py's world, whose autoencoder is diffusers'
+    has diffusers && TESTS+=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
+        tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
-    TESTS+=(tests/test_attention.py tests/test_dit.py tests/test_diffusion_guidance.py tests/test_kernels.py
-        tests/test_bench_gpu.py::test_predicted_memory_is_within_a_tenth_of_the_peak)
+    TESTS+=(tests/models/test_attention.py tests/models/test_dit.py tests/diffusion/test_guidance.py tests/kernels/test_kernels.py
+        tests/bench/test_gpu.py::test_predicted_memory_is_within_a_tenth_of_the_peak)
 fi
 
 read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds

@@ -26,9 +26,10 @@ if importlib.util.find_spec("fastdit.kernels") is None:  # a bare checkout: map 
     sys.modules["fastdit.kernels"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-from fastdit.kernels import OPS  # noqa: E402
-from kernel_checks import cast, compare, run  # noqa: E402
 from record import record  # noqa: E402
+
+from fastdit.kernels import OPS  # noqa: E402
+from helpers.kernels import cast, compare, run  # noqa: E402
 
 
 def measure(fn: Callable[[], Any], ms: float) -> tuple[float, float, float]:

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with images, an autoencoder, latents and config.yaml to train in (tests/runs.py)."""
-    from runs import make_world
+    """A folder with images, an autoencoder, latents and config.yaml to train in (helpers/runs.py)."""
+    from helpers.runs import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fastdit.config import Choice, bind, build, load_config, save_config
+from helpers import ROOT
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture

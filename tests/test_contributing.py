@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-SUITE = ["test_objectives.py", "test_diffusion.py", "test_diffusion_samplers.py"]
+SUITE = ["diffusion/test_objectives.py", "diffusion/test_identities.py", "diffusion/test_samplers.py"]
 
 
 def apply(diff: str, root: Path) -> None:
@@ -35,7 +36,9 @@ def test_the_diffs_are_short_and_the_suite_takes_them_up(tmp_path):
     for diff in DIFFS:
         assert len(re.findall(r"^[+-](?!--)", diff, re.MULTILINE)) < 20
         apply(diff, tmp_path)
-    command = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-p", "no:cacheprovider", *SUITE]
+    options = ["addopts=--import-mode=importlib", "pythonpath=."]
+    command = [sys.executable, "-m", "pytest", "-v", "--rootdir=.", "-p", "no:cacheprovider", *SUITE]
+    command += [word for option in options for word in ("-o", option)]
     done = subprocess.run(
         [*command, "-k", "parabola or huber_flow or (midpoint and linear and not ddpm)"],
         cwd=tmp_path / "tests", capture_output=True, text=True, timeout=240,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 
 def python(code: str, cwd: Path, *path: Path) -> str:

@@ -6,15 +6,14 @@ import sys
 
 import pytest
 import torch
-from convert_cases import golden_weights
-from data_cases import tiny_vae
-from test_verify import make_shards
 
 import fastdit.likelihood
 from fastdit import cli
 from fastdit.conversion import convert
 from fastdit.data.shards import Manifest
 from fastdit.likelihood import batches, likelihood, mean_and_error
+from helpers.checkpoints import golden_weights
+from helpers.data import make_shards, tiny_vae
 
 D, SCALE = 256, 0.18215
 STD = math.sqrt(29) * SCALE  # of make_shards' latents: posterior means of deviation 5, posteriors of deviation 2

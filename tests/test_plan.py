@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.config import load_config
@@ -16,6 +15,8 @@ from fastdit.models.dit import DiT
 from fastdit.plan import GIB, GPUS, plan, report
 from fastdit.training.loop import memory_by_kind, memory_policy
 from fastdit.training.memory import POLICIES, activation_bytes, fit, memory_bytes, moved_bytes
+from helpers import ROOT
+from helpers.runs import ENVIRONMENT
 
 XL_PATH = ROOT / "configs" / "dit_xl_2.yaml"
 XL = load_config(XL_PATH)

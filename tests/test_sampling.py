@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import run
 
 from fastdit.config import load_config
 from fastdit.models.vae import small_vae
 from fastdit.sampling import grid, image_labels, load_generator, sample
 from fastdit.training.loop import train
+from helpers.runs import run
 
 COUNT = 10  # three batches of 4, the last one padded
 

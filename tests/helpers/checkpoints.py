@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_cases import tiny_vae
 from safetensors.torch import load_file
 
 from fastdit.conversion import convert
+from helpers import GOLDEN
+from helpers.data import tiny_vae
 
-GOLDEN = Path(__file__).parent / "golden"
 SIZE = ["--heads", "4"]  # of the recorded network: hidden size 48 is no known one
 
 

@@ -1,7 +1,6 @@
 """Attention backends: equal where they run, refused in words where they cannot or must not."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
+from helpers import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_cases import batch, gradients, small
-from fastdit.kernels import rope_2d
 
+from fastdit.kernels import rope_2d
 from fastdit.models.dit import DiT
 from fastdit.models.dropout import dropout, dropout_keys
 from fastdit.models.layers import NORMS, Attention, Mlp, mlp_width, rotated
+from helpers.networks import batch, gradients, small
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_cases import tiny_vae
 from safetensors.torch import load_file, save_file
 
 from fastdit.data.latents import LatentCodec, sample_latents
+from helpers.data import tiny_vae
 
 
 @pytest.fixture(scope="module")

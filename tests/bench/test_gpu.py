@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 sys.path.append(str(ROOT / "bench"))
 
 import attention  # noqa: E402
@@ -261,7 +262,7 @@ def test_the_time_limits_of_a_call_stay_under_nine_minutes():
     parts = re.search(r"PARTS=\((attention [^)]*)\)", script)[1].split()
     assert sum(limits[part] for part in parts) == 535 and "at most 535 s" in script
     assert limits["ablation"] < 540 and limits["small-batch"] + limits["engines"] < 540
-    for file, name in re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", script):
+    for file, name in re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", script):
         assert f"def {name}" in (ROOT / file).read_text(), (file, name)
 
 

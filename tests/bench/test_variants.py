@@ -2,7 +2,6 @@
 
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ from fastdit.config import ModelConfig, build, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.evaluation.judge import Judge
 from fastdit.quickstart import read_folder
+from helpers import ROOT
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(ROOT / "bench"))
 
 import variants  # noqa: E402
 

@@ -1,7 +1,6 @@
 """DiT against recorded outputs of the official network, published sizes, and counted FLOPs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import RECOMPUTE
 from fastdit.models.dit import DIT_VARIANTS, DiT, create_dit, drop_labels
+from helpers import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 

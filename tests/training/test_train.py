@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from runs import ENVIRONMENT, command, free_port, run
 from safetensors.torch import load_file
 
 from fastdit.config import load_config
@@ -23,6 +22,7 @@ from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine, merge_deepspeed
 from fastdit.training.loop import micro_batches, read_metrics, train
+from helpers.runs import ENVIRONMENT, command, free_port, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

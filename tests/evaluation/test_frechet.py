@@ -1,20 +1,20 @@
 """Frechet distance against OpenAI's evaluator and against closed forms."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastdit.evaluation.frechet import frechet_distance
+from helpers import GOLDEN
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "evaluator.npz", allow_pickle=False)
+ARRAYS = np.load(GOLDEN / "evaluator.npz", allow_pickle=False)
 
 
 def test_frechet_distance_equals_the_evaluators():
-    reference, samples = GOLDEN["reference_features"], GOLDEN["sample_features"]
-    assert frechet_distance(samples, reference) == pytest.approx(float(GOLDEN["frechet_distance"]), rel=1e-6)
-    few = int(GOLDEN["few"])
-    expected = float(GOLDEN["frechet_distance_few"])
+    reference, samples = ARRAYS["reference_features"], ARRAYS["sample_features"]
+    assert frechet_distance(samples, reference) == pytest.approx(float(ARRAYS["frechet_distance"]), rel=1e-6)
+    few = int(ARRAYS["few"])
+    expected = float(ARRAYS["frechet_distance_few"])
     assert frechet_distance(samples[:few], reference) == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 import torch
-from convert_cases import (
+
+from fastdit import cli
+from fastdit.config import load_config
+from fastdit.conversion import convert
+from fastdit.diffusion.guidance import guided
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.models.convert import architecture
+from fastdit.models.dit import DIT_VARIANTS, create_dit
+from fastdit.sampling import load_generator, sample
+from fastdit.training import checkpoint
+from helpers.checkpoints import (
     SIZE,
     assert_same,
     golden,
@@ -20,16 +30,6 @@ from convert_cases import (
     weights,
     without,
 )
-
-from fastdit import cli
-from fastdit.config import load_config
-from fastdit.conversion import convert
-from fastdit.diffusion.guidance import guided
-from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.models.convert import architecture
-from fastdit.models.dit import DIT_VARIANTS, create_dit
-from fastdit.sampling import load_generator, sample
-from fastdit.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

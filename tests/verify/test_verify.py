@@ -8,16 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from convert_cases import golden_weights, moved
-from data_cases import tiny_vae
 from safetensors.torch import load_file, save_file
 
 from fastdit import cli
 from fastdit.conversion import convert
 from fastdit.data.shards import Manifest
-from fastdit.data.writer import write_shards
 from fastdit.training import checkpoint
 from fastdit.verify import verify
+from helpers.checkpoints import golden_weights, moved
+from helpers.data import make_shards, tiny_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,23 +35,6 @@ def healthy(tmp_path_factory):
     convert(root / "plain.pt", "fastdit", root / "run", overrides=overrides, heads=4, say=quiet)
     make_shards(root / "latents")
     return root
-
-
-def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
-    """Moments whose mean has deviation `spread` and whose posterior has 2, unscaled: sqrt(29) x scale is 0.98."""
-    rng = np.random.default_rng(0)
-    about = Manifest(
-        vae="vae", codec="0" * 64, scale=scale, shift=0.0, image_size=16, latent_shape=(4, 8, 8), dtype="float16",
-        class_names=tuple("abc"), images=40,
-    )  # fmt: skip
-
-    def samples():
-        for i in range(40):
-            mean = rng.normal(0, spread, (4, 8, 8))
-            one = np.concatenate([mean, np.full((4, 8, 8), 2.0)])
-            yield np.stack([one, one[..., ::-1]]), i % 3
-
-    return write_shards(samples(), out, about, shard_size=25)
 
 
 def copy(healthy, tmp_path, name):

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+
+from fastdit.data.shards import Manifest
+from fastdit.data.writer import write_shards
 
 
 def tiny_vae(seed: int = 0, **options):
@@ -35,3 +39,20 @@ def write_digits(root: Path, count: int) -> Path:
         image = Image.fromarray((digits.images[i] * 15.9).astype("uint8")).convert("RGB")
         image.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
     return root
+
+
+def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
+    """Moments whose mean has deviation `spread` and whose posterior has 2, unscaled: sqrt(29) x scale is 0.98."""
+    rng = np.random.default_rng(0)
+    about = Manifest(
+        vae="vae", codec="0" * 64, scale=scale, shift=0.0, image_size=16, latent_shape=(4, 8, 8), dtype="float16",
+        class_names=tuple("abc"), images=40,
+    )  # fmt: skip
+
+    def samples():
+        for i in range(40):
+            mean = rng.normal(0, spread, (4, 8, 8))
+            one = np.concatenate([mean, np.full((4, 8, 8), 2.0)])
+            yield np.stack([one, one[..., ::-1]]), i % 3
+
+    return write_shards(samples(), out, about, shard_size=25)

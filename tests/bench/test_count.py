@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 sys.path.append(str(ROOT / "bench"))
 
 import contestants  # noqa: E402

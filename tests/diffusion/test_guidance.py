@@ -1,7 +1,6 @@
 """Guidance and the other denoiser wrappers, against what the official DiT recorded and against their definitions."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from fastdit.diffusion.guidance import clip, dynamic_threshold, guided, processe
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.models.dit import DiT
+from helpers import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 FORMS = ("x_0", "eps", "velocity")
 
 

@@ -7,16 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convert_cases import (
-    assert_same,
-    golden,
-    golden_weights,
-    make_place,
-    quiet,
-    weights,
-    without,
-)
-from data_cases import tiny_vae
 from safetensors.torch import load_file, save_file
 
 from fastdit.config import load_config
@@ -29,6 +19,16 @@ from fastdit.models.dit import create_dit
 from fastdit.sampling import load_generator
 from fastdit.training import checkpoint
 from fastdit.training.loop import network
+from helpers.checkpoints import (
+    assert_same,
+    golden,
+    golden_weights,
+    make_place,
+    quiet,
+    weights,
+    without,
+)
+from helpers.data import tiny_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 sys.path.append(str(ROOT / "bench"))
 
 import contestants  # noqa: E402
@@ -19,7 +20,8 @@ import sample  # noqa: E402
 import step  # noqa: E402
 from contestants import Case, build_case, fill  # noqa: E402
 from gate import Gated, gate_errors  # noqa: E402
-from runs import ENVIRONMENT  # noqa: E402
+
+from helpers.runs import ENVIRONMENT  # noqa: E402
 
 EAGER = ("training.compile=false",)
 CHECKOUT = """

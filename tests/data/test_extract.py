@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_cases import tiny_vae, write_digits
 
 from fastdit.data import extract, writer
 from fastdit.data.images import list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.shards import Manifest, latent_batches
 from fastdit.distributed import Ranks
+from helpers import ROOT
+from helpers.data import tiny_vae, write_digits
 
-ROOT = Path(__file__).parent.parent
 COUNT = 90
 
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdit.kernels import OPS, rope_2d, runtime
-from kernel_checks import DEVICE, DTYPES, cast, compare, run, strided
 
 from fastdit import kernels
+from fastdit.kernels import OPS, rope_2d, runtime
+from helpers.kernels import DEVICE, DTYPES, cast, compare, run, strided
 
 # the interpreter is slow: there, further shapes in fp32 alone
 CASES = [
@@ -315,8 +315,8 @@ def test_adamw_ema_in_a_cuda_graph() -> None:
 
 
 def test_planted_bugs_are_caught() -> None:
-    """One of each sort here; `python tests/mutate_kernels.py` plants them all."""
-    script = os.path.join(os.path.dirname(__file__), "mutate_kernels.py")
+    """One of each sort here; `python tests/kernels/mutate.py` plants them all."""
+    script = os.path.join(os.path.dirname(__file__), "mutate.py")
     done = subprocess.run([sys.executable, script, "--fast"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "0 missed" in done.stdout

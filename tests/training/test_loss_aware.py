@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from runs import run
 from safetensors.torch import load_file
 
 from fastdit.config import load_config
 from fastdit.training import checkpoint
 from fastdit.training.loop import read_metrics, train
+from helpers.runs import run
 
 BOUND = ["objective={name: ddpm, variance: fixed_small, loss_type: kl}", "training.precision=fp32"]
 ON = [*BOUND, "training.loss_aware_times=true"]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
+
 pytest.importorskip("triton")
-BENCH = Path(__file__).resolve().parent.parent / "bench" / "kernels.py"
+BENCH = ROOT / "bench" / "kernels.py"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ WRITES = {  # per launch, forward then backward
 
 def test_the_compiler_sees_the_kernels_and_what_they_write() -> None:
     """Inside torch.compile the launches lie open, in one graph, and no input is taken for written (and copied)."""
-    script = Path(__file__).with_name("trace_kernels.py")
+    script = Path(__file__).with_name("trace.py")
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

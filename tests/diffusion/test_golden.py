@@ -2,7 +2,6 @@
 
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from fastdit.diffusion.prediction import reverse_moments, target, with_x_0
 from fastdit.diffusion.samplers import DIFFUSION_FORMS, SAMPLERS
 from fastdit.diffusion.timesteps import respaced
 from fastdit.models.dit import DiT
+from helpers import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 SCHEDULES = {"linear": "ddpm_linear", "squaredcos_cap_v2": "ddpm_cosine"}
 DDPM_CASES = {
     "learned_range_mse": DDPM(),

@@ -1,7 +1,7 @@
 """Plants bugs in copies of the kernels and checks that the tests' comparison catches each one.
 
-    python tests/mutate_kernels.py            every plant
-    python tests/mutate_kernels.py --fast     one of each sort
+    python tests/kernels/mutate.py            every plant
+    python tests/kernels/mutate.py --fast     one of each sort
 
 Exit code 1 when a plant goes unnoticed or the untouched copy does not pass. Runs apart from other tests: a mutant
 registers its ops under the real names. No plant may write past a buffer: that kills the interpreter, not the bug.
@@ -22,9 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernel_checks import DEVICE, compare  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+from helpers.kernels import DEVICE, compare  # noqa: E402
+
+KERNELS = ROOT / "kernels"
 
 
 @dataclass

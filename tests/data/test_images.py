@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 
 from fastdit.data.images import Skipped, center_crop, list_images, load_crop, to_pixels, to_uint8
+from helpers import GOLDEN
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "center_crop.npz", allow_pickle=False)
+ARRAYS = np.load(GOLDEN / "center_crop.npz", allow_pickle=False)
 
 
-@pytest.mark.parametrize("key", [key for key in GOLDEN.files if "/crop" in key])
+@pytest.mark.parametrize("key", [key for key in ARRAYS.files if "/crop" in key])
 def test_center_crop_gives_the_recorded_bytes(key):
     source, size = key.split("/crop")
-    crop = center_crop(Image.fromarray(GOLDEN[f"{source}/in"]), int(size))
-    np.testing.assert_array_equal(np.asarray(crop), GOLDEN[key])
+    crop = center_crop(Image.fromarray(ARRAYS[f"{source}/in"]), int(size))
+    np.testing.assert_array_equal(np.asarray(crop), ARRAYS[key])
 
 
 def test_every_grey_level_survives_the_way_to_pixels_and_back():

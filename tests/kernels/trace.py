@@ -9,9 +9,10 @@ import warnings
 
 import torch
 import triton
-from fastdit.kernels import OPS
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
+
+from fastdit.kernels import OPS
 
 
 class Driver:

@@ -1,0 +1,6 @@
+"""What tests share: recorded arrays, small networks, images, runs and checkpoints made on the spot."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
