@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
-import time
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +20,8 @@ from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine, merge_deepspeed
 from fastdit.training.loop import micro_batches, read_metrics, train
-from helpers.runs import ENVIRONMENT, command, free_port, run
+from helpers import ROOT
+from helpers.runs import rendezvous, run, run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,8 +36,9 @@ def train_here(world, run_dir, *overrides, resume=False):
 
 @pytest.fixture(scope="session")
 def whole(world):
-    """The uninterrupted run, and its losses at every step."""
-    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={world}/whole")
+    """The uninterrupted run by the command that a user gives, and its losses at every step."""
+    done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", f"run_dir={world}/whole")
+    assert done.returncode == 0, done.stdout + done.stderr
     return losses(world / "whole")
 
 
@@ -57,17 +57,8 @@ def test_a_run_logs_learns_and_leaves_checkpoints(world, whole):
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_a_random_step_and_resumed_gives_the_same_losses(world, whole, tmp_path, seed):
     arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "--resume"]
-    target = random.Random(seed).randint(1, 19)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen(
-        command("train.py", *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= target):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    random_number = random.Random(seed)
+    run("train.py", *arguments, kill=(random_number.randint(1, 19), 0.05 * random_number.random()))
     run("train.py", *arguments)
     assert losses(tmp_path / "run") == whole
     for name in ("model", "ema"):
@@ -137,7 +128,10 @@ def test_zero_runs_under_plain_python(world, whole, tmp_path):
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
-    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run"]
+    done = run_command(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     assert len(read_metrics(tmp_path / "run")) == 20
 
@@ -161,10 +155,11 @@ def test_zero_on_two_processes_gives_the_single_process_losses_and_resumes_exact
 
 
 def test_the_deepspeed_launcher_trains_on_two_processes(world, whole, tmp_path):
-    launcher = shutil.which("deepspeed", path=os.path.dirname(command("x")[0])) or shutil.which("deepspeed")
-    arguments = ["--num_gpus", "2", "--master_port", free_port(), *command("train.py")[1:]]
-    arguments += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
-    done = subprocess.run([launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    store, environment = rendezvous()
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", environment["MASTER_PORT"], str(ROOT / "train.py")]
+    command += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
+    done = run_command(*command, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
@@ -247,12 +242,11 @@ def test_too_little_memory_is_said_with_the_keys_that_help_and_loses_nothing(wor
 
 
 def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):
-    config = str(world / "config.yaml")
-    for arguments, words in [
-        (["training.lrr=1"], ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
-        ([f"run_dir={world}/whole"], ["is not empty", "--resume"]),
+    for argument, words in [
+        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
+        (f"run_dir={world}/whole", ["is not empty", "--resume"]),
     ]:
-        done = run("train.py", "--config", config, *arguments, check=False)
+        done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", argument)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
 
