@@ -100,20 +100,9 @@ def test_the_images_come_once_each_unmirrored(place):
 
 
 def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch):
-    arguments = [
-        "--num-images",
-        "3",
-        "--probes",
-        "1",
-        "--steps",
-        "2",
-        "--method",
-        "euler",
-        "--out",
-        str(tmp_path / "out.json"),
-    ]
-    fixed = ["likelihood", "--checkpoint", str(place / "ddpm"), "--shards", str(place / "latents")]
-    monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "seed=3"])
+    fixed = f"likelihood --checkpoint {place}/ddpm --shards {place}/latents --out {tmp_path}/out.json"
+    options = "--num-images 3 --probes 1 --steps 2 --method euler seed=3"
+    monkeypatch.setattr(sys, "argv", ["fastdit", *fixed.split(), *options.split()])
     cli.main()
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert "3 images, 2 steps of euler, 1 probes" in printed and f"{report['nats']:.2f} +- " in printed

@@ -1,6 +1,7 @@
 """Sampling: image i depends on seed i alone, whatever the number of processes, the batch, or what was killed."""
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -12,7 +13,8 @@ from fastdit.config import load_config
 from fastdit.models.vae import small_vae
 from fastdit.sampling import grid, image_labels, load_generator, sample
 from fastdit.training.loop import train
-from helpers.runs import run
+from helpers import ROOT
+from helpers.runs import run, run_command
 
 COUNT = 10  # three batches of 4, the last one padded
 
@@ -29,7 +31,9 @@ def trained(world):
 def reference(trained, tmp_path_factory):
     """What one process makes."""
     out = tmp_path_factory.mktemp("samples") / "one"
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(out), "--num-samples", str(COUNT))
+    command = [ROOT / "sample_ddp.py", "--checkpoint", trained, "--out", out, "--num-samples", str(COUNT)]
+    done = run_command(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
@@ -60,9 +64,10 @@ def test_any_number_of_processes_makes_the_same_files(trained, reference, tmp_pa
     assert (tmp_path / "out" / "grid.png").read_bytes() == (reference / "grid.png").read_bytes()
 
 
-def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("runs").ENVIRONMENT, "OMP_NUM_THREADS", "2")
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--num-samples", str(COUNT))
+def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, one_thread):
+    torch.set_num_threads(2)
+    sample(trained, tmp_path / "out", COUNT, device="cpu")
+    assert torch.get_num_threads() == 2
     assert pictures(tmp_path / "out") == pictures(reference)
 
 

@@ -24,7 +24,8 @@ from helpers import ROOT
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["fastdit.training.loop", "fastdit.sampling", "fastdit.models.vae", "deepspeed", "torch.utils.tensorboard"]
+    ["fastdit.training.loop", "fastdit.sampling", "fastdit.data.extract", "diffusers.models", "torch.utils.tensorboard"]
+    + ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed imports it when a run begins
 )
 
 
@@ -67,8 +68,8 @@ def rendezvous() -> tuple[TCPStore, dict[str, str]]:
     }
 
 
-def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> None:
-    """Run a script of the repository to its end in forked processes; their output is in the failure's message.
+def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> str:
+    """Run a script of the repository to its end in forked processes; returns what they printed.
 
     kill = (step, seconds): training ends by SIGKILL that long after it has written the step's record.
     """
@@ -89,6 +90,7 @@ def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float
         codes = {fork.exitcode for fork in forks}
         said = "\n".join(output.read_text() for output in outputs)
         assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
+        return said
 
 
 def forked(script: str, arguments: tuple, environment: dict, output: Path, kill: tuple | None) -> None:
