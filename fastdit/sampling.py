@@ -15,22 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit import distributed
-from fastdit.config import Config, bind, build, load_config, to_tree
+from fastdit.build import check_sampling
+from fastdit.config import Config, to_tree
 from fastdit.data.images import to_uint8
-from fastdit.data.latents import LatentCodec
-from fastdit.diffusion.guidance import guided, watched
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
+from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder, out_of_memory_says
 from fastdit.models.dit import DiT
+from fastdit.registry import bind
 from fastdit.training import checkpoint
-from fastdit.training.loop import check_sampling, network
+from fastdit.training.state import load_network
 
 SETTINGS = "sampling.json"
 
@@ -84,22 +85,39 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Generator:
+class ImagePipeline:
     """A trained network with its objective, sampler and codec, ready to make images."""
 
     config: Config
     inference: Inference
-    objective: object
+    weak: Inference | None  # of sampling.weak_checkpoint
+    objective: Objective
     codec: LatentCodec
-    meta: dict
+    spec: LatentSpec
 
     @torch.no_grad()
-    def latents(self, indices: list[int], labels: Tensor, seed: int, on_step=None) -> Tensor:
-        """x_0 (N, C, h, w) of the images `indices` with labels (N,); `on_step(t, x_t, prediction)` watches."""
-        settings, device = self.config.sampling, labels.device
+    def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
+        """x_0 (N, C, h, w) of the images `indices` with labels (N,).
+
+        `on_step(t, x_t, prediction)` sees every evaluation. `denoised_fn(x_0)` replaces the predicted x_0 at every
+        evaluation; without it, sampling.clip does.
+        """
+        settings = self.config.sampling
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        x_1 = noise(torch.empty(len(indices), *self.meta["latents"]["shape"], device=device))
-        denoise = guided(self.objective, self.inference, labels, settings.cfg_scale, settings.cfg_channels or None)
+        x_1 = noise(torch.empty(len(indices), *self.spec.shape, device=labels.device))
+        denoise = guided(
+            self.objective,
+            self.inference,
+            labels,
+            settings.cfg_scale,
+            settings.cfg_channels or None,
+            cfg_interval=settings.cfg_interval,
+            cfg_rescale=settings.cfg_rescale,
+            weak_model=self.weak,
+        )
+        denoised_fn = denoised_fn or CLIPS[settings.clip]
+        if denoised_fn is not None:
+            denoise = processed(denoise, self.objective.path, denoised_fn)
         if on_step is not None:
             denoise = watched(denoise, on_step)
         sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
@@ -114,29 +132,32 @@ class Generator:
         return self.inference.model
 
 
-def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> Generator:
-    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`."""
-    folder = checkpoint.find(Path(path))
-    meta = checkpoint.read_meta(folder)
-    config = load_config(folder / "config.yaml", overrides)
-    objective = build(OBJECTIVES, config.objective, "objective")
-    model = network(config, tuple(meta["latents"]["shape"]), objective, torch.device(device))
-    check_sampling(config, objective, model)
-    state = load_file(folder / f"{weights}.safetensors")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} is a checkpoint of another model than {config.model.variant}: {reason}") from error
+def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> ImagePipeline:
+    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`.
+
+    ValueError where the autoencoder, or the weak checkpoint, is not for the same latents.
+    """
+    trained = load_network(path, weights, overrides=overrides, device=device)
+    config, settings, latents = trained.config, trained.config.sampling, trained.latents
+    check_sampling(config, trained.objective, trained.model.null_label)
     codec = LatentCodec.load(config.data.vae, device=device)
-    latents = meta["latents"]  # a converted checkpoint may not know its autoencoder, but knows the latents' scale
-    if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:
-        raise ValueError(
-            f"data.vae={config.data.vae} is another autoencoder than the one that made the latents of {folder} "
-            f"({meta['latents']['vae']}); use that one"
-        )
-    inference = Inference(model.to(device).eval(), config.sampling.precision, config.sampling.compile)
-    return Generator(config, inference, objective, codec, meta)
+    latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
+    weak = None
+    if settings.weak_checkpoint:
+        weaker = load_network(settings.weak_checkpoint, weights, device=device)
+        latents.check(weaker.latents, str(trained.folder), f"sampling.weak_checkpoint={weaker.folder}")
+        for key, own, other in (
+            ("objective", config.objective, weaker.config.objective),
+            ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {trained.folder} "
+                    f"{to_tree(own)}; a weak model must be trained on the same task"
+                )
+        weak = Inference(weaker.model, settings.precision, settings.compile)
+    inference = Inference(trained.model, settings.precision, settings.compile)
+    return ImagePipeline(config, inference, weak, trained.objective, codec, latents)
 
 
 def sample(
@@ -158,8 +179,8 @@ def sample(
     ranks = distributed.init(device)
     if num_samples < 1:
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
-    generator = load_generator(path, overrides, weights=weights, device=ranks.device)
-    config, out = generator.config, Path(out)
+    pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
+    config, out = pipeline.config, Path(out)
     classes = image_labels(labels, num_samples, config.data.num_classes, seed)
     settings = {
         "checkpoint": str(checkpoint.find(Path(path)).resolve()),
@@ -183,7 +204,7 @@ def sample(
         y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
         remedy = f"sampling.batch_size={batch} is too much for {ranks.device}: use a smaller one"
         with one_thread(ranks.device), out_of_memory_says(remedy):
-            images = generator.images(indices, y, seed)
+            images = pipeline.images(indices, y, seed)
         for i, image in zip(wanted, images, strict=False):
             temporary = _png(out, i).with_suffix(".partial")
             Image.fromarray(image).save(temporary, format="PNG")

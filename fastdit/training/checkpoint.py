@@ -1,10 +1,6 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: a checkpoint is complete, or it does not exist. training/state.py says what is in one.
 
-    run_dir/checkpoints/step-0000500/    model.safetensors  ema.safetensors  (fp32, official names)
-                                         optimizer.pt or deepspeed/  training.pt
-                                         checkpoint.json    written last: step, world, engine, file sizes
-
-Everything is written into `step-0000500.partial`, flushed to the disk and renamed; only the rename makes it count.
+Everything is written into `step-0000500.partial`, flushed to disk and renamed; only the rename makes it count.
 """
 
 import errno
@@ -34,10 +30,10 @@ def save(
     error = None
     try:
         write(partial)
-    except Exception as failure:  # a full disk, most often, which torch and safetensors put into words of their own
+    except Exception as failure:  # usually a full disk, which torch and safetensors report in their own words
         full = shutil.disk_usage(partial).free < FULL
         error = OSError(errno.ENOSPC, "No space left on device", str(final)) if full else failure
-    if ranks.any(error is not None):  # also the barrier: a rename before every file is there would be a lie
+    if ranks.any(error is not None):  # also the barrier: no rename before every file is there
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise error or OSError(f"another process could not write {partial}")
@@ -61,7 +57,7 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
     _flush(partial / META)
     _flush(partial)
     replaced = final.with_suffix(".replaced.partial")
-    if final.exists():  # the same step again: the old one goes only when the new one is whole
+    if final.exists():  # the same step again: the old one is removed only when the new one is complete
         final.rename(replaced)
     partial.rename(final)
     _flush(final.parent)
@@ -69,7 +65,7 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All whole checkpoints of a run, oldest first, by step number."""
+    """All complete checkpoints of a run, oldest first, by step number."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.suffix != ".partial"]
     return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
 
@@ -77,7 +73,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """checkpoint.json, after checking that every file that it lists is there in its full size."""
     if not (folder / META).is_file():
-        raise ValueError(f"checkpoint {folder} has no {META}; it is not a whole checkpoint, use another step")
+        raise ValueError(f"checkpoint {folder} has no {META}; it is not complete; use another step")
     meta = json.loads((folder / META).read_text())
     for name, size in meta["files"].items():
         path = folder / name
@@ -96,7 +92,7 @@ def find(path: Path) -> Path:
         raise ValueError(f"checkpoint {path} does not exist; give a run folder or one of its checkpoints/step-*")
     found = checkpoints(path)
     if not found:
-        raise ValueError(f"{path} holds no whole checkpoint; give a run folder or one of its checkpoints/step-*")
+        raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its checkpoints/step-*")
     return found[-1]
 
 

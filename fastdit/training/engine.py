@@ -1,19 +1,50 @@
-"""What turns a loss into a step: plain PyTorch (with DDP when there are several processes), or DeepSpeed's ZeRO.
+"""Engines turn a loss into an update: plain PyTorch (with DDP for several processes), or DeepSpeed's ZeRO.
 
-Both offer the same: call it like the model, `boundary(last)`, `backward(loss)`, `step(lr) -> grad_norm`,
-`master_parameters()`, `full_state(tensors)`, `save(folder)`, `load(folder)`. Weights, gradients, moments are fp32;
-`precision="bf16"` computes under autocast.
+Weights, gradients and Adam's state are fp32. `precision="bf16"` computes under autocast.
 """
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdit.build import uses_zero
+from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
+
+
+class Engine(Protocol):
+    """What the training step and the checkpoints ask of an engine; it is called like the model."""
+
+    name: str
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's output in fp32, computed in the engine's precision."""
+
+    def boundary(self, last: bool) -> None:
+        """Before each micro-batch: gradients are exchanged only in the `last` one of a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+
+    def step(self, lr: float) -> Tensor:
+        """One AdamW step; returns the gradient norm before clipping, on the device."""
+
+    def master_parameters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer updates: this process's part of them under ZeRO."""
+
+    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The model's state dict with `tensors` (shaped like `master_parameters()`) as weights; a collective call."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a resume needs beside weights and EMA; every process calls it."""
+
+    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
 
 
 class TorchEngine:
@@ -43,21 +74,17 @@ class TorchEngine:
                 group["lr"] = lr
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The model's output in fp32, computed in the engine's precision."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.forward(x, t, y).float()
 
     def boundary(self, last: bool) -> None:
-        """Before a micro-batch: gradients are exchanged only in the `last` one of a step."""
         if self.ranks.world > 1:
             self.forward.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss."""
         (loss / self.accumulation).backward()
 
     def step(self, lr: float) -> Tensor:
-        """One AdamW step; returns the gradient norm before clipping, on the device."""
         gradients = [p.grad for p in self.parameters]
         norm = nn.utils.get_total_norm(gradients)
         if self.grad_clip:
@@ -69,21 +96,17 @@ class TorchEngine:
         return norm
 
     def master_parameters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimiser moves."""
         return self.parameters
 
     def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """Model's state dict with `tensors` (shaped as `master_parameters()`) for weights; a collective call."""
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
 
     def save(self, folder: Path) -> None:
-        """Write what a resume needs beyond weights and EMA; every process calls it."""
         if self.ranks.is_main:
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
         self.module.load_state_dict(state)
         places = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
@@ -92,7 +115,7 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with their moments."""
+    """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with Adam's state."""
 
     name = "deepspeed"
 
@@ -198,3 +221,18 @@ def merge_deepspeed(own: dict, extra: dict) -> dict:
         else:
             merged[key] = value
     return merged
+
+
+def build_engine(model: nn.Module, settings: TrainingConfig, ranks: Ranks, micro: int, accumulation: int) -> Engine:
+    """The engine that the settings ask for; under `auto`, the one of the launcher."""
+    shared = dict(
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        accumulation=accumulation,
+        grad_clip=settings.grad_clip,
+    )
+    if uses_zero(settings):
+        zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
+        return DeepSpeedEngine(model, ranks, **shared, **zero)
+    return TorchEngine(model, ranks, **shared)

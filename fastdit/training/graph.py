@@ -35,7 +35,7 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[dict[str, Tensor], Tensor]:
         """As TrainStep; the returned tensors are overwritten by the next call."""
         self.calls += 1
         self.generator.manual_seed(seed_of(self.step.seed, step))

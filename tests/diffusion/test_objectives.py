@@ -7,8 +7,8 @@ import typing
 import pytest
 import torch
 
-from fastdit.config import Choice, build
 from fastdit.diffusion.objectives import OBJECTIVES, compiled
+from fastdit.registry import Choice, build
 
 MEAN, STD = 0.6, 0.4
 CASES = [(name, {}) for name in OBJECTIVES]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import cli
-from fastdit.conversion import convert
-from fastdit.data.shards import Manifest
+from fastdit.convert import convert
+from fastdit.data.manifest import Manifest
 from fastdit.training import checkpoint
 from fastdit.verify import verify
 from helpers.checkpoints import golden_weights, moved
