@@ -202,7 +202,7 @@ def test_files_that_are_none_of_ours(place, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "empty").mkdir()
     for name, word in [("text.pt", "damaged"), ("cut.pt", "damaged"), ("cut.safetensors", "damaged"),
-                       ("empty", "holds no whole checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
+                       ("empty", "holds no complete checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
         with pytest.raises(ValueError, match=word):
             convert(tmp_path / name, "fastdit", tmp_path / "out", overrides=["objective=ddpm"], say=quiet)
     with pytest.raises(ValueError, match="exists; choose another name"):

@@ -288,7 +288,7 @@ def test_a_checkpoint_counts_only_when_whole(world, whole, tmp_path):
         file.truncate(100)
     with pytest.raises(ValueError, match="ema.safetensors has 100 bytes"):
         checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
         checkpoint.find(world / "latents")
     meta = json.loads((checkpoint.find(tmp_path / "run") / checkpoint.META).read_text())
     assert meta["step"] == 15
