@@ -18,7 +18,7 @@ ADDED = {  # what each diff adds: how many tests, at least, must run it
     "midpoint": 2,
     "parabola": 30,
     "huber_flow": 4,
-    "relu2": 5,
+    "relu2": 4,
 }
 SUITE = ["diffusion/test_objectives.py", "diffusion/test_identities.py", "diffusion/test_samplers.py",
          "models/test_variants.py"]  # fmt: skip
