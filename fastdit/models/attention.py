@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdit import kernels
-from fastdit.config import lookup
+from fastdit.registry import check
 
 Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MEASURED = Path(__file__).with_name("attention.json")  # {"<GPU> d<head_dim> t<tokens>": backend}
@@ -39,7 +39,7 @@ def packed_attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
 
 def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str:
     """The backend that `name`, a key of ATTENTION or "auto", means here; ValueError where it cannot or must not run."""
-    lookup({"auto": None, **ATTENTION}, name, "model.attention")
+    check(name, ["auto", *ATTENTION], "model.attention")
     if name == "auto":
         return _fastest(device, head_dim, tokens)
     reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)
