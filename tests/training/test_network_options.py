@@ -71,7 +71,7 @@ def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
         ("model.dropout=1", "model.dropout=1.0 is out of range; use a share in [0, 1)"),
         ("model.registers=-1", "model.registers=-1 is out of range; use 0 for none"),
         ("model.mlp_ratio=0", "model.mlp_ratio=0.0 is out of range; use a positive factor"),
-        ("model.block=zero", "model.block='zero' is unknown; did you mean 'adaln_zero'? Known: adaln_zero, adaln, in_cont"),
+        ("model.block=zero", "model.block='zero' is unknown; did you mean 'adaln_zero'? Known: adaln_zero, adaln, in"),
         ("model.variant=DiT-4x64x7/4", "hidden_size=64 must be a multiple of num_heads=7"),
         ("model.variant=DiT-XL/3", "model.variant='DiT-XL/3' is unknown; did you mean 'DiT-XL/"),
         ("objective.variance=learned_range", "objective.variance='learned_range' is an option of ddpm, not of flow"),
