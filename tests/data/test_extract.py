@@ -193,11 +193,11 @@ def spoil(base: Path, how: str) -> dict:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no images", "images=.*nowhere is not a folder; name the folder that holds one subfolder of images per class"),
+        ("no images", "images=.*nowhere is not a folder; give a folder with one subfolder of images per class"),
         ("empty images", "images=.* is empty; it needs one subfolder of images per class"),
         (
             "no classes",
-            "images=.* holds 1 images outside any class subfolder .*; move them into one subfolder per class",
+            "images=.* has 1 images outside any class subfolder .*; move them into one subfolder per class",
         ),
         ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
         ("unreadable", r"more than 1 of 90 images cannot be read \(the last is 0/.*Error: .*; repair or remove them"),
@@ -208,7 +208,7 @@ def spoil(base: Path, how: str) -> dict:
         ("odd size", "image_size=33 is not divisible by 2, the downsampling factor of vae=.*; use 32 or 34"),
         ("no vae", "vae=.*nowhere is not a folder"),
         ("wrong vae", "vae=.* has no config.json"),
-        ("dtype", "dtype='float8' is unknown; did you mean 'float16'? Known: float16, float32"),
+        ("dtype", r"dtype='float8' is unknown; did you mean 'float16'\? Known: float16, float32"),
         ("precision", "precision='fp64' is unknown; did you mean"),
         ("batch", "batch_size=0 must be at least 1"),
         ("inside", "out=.* lies inside images=.*; write it elsewhere"),

@@ -68,7 +68,7 @@ def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("model.dropout=1", "model.dropout=1.0 is out of range; use a share in [0, 1)"),
+        ("model.dropout=1", "model.dropout=1.0 is out of range; use a probability in [0, 1)"),
         ("model.registers=-1", "model.registers=-1 is out of range; use 0 for none"),
         ("model.mlp_ratio=0", "model.mlp_ratio=0.0 is out of range; use a positive factor"),
         ("model.block=zero", "model.block='zero' is unknown; did you mean 'adaln_zero'? Known: adaln_zero, adaln, in_context, cross_att"),
@@ -78,7 +78,7 @@ def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
         ("objective={name: ddpm, weight: velocity}", "objective.weight='velocity' is an option of flow, not of ddpm"),
         ("sampling.sampler={name: heun, eta: 1}", "sampling.sampler.eta=1 is an option of ddim"),
         ("model.class_dropout=0", "sampling.cfg_scale=1.5 needs a null label; this model has class_dropout=0.0"),
-        ("sampling.steps=ddim50", "steps='ddim50' respaces a discrete schedule; use a positive count"),
+        ("sampling.steps=ddim50", "steps='ddim50' needs a discrete schedule; use a positive count"),
         (["objective=ddpm", "sampling.steps=ddim300"], "ddim300"),
         (["model.position=rope", "model.variant=DiT-2x60x10/4"], "use another num_heads, or position=sincos"),
     ],
