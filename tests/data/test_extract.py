@@ -208,7 +208,7 @@ def spoil(base: Path, how: str) -> dict:
         ("odd size", "image_size=33 is not divisible by 2, the downsampling factor of vae=.*; use 32 or 34"),
         ("no vae", "vae=.*nowhere is not a folder"),
         ("wrong vae", "vae=.* has no config.json"),
-        ("dtype", r"dtype='float8' is unknown; did you mean 'float16'\? Known: float16, float32"),
+        ("dtype", r"dtype='float8' is unknown; did you mean 'float32'\? Known: float16, float32"),
         ("precision", "precision='fp64' is unknown; did you mean"),
         ("batch", "batch_size=0 must be at least 1"),
         ("inside", "out=.* lies inside images=.*; write it elsewhere"),
