@@ -1,8 +1,8 @@
-"""Images from a checkpoint: PNG files, an npz for evaluators and a grid, the same bytes on any number of processes.
+"""Sample images from a checkpoint: PNG files, an npz for evaluators and a grid, identical for any number of processes.
 
-Image i has label, noise and file name from i and the seed alone. Images are made in fixed batches, batch b by process
-b mod world, a short last one padded: a matrix product's last bits depend on its shape. Files appear whole or not at
-all, so the same command goes on where a killed one stopped.
+The label, the noise and the file name of image i depend only on i and the seed. Images are sampled in fixed batches,
+batch b by process b mod world, and a short last batch is padded, because the last bits of a matrix product depend on
+its shape. Files are written atomically, so the same command continues where a killed one stopped.
 """
 
 import json
@@ -37,9 +37,9 @@ SETTINGS = "sampling.json"
 
 
 class Inference:
-    """A DiT's output in fp32, computed in `precision`; its weights are not to change any more.
+    """A DiT for inference: computes in `precision`, returns fp32. Its weights must not change afterwards.
 
-    On a GPU with `compile`: blocks compiled, and the evaluations of one shape replayed as a CUDA graph.
+    With `compile` on a GPU, the blocks are compiled and each input shape is replayed as a CUDA graph.
     """
 
     def __init__(self, model: DiT, precision: str, compile: bool):
@@ -51,7 +51,7 @@ class Inference:
             model.compile_blocks()
         if precision == "bf16":
             for module in model.modules():
-                if isinstance(module, nn.Linear):  # once, what autocast would do at every evaluation
+                if isinstance(module, nn.Linear):  # cast once; autocast would cast at every evaluation
                     module.weight.data = module.weight.data.bfloat16()
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Inference:
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         graph.replay()
-        return out.clone()  # the next replay writes there
+        return out.clone()  # the next replay overwrites it
 
     def _evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         with self.autocast:
@@ -76,7 +76,7 @@ class Inference:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compile, and let the libraries make their workspaces
+            for _ in range(2):  # compile, and let the libraries allocate their workspaces
                 self._evaluate(*places)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
@@ -171,10 +171,10 @@ def sample(
     weights: str = "ema",
     device: str | None = None,
 ) -> Path:
-    """Write `num_samples` images into `out` and return `out`; a second call with the same settings goes on.
+    """Write `num_samples` images into `out` and return `out`; a second call with the same settings continues.
 
     `labels`: "balanced" (image i has class i mod num_classes), "random" (drawn from the seed), or classes like
-    "207,360", taken in turn. ValueError when `out` holds anything else than a beginning of these very samples.
+    "207,360", taken in turn. ValueError if `out` holds anything but a part of the same samples.
     """
     ranks = distributed.init(device)
     if num_samples < 1:
@@ -218,7 +218,7 @@ def sample(
 
 
 def image_labels(labels: str, count: int, num_classes: int, seed: int) -> list[int]:
-    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores it."""
+    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels."""
     if not num_classes:
         return [0] * count
     if labels == "balanced":
@@ -235,7 +235,7 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int) -> list[i
 
 
 def write_npz(paths: list[Path], out: Path) -> None:
-    """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), one image in memory at a time."""
+    """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), with one image in memory at a time."""
     with Image.open(paths[0]) as first:
         shape = (len(paths), first.height, first.width, 3)
     temporary = out.with_suffix(".partial")
@@ -248,7 +248,7 @@ def write_npz(paths: list[Path], out: Path) -> None:
 
 
 def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: int = 2) -> Image.Image:
-    """The first images of `out`, a class a row where there are several classes, `gap` pixels between them."""
+    """The first images of `out`, one class per row if there are several classes, with `gap` pixels between them."""
     by_class: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         by_class.setdefault(label, []).append(i)
@@ -269,7 +269,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
 
 
 def _claim(out: Path, settings: dict) -> None:
-    """Make `out` ours: new, or begun by the same settings."""
+    """Create `out`, or check that it was started with the same settings."""
     path = out / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())

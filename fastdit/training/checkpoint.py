@@ -14,13 +14,13 @@ from typing import Any
 from fastdit.distributed import Ranks
 
 META = "checkpoint.json"
-FULL = 1 << 20  # bytes: with less left than this, a failed write is the disk's
+FULL = 1 << 20  # bytes: with less free space than this, a failed write means a full disk
 
 
 def save(
     run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], ranks: Ranks, keep: int
 ) -> Path:
-    """Let every process `write(folder)` its files, then commit them all at once; keep the `keep` newest (0: all)."""
+    """Have every process `write(folder)` its files, then commit them together; keep the `keep` newest (0: all)."""
     final = run_dir / "checkpoints" / f"step-{step:07d}"
     partial = final.with_suffix(".partial")
     if ranks.is_main:
@@ -49,7 +49,7 @@ def save(
 
 
 def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Flush what is in a folder, add checkpoint.json, and give it its name."""
+    """Flush a folder to disk, add checkpoint.json, and rename it to its final name."""
     for path in partial.rglob("*"):
         _flush(path)
     sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
@@ -65,13 +65,13 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first, by step number."""
+    """All complete checkpoints of a run, sorted by step."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.suffix != ".partial"]
     return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, after checking that every file that it lists is there in its full size."""
+    """checkpoint.json, after checking that every listed file exists and has its full size."""
     if not (folder / META).is_file():
         raise ValueError(f"checkpoint {folder} has no {META}; it is not complete; use another step")
     meta = json.loads((folder / META).read_text())
@@ -84,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest one of a run folder."""
+    """The checkpoint folder at `path`: itself, or the newest one of a run folder."""
     path = Path(path)
     if (path / META).is_file():
         return path

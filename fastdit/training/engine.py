@@ -62,7 +62,7 @@ class TorchEngine:
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # on a GPU the learning rate lives there: a replayed CUDA graph reads its new value
+        # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
         lr = torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else 0.0
         self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
 
@@ -90,7 +90,7 @@ class TorchEngine:
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.set_lr(lr)  # a captured step reads what `set_lr` writes before its replay
+            self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -111,7 +111,7 @@ class TorchEngine:
         places = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         for group, lr in zip(self.optimizer.param_groups, places, strict=True):
-            group["lr"] = lr  # our own tensor, on the device
+            group["lr"] = lr  # keep our own tensor, on the device
 
 
 class DeepSpeedEngine:
@@ -137,12 +137,12 @@ class DeepSpeedEngine:
             import deepspeed
         except ImportError as error:
             raise ValueError("training.engine=deepspeed needs DeepSpeed: pip install 'fastdit[deepspeed]'") from error
-        if ranks.device.type == "cpu":  # its shared-memory collectives would build C++ for a minute; gloo does
+        if ranks.device.type == "cpu":  # its own collectives would compile C++ for a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():  # plain `python`: a group of one, without asking for MPI
+        if not dist.is_initialized():  # plain `python`: a group of one process, without MPI
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # required by DeepSpeed
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.module, self.ranks, self.zero_stage = model, ranks, zero_stage
         own = {
@@ -150,7 +150,7 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip,
             "zero_optimization": {"stage": zero_stage},
-            "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's own would be built on the spot
+            "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's would be compiled
             "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 60,
@@ -188,7 +188,7 @@ class DeepSpeedEngine:
         masters = self.master_parameters()
         kept = [master.clone() for master in masters]
         for master, tensor in zip(masters, tensors, strict=True):
-            master.copy_(tensor)  # DeepSpeed gathers a parameter from the partitions: lend it ours
+            master.copy_(tensor)  # DeepSpeed gathers parameters from these partitions: put our tensors there
         state = dict(self.module.named_buffers())
         for name, parameter in self.module.named_parameters():
             state[name] = safe_get_full_fp32_param(parameter).cpu()
@@ -206,7 +206,10 @@ class DeepSpeedEngine:
 
 
 def merge_deepspeed(own: dict, extra: dict) -> dict:
-    """DeepSpeed's JSON: ours, with the user's `training.deepspeed` merged in; keys that we own are refused."""
+    """DeepSpeed's JSON: our settings with the user's `training.deepspeed` merged in.
+
+    ValueError for keys that fastdit sets itself and for unknown ones, which DeepSpeed would silently ignore.
+    """
     from deepspeed.runtime import constants
 
     known = {v for k, v in vars(constants).items() if k.isupper() and isinstance(v, str)} | {"zero_optimization"}
@@ -216,7 +219,7 @@ def merge_deepspeed(own: dict, extra: dict) -> dict:
             merged[key] = {**own[key], **value}
         elif key in own:
             raise ValueError(f"training.deepspeed.{key}={value!r} is set by fastdit; use the keys of training:")
-        elif key not in known:  # DeepSpeed itself ignores a misspelt key silently
+        elif key not in known:
             raise ValueError(f"training.deepspeed.{key}={value!r} is not a key that DeepSpeed knows")
         else:
             merged[key] = value

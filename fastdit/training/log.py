@@ -45,7 +45,7 @@ class LossWindow:
 
 
 class Log:
-    """Writes records on the main process; `flops_per_image` is a whole training step's."""
+    """Writes records on the main process; `flops_per_image` is for a whole training step."""
 
     def __init__(self, run_dir: Path, start_step: int, steps: int, *, flops_per_image: float, peak_flops: float):
         from torch.utils.tensorboard import SummaryWriter
@@ -101,7 +101,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop records after `step`: a resumed run writes them again."""
+    """Drop the records after `step`: a resumed run writes them again."""
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         lines = [line for line in whole if json.loads(line)["step"] <= step]

@@ -42,7 +42,7 @@ MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of mod
 
 @dataclass
 class TrainingState:
-    """The parts of a run that change from step to step, and the facts that a resume must find unchanged."""
+    """Everything of a run that changes from step to step, and the facts that must be the same on resume."""
 
     config: Config
     latents: LatentSpec
@@ -59,7 +59,7 @@ class TrainingState:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What checkpoint.json says, beside the step and the files."""
+        """The content of checkpoint.json, except for the step and the list of files."""
         settings = self.config.training
         return describe(
             self.config,
@@ -70,7 +70,7 @@ class TrainingState:
         )
 
     def save(self, folder: Path) -> None:
-        """Write this process's files; the main process adds the whole weights and EMA, for everyone's use."""
+        """Write this process's files; the main process also writes the full weights and EMA."""
         masters = self.engine.master_parameters()
         whole = {"model": self.engine.full_state(masters), "ema": self.engine.full_state(self.ema.average)}
         kept = self.window.state(None if self.sharded_over > 1 else self.ranks)
@@ -85,13 +85,13 @@ class TrainingState:
                 torch.save(self.times.state_dict(), folder / "times.pt")
 
     def load(self, folder: Path) -> int:
-        """Take over what `save` wrote and return its step; ValueError where the run has another meaning there."""
+        """Restore what `save` wrote and return its step; ValueError where the two runs' settings are incompatible."""
         meta = checkpoint.read_meta(folder)
         for key, value in self.meta.items():
             if meta[key] != value:
                 raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
         before = vars(load_config(folder / CONFIG).model)
-        for key, value in vars(self.config.model).items():  # another norm, say, has the same names and shapes
+        for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
             if before[key] != value and key not in MAY_CHANGE:
                 raise ValueError(
                     f"{folder} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume"
@@ -101,13 +101,13 @@ class TrainingState:
         own = torch.load(part, map_location="cpu", weights_only=True)
         self.ema.load(own["average"])
         self.window.load(own)
-        if self.times is not None and (folder / "times.pt").is_file():  # absent where the run had been without it
+        if self.times is not None and (folder / "times.pt").is_file():  # absent if the run did not use them before
             self.times.load_state_dict(torch.load(folder / "times.pt", weights_only=True))
         return meta["step"]
 
 
 def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: int, zero_stage: int) -> dict[str, Any]:
-    """The facts of checkpoint.json, which a resume compares; `engine` is "none" for a converted checkpoint."""
+    """The facts in checkpoint.json that must match on resume; `engine` is "none" for a converted checkpoint."""
     return {
         "model": config.model.variant,
         "num_classes": config.data.num_classes,
@@ -129,7 +129,7 @@ def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint as its users want it: the network with its weights, in eval mode, and what belongs to it."""
+    """A loaded checkpoint: the network with its weights, in eval mode, with its config, objective and latents."""
 
     folder: Path
     config: Config
@@ -143,7 +143,7 @@ def load_network(
 ) -> Trained:
     """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`.
 
-    `weights`: "ema" or "model". ValueError where the checkpoint is not whole, or is one of another network.
+    `weights`: "ema" or "model". ValueError if the checkpoint is incomplete or does not match the config's network.
     """
     folder = checkpoint.find(Path(path))
     meta = checkpoint.read_meta(folder)
@@ -163,7 +163,7 @@ def network_from_state(
     where: str,
     device: torch.device | str = "cpu",
 ) -> DiT:
-    """The config's network around the tensors of `state` (not copied), in eval mode; attention chosen for `device`."""
+    """The config's network with the tensors of `state` (not copied), in eval mode; attention chosen for `device`."""
     with torch.device("meta"):
         model = build_network(config, latents.shape, objective, device)
     wrong = mismatches(model.state_dict(), state)
@@ -185,7 +185,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `state` from loading into a network whose state dict is `expected`, in words."""
+    """Why `state` does not load into a network whose state dict is `expected`, one message per tensor."""
     found = [f"{name} is missing" for name in expected if name not in state]
     found += [f"{name} has no place in this network" for name in state if name not in expected]
     return found + [

@@ -16,9 +16,9 @@ from fastdit.training.engine import Engine
 
 @dataclass
 class TrainStep:
-    """A step over this process's `accumulation * micro_batch` images of the global batch; nothing waits for the device.
+    """One step over this process's `accumulation * micro_batch` images of the global batch; never waits for the device.
 
-    All its random numbers come from (seed, step), so the step number alone is enough to repeat it.
+    All random numbers come from (seed, step), so a step can be repeated exactly.
     """
 
     engine: Engine
