@@ -79,7 +79,7 @@ def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> 
         if capability[0] < 9:
             return "its backward pass needs Hopper or newer"
         if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths; open bug upstream
-            return f"its gradient of q is silently wrong for head_dim={head_dim} on Hopper"
+            return f"its gradient of q is silently wrong at head_dim={head_dim} on Hopper"
     return None
 
 
