@@ -116,8 +116,8 @@ def kill_after(step: int, seconds: float) -> None:
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def writing(self, at: int, **record) -> None:
-        write(self, at, **record)
+    def writing(self, at: int, *values, **record) -> None:
+        write(self, at, *values, **record)
         if at == step:
             threading.Thread(target=die).start()  # no daemon: a process that has come to its end waits for it
 
