@@ -272,13 +272,19 @@ def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, 
 
 
 def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):
-    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
     expected = take(stored, 3, global_batch=COUNT, seed=0)
-    batches = latent_batches(stored, global_batch=COUNT, seed=0)
-    for batch in expected:
-        assert torch.equal(next(batches).moments, batch.moments)
-        assert 0 < open_shards(stored) <= 2
-    batches.close()
+    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
+    opened, real_open = [], os.open
+
+    def counting(*arguments, **options):  # in the reader's thread, the only one that opens and closes shards
+        file = real_open(*arguments, **options)
+        opened.append(open_shards(stored))
+        return file
+
+    monkeypatch.setattr(os, "open", counting)
+    for ours, theirs in zip(take(stored, 3, global_batch=COUNT, seed=0), expected, strict=True):
+        assert torch.equal(ours.moments, theirs.moments)
+    assert max(opened) == 2
 
 
 def test_infinite_latents_are_refused(tmp_path):

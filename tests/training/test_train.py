@@ -192,7 +192,7 @@ def test_micro_batches_divide_the_global_batch():
     assert micro_batches(256, 8, 8) == (8, 4)
     with pytest.raises(ValueError, match="global_batch=10 is not divisible by 4 processes; use 8"):
         micro_batches(10, 0, 4)
-    with pytest.raises(ValueError, match="micro_batch=5 does not divide 12 images a process; use 4"):
+    with pytest.raises(ValueError, match="micro_batch=5 does not divide 12 images per process; use 4"):
         micro_batches(24, 5, 2)
 
 
