@@ -77,7 +77,7 @@ def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> 
         return "it supports only Hopper"
     if name == "flash-attn-4":
         if capability[0] < 9:
-            return "its backward pass needs Hopper or newer"
+            return "its backward pass rejects GPUs before Hopper"
         if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths; open bug upstream
             return f"its gradient of q is silently wrong at head_dim={head_dim} on Hopper"
     return None
