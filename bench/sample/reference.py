@@ -1,9 +1,9 @@
-"""Three plain sampling loops to measure fastdit's against: a network call and a few tensor operations a step.
+"""Three plain sampling loops as a reference: a network call and a few tensor operations per step.
 
-`network(x (2N, C, h, w), time (2N,), y (2N,)) -> (2N, 2C, h, w)` is evaluated once a step on the batch doubled for
-classifier-free guidance. DDPM's as facebookresearch/DiT samples: guidance on the first 3 channels, tables in numpy,
-moved at each lookup. Heun as SiT integrates its ODE from noise (0) to data (1). DPM-Solver++(2M) from its paper (Lu et
-al. 2022, algorithm 2).
+`network(x (2N, C, h, w), time (2N,), y (2N,)) -> (2N, 2C, h, w)` is evaluated on the batch doubled for classifier-free
+guidance. DDPM as facebookresearch/DiT samples: guidance on the first 3 channels, tables in numpy, moved at each lookup.
+Heun as SiT integrates its ODE from noise (0) to data (1). DPM-Solver++(2M) from its paper (Lu et al. 2022, algorithm
+2).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def guided(network: Network, x: Tensor, time: float, y: Tensor, null: int, scale: float, channels: int) -> Tensor:
-    """(N, 2C, h, w): the first `channels` guided, the rest as for y."""
+    """(N, 2C, h, w): the first `channels` guided, the others conditional on y only."""
     time = torch.full((2 * len(x),), time, device=x.device)
     both = network(torch.cat([x, x]), time, torch.cat([y, torch.full_like(y, null)]))
     strong, weak = both.chunk(2)
@@ -31,7 +31,7 @@ def schedule() -> np.ndarray:
 
 @torch.no_grad()
 def ddpm(network: Network, x: Tensor, y: Tensor, null: int, kept: list[int], noise, scale: float = 1.5) -> Tensor:
-    """Ancestral sampling over the ascending indices `kept`, variance learned; `noise(x)` is drawn at all steps."""
+    """Ancestral sampling over the ascending indices `kept`, variance learned; `noise(x)` is drawn at every step."""
     bar = schedule()[kept]
     before = np.append(1.0, bar[:-1])
     betas = 1 - bar / before
@@ -73,7 +73,7 @@ def heun(network: Network, x: Tensor, y: Tensor, null: int, steps: int, scale: f
 
 @torch.no_grad()
 def dpmpp_2m(network: Network, x: Tensor, y: Tensor, null: int, kept: list[int], scale: float = 1.5) -> Tensor:
-    """Over the ascending indices `kept`, then to the data; the last step is of first order."""
+    """Over the ascending indices `kept` to the data; the last step is of first order."""
     channels, bar = x.shape[1], schedule()
     before, h_before = None, None
     for i, index in reversed(list(enumerate(kept))):

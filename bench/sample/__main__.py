@@ -1,29 +1,27 @@
-"""Images sampled per second: fastdit's own path (fastdit.sampling's Generator) beside plain loops, by turns in one run.
+"""Sampled images per second: fastdit's own path (fastdit.sampling's Generator) beside plain loops, in rotation.
 
 250-step DDPM, 50-step Heun and 20-step DPM-Solver++, classifier-free guidance 1.5 as one batch of twice the size;
-latents, without the autoencoder. First both must make the same latents in fp32 from the same weights, noise and labels.
-fastdit is timed in bf16, the plain loop in fp32 (TF32 on a GPU) as the public code samples, and in bf16 autocast too.
-Only a share of each sampler's steps is run, as all cost the same: images/s are scaled to the whole.
+latents, without the autoencoder. First both must produce the same latents in fp32 from the same weights, noise and
+labels. fastdit is timed in bf16, the plain loop in fp32 (TF32 on a GPU) as the public code samples, and in bf16
+autocast too. Only a share of each sampler's steps is run, as all cost the same: images/s are scaled to the full number.
 
-    python bench/sample.py                       # the small model on a CPU, DiT-XL/2 on a GPU
-    python bench/sample.py --size tiny --share 0.1 --out results
+    python -m bench.sample                       # the small model on a CPU, DiT-XL/2 on a GPU
+    python -m bench.sample --size tiny --share 0.1 --out results
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import reference_sampling
 import torch
-from contestants import SEED, SIZES, Case, config_of, fill, latent_shape, plain_network
-from record import record, synchronize
-from report import markdown
 from torch import Tensor
 
+from bench.record import markdown, parser, record, significant, spread, synchronize
+from bench.sample import reference
+from bench.step.cases import SIZES, Case, config_of
+from bench.step.stacks import SEED, fill, plain_network
 from fastdit.config import build
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.timesteps import respaced
@@ -32,23 +30,23 @@ from fastdit.sampling import Generator, Inference
 from fastdit.training.loop import network
 
 CFG = 1.5
-# name: (overrides, whole number of steps, the plain loop as f(network, x_1, y, null, steps, noise))
+# name: (overrides, full number of steps, the plain loop as f(network, x_1, y, null, steps, noise))
 SAMPLINGS: dict[str, tuple[list[str], int, Callable]] = {
     "DDPM": (
         ["objective=ddpm", "sampling.sampler=ddpm", "sampling.cfg_channels=3"], 250,
-        lambda f, x, y, null, steps, noise: reference_sampling.ddpm(f, x, y, null, respaced(steps), noise, CFG),
+        lambda f, x, y, null, steps, noise: reference.ddpm(f, x, y, null, respaced(steps), noise, CFG),
     ),
     "Heun": (
         ["objective=flow", "sampling.sampler=heun", "sampling.cfg_channels=0", "model.learn_sigma=true"], 50,
-        lambda f, x, y, null, steps, noise: reference_sampling.heun(f, x, y, null, steps, CFG),
+        lambda f, x, y, null, steps, noise: reference.heun(f, x, y, null, steps, CFG),
     ),
     "DPM-Solver++": (
         ["objective=ddpm", "sampling.sampler=dpmpp_2m", "sampling.cfg_channels=0"], 20,
-        lambda f, x, y, null, steps, noise: reference_sampling.dpmpp_2m(f, x, y, null, respaced(steps), CFG),
+        lambda f, x, y, null, steps, noise: reference.dpmpp_2m(f, x, y, null, respaced(steps), CFG),
     ),
 }  # fmt: skip
 GATE_STEPS = 8
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the latents' relative difference in fp32; TF32 on a GPU
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative difference of the latents in fp32; TF32 on a GPU
 
 
 class Bench:
@@ -57,8 +55,7 @@ class Bench:
     def __init__(self, name: str, size: str, batch: int, device: torch.device, overrides: tuple[str, ...]):
         self.options, self.whole, self.loop = SAMPLINGS[name]
         self.case = Case(name, "fastdit", size, batch, device.type, overrides)
-        self.shape = latent_shape(SIZES[size])
-        self.null, self.device = SIZES[size].classes, device
+        self.shape, self.null, self.device = SIZES[size].latent_shape, SIZES[size].classes, device
         generator = torch.Generator().manual_seed(SEED)
         self.y = torch.randint(0, self.null, (batch,), generator=generator).to(device)
         with device:
@@ -68,7 +65,7 @@ class Bench:
         self.inferences: dict[str, Inference] = {}  # by precision
 
     def fastdit(self, steps: int, precision: str) -> Tensor:
-        """x_0 (N, C, h, w) of `steps` steps, as sample_ddp.py would make them."""
+        """x_0 (N, C, h, w) after `steps` steps, as sample_ddp.py samples."""
         wanted = f"sampling.steps={steps}", f"sampling.precision={precision}", f"sampling.cfg_scale={CFG}"
         config = config_of(replace(self.case, overrides=(*self.options, *wanted, *self.case.overrides)))
         objective = build(OBJECTIVES, config.objective, "objective")
@@ -99,10 +96,10 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def measure(bench: Bench, steps: int, turns: int, deadline: float) -> tuple[dict[str, list[float]], float, float]:
-    """Seconds of `steps` steps of each contestant in each turn, and fastdit's errors in fp32 and bf16.
+def measure(bench: Bench, steps: int, rounds: int, deadline: float) -> tuple[dict[str, list[float]], float, float]:
+    """Seconds of `steps` steps of each contestant in each round, and fastdit's errors in fp32 and bf16.
 
-    ValueError where the latents are not the plain loop's, TimeoutError where the deadline left no time for a turn.
+    ValueError if the latents are not the plain loop's, TimeoutError if the deadline left no time for a round.
     """
     truth = bench.reference(GATE_STEPS, "fp32")
     error = difference(bench.fastdit(GATE_STEPS, "fp32"), truth)
@@ -114,53 +111,48 @@ def measure(bench: Bench, steps: int, turns: int, deadline: float) -> tuple[dict
             "fastdit": (bench.fastdit, "bf16")}  # fmt: skip
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     for run, precision in runs.values():
-        run(4, precision)  # compiles where something compiles
-    for _ in range(turns):
+        run(4, precision)  # compiles what gets compiled
+    for _ in range(rounds):
         for key, (run, precision) in runs.items():
             if time.monotonic() > deadline:
-                whole = min(map(len, seconds.values()))  # ratios are formed within turns
-                if not whole:
+                complete = min(map(len, seconds.values()))  # ratios are formed within rounds
+                if not complete:
                     raise TimeoutError("was not timed: the budget was used up")
-                return {key: each[:whole] for key, each in seconds.items()}, error, noise
+                return {key: each[:complete] for key, each in seconds.items()}, error, noise
             seconds[key].append(bench.seconds(run, steps, precision))
     return seconds, error, noise
 
 
-def markdown_of(lines: list[dict]) -> str:
-    rows = [["sampler", "contestant", "images/s", "turns from .. to", "x plain, fp32"], ["---"] * 5]
-    rows += [
+def table(lines: list[dict]) -> str:
+    header = ["sampler", "contestant", "images/s", "min .. max", "x plain, fp32"]
+    return "## sample\n\n" + markdown([header] + [
         [f"{line['steps']}-step {line['sampler']}", line["contestant"], f"**{line['images_per_s']}**",
          "{} .. {}".format(*line["spread"]), line["over"].get("plain, fp32", 1)] for line in lines
-    ]  # fmt: skip
-    return "## sample\n\n" + markdown(rows)
+    ])  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("override", nargs="*", help="of fastdit's configuration, like model.attention=sdpa-flash")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
-    parser.add_argument("--batch", type=int, default=32 if on_gpu else 4, help="images; the network sees twice as many")
-    parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
-    parser.add_argument("--share", type=float, default=0.1, help="of each sampler's steps that are run")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--budget-s", type=float, default=3600.0, help="after it no turn begins")
-    parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to) and sample.md")
-    arguments = parser.parse_args()
+    options, on_gpu = parser(__doc__), torch.cuda.is_available()
+    options.add_argument("override", nargs="*", help="of fastdit's configuration, like model.attention=sdpa-flash")
+    options.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    options.add_argument("--size", choices=SIZES, default="XL/2" if on_gpu else "small")
+    options.add_argument("--batch", type=int, default=32 if on_gpu else 4, help="images; twice as many for the network")
+    options.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
+    options.add_argument("--share", type=float, default=0.1, help="of each sampler's steps that is run")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--budget-s", type=float, default=3600.0, help="seconds, after which no run begins")
+    arguments = options.parse_args()
     deadline = time.monotonic() + arguments.budget_s
     torch.set_float32_matmul_precision("high")
     device, out = torch.device(arguments.device), arguments.out
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
     lines, wrong = [], []
     for name in arguments.samplings:
         try:
             if time.monotonic() > deadline:
-                raise TimeoutError("was not begun: the budget was used up")
+                raise TimeoutError("was not started: the budget was used up")
             bench = Bench(name, arguments.size, arguments.batch, device, tuple(arguments.override))
             steps = max(4, round(arguments.share * bench.whole))
-            seconds, error, noise = measure(bench, steps, arguments.turns, deadline)
+            seconds, error, noise = measure(bench, steps, arguments.rounds, deadline)
         except (ValueError, RuntimeError, TimeoutError) as failure:  # the other samplers go on
             wrong.append(f"{name} {failure}".splitlines()[0])
             print(wrong[-1], file=sys.stderr)
@@ -173,15 +165,15 @@ def main() -> None:
                 if other != key
             }
             lines.append(record(
-                "sample", file=out and out / "results.jsonl",
+                "sample", out,
                 sampler=name, contestant=key, size=arguments.size, device=str(device), batch=arguments.batch, cfg=CFG,
-                steps=bench.whole, steps_timed=steps, images_per_s=float(f"{statistics.median(rates):.4g}"),
-                spread=[float(f"{rate:.4g}") for rate in (min(rates), max(rates))], over=over, turns=len(each),
-                fp32_error=float(f"{error:.2g}"), bf16_error=float(f"{noise:.2g}"), overrides=arguments.override,
+                steps=bench.whole, steps_timed=steps, images_per_s=significant(statistics.median(rates)),
+                spread=spread(rates), over=over, rounds=len(each), fp32_error=float(f"{error:.2g}"),
+                bf16_error=float(f"{noise:.2g}"), overrides=arguments.override,
             ))  # fmt: skip
         if out:
-            (out / "sample.md").write_text(markdown_of(lines))
-    print(markdown_of(lines))
+            (out / "sample.md").write_text(table(lines))
+    print(table(lines))
     if wrong:
         sys.exit("; ".join(wrong))
 

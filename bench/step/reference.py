@@ -1,23 +1,13 @@
-"""What fastdit is measured against: DiT in plain modules, DDPM's loss in plain tensors, and three ways to train them.
+"""The reference: DiT in plain modules and DDPM's loss in plain PyTorch.
 
-Written from the papers (Peebles & Xie 2023, Ho et al. 2020, Nichol & Dhariwal 2021) for these measurements, in the
-manner of the public stacks and independent of fastdit's own modules, so that it is also what correctness is checked
-against. Parameters carry the official names. Three recipes, each a whole step (latents, noise, loss, backward,
-optimiser, EMA):
-
-official   as facebookresearch/DiT trains: eager fp32 (TF32 on a GPU), tables in numpy moved at every lookup, EMA in a
-           loop over the parameters, the loss read by the host at each step. Its autoencoder in the loop is left out.
-fast-dit   as chuanyangjin/fast-DiT: the same, with every block checkpointed and fp16 autocast with loss scaling
-           (bf16 on a CPU, which has no fp16 products worth the name).
-strong     what a careful user writes today: whole-model torch.compile, bf16 autocast, SDPA, fused AdamW, foreach EMA,
-           tables on the device, nothing read by the host.
-
-All use PyTorch's SDPA, as timm's blocks do today: faster than what was published.
+Written from the papers (Peebles & Xie 2023, Ho et al. 2020, Nichol & Dhariwal 2021) in the style of the public stacks
+and independently of fastdit's own modules, so that correctness is checked against it too. Parameters carry the official
+names. Attention is PyTorch's SDPA, as in timm's blocks today: faster than what was published.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Inputs:
-    """What a loss is a function of, beside the weights: x_0 and noise (N, C, h, w), index (N,) 0..999, labels (N,)."""
+    """Inputs of a loss: x_0 and noise (N, C, h, w), labels y (N,), timestep index (N,) in 0..999."""
 
     x_0: Tensor
     y: Tensor
@@ -43,15 +33,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class Patches(nn.Module):
-    def __init__(self, patch_size: int, channels: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
-
-
 class TimeEmbedding(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
@@ -61,15 +42,6 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
         angles = t[:, None].float() * frequencies[None]
         return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
-
-
-class LabelTable(nn.Module):
-    def __init__(self, rows: int, dim: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
 
 
 class SelfAttention(nn.Module):
@@ -86,24 +58,14 @@ class SelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(n, t, d))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Block(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = FeedForward(dim)
+        mlp = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(approximate="tanh"), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -130,16 +92,17 @@ class PlainDiT(nn.Module):
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes):
         super().__init__()
         self.patch_size, self.out_channels, self.checkpointing = patch_size, 2 * in_channels, False
-        self.x_embedder = Patches(patch_size, in_channels, hidden_size)
+        patches = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
         self.t_embedder = TimeEmbedding(hidden_size)
-        self.y_embedder = LabelTable(num_classes + 1, hidden_size)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         self.pos_embed = nn.Parameter(sin_cos_table(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList([Block(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = Head(hidden_size, patch_size**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        c = self.t_embedder(t) + self.y_embedder(y)
-        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
+        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing else block(x, c)
         x = self.final_layer(x, c)  # (N, T, p p 2C)
@@ -161,7 +124,7 @@ def sin_cos_table(dim: int, side: int) -> Tensor:
 class PlainDDPM:
     """Linear betas, eps and learned-range variance: MSE plus the variational bound with eps detached.
 
-    `tables`: None keeps them in numpy and moves them to the device at each lookup; a device keeps fp32 copies there.
+    `tables`: None keeps the tables in numpy and moves them to the device at each lookup; a device holds fp32 copies.
     """
 
     def __init__(self, tables: torch.device | str | None):
@@ -194,7 +157,7 @@ class PlainDDPM:
         x_t = self.at("sqrt_bar", index) * x_0 + self.at("sqrt_rest", index) * noise
         eps, raw = model(x_t, index, y).chunk(2, dim=1)
         mse = (noise - eps).square().mean(dim=(1, 2, 3))
-        # the bound sees eps as a constant: it trains the variance alone
+        # the bound treats eps as a constant: it trains only the variance
         guess = self.at("x_0_of_x_t", index) * x_t - self.at("x_0_of_eps", index) * eps.detach()
         mean = self.at("mean_of_x_0", index) * guess + self.at("mean_of_x_t", index) * x_t
         true_mean = self.at("mean_of_x_0", index) * x_0 + self.at("mean_of_x_t", index) * x_t
@@ -207,7 +170,7 @@ class PlainDDPM:
 
     @staticmethod
     def decoder_nats(x: Tensor, mean: Tensor, log: Tensor) -> Tensor:
-        """-log of the normal's mass in the 8-bit bin of x, its CDF by the tanh approximation."""
+        """-log of the normal distribution's mass in the 8-bit bin of x; CDF by the tanh approximation."""
         scale = torch.exp(-0.5 * log)
 
         def cdf(z: Tensor) -> Tensor:
@@ -216,83 +179,3 @@ class PlainDDPM:
         upper, lower = cdf(scale * (x - mean + 1 / 255)), cdf(scale * (x - mean - 1 / 255))
         inner = torch.where(x > 0.999, 1 - lower, upper - lower)
         return -torch.where(x < -0.999, upper, inner).clamp(min=1e-12).log()
-
-
-# ---- one step
-
-class ReferenceStep:
-    """A recipe of this module's docstring as one training step: `draw` the inputs, then `learn` from them."""
-
-    def __init__(self, recipe: str, model: nn.Module, device: torch.device, *, lr: float, ema_decay: float,
-                 scale: float, null_label: int, class_dropout: float, micro_batch: int = 0,
-                 drops_labels: bool = False):  # fmt: skip
-        self.recipe, self.device, self.decay, self.scale = recipe, device, ema_decay, scale
-        self.null_label, self.class_dropout, self.micro_batch = null_label, class_dropout, micro_batch
-        self.drops_labels = drops_labels  # the network of a checkout drops them itself
-        on_gpu = device.type == "cuda"
-        self.dtype = {"fast-dit": torch.float16 if on_gpu else torch.bfloat16, "strong": torch.bfloat16}.get(recipe)
-        torch.set_float32_matmul_precision("highest" if recipe == "oracle" else "high")
-        self.model = model
-        model.checkpointing = recipe == "fast-dit"
-        self.diffusion = PlainDDPM(tables=None if recipe in ("official", "fast-dit") else device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.parameters = list(model.parameters())
-        self.ema = [p.detach().clone() for p in self.parameters]
-        trained = [p for p in self.parameters if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0, fused=True if recipe == "strong" else None)
-        self.forward = torch.compile(model, fullgraph=True) if recipe == "strong" else model
-
-    @property
-    def precision(self) -> str:
-        """fp32 | tf32 | fp16 | bf16"""
-        if self.dtype is not None:
-            return {torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
-        return "tf32" if self.recipe == "official" and self.device.type == "cuda" else "fp32"
-
-    def network(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
-            return self.forward(x, t, y).float()
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def draw(self, moments: Tensor, y: Tensor) -> Inputs:
-        """moments (N, 2C, h, w), y (N,) on the device -> this step's inputs, from the device's own generator."""
-        mean, std = moments.chunk(2, dim=1)
-        x_0 = (mean + std * torch.randn_like(mean)) * self.scale
-        if not self.drops_labels:
-            y = torch.where(torch.rand(len(y), device=y.device) < self.class_dropout, self.null_label, y)
-        return Inputs(x_0, y, torch.randint(0, 1000, (len(y),), device=y.device), torch.randn_like(x_0))
-
-    def learn(self, inputs: Inputs) -> Tensor:
-        """Losses (N,) of the inputs; weights and EMA move."""
-        micro = self.micro_batch or len(inputs.y)
-        losses = []
-        for i in range(0, len(inputs.y), micro):
-            rows = slice(i, i + micro)
-            part = Inputs(*(value[rows] for value in vars(inputs).values()))
-            losses.append(self.diffusion.losses(self.network, part))
-            self.scaler.scale(losses[-1].sum() / len(inputs.y)).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.average()
-        return torch.cat(losses).detach()
-
-    @torch.no_grad()
-    def average(self) -> None:
-        if self.recipe == "strong":
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - self.decay)
-        else:
-            for average, parameter in zip(self.ema, self.parameters, strict=True):
-                average.mul_(self.decay).add_(parameter.data, alpha=1 - self.decay)
-
-    def __call__(self, moments: Tensor, y: Tensor) -> Tensor:
-        """One step as it is timed, from pinned host memory (moments (N, 2C, h, w), y (N,)) to moved weights."""
-        wait = self.recipe in ("official", "fast-dit")
-        inputs = self.draw(moments.to(self.device, non_blocking=not wait), y.to(self.device, non_blocking=not wait))
-        loss = self.learn(inputs).mean()
-        if wait:
-            loss.item()  # both add the loss up on the host
-        return loss
