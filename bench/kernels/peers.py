@@ -1,4 +1,4 @@
-"""Public kernels beside ours, each with our op's keywords; made only when asked for, a missing package says so."""
+"""Public kernels with the keywords of our ops; each is imported only when used, so a missing package fails alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def _apex_adaln() -> Callable:
 
 
 def _torch_fused_adamw() -> Callable:
-    """torch's fused AdamW, then the EMA and the copy as separate passes."""
+    """PyTorch's fused AdamW, then the EMA and the copy as separate passes."""
 
     def step(param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, weight_decay):
         torch._fused_adamw_([param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step.float()], lr=lr, beta1=0.9,
