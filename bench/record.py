@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -56,26 +57,37 @@ def record(bench: str, out: Path | None = None, *, name: str = "results.jsonl", 
     return line
 
 
-def rotate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict]:
-    """Images/s that each run returns, once per round: median, spread, and the ratio of fastdit's median to it."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+def rotate(
+    runs: dict[str, Callable[[], float]], rounds: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
+    """What each run returns, once per round; complete rounds only if the deadline (time.monotonic()) ends it early."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            rates[name].append(run())
-    medians = {name: statistics.median(each) for name, each in rates.items()}
+            if time.monotonic() > deadline:
+                complete = min(map(len, found.values()))
+                return {name: each[:complete] for name, each in found.items()}
+            found[name].append(run())
+    return found
+
+
+def compared(rates: dict[str, list[float]]) -> dict[str, dict]:
+    """By name: median images/s, their spread, and the ratio `over` each other: the median of the rounds' ratios."""
+
+    def over(ours: list[float], theirs: list[float]) -> float:  # of an even number the geometric mean of the middle two
+        return round(math.exp(statistics.median(math.log(a / b) for a, b in zip(ours, theirs, strict=False))), 3)
+
     return {
-        name: {"images_per_s": significant(medians[name]), "spread": spread(each),
-               "fastdit_over_this": round(medians["fastdit"] / medians[name], 2)}
+        name: {"images_per_s": significant(statistics.median(each)),
+               "spread": [significant(min(each)), significant(max(each))],
+               "over": {other: over(each, theirs) for other, theirs in rates.items() if other != name},
+               "rounds": len(each)}
         for name, each in rates.items()
     }  # fmt: skip
 
 
 def significant(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def spread(values: list[float]) -> list[float]:
-    return [significant(min(values)), significant(max(values))]
 
 
 def markdown(rows: list[list], rule: str = "---") -> str:

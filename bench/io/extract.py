@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.record import parser, record, rotate
+from bench.record import compared, parser, record, rotate
 from fastdit.data.extract import PRECISIONS, extract_features
 from fastdit.data.images import ImageFolder, list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
@@ -112,11 +112,11 @@ def main() -> None:
             extract(out)
             return len(folder) / (time.perf_counter() - start)
 
-        found = rotate({way: lambda run=run: rate(run) for way, run in ways.items()}, arguments.rounds)
+        rates = rotate({way: lambda run=run: rate(run) for way, run in ways.items()}, arguments.rounds)
         LatentCodec.load = load
     settings = {"image_size": size, "batch_size": batch, "workers": workers, "precision": arguments.precision,
                 "vae_parameters": sum(p.numel() for p in codec.vae.parameters())}  # fmt: skip
-    for way, figures in found.items():
+    for way, figures in compared(rates).items():
         record("extract", arguments.out, way=way, **figures, **settings)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from bench.record import parser, record, rotate
+from bench.record import compared, parser, record, rotate
 from fastdit.data.shards import Manifest, latent_batches
 from fastdit.data.writer import write_shards
 
@@ -92,7 +92,7 @@ def main() -> None:
                 f"webdataset, {arguments.workers} workers": lambda m=manifest: theirs(m, arguments.workers),
             }
             runs = {name: lambda make=make: rate(make, arguments.seconds) for name, make in loaders.items()}
-            found = rotate(runs, arguments.rounds)
+            found = compared(rotate(runs, arguments.rounds))
             start = time.perf_counter()
             far = latent_batches(manifest, global_batch=BATCH, seed=0, start_step=35 * SAMPLES // BATCH)
             next(far)

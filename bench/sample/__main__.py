@@ -9,7 +9,6 @@ autocast too. Only a share of each sampler's steps is run, as all cost the same:
     python -m bench.sample --size tiny --share 0.1 --out results
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.record import markdown, parser, record, significant, spread, synchronize
+from bench.record import compared, markdown, parser, record, rotate, synchronize
 from bench.sample import reference
 from bench.step.cases import SIZES, Case, config_of
 from bench.step.stacks import SEED, fill, plain_network
@@ -84,20 +83,21 @@ class Bench:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return self.loop(lambda *a: self.plain(*a).float(), x_1, self.y, self.null, steps, noise)
 
-    def seconds(self, run: Callable[[int, str], Tensor], steps: int, precision: str) -> float:
+    def rate(self, run: Callable[[int, str], Tensor], steps: int, precision: str) -> float:
+        """Images/s of the full number of steps, from `steps` of them."""
         synchronize(self.device)
         start = time.perf_counter()
         run(steps, precision)
         synchronize(self.device)
-        return time.perf_counter() - start
+        return len(self.y) * steps / self.whole / (time.perf_counter() - start)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def measure(bench: Bench, steps: int, rounds: int, deadline: float) -> tuple[dict[str, list[float]], float, float]:
-    """Seconds of `steps` steps of each contestant in each round, and fastdit's errors in fp32 and bf16.
+def measure(bench: Bench, steps: int, rounds: int, deadline: float) -> tuple[dict[str, dict], float, float]:
+    """The contestants' figures from `steps` steps per round, and fastdit's errors in fp32 and bf16.
 
     ValueError if the latents are not the plain loop's, TimeoutError if the deadline left no time for a round.
     """
@@ -107,20 +107,15 @@ def measure(bench: Bench, steps: int, rounds: int, deadline: float) -> tuple[dic
         raise ValueError(f"differs by {error:.1e} from the plain loop and was not timed")
     bench.inferences.clear()  # the memory of its graph
     noise = difference(bench.fastdit(GATE_STEPS, "bf16"), truth)
-    runs = {"plain, fp32": (bench.reference, "fp32"), "plain, bf16": (bench.reference, "bf16"),
+    ways = {"plain, fp32": (bench.reference, "fp32"), "plain, bf16": (bench.reference, "bf16"),
             "fastdit": (bench.fastdit, "bf16")}  # fmt: skip
-    seconds: dict[str, list[float]] = {key: [] for key in runs}
-    for run, precision in runs.values():
+    for run, precision in ways.values():
         run(4, precision)  # compiles what gets compiled
-    for _ in range(rounds):
-        for key, (run, precision) in runs.items():
-            if time.monotonic() > deadline:
-                complete = min(map(len, seconds.values()))  # ratios are formed within rounds
-                if not complete:
-                    raise TimeoutError("was not timed: the budget was used up")
-                return {key: each[:complete] for key, each in seconds.items()}, error, noise
-            seconds[key].append(bench.seconds(run, steps, precision))
-    return seconds, error, noise
+    runs = {name: lambda way=way: bench.rate(way[0], steps, way[1]) for name, way in ways.items()}
+    rates = rotate(runs, rounds, deadline)
+    if not rates["fastdit"]:
+        raise TimeoutError("was not timed: the budget was used up")
+    return compared(rates), error, noise
 
 
 def table(lines: list[dict]) -> str:
@@ -152,24 +147,16 @@ def main() -> None:
                 raise TimeoutError("was not started: the budget was used up")
             bench = Bench(name, arguments.size, arguments.batch, device, tuple(arguments.override))
             steps = max(4, round(arguments.share * bench.whole))
-            seconds, error, noise = measure(bench, steps, arguments.rounds, deadline)
+            figures, error, noise = measure(bench, steps, arguments.rounds, deadline)
         except (ValueError, RuntimeError, TimeoutError) as failure:  # the other samplers go on
             wrong.append(f"{name} {failure}".splitlines()[0])
             print(wrong[-1], file=sys.stderr)
             continue
-        for key, each in seconds.items():
-            rates = [arguments.batch * steps / bench.whole / s for s in each]
-            over = {
-                other: round(statistics.median(b / a for a, b in zip(each, seconds[other], strict=True)), 3)
-                for other in seconds
-                if other != key
-            }
+        for contestant, figure in figures.items():
             lines.append(record(
-                "sample", out,
-                sampler=name, contestant=key, size=arguments.size, device=str(device), batch=arguments.batch, cfg=CFG,
-                steps=bench.whole, steps_timed=steps, images_per_s=significant(statistics.median(rates)),
-                spread=spread(rates), over=over, rounds=len(each), fp32_error=float(f"{error:.2g}"),
-                bf16_error=float(f"{noise:.2g}"), overrides=arguments.override,
+                "sample", out, sampler=name, contestant=contestant, size=arguments.size, device=str(device),
+                batch=arguments.batch, cfg=CFG, steps=bench.whole, steps_timed=steps, **figure,
+                fp32_error=float(f"{error:.2g}"), bf16_error=float(f"{noise:.2g}"), overrides=arguments.override,
             ))  # fmt: skip
         if out:
             (out / "sample.md").write_text(table(lines))

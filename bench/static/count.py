@@ -39,50 +39,37 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 LEAST_OPTIMIZER = 36  # bytes per parameter: weight, both moments and average read and written, gradient, bf16 copy
 
 
-class HostWaits(TorchFunctionMode):
+@contextlib.contextmanager
+def waits_counted() -> Iterator[Counter[str]]:
     """Counts by name what makes the host wait for a GPU: reads, data-dependent shapes, unpinned transfers.
 
     On the CPU a copy to the host is recognized by its name only: `x.cpu()`, `x.to("cpu")`. Compiled code is not seen:
     there `fullgraph=True` refuses such operations.
     """
+    found: Counter[str] = Counter()
 
-    def __init__(self):
-        super().__init__()
-        self.found: Counter[str] = Counter()
-        self.operators = _WaitingOps(self.found)
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+            on_tensor = bool(args) and isinstance(args[0], Tensor)
+            by_name = name == "to" and "cpu" in (*args[1:], kwargs.get("device"))
+            masked = name == "__getitem__" and any(
+                isinstance(i, Tensor) and i.dtype == torch.bool
+                for i in (args[1] if isinstance(args[1], tuple) else (args[1],))
+            )
+            if by_name or masked or name in (WAITING_METHODS if on_tensor else WAITING_FUNCTIONS):
+                found[f"{name} of a mask" if masked else name] += 1
+            return function(*args, **kwargs)
 
-    def __enter__(self):
-        self.operators.__enter__()
-        return super().__enter__()
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in WAITING_OPS:
+                found[f"aten.{name}"] += 1
+            return function(*args, **(kwargs or {}))
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.operators.__exit__(*error)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        on_tensor = bool(args) and isinstance(args[0], Tensor)
-        kwargs = kwargs or {}
-        by_name = name == "to" and "cpu" in (*args[1:], kwargs.get("device"))
-        masked = name == "__getitem__" and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool
-            for i in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        )
-        if by_name or masked or name in (WAITING_METHODS if on_tensor else WAITING_FUNCTIONS):
-            self.found[f"{name} of a mask" if masked else name] += 1
-        return function(*args, **kwargs)
-
-
-class _WaitingOps(TorchDispatchMode):
-    def __init__(self, found: Counter[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in WAITING_OPS:
-            self.found[f"aten.{name}"] += 1
-        return function(*args, **(kwargs or {}))
+    with Operators(), Functions():
+        yield found
 
 
 class Bytes(TorchDispatchMode):
@@ -124,9 +111,9 @@ def host_waits(size: Size, overrides: tuple[str, ...] = ()) -> Counter[str]:
     bench = Fastdit(eager_case(size, overrides))
     bench.step(0)  # creates the tables
     moments, y = bench.batches[0]
-    with HostWaits() as waits:
+    with waits_counted() as found:
         bench.work(moments, y, 1, bench.lr)
-    return waits.found
+    return found
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -114,21 +114,6 @@ class _Library:
         return call
 
 
-class _Operators(TorchDispatchMode):
-    """Records every operator except views and allocations."""
-
-    def __init__(self, record: Callable):
-        super().__init__()
-        self.record = record
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if not function.is_view and not name.startswith(("empty", "detach")):
-            self.record(call_of(name, "library", (args, kwargs, result)))
-        return result
-
-
 @contextlib.contextmanager
 def _machine() -> Iterator[None]:
     """Answers what Inductor and its code ask the machine, for the GPU that is not present."""
@@ -194,12 +179,23 @@ def _run_on_meta(code: types.ModuleType, kernels: list[Kernel], inputs: list) ->
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
     calls: list[Call] = []
+
+    class Operators(TorchDispatchMode):
+        """Records every operator except views and allocations."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = function.overloadpacket.__name__
+            if not function.is_view and not name.startswith(("empty", "detach")):
+                calls.append(call_of(name, "library", (args, kwargs, result)))
+            return result
+
     for kernel in kernels:
         kernel.record = calls.append
     code.empty_strided_cuda, code.copy_if_misaligned, code.assert_alignment = empty, lambda t: t, lambda *_: None
     code.reinterpret_tensor = lambda t, size, stride, offset=0: t.as_strided(size, stride, t.storage_offset() + offset)
     code.extern_kernels = _Library(code.extern_kernels, calls.append)
-    with unset_fake_temporarily(), _Operators(calls.append):
+    with unset_fake_temporarily(), Operators():
         inputs = tree_map_only(Tensor, lambda t: empty(t.shape, t.stride(), t.dtype), inputs)
         code.call(inputs)
     return calls

@@ -5,7 +5,6 @@ network does. A process of its own makes peak memory the contestant's alone, and
 """
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -34,11 +33,6 @@ class Row:
     def rates(self) -> list[float]:
         """Images/s of each turn; none for a contestant that did not pass the gate."""
         return [self.case.batch / statistics.median(r["seconds"]) for r in self.results if "seconds" in r]
-
-    def over(self, other: "Row") -> float:
-        """Ratio of images/s to the other's: the geometric mean of the middle two of the rounds' ratios."""
-        logs = (math.log(a / b) for a, b in zip(self.rates, other.rates, strict=False))
-        return round(math.exp(statistics.median(logs)), 3)
 
 
 class Processes:

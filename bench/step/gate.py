@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.step.reference import Inputs
-from fastdit.distributed import StepRandom, step_generator
 
 # of each step, in units of the learning rate. A CUDA graph runs three steps eagerly, is captured in the fourth and
 # replayed on inputs it was not captured with only in the fifth, whose rate must therefore show in the weights
 RATES = (1.0, 1.0, 1.0, 0.25, 4.0)
-GATE_STEPS = len(RATES)
 
 # largest error of the losses and of the displacements. Adam moves a weight whose gradient is all rounding noise as far
 # as any other, so the second is larger. For scale: bf16 gives 5e-4 in the losses, FP8 (emulated, 6 x 384) 3e-3 and
@@ -32,23 +30,6 @@ class Verdict:
     moved: Tensor  # norm of the displacement of each weight tensor, and of its average, from the start; by name
     precision: str  # a key of TOLERANCE
     first_done: float  # time.perf_counter() at the end of the first step
-
-
-def gate_inputs(
-    batches: list[tuple[Tensor, Tensor]], device: torch.device, *, seed: int, scale: float, class_dropout: float,
-    null_label: int,
-) -> list[Inputs]:  # fmt: skip
-    """Inputs of every step from the host's (moments, y) in rotation: what (seed, step) draws, in plain PyTorch."""
-    inputs = []
-    for step in range(GATE_STEPS):
-        moments, y = (value.to(device) for value in batches[step % len(batches)])
-        mean, std = moments.chunk(2, dim=1)
-        random = StepRandom(step_generator(seed, step, device), slice(None), len(y))
-        x_0 = (mean + std * random.randn(*mean.shape[1:])) * scale
-        y = torch.where(random.rand() < class_dropout, null_label, y)
-        index = (1000 * random.rand().double()).long()
-        inputs.append(Inputs(x_0, y, index, random.randn(*mean.shape[1:])))
-    return inputs
 
 
 def check_drawn(step: int, drawn: Inputs, wanted: Inputs) -> None:

@@ -121,14 +121,16 @@ def sin_cos_table(dim: int, side: int) -> Tensor:
 
 # ---- loss
 
+BETAS = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
+
+
 class PlainDDPM:
-    """Linear betas, eps and learned-range variance: MSE plus the variational bound with eps detached.
+    """Eps and learned-range variance: MSE plus the variational bound with eps detached.
 
     `tables`: None keeps the tables in numpy and moves them to the device at each lookup; a device holds fp32 copies.
     """
 
-    def __init__(self, tables: torch.device | str | None):
-        betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
+    def __init__(self, tables: torch.device | str | None, betas: np.ndarray = BETAS):
         bar = np.cumprod(1 - betas)
         before = np.append(1.0, bar[:-1])
         posterior = betas * (1 - before) / (1 - bar)

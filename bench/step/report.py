@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bench.record import hardware, markdown, significant, spread
+from bench.record import compared, hardware, markdown, significant
 from bench.step.cases import CONTESTANTS, SIZES, Case, config_of
 from bench.step.contest import Row
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -32,7 +32,7 @@ def figures(rows: list[Row]) -> list[dict]:
     product = [result["product_tflops"] for row in rows for result in row.results]
     product = statistics.median(product) if product else None
     datasheet = next((peak for known, peak in PEAK_TFLOPS.items() if known in hardware()), None)
-    lines = []
+    rates, lines = compared({row.case.name: row.rates for row in rows if row.rates}), []
     for row in rows:
         case = row.case
         line = {"contestant": case.name, "size": case.size, "device": case.device, "overrides": list(case.overrides),
@@ -51,19 +51,15 @@ def figures(rows: list[Row]) -> list[dict]:
         if row.rates:
             images = statistics.median(row.rates)
             tflops = flops * images / 1e12
-            line |= {
-                "images_per_s": significant(images),
+            line |= rates[case.name] | {
                 "steps_per_s": significant(images / case.batch),
-                "spread": spread(row.rates),
                 "slowest_step": significant(case.batch / max(s for r in row.results for s in r["seconds"])),
-                "over": {other.case.name: row.over(other) for other in rows if other.rates and other is not row},
                 "tflops": significant(tflops),
                 "mfu": datasheet and round(tflops / datasheet, 4),
                 "of_product": round(tflops / product, 4),
                 "product_tflops": significant(product),
                 "peak_gib": round(row.results[-1]["peak_gib"], 2),
                 "reserved_gib": round(row.results[-1]["reserved_gib"], 2),
-                "rounds": len(row.rates),
                 "steps": len(row.results[0]["seconds"]),
             }
         lines.append(line)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.step.cases import EMA_DECAY, LR, SIZES, Case, Size, config_of, is_variable, models_of_repo
-from bench.step.gate import RATES, Verdict, check_drawn, gate_inputs
+from bench.step.gate import RATES, Verdict, check_drawn
 from bench.step.reference import Inputs, PlainDDPM, PlainDiT
-from fastdit.distributed import Ranks
+from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.training.ema import EMA
 from fastdit.training.graph import GraphedStep
 from fastdit.training.loop import build_engine, build_objective, network, set_up
@@ -100,14 +100,20 @@ class Contestant:
         self.size, self.device = SIZES[case.size], torch.device(case.device)
         self.batches, self.lr = host_batches(self.size, case.batch, self.device.type == "cuda"), LR
 
-    def gate_inputs(self) -> list[Inputs]:
-        return gate_inputs(self.batches, self.device, seed=SEED, scale=SCALE, class_dropout=CLASS_DROPOUT,
-                           null_label=self.size.classes)  # fmt: skip
+    def gate_inputs(self, step: int) -> Inputs:
+        """What (seed, step) draws for the host's batch of that step, in plain PyTorch."""
+        moments, y = (value.to(self.device) for value in self.batches[step % HOST_BATCHES])
+        mean, std = moments.chunk(2, dim=1)
+        random = StepRandom(step_generator(SEED, step, self.device), slice(None), len(y))
+        x_0 = (mean + std * random.randn(*mean.shape[1:])) * SCALE
+        y = torch.where(random.rand() < CLASS_DROPOUT, self.size.classes, y)
+        index = (1000 * random.rand().double()).long()
+        return Inputs(x_0, y, index, random.randn(*mean.shape[1:]))
 
     def gate(self) -> Verdict:
         losses, first_done = [], 0.0
-        for i, inputs in enumerate(self.gate_inputs()):
-            losses.append(self.gate_step(i, inputs, RATES[i] * self.lr).cpu())
+        for i, rate in enumerate(RATES):
+            losses.append(self.gate_step(i, self.gate_inputs(i), rate * self.lr).cpu())
             first_done = first_done or time.perf_counter()
         displacements = moved(self.shapes, self.device, *self.states()).cpu()
         return Verdict(torch.stack(losses), displacements, self.precision, first_done)

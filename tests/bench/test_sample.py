@@ -38,10 +38,10 @@ def test_sampling_that_differs_is_not_timed(monkeypatch, tmp_path, capsys):
 
 def test_sampling_keeps_what_it_had_time_for_and_what_did_not_fail(monkeypatch, tmp_path):
     """Heun runs out of memory; after the first round of DPM-Solver++ the time is over, so DDPM is not started."""
-    right, late = sample.Bench.seconds, []
+    right, late = sample.Bench.rate, []
     monkeypatch.setattr(sample.time, "monotonic", lambda: 1000.0 * (len(late) > 3))
 
-    def seconds(self, run, steps, precision):
+    def rate(self, run, steps, precision):
         late.append(precision)
         return right(self, run, steps, precision)
 
@@ -50,7 +50,7 @@ def test_sampling_keeps_what_it_had_time_for_and_what_did_not_fail(monkeypatch, 
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
         return right(self, steps, precision)
 
-    monkeypatch.setattr(sample.Bench, "seconds", seconds)
+    monkeypatch.setattr(sample.Bench, "rate", rate)
     monkeypatch.setattr(sample.Bench, "fastdit", fastdit)
     arguments = "sample --device cpu --size tiny --batch 2 --budget-s 500 --samplings Heun DPM-Solver++ DDPM --out"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), str(tmp_path)])
