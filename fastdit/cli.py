@@ -37,13 +37,13 @@ def main() -> None:
     command.add_argument("path", help="a run, one of its checkpoints/step-*, or what extract_features.py wrote")
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("likelihood", help="nats and bits a dimension of a shard set under a checkpoint")
+    command = commands.add_parser("likelihood", help="nats and bits per dimension of a shard set under a checkpoint")
     command.add_argument("--checkpoint", required=True, help="a run folder, or one of its checkpoints/step-*")
     command.add_argument("--shards", required=True, help="a folder that extract_features.py wrote")
     command.add_argument("--num-images", type=int, default=64)
     command.add_argument("--probes", type=int, default=4, help="random directions for the divergence")
     command.add_argument("--steps", type=int, default=50, help="of the ODE")
-    command.add_argument("--method", choices=("euler", "heun"), default="heun")
+    command.add_argument("--method", choices=("heun", "euler", "vlb"), default="heun", help="vlb: the bound, for DDPM")
     command.add_argument("--batch-size", type=int, default=16)
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument("--seed", type=int, default=0)
@@ -75,7 +75,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from fastdit.conversion import convert
+    from fastdit.convert import convert
 
     convert(
         arguments.src,

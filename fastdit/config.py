@@ -1,36 +1,24 @@
 """Configuration: frozen dataclasses, filled strictly from YAML and `section.key=value` overrides.
 
-Every value is converted by its annotation (YAML reads `1e-4` as a string); an unknown key fails and names the nearest
-known one. A section `{name: ..., option: ...}` names an entry of a registry; its options are checked against that
-entry's own signature by `build`, so a new objective or sampler brings its options with it.
+Every value is converted by its annotation. An unknown key is an error that names the nearest known one. A section
+`{name: ..., option: ...}` names an entry of a registry (registry.py).
 """
 
 import dataclasses
-import difflib
-import functools
-import inspect
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fastdit.registry import Choice, check_literals, convert
+
 
 def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
     if not holds:
         raise ValueError(f"{key}={value!r} is out of range; {remedy}")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An entry of a registry by name, with that entry's own options beside the name."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,29 +36,45 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    variant: str = "DiT-XL/2"  # or any depth x hidden x heads / patch: "DiT-6x384x6/2"
-    class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
-    attention: str = "auto"  # a backend of models/attention.py; auto: the fastest known for this GPU and shape
-    learn_sigma: bool | None = None  # 2C output channels; null: as the objective asks. True with flow: SiT's idle half
-    block: Literal["adaln_zero", "adaln", "in_context", "cross_attention"] = "adaln_zero"  # how time and label act
-    norm: Literal["layer", "rms"] = "layer"
-    qk_norm: Literal["none", "rms", "layer"] = "none"  # norm of each head's queries and keys
-    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"  # gelu: exact; swiglu: two thirds as wide, gated
-    mlp_ratio: float = 4.0  # width of the MLP over the hidden size
-    position: Literal["sincos", "rope", "sincos_rope"] = "sincos"  # fixed table, rotary (2-D), or both
-    registers: int = 0  # learned tokens beside the patches
+class NetworkOptions:
+    """Options of the DiT network; every default is the official design (docs/variants.md compares the others)."""
+
+    block: Literal["adaln_zero", "adaln", "in_context", "cross_attention"] = "adaln_zero"  # see models/blocks.py
+    norm: Literal["layer", "rms"] = "layer"  # of every block and of the final layer (RMS: Zhang & Sennrich 2019)
+    qk_norm: Literal["none", "rms", "layer"] = "none"  # of each head's queries and keys, with learned weights
+    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"  # gelu: exact; swiglu: gated, two thirds as wide
+    mlp_ratio: float = 4.0  # MLP width over the hidden size
+    position: Literal["sincos", "rope", "sincos_rope"] = "sincos"  # fixed table, 2-D rotary (Su et al. 2021), or both
+    registers: int = 0  # learned tokens next to the patches, dropped before the final layer (Darcet et al. 2023)
     qkv_bias: bool = True  # biases of attention's first linear,
     proj_bias: bool = True  # of its second,
     mlp_bias: bool = True  # and of the MLP's two
-    dropout: float = 0.0  # share of every branch's values dropped in training
+    dropout: float = 0.0  # probability of dropping a value of a branch in training (models/dropout.py)
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
-        for key in ("class_dropout", "dropout"):
-            _require(0 <= getattr(self, key) < 1, f"model.{key}", getattr(self, key), "use a share in [0, 1)")
+        check_literals(self, "model")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
         _require(self.registers >= 0, "model.registers", self.registers, "use 0 for none, 4 or more")
         _require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
+
+
+@dataclass(frozen=True)
+class ModelConfig(NetworkOptions):
+    variant: str = "DiT-XL/2"  # or any depth x hidden x heads / patch: "DiT-6x384x6/2"
+    class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
+    attention: str = "auto"  # a backend of models/attention.py; auto: the fastest known for this GPU and shape
+    learn_sigma: bool | None = (
+        None  # 2C output channels; null: as the objective asks. True with flow: SiT's unused half
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a share in [0, 1)")
+
+    @property
+    def options(self) -> NetworkOptions:
+        return NetworkOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(NetworkOptions)})
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,10 @@ class SamplingConfig:
     steps: str = "250"  # network evaluations, or a respacing: "ddim50", "10,15,20"
     cfg_scale: float = 1.0  # 1: no guidance
     cfg_channels: int = 0  # guided latent channels, 3 in the official release; 0: all
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at these times, t = 0 is data
+    cfg_rescale: float = 0.0  # in [0, 1]: pulls the contrast of guided images back
+    weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of from the null label
+    clip: Literal["none", "static", "dynamic"] = "none"  # of the predicted x_0: to [-1, 1], or by a quantile
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
     compile: bool = True  # on a GPU: the blocks compiled, the network's evaluations replayed as a CUDA graph
@@ -137,6 +145,9 @@ class SamplingConfig:
     def __post_init__(self):
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
         _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as released")
+        low, high = self.cfg_interval
+        _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
+        _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _override(tree, override)
     try:
-        return _fill(Config, tree, "")
+        return convert(Config, tree, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -189,45 +200,6 @@ def to_tree(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def lookup(registry: Mapping[str, Any], name: str, key: str) -> Any:
-    """`registry[name]`; ValueError with the nearest known name and all of them."""
-    if name not in registry:
-        near = difflib.get_close_matches(str(name), registry, 1, 0)[0]
-        raise ValueError(f"{key}={name!r} is unknown; did you mean {near!r}? Known: {', '.join(registry)}")
-    return registry[name]
-
-
-def build(registry: Mapping[str, type], choice: Choice, key: str) -> Any:
-    """An instance of the dataclass that `choice` names, its options checked and converted by their annotations."""
-    return bind(registry, choice, key)()
-
-
-def bind(registry: Mapping[str, Callable], choice: Choice, key: str) -> Callable:
-    """The function (or class) that `choice` names, bound to its options: those of its signature that YAML can spell."""
-    entry = lookup(registry, choice.name, f"{key}.name")
-    known = _options(entry)
-    for option, value in choice.options.items():
-        others = [name for name, other in registry.items() if option in _options(other)]
-        if others and option not in known:
-            raise ValueError(
-                f"{key}.{option}={value!r} is an option of {' and '.join(others)}, not of {choice.name}; "
-                f"remove it, or use {key}.name={others[0]}"
-            )
-    return functools.partial(entry, **_convert_all(known, choice.options, key))
-
-
-def _options(entry: Callable) -> dict[str, Any]:
-    """Names and annotations of the arguments with a default that YAML can spell."""
-    hints = typing.get_type_hints(entry.__init__ if inspect.isclass(entry) else entry)
-    keywords = {p.name for p in inspect.signature(entry).parameters.values() if p.default is not p.empty}
-    return {name: hint for name, hint in hints.items() if name in keywords and _is_plain(hint)}
-
-
-def _is_plain(hint: Any) -> bool:
-    plain = (int, float, str, bool)
-    return hint in plain or typing.get_origin(hint) is Literal or any(a in plain for a in typing.get_args(hint))
-
-
 def _override(tree: dict, override: str) -> None:
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
@@ -240,62 +212,3 @@ def _override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
     tree[last] = yaml.safe_load(text)
-
-
-def _fill(cls: type, tree: Any, key: str) -> Any:
-    if not isinstance(tree, dict):
-        known = ", ".join(f.name for f in dataclasses.fields(cls))
-        raise ValueError(f"{key}={tree!r} must be a section with keys {known}")
-    return cls(**_convert_all(typing.get_type_hints(cls), tree, key))
-
-
-def _convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> dict[str, Any]:
-    values = {}
-    for name, value in tree.items():
-        full = f"{key}.{name}" if key else str(name)
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1, 0)
-            hint = f"did you mean {near[0]!r}? Known: {', '.join(hints)}" if near else "it takes no options"
-            raise ValueError(f"{full}={value!r} is not a known key; {hint}")
-        values[name] = _convert(hints[name], value, full)
-    return values
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it; strings that spell a number count as that number."""
-    if hint is Choice:
-        tree = {"name": value} if isinstance(value, str) else value
-        if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
-            raise ValueError(f"{key}={value!r} must be a name, or a section with `name:` and its options")
-        return Choice(tree["name"], {k: v for k, v in tree.items() if k != "name"})
-    if dataclasses.is_dataclass(hint):
-        return _fill(hint, value if value is not None else {}, key)
-    if typing.get_origin(hint) is Literal:
-        if not any(value == known and type(value) is type(known) for known in typing.get_args(hint)):  # 1 is not True
-            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
-        return value
-    if isinstance(hint, types.UnionType):  # X | None
-        return None if value is None else _convert(typing.get_args(hint)[0], value, key)
-    origin = typing.get_origin(hint) or hint
-    if origin is tuple:
-        parts = typing.get_args(hint)
-        if not isinstance(value, list | tuple) or len(value) != len(parts):
-            raise ValueError(f"{key}={value!r} must be a list of {len(parts)} numbers")
-        return tuple(_convert(part, item, key) for part, item in zip(parts, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return value
-    if origin is bool and isinstance(value, bool):
-        return value
-    if origin is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if origin in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if origin is float:
-                return number
-            if number == int(number):
-                return int(value) if isinstance(value, int) else int(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}[origin]
-    raise ValueError(f"{key}={value!r} must be {wanted}")

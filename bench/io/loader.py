@@ -19,7 +19,9 @@ import torch
 import webdataset as wds
 
 from bench.record import compared, parser, record, rotate
-from fastdit.data.shards import Manifest, latent_batches
+from fastdit.data.latents import LatentSpec
+from fastdit.data.loader import latent_batches
+from fastdit.data.manifest import Manifest
 from fastdit.data.writer import write_shards
 
 CASES = {"quickstart": (8, 8, 8), "256px": (8, 32, 32)}  # name: moments of one orientation (2C, h, w)
@@ -28,10 +30,8 @@ SAMPLES, BATCH = 8192, 256
 
 def make(folder: Path, shape: tuple[int, int, int]) -> Manifest:
     rng = np.random.default_rng(0)
-    about = Manifest(
-        vae="bench", codec="", scale=1.0, shift=0.0, image_size=8 * shape[1], dtype="float16",
-        latent_shape=(shape[0] // 2, *shape[1:]), class_names=tuple(map(str, range(10))), images=SAMPLES,
-    )  # fmt: skip
+    spec = LatentSpec((shape[0] // 2, *shape[1:]), 1.0, shift=0.0, vae="bench", codec="", image_size=8 * shape[1])
+    about = Manifest(spec, dtype="float16", class_names=tuple(map(str, range(10))), images=SAMPLES)
     latents = ((rng.random((2, *shape), dtype=np.float32), i % 10) for i in range(SAMPLES))
     write_shards(latents, folder, about, shard_size=1024)
     return Manifest.load(folder)

@@ -15,7 +15,7 @@ import matplotlib
 
 from bench.quality.variants import World
 from bench.record import ROOT, record
-from fastdit.training.loop import read_metrics
+from fastdit.training.log import read_metrics
 
 COMMON = ["training.precision=bf16", "training.compile=true", "training.checkpoint_every=100000"]
 RUNS = {"bf16": [], "fp8": ["training.fp8=true"]}

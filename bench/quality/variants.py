@@ -21,21 +21,21 @@ import numpy as np
 import torch
 
 from bench.record import ROOT, markdown, record
-from fastdit.config import Config, build, load_config, shipped_config
+from fastdit.build import build_network, build_objective
+from fastdit.config import Config, load_config, shipped_config
 from fastdit.data.extract import extract_features
-from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.paths import INTERPOLANTS, SCHEDULES
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS
 from fastdit.evaluation.frechet import frechet_distance
-from fastdit.evaluation.judge import Judge
 from fastdit.models.blocks import BLOCKS
-from fastdit.models.dit import create_dit
 from fastdit.models.layers import ACTIVATIONS, NORMS
-from fastdit.models.vae import small_vae
-from fastdit.quickstart import SAMPLES, VAE, pixels, read_folder, write_digits
-from fastdit.sampling import load_generator, sample
-from fastdit.training.loop import read_metrics, train
-from fastdit.training.vae_loop import train_vae
+from fastdit.quickstart.digits import read_folder, write_digits
+from fastdit.quickstart.job import SAMPLES, VAE, pixels
+from fastdit.quickstart.judge import Judge
+from fastdit.quickstart.small_vae import small_vae, train_vae
+from fastdit.sampling import load_pipeline, sample
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
 RESULTS, DOCS = ROOT / "bench" / "results" / "variants.jsonl", ROOT / "docs" / "variants.md"
 COMMON = ["training.steps=1500", "training.checkpoint_every=100000", "training.log_every=100"]
@@ -178,7 +178,7 @@ class World:
 def measure(name: str, world: World, overrides: list[str], samples: int = SAMPLES) -> dict:
     """Train and sample one row; the contents of its line."""
     _, checkpoint, figures = world.run([*COMMON, *ROWS[name], *overrides], samples)
-    model = load_generator(checkpoint).model
+    model = load_pipeline(checkpoint).model
     return {
         "row": name,
         "overrides": ROWS[name],
@@ -190,13 +190,11 @@ def measure(name: str, world: World, overrides: list[str], samples: int = SAMPLE
 
 def of_xl(overrides: list[str]) -> tuple[float, float]:
     """Millions of parameters and GFLOPs per image of DiT-XL with these options on 32 x 32 x 4 latents."""
-    config = load_config(shipped_config("quickstart"), overrides)
-    patch = config.model.variant.partition("/")[2]
-    objective = build(OBJECTIVES, config.objective, "objective")
-    apart = ("variant", "learn_sigma", "attention")
-    options = {key: value for key, value in vars(config.model).items() if key not in apart}
+    patch = load_config(shipped_config("quickstart"), overrides).model.variant.partition("/")[2]
+    large = ["data.num_classes=1000", f"model.variant=DiT-XL/{patch}"]
+    config = load_config(shipped_config("quickstart"), [*overrides, *large])
     with torch.device("meta"):
-        model = create_dit(f"DiT-XL/{patch}", learn_sigma=objective.out_channels(4) == 8, **options)
+        model = build_network(config, (4, 32, 32), build_objective(config))
     return model.parameter_count() / 1e6, model.flops_per_image() / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Sampled images per second: fastdit's own path (fastdit.sampling's Generator) beside plain loops, in rotation.
+"""Sampled images per second: fastdit's own path (fastdit.sampling's ImagePipeline) beside plain loops, in rotation.
 
 250-step DDPM, 50-step Heun and 20-step DPM-Solver++, classifier-free guidance 1.5 as one batch of twice the size;
 latents, without the autoencoder. First both must produce the same latents in fp32 from the same weights, noise and
@@ -21,12 +21,10 @@ from bench.record import compared, markdown, parser, record, rotate, synchronize
 from bench.sample import reference
 from bench.step.cases import SIZES, Case, config_of
 from bench.step.stacks import SEED, fill, plain_network
-from fastdit.config import build
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.build import build_network, build_objective
 from fastdit.diffusion.timesteps import respaced
 from fastdit.distributed import ImageRandom, seed_of
-from fastdit.sampling import Generator, Inference
-from fastdit.training.loop import network
+from fastdit.sampling import ImagePipeline, Inference
 
 CFG = 1.5
 # name: (overrides, full number of steps, the plain loop as f(network, x_1, y, null, steps, noise))
@@ -54,7 +52,7 @@ class Bench:
     def __init__(self, name: str, size: str, batch: int, device: torch.device, overrides: tuple[str, ...]):
         self.options, self.whole, self.loop = SAMPLINGS[name]
         self.case = Case(name, "fastdit", size, batch, device.type, overrides)
-        self.shape, self.null, self.device = SIZES[size].latent_shape, SIZES[size].classes, device
+        self.spec, self.null, self.device = SIZES[size].latents, SIZES[size].classes, device
         generator = torch.Generator().manual_seed(SEED)
         self.y = torch.randint(0, self.null, (batch,), generator=generator).to(device)
         with device:
@@ -67,19 +65,19 @@ class Bench:
         """x_0 (N, C, h, w) after `steps` steps, as sample_ddp.py samples."""
         wanted = f"sampling.steps={steps}", f"sampling.precision={precision}", f"sampling.cfg_scale={CFG}"
         config = config_of(replace(self.case, overrides=(*self.options, *wanted, *self.case.overrides)))
-        objective = build(OBJECTIVES, config.objective, "objective")
+        objective = build_objective(config)
         if precision not in self.inferences:
             with self.device:
-                model = network(config, self.shape, objective, self.device)
+                model = build_network(config, self.spec.shape, objective, self.device)
             model = model.to(self.device).eval()
             fill(model)
             self.inferences[precision] = Inference(model, precision, config.sampling.compile)
-        generator = Generator(config, self.inferences[precision], objective, None, {"latents": {"shape": self.shape}})
-        return generator.latents(list(range(len(self.y))), self.y, SEED)
+        pipeline = ImagePipeline(config, self.inferences[precision], None, objective, None, self.spec)
+        return pipeline.latents(list(range(len(self.y))), self.y, SEED)
 
     def reference(self, steps: int, precision: str) -> Tensor:
         noise = ImageRandom([seed_of(SEED, i) for i in range(len(self.y))])
-        x_1 = noise(torch.empty(len(self.y), *self.shape, device=self.device))
+        x_1 = noise(torch.empty(len(self.y), *self.spec.shape, device=self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return self.loop(lambda *a: self.plain(*a).float(), x_1, self.y, self.null, steps, noise)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 from fastdit.config import Config, load_config, shipped_config
+from fastdit.data.latents import LatentSpec
 
-LR = 1e-4
+LR, SCALE = 1e-4, 0.18215  # of the learning rate, and from moments to latents
 EMA_DECAY = 0.99  # low enough for the gate to see fp32 averages move within its few steps
 
 
@@ -34,6 +35,10 @@ class Size:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.channels, self.latent, self.latent
+
+    @property
+    def latents(self) -> LatentSpec:
+        return LatentSpec(self.latent_shape, SCALE, shift=0.0, vae="bench", codec="", image_size=8 * self.latent)
 
 
 SIZES = {

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import torch
 
-from bench.record import compared, hardware, markdown, significant
+from bench.record import compared, markdown, significant
 from bench.step.cases import CONTESTANTS, SIZES, Case, config_of
 from bench.step.contest import Row
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.build import build_network, build_objective
+from fastdit.memory import GIB, card_of, memory_by_kind
 from fastdit.models.dit import DiT
-from fastdit.training.log import PEAK_TFLOPS
-from fastdit.training.loop import memory_by_kind, network
-from fastdit.training.memory import GIB
 
 
 def meta_network(case: Case) -> DiT:
+    config = config_of(case)
     with torch.device("meta"):
-        return network(config_of(case), SIZES[case.size].latent_shape, OBJECTIVES["ddpm"]())
+        return build_network(config, SIZES[case.size].latent_shape, build_objective(config))
 
 
 def predicted_gib(case: Case) -> float:
@@ -31,7 +30,7 @@ def figures(rows: list[Row]) -> list[dict]:
     flops = 3 * meta_network(rows[0].case).flops_per_image()  # forward, and twice that backward
     product = [result["product_tflops"] for row in rows for result in row.results]
     product = statistics.median(product) if product else None
-    datasheet = next((peak for known, peak in PEAK_TFLOPS.items() if known in hardware()), None)
+    card = card_of(torch.device(rows[0].case.device))
     rates, lines = compared({row.case.name: row.rates for row in rows if row.rates}), []
     for row in rows:
         case = row.case
@@ -55,7 +54,7 @@ def figures(rows: list[Row]) -> list[dict]:
                 "steps_per_s": significant(images / case.batch),
                 "slowest_step": significant(case.batch / max(s for r in row.results for s in r["seconds"])),
                 "tflops": significant(tflops),
-                "mfu": datasheet and round(tflops / datasheet, 4),
+                "mfu": card and round(tflops / card.tflops, 4),
                 "of_product": round(tflops / product, 4),
                 "product_tflops": significant(product),
                 "peak_gib": round(row.results[-1]["peak_gib"], 2),

@@ -22,16 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.step.cases import EMA_DECAY, LR, SIZES, Case, Size, config_of, is_variable, models_of_repo
+from bench.step.cases import EMA_DECAY, LR, SCALE, SIZES, Case, Size, config_of, is_variable, models_of_repo
 from bench.step.gate import RATES, Verdict, check_drawn
 from bench.step.reference import Inputs, PlainDDPM, PlainDiT
+from fastdit.build import build_network, build_objective, prepare_for_training
 from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.training.ema import EMA
+from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
-from fastdit.training.loop import build_engine, build_objective, network, set_up
 from fastdit.training.step import TrainStep
 
-SCALE, SEED, CLASS_DROPOUT = 0.18215, 0, 0.1
+SEED, CLASS_DROPOUT = 0, 0.1
 HOST_BATCHES = 4  # distinct ones, used in rotation
 
 
@@ -220,13 +221,13 @@ class Fastdit(Contestant):
             self.precision = "fp8"
         if settings.activation_checkpointing == "auto":
             raise ValueError("training.activation_checkpointing=auto depends on the GPU; name a policy")
-        self.objective = Recorder(build_objective(config, device))
-        ranks = Ranks(0, 0, 1, device)
+        objective, ranks = build_objective(config), Ranks(0, 0, 1, device)
         with device:  # saves seconds over building on the CPU
-            model = network(config, self.size.latent_shape, self.objective, device)
+            model = build_network(config, self.size.latent_shape, objective, device)
         self.model = model.to(device).train()
         self.shapes = fill(self.model)
-        set_up(self.model, settings, settings.activation_checkpointing)
+        policy = settings.activation_checkpointing
+        self.objective = Recorder(prepare_for_training(self.model, objective, settings, policy))
         self.engine = engine = build_engine(self.model, settings, ranks, case.batch, 1)
         if os.environ.get("DDP") == "1":  # even around this one process
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -236,9 +237,8 @@ class Fastdit(Contestant):
             )
         self.ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
         self.work = TrainStep(
-            engine, self.ema, self.objective, ranks, latent_shape=self.size.latent_shape, scale=SCALE, shift=0.0,
-            class_dropout=config.model.class_dropout, null_label=self.model.null_label, micro_batch=case.batch,
-            accumulation=1, seed=SEED,
+            engine, self.ema, self.objective, ranks, self.size.latents, config.model.class_dropout,
+            self.model.null_label, micro_batch=case.batch, accumulation=1, seed=SEED,
         )  # fmt: skip
         if settings.cuda_graph:
             self.work = GraphedStep(self.work)
@@ -247,11 +247,12 @@ class Fastdit(Contestant):
     def step(self, i: int) -> Tensor:
         moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])
         self.steps += 1
-        return self.work(moments, y, self.steps - 1, self.lr)[0]
+        return self.work(moments, y, self.steps - 1, self.lr)[0]["loss"]
 
     def gate_step(self, i: int, inputs: Inputs, lr: float) -> Tensor:
         """The step draws its own inputs, which must be `inputs`; else ValueError."""
-        mean_loss, _ = self.work(*(value.to(self.device) for value in self.batches[i % HOST_BATCHES]), i, lr)
+        moments, y = (value.to(self.device) for value in self.batches[i % HOST_BATCHES])
+        mean_loss = self.work(moments, y, i, lr)[0]["loss"]
         drawn, per_sample = self.objective.seen
         check_drawn(i, drawn, inputs)
         if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):

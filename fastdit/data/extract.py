@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
-from fastdit.data.shards import DTYPES, Manifest, permutation
+from fastdit.data.loader import permutation
+from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
 from fastdit.distributed import Ranks, one_thread
 from fastdit.errors import is_no_space, out_of_memory_says
+from fastdit.registry import check
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_FAILED = "another process of this extraction has failed; see its message"
@@ -60,28 +62,17 @@ def extract_features(
     folder = list_images(images)
     if out.is_relative_to(folder.root.resolve()):
         raise ValueError(f"out={out} lies inside images={images}, where it would become a class; write it elsewhere")
-    for key, value, known in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(known)}")
+    check(dtype, DTYPES, "dtype")
+    check(precision, PRECISIONS, "precision")
     workers = workers if workers is not None else _cores_per_process()
     for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     codec = LatentCodec.load(vae, PRECISIONS[precision], ranks.device)
     codec.check_image_size(image_size)
-    latent_shape = (codec.channels, image_size // codec.downsample, image_size // codec.downsample)
-    _check_space(out, len(folder) * (4 * int(np.prod(latent_shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
-    about = Manifest(
-        vae=str(vae),
-        codec=codec.fingerprint,
-        scale=codec.scale,
-        shift=codec.shift,
-        image_size=image_size,
-        latent_shape=latent_shape,
-        dtype=dtype,
-        class_names=folder.class_names,
-        images=len(folder),
-    )
+    latents = codec.spec(image_size)
+    _check_space(out, len(folder) * (4 * int(np.prod(latents.shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
+    about = Manifest(latents, dtype, class_names=folder.class_names, images=len(folder))
     shards = -(-len(folder) // shard_size)
     partial = partial_folder(out)
     try:
@@ -134,7 +125,7 @@ def _extract_share(
         tqdm(total=total, unit="image", smoothing=0.05, disable=None if ranks.is_main else True) as progress,
     ):
         paths = ((key, folder.root / folder.paths[key]) for keys in mine for key in keys)
-        crops = _crops(paths, about.image_size, decoders, ahead=2 * batch_size + 2 * workers)
+        crops = _crops(paths, about.latents.image_size, decoders, ahead=2 * batch_size + 2 * workers)
 
         def later(work, *args) -> None:
             writing.append(scribe.submit(work, *args))

@@ -1,10 +1,12 @@
 """Pixels <-> moments <-> latents through a diffusers AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752).
 
-Moments are the posterior's mean and standard deviation, unscaled; a latent is x_0 = (mean + std noise - shift) scale.
+"Moments" here are the posterior's mean and standard deviation, unscaled. A latent is x_0 = (mean + std noise - shift)
+scale.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -16,6 +18,35 @@ FINGERPRINTED = (
     "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
     "use_post_quant_conv", "use_quant_conv",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What latents are. Shard sets, checkpoints and conversions carry one each, and must agree to be used together."""
+
+    shape: tuple[int, int, int]  # (C, h, w)
+    scale: float
+    shift: float
+    vae: str  # the autoencoder's name or folder, as the user gave it
+    codec: str  # its LatentCodec.fingerprint; "" where it is not known, so not compared
+    image_size: int  # pixels per side
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    def differences(self, other: "LatentSpec") -> list[tuple[str, object, object]]:
+        """(field, own value, other's value) where they differ in what changes the numbers: not in names or pixels."""
+        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", "codec")]
+        return [(key, a, b) for key, a, b in pairs if a != b and not (key == "codec" and "" in (a, b))]
+
+    def check(self, other: "LatentSpec", mine: str, theirs: str) -> None:
+        """ValueError unless these latents, of `mine`, and the `other` ones, of `theirs`, are the same kind."""
+        for key, own, value in self.differences(other):
+            raise ValueError(
+                f"the latents of {theirs} have {key} {value}, but {mine} has latents with {key} {own} (autoencoder "
+                f"{self.vae}); use the same autoencoder and image size for both"
+            )
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:
@@ -80,6 +111,12 @@ class LatentCodec:
         """Moves the autoencoder in place; the fingerprint stays that of the weights it was made from."""
         nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns without cause
         return self
+
+    def spec(self, image_size: int, shape: tuple[int, int, int] | None = None) -> LatentSpec:
+        """The latents that this codec makes of square images of `image_size` pixels, or with another `shape`."""
+        side = image_size // self.downsample
+        shape = shape or (self.channels, side, side)
+        return LatentSpec(shape, self.scale, self.shift, self.name, self.fingerprint, image_size)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

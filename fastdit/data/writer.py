@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.data.images import Skipped
-from fastdit.data.shards import DTYPES, SAMPLE, Manifest, Shard
+from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16; ImageNet makes 626 files
 
@@ -134,12 +134,13 @@ def publish(partial: Path, out: Path, about: Manifest, shards: int, overwrite: b
     if skipped.lines:
         text = "".join(f"{line}\n" for line in skipped.lines)
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
+    latents = about.latents
     manifest = replace(
         about,
         skipped=len(skipped.lines),
         class_counts=tuple(np.bincount(index["label"], minlength=about.num_classes).tolist()),
-        channel_mean=tuple(((mean - about.shift) * about.scale).tolist()),
-        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(about.scale)).tolist()),
+        channel_mean=tuple(((mean - latents.shift) * latents.scale).tolist()),
+        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(latents.scale)).tolist()),
         shards=tuple(Shard(**part["shard"]) for part in parts),
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         folder=out,

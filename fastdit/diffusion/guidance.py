@@ -73,7 +73,7 @@ def deviation(x: Tensor) -> Tensor:
 
 
 def processed(denoise: Denoiser, path: Path, denoised_fn: Callable[[Tensor], Tensor]) -> Denoiser:
-    """A denoiser whose x_0 passes through `denoised_fn`, e.g. `clip` or `dynamic_threshold`; the rest follows x_0."""
+    """A denoiser whose x_0 passes through `denoised_fn`, such as one of CLIPS; eps and velocity follow x_0."""
 
     def corrected(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
@@ -102,3 +102,6 @@ def watched(denoise: Denoiser, on_step: Callable[[float, Tensor, Prediction], No
         return prediction
 
     return shown
+
+
+CLIPS = {"none": None, "static": clip, "dynamic": dynamic_threshold}

@@ -8,15 +8,17 @@ nothing: it is given uniforms `u` and `noise`, so a batch's loss is a function o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastdit.diffusion.coupling import COUPLINGS
-from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, half_diffusion, pick
+from fastdit.diffusion.paths import INTERPOLANTS, NUM_TIMESTEPS, PATHS, SCHEDULES, Path, broadcast, half_diffusion
 from fastdit.diffusion.prediction import Prediction, Step, predicted, target
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS, respaced, shifted
+from fastdit.registry import check_literals
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Terms = tuple[Tensor, dict[str, Tensor]]  # the fields of a Loss
@@ -30,29 +32,54 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Objective(Protocol):
+    """What training, sampling and checkpoints ask of an objective: a frozen dataclass, whose fields are its options."""
+
+    @property
+    def path(self) -> Path:
+        """The noising path."""
+
+    def out_channels(self, channels: int) -> int:
+        """Channels that the network must have at its output, for latents with `channels`."""
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniforms (N,) in [0, 1) -> times of a training batch (N,), float64."""
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """t (N,) -> the network's own clock."""
+
+    def timesteps(self, steps: int | str) -> Tensor:
+        """The times of a sampler (steps + 1,), descending, float64."""
+
+    def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+        """The network's output at x_t (N, C, h, w), t (N,) and labels (N,), in every form."""
+
+    def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
+        """The loss of a batch: x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
+
+    def terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Terms:
+        """The arithmetic of `loss` after the network, with no Python side effect: it is compiled on a GPU."""
+
+
 @dataclass(frozen=True)
 class DDPM:
     """Denoising diffusion on a discrete schedule, as DiT releases it (Ho et al. 2020; Nichol & Dhariwal 2021).
 
-    schedule    linear | cosine | scaled_linear | zero_terminal_snr
-    prediction  eps | x_0 | v
-    variance    learned_range (2C output channels) | fixed_large (beta) | fixed_small (the posterior's)
-    loss_type   mse | mse_vlb: plus the variational bound, which trains the variance alone
-                | rescaled_mse: that bound times T / 1000 | kl: the whole bound, times T
+    schedule       a key of SCHEDULES: linear, cosine, scaled_linear, zero_terminal_snr
+    variance       learned_range (2C output channels), fixed_large (beta) or fixed_small (the posterior's)
+    loss_type      mse; mse_vlb: plus the variational bound, which trains the variance alone; kl: the whole bound,
+                   times T; rescaled_mse: the released code's T / 1000 times the bound, so mse_vlb at T = 1000
     min_snr_gamma  caps the weight of low-noise times (Hang et al. 2023); 0 leaves the loss unweighted
     """
 
-    schedule: str = "linear"
-    prediction: str = "eps"
-    variance: str = "learned_range"
-    loss_type: str = "mse_vlb"
+    schedule: Literal[*SCHEDULES] = "linear"
+    prediction: Literal["eps", "x_0", "v"] = "eps"
+    variance: Literal["learned_range", "fixed_large", "fixed_small"] = "learned_range"
+    loss_type: Literal["mse", "mse_vlb", "rescaled_mse", "kl"] = "mse_vlb"
     min_snr_gamma: float = 0.0
 
     def __post_init__(self):
-        pick("schedule", self.schedule, SCHEDULES)
-        pick("prediction", self.prediction, dict.fromkeys(("eps", "x_0", "v")))
-        pick("variance", self.variance, dict.fromkeys(("learned_range", "fixed_large", "fixed_small")))
-        pick("loss_type", self.loss_type, dict.fromkeys(("mse", "mse_vlb", "rescaled_mse", "kl")))
+        check_literals(self)
         if self._learned and self.loss_type == "mse":
             raise ValueError("loss_type='mse' never trains variance='learned_range'; use mse_vlb or a fixed variance")
         if not self._learned and self.loss_type in ("mse_vlb", "rescaled_mse"):
@@ -103,12 +130,10 @@ class DDPM:
         return predicted(self.prediction, output[:, :channels], x_t, t, self.path, mix)
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
-        """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
         x_t = self.path.q_sample(x_0, noise, t)
         return Loss(*self.terms(model(x_t, self.model_time(t), y).to(x_t.dtype), x_0, x_t, t, noise))
 
     def terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Terms:
-        """What `loss` makes of the network's output: nothing but arithmetic, for a compiler to fuse."""
         prediction = self._read(output, x_t, t)
         if self.loss_type == "kl":
             vlb = self.vlb(prediction, x_0, x_t, t)
@@ -118,8 +143,7 @@ class DDPM:
         if self._learned:
             # the bound learns the variance alone: through the mean it would be a noisy second loss for eps
             parts["vlb"] = self.vlb(replace(prediction, x_0=prediction.x_0.detach()), x_0, x_t, t)
-        scale = NUM_TIMESTEPS / 1000 if self.loss_type == "rescaled_mse" else 1.0
-        return parts["mse"] + scale * parts["vlb"] if self._learned else parts["mse"], parts
+        return parts["mse"] + parts["vlb"] if self._learned else parts["mse"], parts
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
         if not self.min_snr_gamma:
@@ -135,9 +159,9 @@ class DDPM:
         first = s < 0.5 / NUM_TIMESTEPS
         s = torch.where(first, 0.0, s)
         step = Step.between(t, s, self.path, x_t)
-        mean, log_variance = step.moments(prediction, x_t)
+        mean, log_variance = step.distribution(prediction, x_t)
         true = Prediction(x_0, prediction.eps, prediction.velocity)
-        true_mean, true_log_variance = step.moments(true, x_t)
+        true_mean, true_log_variance = step.distribution(true, x_t)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nats = torch.where(broadcast(first, x_t).bool(), -binned_log_likelihood(x_0, mean, 0.5 * log_variance), kl)
         return per_sample_mean(nats) / math.log(2)
@@ -157,25 +181,21 @@ class FlowMatching:
     train_eps, sample_eps  how far times keep from the singular ends; None: SiT's own defaults
     """
 
-    interpolant: str = "linear"
-    prediction: str = "velocity"
-    weight: str = "none"
-    time_distribution: str = "uniform"
+    interpolant: Literal[*INTERPOLANTS] = "linear"
+    prediction: Literal["velocity", "eps", "score", "x_0"] = "velocity"
+    weight: Literal["none", "velocity", "likelihood"] = "none"
+    time_distribution: Literal[*TIME_DISTRIBUTIONS] = "uniform"
     time_mean: float = 0.0
     time_scale: float = 1.0
     shift: float = 1.0
     sample_shift: float | None = None
     cosine_weight: float = 0.0
-    coupling: str = "independent"
+    coupling: Literal[*COUPLINGS] = "independent"
     train_eps: float | None = None
     sample_eps: float | None = None
 
     def __post_init__(self):
-        pick("interpolant", self.interpolant, INTERPOLANTS)
-        pick("prediction", self.prediction, dict.fromkeys(("velocity", "eps", "score", "x_0")))
-        pick("weight", self.weight, dict.fromkeys(("none", "velocity", "likelihood")))
-        pick("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
-        pick("coupling", self.coupling, COUPLINGS)
+        check_literals(self)
         if self.cosine_weight < 0 or (self.cosine_weight and self.prediction != "velocity"):
             raise ValueError(f"cosine_weight={self.cosine_weight} compares velocities; use 0, or prediction=velocity")
         if self.time_distribution == "mode" and not -1 <= self.time_scale <= 2 / (math.pi - 2):
@@ -233,13 +253,11 @@ class FlowMatching:
         return -output if self.prediction == "velocity" else output  # SiT's velocity points from noise to data
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
-        """x_0 and noise (N, C, h, w), t (N,) from `sample_t`."""
         noise = COUPLINGS[self.coupling](x_0, noise)
         x_t = self.path.q_sample(x_0, noise, t)
         return Loss(*self.terms(self._output(model, x_t, t, y), x_0, x_t, t, noise))
 
     def terms(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Terms:
-        """What `loss` makes of the network's output: nothing but arithmetic, for a compiler to fuse."""
         if self.prediction == "score":  # as an error of eps, which stays finite: score = -eps / sigma
             error = output * broadcast(self.path.sigma(t), x_0) + noise
         else:
@@ -287,8 +305,8 @@ def binned_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return mass.clamp(min=1e-12).log()
 
 
-def compiled(objective):
-    """The objective with the arithmetic of its loss fused: on a GPU, where hundreds of tiny kernels take their time."""
+def compiled(objective: Objective) -> Objective:
+    """The objective with its `terms` compiled: on a GPU they are hundreds of tiny kernels otherwise."""
     copy = replace(objective)
     object.__setattr__(copy, "terms", torch.compile(objective.terms, fullgraph=True))  # it is frozen
     return copy

@@ -5,10 +5,9 @@ A path is one function of t that returns alpha, sigma and their derivatives in t
 tables of 1000 alphas_cumprod (Ho et al. 2020; Nichol & Dhariwal 2021; Lin et al. 2023); index i is t = (i + 1) / 1000.
 """
 
-import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,15 +72,6 @@ def broadcast(c: Tensor, x: Tensor) -> Tensor:
 def half_diffusion(alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
     """g^2 / 2 of the forward process dx = (alpha' / alpha) x dt + g dW whose marginals are the path's."""
     return sigma * d_sigma - d_alpha / alpha * sigma**2
-
-
-def pick(key: str, name: str, known: Mapping) -> object:
-    """known[name], or a ValueError that lists what there is and the nearest of it."""
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key}={name!r} is unknown, use one of {', '.join(known)}{hint}")
 
 
 def linear(t):

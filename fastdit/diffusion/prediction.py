@@ -81,12 +81,12 @@ def target(name: str, x_0: Tensor, eps: Tensor, t: Tensor, path: Path) -> Tensor
     return PREDICTIONS[name][1](x_0, eps, *path.at(t, x_0))
 
 
-def reverse_moments(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+def reverse_step(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, path: Path) -> tuple[Tensor, Tensor]:
     """Mean (N, C, h, w) and log-variance of the step p(x_s | x_t), s < t (Ho et al. eq. 7; Nichol & Dhariwal eq. 15).
 
     A step to s = 0 has no posterior variance; as released, that of the step above, equally long, stands in its place.
     """
-    return Step.between(t, s, path, x_t).moments(prediction, x_t)
+    return Step.between(t, s, path, x_t).distribution(prediction, x_t)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Step:
         variance = torch.where(s > 0, variance, path.posterior(2 * t - s, t)[2])
         return cls(*(broadcast(c, x) for c in (from_x_t, from_x_0, variance.log(), beta.log())))
 
-    def moments(self, prediction: Prediction, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    def distribution(self, prediction: Prediction, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, h, w) and log-variance of p(x_s | x_t) as the prediction has it."""
         mean = self.from_x_t * x_t + self.from_x_0 * prediction.x_0
         mix = 0.0 if prediction.log_variance_mix is None else prediction.log_variance_mix

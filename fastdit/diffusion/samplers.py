@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion.guidance import Denoiser
-from fastdit.diffusion.paths import Path, half_diffusion, pick
-from fastdit.diffusion.prediction import Prediction, reverse_moments
+from fastdit.diffusion.paths import Path, half_diffusion
+from fastdit.diffusion.prediction import Prediction, reverse_step
+from fastdit.registry import check
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ def ddpm(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise
     """Ancestral sampling (Ho et al. 2020) on any path and subset of its times; the variance is the prediction's own."""
     x = x_1
     for t, s in pairwise(ts):
-        mean, log_variance = reverse_moments(denoise(x, t), x, t, s, path)
+        mean, log_variance = reverse_step(denoise(x, t), x, t, s, path)
         x = mean + torch.exp(0.5 * log_variance) * noise(x) if s > 0 else mean
     return x
 
@@ -42,7 +43,7 @@ def ddim(
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if not eta:
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
             continue
         variance = eta**2 * path.posterior(t, s)[2]
         x = path.alpha(s) * prediction.x_0 + (path.sigma(s) ** 2 - variance).clamp(min=0).sqrt() * prediction.eps
@@ -50,8 +51,8 @@ def ddim(
     return x
 
 
-def redrawn(prediction: Prediction, s: Tensor, path: Path) -> Tensor:
-    """x_s of the same x_0 and eps: also the step from or to t = 0, where velocities may be infinite."""
+def ddim_step(prediction: Prediction, s: Tensor, path: Path) -> Tensor:
+    """x_s with the same x_0 and eps (N, C, h, w); also the step from or to t = 0, where velocities may be infinite."""
     return path.alpha(s) * prediction.x_0 + path.sigma(s) * prediction.eps
 
 
@@ -62,7 +63,7 @@ def euler(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Nois
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if path.singular(t) or path.singular(s):
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
         else:
             x = x + (s - t) * prediction.velocity
     return x
@@ -75,7 +76,7 @@ def heun(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if path.singular(t) or path.singular(s):
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
         else:
             ahead = denoise(x + (s - t) * prediction.velocity, s)
             x = x + (s - t) / 2 * (prediction.velocity + ahead.velocity)
@@ -101,7 +102,7 @@ def dopri5(
 
     x = x_1
     if path.singular(ts[0]):
-        x, ts = redrawn(denoise(x, ts[0]), ts[1], path), ts[1:]
+        x, ts = ddim_step(denoise(x, ts[0]), ts[1], path), ts[1:]
     end = ts[-2:] if path.singular(ts[-1]) else ts[-1:]
     if ts[0] != end[0]:
         # in 1 - t: torchdiffeq rounds times to the dtype of x, and near t = 1 a rounded t would spoil 1 / alpha
@@ -112,7 +113,7 @@ def dopri5(
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision could not even tell its error
         slope = lambda u, state: -denoise(state.to(x.dtype), 1 - u.double()).velocity.to(state)  # noqa: E731
         x = odeint(slope, state, ends, **solver)[-1].to(x.dtype)
-    return x if len(end) == 1 else redrawn(denoise(x, end[0]), end[1], path)
+    return x if len(end) == 1 else ddim_step(denoise(x, end[0]), end[1], path)
 
 
 def dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
@@ -196,8 +197,8 @@ def sde_heun(
 
 @torch.no_grad()
 def _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun) -> Tensor:
-    pick("form", form, DIFFUSION_FORMS)
-    pick("last_step", last_step, dict.fromkeys(get_args(LastStep)))
+    check(form, DIFFUSION_FORMS, "form")
+    check(last_step, get_args(LastStep), "last_step")
     if last_step != "none":
         if not 0 < last_step_size < ts[0]:
             raise ValueError(f"last_step_size={last_step_size} is not within the times; use one such as 0.04")
@@ -217,7 +218,7 @@ def _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, h
     for t, s in pairwise(ts):
         h = t - s
         if path.singular(s):
-            x = redrawn(denoise(x, t), s, path)
+            x = ddim_step(denoise(x, t), s, path)
             continue
         kick = (2 * h * path.sigma(t) * pull(t, t, h)).sqrt() * noise(x)
         if heun:

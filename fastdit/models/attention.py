@@ -1,7 +1,7 @@
 """Attention by name: non-causal softmax(q k^T / sqrt(d)) v, from q, k, v or from the packed projection.
 
 No backend copies q, k, v out of the packed projection; those in PACKED write its gradient packed too, where the three
-of the others are copied into one. `auto` takes what `bench/attention.py` measured as fastest for this GPU and shape
+of the others are copied into one. `auto` takes what bench/kernels/attention.py found fastest for this GPU and shape
 (attention.json beside this file), and where nothing was measured FlashAttention on Ampere, on Hopper and newer cuDNN
 for whole 128s of tokens, PyTorch's own choice elsewhere. cuDNN and FlashAttention know half precision alone: fp32 is
 left to PyTorch's choice.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdit import kernels
-from fastdit.config import lookup
+from fastdit.registry import check
 
 Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MEASURED = Path(__file__).with_name("attention.json")  # {"<GPU> d<head_dim> t<tokens>": backend}
@@ -39,7 +39,7 @@ def packed_attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
 
 def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str:
     """The backend that `name`, a key of ATTENTION or "auto", means here; ValueError where it cannot or must not run."""
-    lookup({"auto": None, **ATTENTION}, name, "model.attention")
+    check(name, ["auto", *ATTENTION], "model.attention")
     if name == "auto":
         return _fastest(device, head_dim, tokens)
     reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.dropout import dropout
 from fastdit.models.layers import NORMS, Attention, CrossAttention, Mlp, Rope, learned_shift_and_scale
@@ -33,36 +33,19 @@ class DiTBlock(nn.Module):
     MLP branch on as `pending`: the next block, or the final layer, adds it.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        attention_backend: str = "sdpa",
-        *,
-        design: str = "adaln_zero",
-        norm: str = "layer",
-        qk_norm: str = "none",
-        mlp: str = "gelu_tanh",
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        self.rows_of_c = lookup(BLOCKS, design, "model.block")
-        own_norm = lookup(NORMS, norm, "model.norm")
-        self.norm, self.dropout = norm, dropout
-        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias}
-        self.attn = Attention(hidden_size, num_heads, attention_backend, qk_norm, **biases)
+        self.rows_of_c = BLOCKS[options.block]
+        self.norm, self.dropout = options.norm, options.dropout
+        self.attn = Attention(hidden_size, num_heads, options, backend)
         self.cross = None
-        if design == "cross_attention":
-            self.cross = CrossAttention(hidden_size, num_heads, attention_backend, **biases)
-        self.mlp = Mlp(hidden_size, mlp, mlp_ratio, mlp_bias)
+        if options.block == "cross_attention":
+            self.cross = CrossAttention(hidden_size, num_heads, options, backend)
+        self.mlp = Mlp(hidden_size, options)
         if self.rows_of_c:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * self.rows_of_c * hidden_size))
         else:
-            self.norms = nn.ModuleList(own_norm(hidden_size) for _ in range(2 + (self.cross is not None)))
+            self.norms = nn.ModuleList(NORMS[self.norm](hidden_size) for _ in range(2 + (self.cross is not None)))
         self.joint = False  # c comes as this block's rows, made with all the others' (DiT.join_modulations)
         self.checkpointing = "none"  # activation checkpointing, a key of RECOMPUTE
 
@@ -131,9 +114,6 @@ def add_and_modulate(
     return gate_residual_adaln(x, branch, gate, shift, scale, bias, norm=norm)
 
 
-UNPATCHIFY = dict.fromkeys(("linear", "transposed_conv"))
-
-
 class FinalLayer(nn.Module):
     """Norm with shift and scale as in the blocks, and p p C_out values a token: (N, T, D) -> (N, T, p p C_out).
 
@@ -141,27 +121,17 @@ class FinalLayer(nn.Module):
     order and one bias a channel.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        patch_size: int,
-        out_channels: int,
-        *,
-        modulated: bool = True,
-        norm: str = "layer",
-        unpatchify: str = "linear",
-    ):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, options: NetworkOptions):
         super().__init__()
-        lookup(UNPATCHIFY, unpatchify, "model.unpatchify")
-        self.norm, self.modulated, self.unpatchify = norm, modulated, unpatchify
-        if unpatchify == "linear":
+        self.norm, self.unpatchify, self.modulated = options.norm, options.unpatchify, BLOCKS[options.block] > 0
+        if self.unpatchify == "linear":
             self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         else:
             self.conv = nn.ConvTranspose2d(hidden_size, out_channels, patch_size, stride=patch_size)
-        if modulated:
+        if self.modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         else:
-            self.own_norm = NORMS[norm](hidden_size)
+            self.own_norm = NORMS[self.norm](hidden_size)
 
     @property
     def head(self) -> nn.Module:

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
 from fastdit.models.dropout import dropout_keys
 from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding
-
-POSITIONS = dict.fromkeys(("sincos", "rope", "sincos_rope"))
+from fastdit.registry import check, lookup
 
 
 class DiT(nn.Module):
@@ -24,18 +23,9 @@ class DiT(nn.Module):
 
     `input_size` is a side, or (height, width). `learn_sigma` doubles the output channels. `num_classes=0` makes an
     unconditional network. The null label for classifier-free guidance is `num_classes`; its row exists only when
-    `class_dropout > 0` (`null_label` is None otherwise). Who trains the network replaces labels by the null label.
-
-    block        adaln_zero | adaln | in_context | cross_attention: how time and label act (models/blocks.py)
-    norm         layer | rms (Zhang & Sennrich 2019), of every block and the final layer
-    qk_norm      none | rms | layer: of each head's queries and keys, with learned weights
-    mlp          gelu_tanh | gelu (exact) | swiglu (Shazeer 2020: three products, two thirds as wide)
-    mlp_ratio    width of the MLP over hidden_size
-    position     sincos, a fixed table added to the patches | rope, 2-D rotary (Su et al. 2021) | sincos_rope, both
-    registers    learned tokens beside the patches, dropped before the final layer (Darcet et al. 2023)
-    qkv_bias, proj_bias, mlp_bias  biases of attention's two linears and of the MLP's
-    dropout      share of every branch's values dropped in training; no random state (models/dropout.py)
-    unpatchify   linear | transposed_conv
+    `class_dropout > 0` (`null_label` is None otherwise). The training step replaces labels by the null label
+    (`drop_labels`), not the network. `attention` is a key of `models.attention.ATTENTION`; `options` are the fields of
+    `NetworkOptions`. ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -50,19 +40,7 @@ class DiT(nn.Module):
         class_dropout: float = 0.1,
         learn_sigma: bool = True,
         attention: str = "sdpa",
-        *,
-        block: str = "adaln_zero",
-        norm: str = "layer",
-        qk_norm: str = "none",
-        mlp: str = "gelu_tanh",
-        mlp_ratio: float = 4.0,
-        position: str = "sincos",
-        registers: int = 0,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        dropout: float = 0.0,
-        unpatchify: str = "linear",
+        **options,
     ):
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -75,24 +53,25 @@ class DiT(nn.Module):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4")
         head_dim = hidden_size // num_heads
-        lookup(ATTENTION, attention, "model.attention")
-        lookup(POSITIONS, position, "model.position")
+        check(attention, ATTENTION, "model.attention")
+        options = NetworkOptions(**options)
+        position, registers = options.position, options.registers
         if "rope" in position and head_dim % 4:
             raise ValueError(
-                f"model.position={position!r} turns pairs along two axes and needs head_dim a multiple of 4, not "
+                f"model.position={position!r} rotates pairs along two axes and needs head_dim a multiple of 4, not "
                 f"{hidden_size} / {num_heads} = {head_dim}; use another num_heads, or position=sincos"
             )
-        if registers < 0 or not 0 <= dropout < 1:
-            raise ValueError(f"registers={registers}, dropout={dropout}: use 0 or more registers, a dropout in [0, 1)")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.hidden_size, self.num_classes, self.block, self.dropout = hidden_size, num_classes, block, dropout
+        self.hidden_size, self.num_classes, self.options = hidden_size, num_classes, options
         self.grid = height // patch_size, width // patch_size
         self.patches = self.grid[0] * self.grid[1]
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.residual_dtype: torch.dtype | None = None  # None: that of the weights, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
         conditions = 2 if num_classes else 1  # time, and label
-        self.tokens = self.patches + registers + (conditions if block == "in_context" else 0)  # of a block's sequence
+        self.tokens = (
+            self.patches + registers + (conditions if options.block == "in_context" else 0)
+        )  # of a block's sequence
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -106,26 +85,8 @@ class DiT(nn.Module):
             rope[:, : self.patches] = torch.stack(rope_2d(*self.grid, head_dim))
         self.register_buffer("rope", rope)
         self.registers = nn.Parameter(torch.empty(1, registers, hidden_size)) if registers else None
-        self.blocks = nn.ModuleList(
-            DiTBlock(
-                hidden_size,
-                num_heads,
-                attention,
-                design=block,
-                norm=norm,
-                qk_norm=qk_norm,
-                mlp=mlp,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                mlp_bias=mlp_bias,
-                dropout=dropout,
-            )
-            for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(
-            hidden_size, patch_size, self.out_channels, modulated=BLOCKS[block] > 0, norm=norm, unpatchify=unpatchify
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, options, attention) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options)
         self.initialize()
 
     def initialize(self) -> None:
@@ -152,13 +113,13 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         keys = [None] * len(self.blocks)
-        if self.dropout and self.training:
+        if self.options.dropout and self.training:
             keys = dropout_keys(x, len(self.blocks), 3)  # a block has at most three branches
         c = self.condition(t, y)
         x = self.x_embedder(x)  # (N, T, D), T = (H / p)(W / p)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        if self.block == "in_context":
+        if self.options.block == "in_context":
             x, c = torch.cat([x, c], dim=1), None
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
@@ -176,7 +137,7 @@ class DiT(nn.Module):
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Time and label embedded: their sum (N, D) where it modulates, else as tokens (N, 1 or 2, D)."""
         c = self.t_embedder(t)
-        if BLOCKS[self.block]:
+        if BLOCKS[self.options.block]:
             return c + self.y_embedder(y) if self.num_classes else c
         return torch.stack([c, self.y_embedder(y)] if self.num_classes else [c], dim=1)
 
@@ -207,12 +168,16 @@ class DiT(nn.Module):
     def set_attention(self, backend: str) -> None:
         """Use another key of ATTENTION in every block."""
         for block in self.blocks:
-            block.attn.backend = backend
+            for layer in (block.attn, block.cross):
+                if layer is not None:
+                    layer.backend = backend
 
     def join_modulations(self) -> None:
         """Regress the modulations of all blocks in one product, for small batches; ValueError where there are none."""
-        if not BLOCKS[self.block]:
-            raise ValueError(f"training.joint_adaln=true needs modulations, block={self.block!r} has none; use false")
+        if not BLOCKS[self.options.block]:
+            raise ValueError(
+                f"training.joint_adaln=true needs modulations, block={self.options.block!r} has none; use false"
+            )
         for block in self.blocks:
             block.joint = True
 
@@ -233,12 +198,12 @@ class DiT(nn.Module):
         d, tokens, conditions = self.hidden_size, self.tokens, 2 if self.num_classes else 1
         mlp = self.blocks[0].mlp
         per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
-        per_image = 2 * BLOCKS[self.block] * d * d
-        if self.block == "cross_attention":
+        per_image = 2 * BLOCKS[self.options.block] * d * d
+        if self.options.block == "cross_attention":
             per_token += 2 * d * d + 2 * conditions * d
             per_image += conditions * 2 * d * d
         ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # patches in and out
-        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.block] else 0)  # time; the final modulation
+        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.options.block] else 0)  # time; the final modulation
         return 2 * (len(self.blocks) * (tokens * per_token + per_image) + ends)
 
 

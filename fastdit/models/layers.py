@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention, packed_attention
 
@@ -110,24 +110,16 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim).
 
-    `qk_norm` (none, rms, layer) normalises each head's queries and keys, with learned weights (Dehghani et al. 2023).
+    Options: `qk_norm` normalizes each head's queries and keys, with learned weights (Dehghani et al. 2023); `qkv_bias`
+    and `proj_bias`. `backend` is a key of `models.attention.ATTENTION`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        backend: str = "sdpa",
-        qk_norm: str = "none",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        lookup({"none": None, **NORMS}, qk_norm, "model.qk_norm")
-        self.num_heads, self.backend, self.qk_norm = num_heads, backend, qk_norm
-        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
-        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
-        if qk_norm != "none":
+        self.num_heads, self.backend, self.qk_norm = num_heads, backend, options.qk_norm
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=options.qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=options.proj_bias)
+        if self.qk_norm != "none":
             self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads) for _ in range(2))  # hold the weights
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
@@ -146,17 +138,17 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens (N, T, D) attend to the condition's tokens (N, K, D); kv laid out as (2, heads, head_dim)."""
+    """Image tokens (N, T, D) attend to the condition's tokens (N, K, D); kv laid out as (2, heads, head_dim).
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, backend: str = "sdpa", qkv_bias: bool = True, proj_bias: bool = True
-    ):
+    `backend="eager"` is honored. Every other backend means `sdpa`: the kernels are chosen for self-attention's shape.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        self.num_heads = num_heads
-        self.backend = "eager" if backend == "eager" else "sdpa"  # pinned kernels are chosen for self-attention
-        self.q = Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.kv = Linear(hidden_size, 2 * hidden_size, bias=qkv_bias)
-        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
+        self.num_heads, self.backend = num_heads, backend
+        self.q = Linear(hidden_size, hidden_size, bias=options.qkv_bias)
+        self.kv = Linear(hidden_size, 2 * hidden_size, bias=options.qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=options.proj_bias)
 
     def forward(self, x: Tensor, context: Tensor) -> Branch:
         n, tokens, dim = x.shape
@@ -164,7 +156,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(n, tokens, self.num_heads, head_dim).transpose(1, 2)  # (N, heads, T, head_dim)
         kv = self.kv(context).view(n, context.shape[1], 2, self.num_heads, head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (N, heads, K, head_dim) each
-        x = attention(q, k, v, self.backend)
+        x = attention(q, k, v, "eager" if self.backend == "eager" else "sdpa")
         return self.proj.product(x.transpose(1, 2).reshape(n, tokens, dim)), self.proj.bias
 
 
@@ -185,22 +177,21 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def mlp_width(hidden_size: int, ratio: float, kind: str) -> int:
-    """Values between the two linears: ratio D, and for SwiGLU, which has three, two thirds of it, in whole eights."""
-    wide = int(hidden_size * ratio)
-    return -(-(2 * wide // 3) // 8) * 8 if kind == "swiglu" else wide
-
-
 class Mlp(nn.Module):
-    """Two linears with `kind`, a key of ACTIVATIONS, between, over (N, T, D). SwiGLU's fc1 holds gates, then values."""
+    """Two linears with the activation `options.mlp` between, over (N, T, D). SwiGLU's fc1 holds gates, then values.
 
-    def __init__(self, hidden_size: int, kind: str = "gelu_tanh", ratio: float = 4.0, bias: bool = True):
+    The hidden width is `mlp_ratio` D. SwiGLU has three products, so it takes two thirds of that, rounded up to a
+    multiple of 8 (Shazeer 2020).
+    """
+
+    def __init__(self, hidden_size: int, options: NetworkOptions):
         super().__init__()
-        lookup(ACTIVATIONS, kind, "model.mlp")
-        self.kind, self.recompute = kind, False  # recompute: the activation's output is made again in backward
-        wide = mlp_width(hidden_size, ratio, kind)
-        self.fc1 = Linear(hidden_size, 2 * wide if kind == "swiglu" else wide, bias=bias)
-        self.fc2 = Linear(wide, hidden_size, bias=bias)
+        self.kind, self.recompute = options.mlp, False  # recompute: the backward pass recomputes the activation
+        gated, width = self.kind == "swiglu", int(hidden_size * options.mlp_ratio)
+        if gated:
+            width = -(-(2 * width // 3) // 8) * 8
+        self.fc1 = Linear(hidden_size, 2 * width if gated else width, bias=options.mlp_bias)
+        self.fc2 = Linear(width, hidden_size, bias=options.mlp_bias)
 
     def forward(self, x: Tensor, _: None = None) -> Branch:
         x = self.fc1.product(x)

@@ -1,10 +1,6 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: a checkpoint is complete, or it does not exist. training/state.py says what is in one.
 
-    run_dir/checkpoints/step-0000500/    model.safetensors  ema.safetensors  (fp32, official names)
-                                         optimizer.pt or deepspeed/  training.pt
-                                         checkpoint.json    written last: step, world, engine, file sizes
-
-Everything is written into `step-0000500.partial`, flushed to the disk and renamed; only the rename makes it count.
+Everything is written into `step-0000500.partial`, flushed to disk and renamed; only the rename makes it count.
 """
 
 import errno
@@ -18,13 +14,13 @@ from typing import Any
 from fastdit.distributed import Ranks
 
 META = "checkpoint.json"
-FULL = 1 << 20  # bytes: with less left than this, a failed write is the disk's
+FULL = 1 << 20  # bytes: with less free space than this, a failed write means a full disk
 
 
 def save(
     run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], ranks: Ranks, keep: int
 ) -> Path:
-    """Let every process `write(folder)` its files, then commit them all at once; keep the `keep` newest (0: all)."""
+    """Have every process `write(folder)` its files, then commit them together; keep the `keep` newest (0: all)."""
     final = run_dir / "checkpoints" / f"step-{step:07d}"
     partial = final.with_suffix(".partial")
     if ranks.is_main:
@@ -34,10 +30,10 @@ def save(
     error = None
     try:
         write(partial)
-    except Exception as failure:  # a full disk, most often, which torch and safetensors put into words of their own
+    except Exception as failure:  # usually a full disk, which torch and safetensors report in their own words
         full = shutil.disk_usage(partial).free < FULL
         error = OSError(errno.ENOSPC, "No space left on device", str(final)) if full else failure
-    if ranks.any(error is not None):  # also the barrier: a rename before every file is there would be a lie
+    if ranks.any(error is not None):  # also the barrier: no rename before every file is there
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise error or OSError(f"another process could not write {partial}")
@@ -53,7 +49,7 @@ def save(
 
 
 def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Flush what is in a folder, add checkpoint.json, and give it its name."""
+    """Flush a folder to disk, add checkpoint.json, and rename it to its final name."""
     for path in partial.rglob("*"):
         _flush(path)
     sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
@@ -61,7 +57,7 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
     _flush(partial / META)
     _flush(partial)
     replaced = final.with_suffix(".replaced.partial")
-    if final.exists():  # the same step again: the old one goes only when the new one is whole
+    if final.exists():  # the same step again: the old one is removed only when the new one is complete
         final.rename(replaced)
     partial.rename(final)
     _flush(final.parent)
@@ -69,15 +65,15 @@ def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All whole checkpoints of a run, oldest first, by step number."""
+    """All complete checkpoints of a run, sorted by step."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.suffix != ".partial"]
     return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, after checking that every file that it lists is there in its full size."""
+    """checkpoint.json, after checking that every listed file exists and has its full size."""
     if not (folder / META).is_file():
-        raise ValueError(f"checkpoint {folder} has no {META}; it is not a whole checkpoint, use another step")
+        raise ValueError(f"checkpoint {folder} has no {META}; it is not complete; use another step")
     meta = json.loads((folder / META).read_text())
     for name, size in meta["files"].items():
         path = folder / name
@@ -88,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest one of a run folder."""
+    """The checkpoint folder at `path`: itself, or the newest one of a run folder."""
     path = Path(path)
     if (path / META).is_file():
         return path
@@ -96,7 +92,7 @@ def find(path: Path) -> Path:
         raise ValueError(f"checkpoint {path} does not exist; give a run folder or one of its checkpoints/step-*")
     found = checkpoints(path)
     if not found:
-        raise ValueError(f"{path} holds no whole checkpoint; give a run folder or one of its checkpoints/step-*")
+        raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its checkpoints/step-*")
     return found[-1]
 
 

@@ -1,14 +1,14 @@
-"""Exponential moving average of the weights, in fp32, over the same tensors that the optimiser owns."""
+"""Exponential moving average of the weights, in fp32, over the tensors that the optimizer updates."""
 
 import torch
 from torch import Tensor
 
 
 class EMA:
-    """`average <- average + (1 - decay)(weights - average)`, from a copy of the weights at the start.
+    """`average <- average + (1 - decay)(weights - average)`, starting from a copy of the weights.
 
-    The tensors are the engine's fp32 masters: the parameters themselves, or ZeRO's flat partitions of them, so no
-    process communicates. fp32 because at decay 0.9999 a bf16 average never moves.
+    The tensors are the engine's fp32 master weights: the parameters themselves, or ZeRO's flat partitions of them, so
+    no communication is needed. fp32, because at decay 0.9999 a bf16 average never moves.
     """
 
     def __init__(self, masters: list[Tensor], decay: float, warmup: bool = False):
@@ -17,7 +17,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, masters: list[Tensor], step: int) -> None:
-        """Move towards `masters` after optimiser step number `step` (1 for the first)."""
+        """Move toward `masters` after optimizer step number `step` (1 for the first)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in masters], 1 - decay)
 

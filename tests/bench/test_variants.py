@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from bench.quality import variants
-from fastdit.config import ModelConfig, build, load_config, shipped_config
+from fastdit.config import ModelConfig, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
-from fastdit.evaluation.judge import Judge
-from fastdit.quickstart import read_folder
+from fastdit.quickstart.digits import read_folder
+from fastdit.quickstart.judge import Judge
+from fastdit.registry import build
 
 
 def overrides_of(rows) -> set[str]:

@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastdit.build import build_network
 from fastdit.config import load_config
-from fastdit.conversion import Loaded, convert, write_fastdit
+from fastdit.convert import convert
+from fastdit.convert.command import Loaded, write_fastdit
+from fastdit.convert.diffusers import objective_of, scheduler_of
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.models.diffusers_dit import objective_of, scheduler_of
 from fastdit.models.dit import create_dit
-from fastdit.sampling import load_generator
+from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
-from fastdit.training.loop import network
+from fastdit.training.state import latents_of
 from helpers.checkpoints import (
     assert_same,
     golden,
@@ -54,13 +56,13 @@ def test_the_exported_transformer_gives_the_official_outputs_at_error_zero(place
         for t, out in ((z["t"], z["out"]), (z["t_fractional"], z["out_t_fractional"])):
             assert (transformer(z["x"], timestep=t, class_labels=y).sample - out).abs().max() == 0
         null = torch.full_like(y, 10), torch.full_like(y, 1000)
-        ours = load_generator(place / "ddpm").model(z["x"], z["t"], null[0])
+        ours = load_pipeline(place / "ddpm").model(z["x"], z["t"], null[0])
         theirs = transformer(z["x"], timestep=z["t"], class_labels=null[1]).sample
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)  # a bias is added in another place
 
 
 def test_in_float64_the_two_networks_agree_to_the_last_fp32_bit(place):
-    z, ours, theirs = golden("dit"), load_generator(place / "ddpm").model.double(), exported(place, "ddpm").transformer
+    z, ours, theirs = golden("dit"), load_pipeline(place / "ddpm").model.double(), exported(place, "ddpm").transformer
     theirs.double()
     ours.t_embedder.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     with torch.no_grad():
@@ -89,7 +91,7 @@ def test_what_an_export_says_is_true(place):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_pipeline_makes_the_images_of_the_own_sampler(place, name, sampler, scale):
     classes, steps = [3, 7], 10
-    pipe, generator = exported(place, name), load_generator(place / name)
+    pipe, generator = exported(place, name), load_pipeline(place / name)
     draw = lambda: [torch.Generator().manual_seed(i) for i in (0, 1)]  # noqa: E731
     theirs = pipe(classes, scale, draw(), num_inference_steps=steps, output_type="pt").images
     x_1 = torch.stack([torch.randn(1, 4, 8, 8, generator=g)[0] for g in draw()])
@@ -109,7 +111,7 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(place, tmp_path):
     ours, theirs = load_config(tmp_path / "run" / "config.yaml"), load_config(place / "ddpm" / "config.yaml")
     assert (ours.model, ours.objective, ours.sampling) == (theirs.model, theirs.objective, theirs.sampling)
     assert (
-        checkpoint.read_meta(tmp_path / "run")["latents"]["codec"] == load_generator(place / "ddpm").codec.fingerprint
+        checkpoint.read_meta(tmp_path / "run")["latents"]["codec"] == load_pipeline(place / "ddpm").codec.fingerprint
     )
     assert any("frequency shift 1" in line for line in heard)
 
@@ -119,7 +121,7 @@ def test_a_flow_folder_comes_back_as_the_same_function(place, tmp_path):
     ours, theirs = weights(tmp_path / "run"), golden_weights()
     changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
     assert changed == {"t_embedder.mlp.0.weight"}  # on t in [0, 1] a few directions of it say everything
-    ours, theirs = load_generator(tmp_path / "run").model, load_generator(place / "flow").model
+    ours, theirs = load_pipeline(tmp_path / "run").model, load_pipeline(place / "flow").model
     x, t = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 32)
     with torch.no_grad():
         out = [model(x, t, torch.arange(32) % 11) for model in (ours, theirs)]
@@ -174,7 +176,7 @@ def test_networks_without_null_label_classes_or_variance_survive_diffusers(place
     convert(tmp_path / "pipe", "fastdit", tmp_path / "back", say=quiet)
     assert_same(weights(tmp_path / "back"), model.state_dict())
     assert (
-        load_generator(tmp_path / "back", ["sampling.sampler=ddim", "sampling.steps=2"]).model.null_label
+        load_pipeline(tmp_path / "back", ["sampling.sampler=ddim", "sampling.steps=2"]).model.null_label
         == model.null_label
     )
 
@@ -197,9 +199,8 @@ def odd_checkpoint(place, tmp_path, shape=(4, 8, 8), **options):
     config = load_config(place / "ddpm" / "config.yaml", ["model.variant=DiT-2x32x2/4", "data.num_classes=5"])
     config = replace(config, model=replace(config.model, **options))
     torch.manual_seed(0)
-    latents = checkpoint.read_meta(place / "ddpm")["latents"]
-    latents["shape"] = list(shape)
-    model = network(config, shape, DDPM(), torch.device("cpu"))
+    latents = replace(latents_of(checkpoint.read_meta(place / "ddpm")), shape=shape)
+    model = build_network(config, shape, DDPM())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

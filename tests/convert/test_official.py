@@ -11,12 +11,12 @@ import torch
 
 from fastdit import cli
 from fastdit.config import load_config
-from fastdit.conversion import convert
+from fastdit.convert import convert
+from fastdit.convert.official import architecture
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.models.convert import architecture
 from fastdit.models.dit import DIT_VARIANTS, create_dit
-from fastdit.sampling import load_generator, sample
+from fastdit.sampling import load_pipeline, sample
 from fastdit.training import checkpoint
 from helpers.checkpoints import (
     SIZE,
@@ -93,17 +93,17 @@ def test_the_architecture_of_every_known_size_is_read_off_its_shapes(variant):
 
 
 def test_a_converted_network_gives_the_recorded_outputs(place):
-    z, model = golden("dit"), load_generator(place / "ddpm").model
+    z, model = golden("dit"), load_pipeline(place / "ddpm").model
     with torch.no_grad():
         torch.testing.assert_close(model(z["x"], z["t"], z["y"]), z["out"], atol=1e-5, rtol=1e-5)
-    sit, generator = golden("sit"), load_generator(place / "flow")
+    sit, generator = golden("sit"), load_pipeline(place / "flow")
     x, t = sit["x1"], 1 - sit["sit_forward/t"].double()
     velocity = generator.objective.predict(generator.model, x, t, sit["sit_forward/y"]).velocity.detach()
     torch.testing.assert_close(-velocity, sit["sit_forward/out"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_converted_checkpoint_samples_the_recorded_trajectory_and_images(place, tmp_path):
-    z, generator = golden("ddpm"), load_generator(place / "ddpm")
+    z, generator = golden("ddpm"), load_pipeline(place / "ddpm")
     objective = generator.objective
     denoise = guided(objective, generator.model, z["loop/y"])
     final = SAMPLERS["ddim"](denoise, z["x_T"], objective.timesteps(int(z["loop/steps"])), objective.path)
@@ -202,7 +202,7 @@ def test_files_that_are_none_of_ours(place, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "empty").mkdir()
     for name, word in [("text.pt", "damaged"), ("cut.pt", "damaged"), ("cut.safetensors", "damaged"),
-                       ("empty", "holds no whole checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
+                       ("empty", "holds no complete checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
         with pytest.raises(ValueError, match=word):
             convert(tmp_path / name, "fastdit", tmp_path / "out", overrides=["objective=ddpm"], say=quiet)
     with pytest.raises(ValueError, match="exists; choose another name"):

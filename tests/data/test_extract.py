@@ -20,7 +20,8 @@ import torch
 from fastdit.data import extract, writer
 from fastdit.data.images import list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
-from fastdit.data.shards import Manifest, latent_batches
+from fastdit.data.loader import latent_batches
+from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from helpers import ROOT
 from helpers.data import tiny_vae, write_digits
@@ -50,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_each_latent_is_the_one_of_its_image_and_label(made):
     manifest = Manifest.load(made / "out")
-    manifest.check(image_size=32, num_classes=10, in_channels=4, codec=LatentCodec(tiny_vae()).fingerprint)
+    manifest.check(image_size=32, num_classes=10, codec=LatentCodec(tiny_vae()).fingerprint)
     assert manifest.class_names == tuple("0123456789") and len(manifest) == COUNT and len(manifest.shards) == 5
     folder, codec = list_images(made / "images"), LatentCodec(tiny_vae())
     index = manifest.index()
@@ -207,8 +208,8 @@ def spoil(base: Path, how: str) -> dict:
         ("odd size", "image_size=33 is not divisible by 2, the factor of vae=.*; use 32 or 34"),
         ("no vae", "vae=.*nowhere is not a folder"),
         ("wrong vae", "vae=.* holds no config.json"),
-        ("dtype", "dtype='float8' is unknown; use one of float16, float32"),
-        ("precision", "precision='fp64' is unknown; use one of float32"),
+        ("dtype", "dtype='float8' is unknown; did you mean 'float16'? Known: float16, float32"),
+        ("precision", "precision='fp64' is unknown; did you mean"),
         ("batch", "batch_size=0 must be at least 1"),
         ("inside", "out=.* lies inside images=.*; write it elsewhere"),
         ("space", "out=.* needs about 0.00 GiB, but .* has 0.00 GiB free; free some or write elsewhere"),

@@ -283,7 +283,7 @@ def test_the_coupling_pairs_the_training_batch():
 
 MISTAKES = [
     (lambda: DDPM(schedule="cosin"), "schedule='cosin'.*did you mean 'cosine'"),
-    (lambda: DDPM(prediction="velocity"), "prediction='velocity' is unknown, use one of eps, x_0, v"),
+    (lambda: DDPM(prediction="velocity"), "prediction='velocity' is unknown; did you mean 'v'. Known: eps, x_0, v"),
     (lambda: DDPM(variance="learned"), "variance='learned'"),
     (lambda: DDPM(loss_type="mse"), "loss_type='mse'.*learned_range.*use mse_vlb"),
     (lambda: DDPM(variance="fixed_small"), "loss_type='mse_vlb'.*fixed_small.*use mse or kl"),

@@ -14,8 +14,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 def make_world(root: Path) -> Path:
     """root/{images,held_out,vae,latents} and root/config.yaml: a two-step-a-second run on a laptop."""
     from fastdit.data.extract import extract_features
-    from fastdit.models.vae import small_vae
-    from fastdit.quickstart import write_digits
+    from fastdit.quickstart.digits import write_digits
+    from fastdit.quickstart.small_vae import small_vae
 
     write_digits(root, 32)
     small_vae(32, seed=1).save_pretrained(root / "vae")

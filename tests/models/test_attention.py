@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.kernels.attention import inputs, run
+from fastdit.config import NetworkOptions
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
@@ -40,7 +41,7 @@ def test_the_networks_attention_runs_our_kernel(monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
     torch.manual_seed(0)
-    layer = Attention(144, 2).to(device)  # two heads of 72
+    layer = Attention(144, 2, NetworkOptions()).to(device)  # two heads of 72
     x = torch.randn(2, 19, 144, device=device, requires_grad=True)
     results = {}
     for layer.backend in ("eager", "triton"):

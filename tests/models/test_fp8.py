@@ -10,7 +10,8 @@ from torch import nn
 from fastdit.config import load_config
 from fastdit.models.dit import create_dit
 from fastdit.models.layers import Linear
-from fastdit.training.loop import read_metrics, train
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
 pytest.importorskip("torchao", reason="training.fp8 needs torchao")
 from fastdit.models.fp8 import use_fp8  # noqa: E402

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.dit import DiT
 from fastdit.models.dropout import dropout, dropout_keys
-from fastdit.models.layers import NORMS, Attention, Mlp, mlp_width, rotated
+from fastdit.models.layers import NORMS, Attention, Mlp, rotated
 from helpers.networks import batch, gradients, small
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -52,7 +53,7 @@ def test_the_residual_stays_fp32_under_autocast(position):
 @pytest.mark.parametrize("norm", NORMS)
 def test_query_key_norm_then_rotation_equals_its_definition(norm):
     torch.manual_seed(0)
-    attention = Attention(24, 3, "eager", qk_norm=norm)
+    attention = Attention(24, 3, NetworkOptions(qk_norm=norm), "eager")
     torch.nn.init.normal_(attention.q_norm.weight)
     torch.nn.init.normal_(attention.k_norm.weight)
     x, rope = torch.randn(3, 6, 24), rope_2d(2, 3, 8)
@@ -69,7 +70,7 @@ def test_query_key_norm_then_rotation_equals_its_definition(norm):
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
 def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
-    attention = Attention(24, 3, "eager", qk_norm=norm or "none", qkv_bias=False)
+    attention = Attention(24, 3, NetworkOptions(qk_norm=norm or "none", qkv_bias=False), "eager")
     x = torch.randn(3, 9, 24, generator=torch.Generator().manual_seed(0))
     before = attention(x)[0]
     with torch.no_grad():
@@ -135,10 +136,15 @@ def test_activations_are_what_they_are_called():
     }
     for kind, definition in wanted.items():
         torch.manual_seed(0)
-        mlp = Mlp(24, kind)
+        mlp = Mlp(24, NetworkOptions(mlp=kind))
         out, bias = mlp(x)
         torch.testing.assert_close(out + bias, mlp.fc2(definition(mlp.fc1(x))), **CLOSE)
-    assert [mlp_width(d, 4.0, "swiglu") for d in (24, 384, 768, 1024, 1152, 2048)] == [64, 1024, 2048, 2736, 3072, 5464]
+
+    def swiglu_width(hidden_size: int) -> int:
+        with torch.device("meta"):
+            return Mlp(hidden_size, NetworkOptions(mlp="swiglu")).fc2.weight.shape[1]
+
+    assert [swiglu_width(d) for d in (24, 384, 768, 1024, 1152, 2048)] == [64, 1024, 2048, 2736, 3072, 5464]
 
 
 def test_bias_switches_remove_their_biases():

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import fastdit.quickstart as main_job
-from fastdit.evaluation.judge import Judge, thumbnails
+from fastdit.quickstart.judge import Judge, thumbnails
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from fastdit.config import load_config
 from fastdit.training import checkpoint
-from fastdit.training.loop import read_metrics, train
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 from helpers.runs import run
 
 BOUND = ["objective={name: ddpm, variance: fixed_small, loss_type: kl}", "training.precision=fp32"]

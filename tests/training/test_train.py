@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from fastdit.config import load_config
 from fastdit.distributed import Ranks
-from fastdit.models.vae import small_vae
+from fastdit.memory import micro_batches
+from fastdit.quickstart.small_vae import small_vae
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine, merge_deepspeed
-from fastdit.training.loop import micro_batches, read_metrics, train
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 from helpers.runs import ENVIRONMENT, command, free_port, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -286,7 +288,7 @@ def test_a_checkpoint_counts_only_when_whole(world, whole, tmp_path):
         file.truncate(100)
     with pytest.raises(ValueError, match="ema.safetensors has 100 bytes"):
         checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
         checkpoint.find(world / "latents")
     meta = json.loads((checkpoint.find(tmp_path / "run") / checkpoint.META).read_text())
     assert meta["step"] == 15

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import cli
-from fastdit.conversion import convert
-from fastdit.data.shards import Manifest
+from fastdit.convert import convert
+from fastdit.data.manifest import Manifest
 from fastdit.training import checkpoint
 from fastdit.verify import verify
 from helpers.checkpoints import golden_weights, moved
@@ -141,11 +141,11 @@ CHECKPOINT_FAULTS = {
     "no facts": (lambda folder: change_meta(folder, lambda m: m.pop("latents")), ["has no 'latents'"]),
     "a scale": (
         lambda folder: change_meta(folder, lambda m: m["latents"].update(scale=1.0)),
-        ["latents have scale 1.0", "has 0.18215"],
+        ["latents have scale 1.0", "0.18215"],
     ),
     "another autoencoder": (
         lambda folder: change_meta(folder, lambda m: m["latents"].update(codec="ab")),
-        ["another autoencoder"],
+        ["latents have codec ab"],
     ),
     "another network's weights": (
         lambda folder: edit(folder, "ema", lambda s: moved(s, 0.1)),
@@ -289,7 +289,7 @@ def test_a_checkpoint_is_held_against_the_shards_it_names(healthy, tmp_path):
 def test_the_command_ends_with_exit_code_2(healthy, tmp_path, capsys, monkeypatch):
     folder = copy(healthy, tmp_path, "latents")
     flip(folder / SHARD, 3000)
-    for path, words in [(folder, "wrong: "), (tmp_path / "gone", "error: "), (tmp_path, "holds no whole checkpoint")]:
+    for path, words in [(folder, "wrong: "), (tmp_path / "gone", "error: "), (tmp_path, "holds no complete checkpoint")]:
         monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(path)])
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -1,164 +1,24 @@
-"""Latents on disk, read in an order that is a pure function of (seed, position).
+"""Batches of latents, in an order that is a pure function of (seed, position).
 
-<folder>/shard-00000.tar   <key>.moments.npy (2, 2C, h, w): mean, std of the image and of its mirror; <key>.cls
-<folder>/index.npy         a SAMPLE row per image: shard, offset of the array's bytes, a crc32 per orientation, ...
-<folder>/manifest.json     what the latents are, which codec made them, the shards with size and SHA-256
-<folder>/skipped.txt       the images that could not be read, and why
-
-The tars are plain webdataset. The index makes every sample reachable from every process, so neither the number of
-processes nor the step of a resume changes which images a batch holds.
+Every process can reach every sample, so neither the number of processes nor the step of a resume changes which images
+a batch holds.
 """
 
-import hashlib
-import io
-import json
 import os
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FORMAT = 1
-DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
-AGAIN = "copy it again or extract again"
-OPEN_FILES = 512  # of one reader: below the usual limit of 1,024 a process
+from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: file name, samples in it, bytes, SHA-256."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of latents holds; channel means and deviations are those of scaled latents, mirrors included."""
-
-    vae: str  # as it was named
-    codec: str  # LatentCodec.fingerprint
-    scale: float
-    shift: float
-    image_size: int
-    latent_shape: tuple[int, int, int]  # (C, h, w)
-    dtype: str
-    class_names: tuple[str, ...]
-    images: int  # in the source folder, the skipped ones included
-    skipped: int = 0
-    class_counts: tuple[int, ...] = ()
-    channel_mean: tuple[float, ...] = ()
-    channel_std: tuple[float, ...] = ()
-    shards: tuple[Shard, ...] = ()
-    index_sha256: str = ""
-    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
-
-    def __len__(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
-        """Reads <folder>/manifest.json; ValueError in one line when it is missing, damaged or of another format."""
-        folder = Path(folder)
-        path = folder / "manifest.json"
-        try:
-            stored = json.loads(path.read_text())
-            version = stored.pop("format")
-            if version != FORMAT:
-                raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
-            for derived in ("samples", "num_classes"):  # there for people and other tools
-                del stored[derived]
-            shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-            return cls(**fields, shards=shards, folder=folder)
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} holds no manifest.json; write latents there with extract_features.py") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
-
-    def to_json(self) -> str:
-        """The text of manifest.json."""
-        stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
-        del stored["folder"]
-        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
-
-    def index(self) -> np.ndarray:
-        """(n,) SAMPLE rows, in the order of the source images; ValueError when the file is not the manifest's."""
-        path = self.folder / "index.npy"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
-        if hashlib.sha256(data).hexdigest() != self.index_sha256:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
-        return np.load(io.BytesIO(data), allow_pickle=False)
-
-    def check(
-        self,
-        *,
-        image_size: int | None = None,
-        num_classes: int | None = None,
-        in_channels: int | None = None,
-        codec: str | None = None,
-        global_batch: int | None = None,
-    ) -> None:
-        """ValueError in one line when the latents do not fit a run's settings (None: not checked) or are incomplete.
-
-        `num_classes=0` (unconditional) fits any labels. `codec`: LatentCodec.fingerprint of the run's autoencoder.
-        """
-        if image_size is not None and image_size != self.image_size:
-            raise ValueError(
-                f"image_size={image_size}, but the latents in {self.folder} are of {self.image_size} px images; "
-                f"set {self.image_size} or extract again"
-            )
-        if in_channels is not None and in_channels != self.latent_shape[0]:
-            raise ValueError(
-                f"in_channels={in_channels}, but the latents in {self.folder} have {self.latent_shape[0]} channels; "
-                f"set {self.latent_shape[0]} or extract again with another vae"
-            )
-        if num_classes and num_classes < self.num_classes:
-            raise ValueError(
-                f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
-                f"set {self.num_classes}, or 0 to train without labels"
-            )
-        if codec is not None and codec != self.codec:
-            raise ValueError(
-                f"the vae (fingerprint {codec[:12]}) is not the one that made the latents in {self.folder}: "
-                f"{self.vae} ({self.codec[:12]}); use that one or extract again"
-            )
-        if global_batch is not None and global_batch > len(self):
-            raise ValueError(
-                f"global_batch={global_batch}, but {self.folder} holds fewer images than that; use at most {len(self)}"
-            )
-        for shard in self.shards:
-            path = self.folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise ValueError(f"{path} {state}; {AGAIN}")
-
-    def verify(self) -> None:
-        """Reads every shard whole; ValueError naming the first whose SHA-256 is not the manifest's."""
-        for shard in self.shards:
-            path = self.folder / shard.name
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
+OPEN_FILES = 512  # per reader: below the usual limit of 1,024 per process
 
 
 class Batch(NamedTuple):
@@ -242,7 +102,7 @@ class _Reader:
         self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
         self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
         self.index = manifest.index()
-        channels, height, width = manifest.latent_shape
+        channels, height, width = manifest.latents.shape
         self.shape = (2 * channels, height, width)
         self.dtype = DTYPES[manifest.dtype]
         self.orders: dict[int, np.ndarray] = {}

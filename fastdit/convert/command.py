@@ -9,35 +9,30 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdit.config import Config, ModelConfig, build, load_config, lookup, save_config, shipped_config
-from fastdit.data.latents import LatentCodec
-from fastdit.diffusion.objectives import OBJECTIVES
-from fastdit.models.convert import (
-    Architecture,
-    architecture,
-    args_of_official,
-    mismatches,
-    read_released,
-    write_official,
-)
-from fastdit.models.diffusers_dit import SLOTS
+from fastdit.build import build_objective
+from fastdit.config import Config, ModelConfig, load_config, save_config, shipped_config
+from fastdit.convert.diffusers import SLOTS
+from fastdit.convert.official import Architecture, architecture, args_of_official, read_released, write_official
+from fastdit.convert.pipeline import read_pipeline, write_pipeline
+from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.diffusion.objectives import OBJECTIVES, Objective
 from fastdit.models.dit import DiT, variant_shape
+from fastdit.registry import lookup
 from fastdit.training import checkpoint
-from fastdit.training.loop import network
+from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of, network_from_state, read_weights
 
 SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # Stable Diffusion's autoencoder, which DiT and SiT were released with
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options of ModelConfig for any format
-GOLDEN = "golden.npz"
 
 
 @dataclass(frozen=True)
@@ -47,31 +42,23 @@ class Loaded:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     config: Config
-    latents: dict[str, Any]  # as checkpoint.json has them
+    latents: LatentSpec
     step: int = 0
     golden: dict[str, Tensor] | None = None
 
     @property
-    def objective(self):
-        return build(OBJECTIVES, self.config.objective, "objective")
+    def objective(self) -> Objective:
+        return build_objective(self.config)
 
     def network(self, weights: str = "ema") -> DiT:
         """The network with these weights, in eval mode; ValueError in words when they do not fit the config."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))  # runs everywhere
-        with torch.device("meta"):
-            model = network(config, tuple(self.latents["shape"]), self.objective, torch.device("cpu"))
         state = getattr(self, weights)
-        wrong = mismatches(model.state_dict(), state)
-        if wrong:
-            raise ValueError(
-                f"the weights are not those of {self.config.model.variant}: {wrong[0]} ({len(wrong)} such)"
-            )
-        model.load_state_dict(state, assign=True)
-        return model.eval().requires_grad_(False)
+        return network_from_state(config, self.latents, self.objective, state, where="the source")
 
     def random_input(self) -> tuple[Tensor, Tensor, Tensor]:
         """x (3, C, h, w), times from the cleanest to the noisiest, labels: the first, the last, the null one."""
-        x = torch.randn(3, *self.latents["shape"], generator=torch.Generator().manual_seed(0))
+        x = torch.randn(3, *self.latents.shape, generator=torch.Generator().manual_seed(0))
         classes = self.config.data.num_classes
         null = classes if self.config.model.class_dropout > 0 else 0
         return x, torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64), torch.tensor([0, max(classes - 1, 0), null])
@@ -85,7 +72,7 @@ class Loaded:
 
     def architecture(self) -> Architecture:
         """ValueError for latents that are not square: no other format has them."""
-        _, height, width = self.latents["shape"]
+        _, height, width = self.latents.shape
         if height != width:
             raise ValueError(
                 f"rectangular latents, {height} x {width}, have no slot there; keep the fastdit checkpoint"
@@ -129,7 +116,7 @@ def convert(
     say(
         f"{src}: {config.model.variant}, {config.data.num_classes} classes"
         f"{'' if config.model.class_dropout else ' without a null label'}, objective {config.objective.name}, "
-        f"latents {'x'.join(map(str, loaded.latents['shape']))}, scale {loaded.latents['scale']:g}"
+        f"latents {'x'.join(map(str, loaded.latents.shape))}, scale {loaded.latents.scale:g}"
     )
     loaded.network("model"), loaded.network("ema")  # that they fit is known before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +143,10 @@ class Stated:
         return keys
 
 
-def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], stated: Stated, say) -> tuple[Config, dict]:
-    """The config of weights from elsewhere, and checkpoint.json's word on their latents.
+def configure(
+    state: dict[str, Tensor], where: Path, said: dict[str, Any], stated: Stated, say
+) -> tuple[Config, LatentSpec]:
+    """The config of weights from elsewhere, and what their latents are.
 
     `said`: what the source itself tells (`objective` {name, ...}, `vae`, `num_classes`); what is `stated` wins.
     """
@@ -194,13 +183,13 @@ def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], state
     )
     if own and own != variant_shape(shape.variant):
         raise ValueError(f"model.variant={config.model.variant}, but {where} holds {shape.variant}")
-    latents = latents_of(config.data.vae, shape)
-    if "data.image_size" in keys and config.data.image_size != latents["image_size"]:
+    latents = assumed_latents(config.data.vae, shape)
+    if "data.image_size" in keys and config.data.image_size != latents.image_size:
         raise ValueError(
             f"data.image_size={config.data.image_size}, but {where} is for latents of {shape.input_size}, "
-            f"which are {latents['image_size']} px images; leave it out"
+            f"which are {latents.image_size} px images; leave it out"
         )
-    objective = build(OBJECTIVES, config.objective, "objective")
+    objective = build_objective(config)
     needs = objective.out_channels(shape.in_channels)
     if needs > shape.in_channels * (1 + shape.learn_sigma):
         raise ValueError(
@@ -216,25 +205,23 @@ def configure(state: dict[str, Tensor], where: Path, said: dict[str, Any], state
         class_dropout=(config.model.class_dropout or 0.1) if shape.null_row else 0.0,
         learn_sigma=True if shape.learn_sigma and needs == shape.in_channels else None,
     )
-    data = replace(config.data, shards="", image_size=latents["image_size"], num_classes=shape.num_classes)
+    data = replace(config.data, shards="", image_size=latents.image_size, num_classes=shape.num_classes)
     return replace(config, data=data, model=model), latents
 
 
-def latents_of(vae: str, shape: Architecture) -> dict[str, Any]:
-    """checkpoint.json's facts, from the autoencoder where it is a folder, else Stable Diffusion's."""
-    facts = {"scale": SD_SCALE, "shift": 0.0, "vae": vae, "codec": ""}  # "": not known, so not compared
-    downsample, channels = SD_DOWNSAMPLE, 4
-    if Path(vae).is_dir():
-        codec = LatentCodec.load(vae)
-        facts |= {"scale": codec.scale, "shift": codec.shift, "codec": codec.fingerprint}
-        downsample, channels = codec.downsample, codec.channels
+def assumed_latents(vae: str, shape: Architecture) -> LatentSpec:
+    """The latents of a network from elsewhere: the autoencoder's where that is a folder, else Stable Diffusion's."""
+    codec = LatentCodec.load(vae) if Path(vae).is_dir() else None
+    channels, downsample = (4, SD_DOWNSAMPLE) if codec is None else (codec.channels, codec.downsample)
     if channels != shape.in_channels:
         raise ValueError(
             f"data.vae={vae} has {channels} latent channels, the network {shape.in_channels}; "
             "name the folder of the autoencoder that it was trained with, data.vae=FOLDER"
         )
     size = shape.input_size
-    return {**facts, "shape": [shape.in_channels, size, size], "image_size": size * downsample}
+    if codec is not None:
+        return codec.spec(size * downsample)
+    return LatentSpec((channels, size, size), SD_SCALE, 0.0, vae, codec="", image_size=size * downsample)
 
 
 def read_official(path: Path, stated: Stated, say) -> Loaded:
@@ -251,14 +238,12 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
         raise ValueError(f"{path} brings its own config; leave out --config and --heads, use section.key=value")
     folder = checkpoint.find(path)
     meta = checkpoint.read_meta(folder)
-    config = load_config(folder / "config.yaml", stated.overrides)
-    model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
-    return Loaded(model, ema, config, meta["latents"], meta["step"])
+    config = load_config(folder / CONFIG, stated.overrides)
+    model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
+    return Loaded(model, ema, config, latents_of(meta), meta["step"])
 
 
 def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
-    from fastdit.pipeline import read_pipeline
-
     if stated.config is None and (folder / "fastdit.yaml").is_file():  # an export of ours says all
         stated = replace(stated, config=folder / "fastdit.yaml")
     given = load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)
@@ -274,19 +259,16 @@ def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
 
 
 def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
-    """A folder that sample_ddp.py takes, with a recorded forward for `fastdit verify`."""
-    config, meta = replace(loaded.config, run_dir=str(out)), {
-        "step": loaded.step, "model": loaded.config.model.variant, "num_classes": loaded.config.data.num_classes,
-        "objective": loaded.config.objective.name, "engine": "none", "sharded_over": 1, "zero_stage": 0,
-        "global_batch": loaded.config.training.global_batch, "seed": loaded.config.seed, "latents": loaded.latents,
-    }  # fmt: skip
+    """A folder that sampling reads, with a recorded forward pass for `fastdit verify`."""
+    config = replace(loaded.config, run_dir=str(out))
     with _new_folder(out) as partial:
         for name in ("model", "ema"):
             state = {key: tensor.contiguous() for key, tensor in getattr(loaded, name).items()}
             save_file(state, partial / f"{name}.safetensors")
-        save_config(config, partial / "config.yaml")
+        save_config(config, partial / CONFIG)
         np.savez(partial / GOLDEN, **(loaded.golden or loaded.forward()))
-        checkpoint.commit(partial, out, meta)
+        meta = describe(config, loaded.latents, engine="none", sharded_over=1, zero_stage=0)
+        checkpoint.commit(partial, out, {"step": loaded.step, **meta})
 
 
 def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
@@ -296,20 +278,18 @@ def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
         raise ValueError("data.num_classes=0: the official DiT always has a label table; keep the fastdit checkpoint")
     args = {
         "model": loaded.config.model.variant,
-        "image_size": loaded.latents["image_size"],
+        "image_size": loaded.latents.image_size,
         "num_classes": loaded.config.data.num_classes,
     }
     write_official(out, loaded.model, loaded.ema, args)
 
 
 def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
-    from fastdit.pipeline import write_pipeline
-
     refuse_options(loaded.config.model, "DiTTransformer2DModel", SLOTS)
     with _new_folder(out) as partial:
         lines = write_pipeline(loaded, partial, out, weights)
         save_config(loaded.config, partial / "fastdit.yaml")
-        facts = {"latents": loaded.latents, "step": loaded.step, "weights": weights}
+        facts = {"latents": asdict(loaded.latents), "step": loaded.step, "weights": weights}
         (partial / "fastdit.json").write_text(json.dumps(facts, indent=1))
         partial.rename(out)
     for line in lines:

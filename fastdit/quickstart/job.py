@@ -1,4 +1,4 @@
-"""The main job on real images in minutes: scikit-learn's digits through the very code that trains on ImageNet.
+"""The whole job on real images in minutes: scikit-learn's digits through the same code that trains on ImageNet.
 
 digits -> image folder -> small autoencoder -> extract_features -> train -> sample -> judge -> report.
 """
@@ -13,22 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import fastdit
 from fastdit.config import Config, load_config, shipped_config, to_tree
 from fastdit.data.extract import extract_features
-from fastdit.data.images import list_images, load_crop, to_pixels, to_uint8
+from fastdit.data.images import to_pixels, to_uint8
 from fastdit.errors import make_folder
 from fastdit.evaluation.frechet import frechet_distance
-from fastdit.evaluation.judge import Judge
-from fastdit.evaluation.report import denoising_gif, loss_curve, write_html
-from fastdit.models.vae import small_vae
-from fastdit.sampling import load_generator, sample
-from fastdit.training.loop import read_metrics, train
-from fastdit.training.vae_loop import psnr, train_vae
+from fastdit.quickstart.digits import read_folder, write_digits
+from fastdit.quickstart.judge import Judge
+from fastdit.quickstart.report import denoising_gif, loss_curve, write_html
+from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
+from fastdit.sampling import load_pipeline, sample
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
-HELD_OUT = 3  # every third image is kept from the generator: the judge learns on them
 VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
 SAMPLES = 500
 
@@ -95,7 +94,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         "reconstruction_psnr_db": round(reconstruction_psnr, 2),
         "images": counts,
         "parameters": {
-            "dit": load_generator(checkpoint).model.parameter_count(),
+            "dit": load_pipeline(checkpoint).model.parameter_count(),
             "autoencoder": sum(p.numel() for p in vae.parameters()),
         },
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
@@ -103,7 +102,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         "final_loss": metrics[-1]["loss"],
         "seed": seed,
         "config": to_tree(config),
-        "autoencoder": {**VAE, "latent_shape": list(manifest.latent_shape), "scale": manifest.scale},
+        "autoencoder": {**VAE, "latent_shape": list(manifest.latents.shape), "scale": manifest.latents.scale},
         "samples": SAMPLES,
         "versions": {"fastdit": fastdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
@@ -115,39 +114,17 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     return report
 
 
-def write_digits(out: Path, size: int) -> dict[str, int]:
-    """scikit-learn's 1,797 digits as RGB PNG files: every third to held_out/<digit>/, the others to images/<digit>/."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    counts = {"images": 0, "held_out": 0}
-    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "held_out" if i % HELD_OUT == 0 else "images"
-        counts[split] += 1
-        folder = out / split / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray((image * 255 / 16).round().astype(np.uint8))  # 16 grey levels, 8 x 8
-        picture.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(folder / f"{i:04d}.png")
-    return counts
-
-
-def read_folder(root: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a class folder as uint8 (N, H, W, 3), and their labels (N,)."""
-    folder = list_images(root)
-    return np.stack([load_crop(Path(root) / path, size) for path in folder.paths]), np.array(folder.labels)
-
-
 def pixels(images: np.ndarray) -> torch.Tensor:
     return to_pixels(torch.from_numpy(images))
 
 
 def denoising_frames(checkpoint: Path, seed: int, count: int = 20) -> np.ndarray:
-    """What x_t shows at every step for two images a class: uint8 (steps + 1, count, H, W, 3)."""
-    generator = load_generator(checkpoint, ["sampling.sampler=euler", "sampling.steps=40"])
+    """x_t, decoded, at every step, for two images per class: uint8 (steps + 1, count, H, W, 3)."""
+    pipeline = load_pipeline(checkpoint, ["sampling.sampler=euler", "sampling.steps=40"])
     seen = []
-    labels = torch.arange(count) % generator.config.data.num_classes
-    final = generator.latents(list(range(count)), labels, seed, on_step=lambda t, x_t, _: seen.append(x_t))
-    return np.stack([to_uint8(generator.codec.decode(x)).numpy() for x in [*seen, final]])
+    labels = torch.arange(count) % pipeline.config.data.num_classes
+    final = pipeline.latents(list(range(count)), labels, seed, on_step=lambda t, x_t, _: seen.append(x_t))
+    return np.stack([to_uint8(pipeline.codec.decode(x)).numpy() for x in [*seen, final]])
 
 
 def closing_words(report: dict, out: Path, config: Config) -> str:

@@ -1,11 +1,38 @@
-"""Training of a small autoencoder on pixels: L1 reconstruction and a KL term that keeps the latents bounded."""
+"""A small autoencoder, diffusers' AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752), and its training on pixels.
 
-from collections.abc import Callable
+The loss is L1 reconstruction plus a KL term that keeps the latents bounded.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdit.distributed import seed_of
+
+
+def small_vae(
+    image_size: int, block_out_channels: Sequence[int] = (8, 8, 16), latent_channels: int = 4, seed: int = 0
+) -> torch.nn.Module:
+    """An untrained AutoencoderKL, one block per resolution: `len(block_out_channels) - 1` halvings, no attention.
+
+    (8, 8, 16) has 46k parameters and maps 32 x 32 images to 8 x 8 latents.
+    """
+    from diffusers import AutoencoderKL
+
+    blocks = len(block_out_channels)
+    with torch.random.fork_rng(devices=[]):  # the caller's generator is not touched
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * blocks,
+            up_block_types=["UpDecoderBlock2D"] * blocks,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            sample_size=image_size,
+            mid_block_add_attention=False,
+        )
 
 
 def train_vae(

@@ -1,4 +1,4 @@
-"""Pictures of a run, and one page that shows them."""
+"""The quickstart's pictures, and one page that shows them."""
 
 import html
 from pathlib import Path
@@ -62,9 +62,9 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }}
 <table>
 {table}
 </table>
-<figure><img src="grid.png" width="640" alt="samples"><figcaption>Samples, a class a row.</figcaption></figure>
+<figure><img src="grid.png" width="640" alt="samples"><figcaption>Samples, one class per row.</figcaption></figure>
 <figure><img src="denoising.gif" alt="denoising"><figcaption>From noise to images.</figcaption></figure>
-<figure><img src="loss.png" alt="loss"><figcaption>The loss over the training.</figcaption></figure>
+<figure><img src="loss.png" alt="loss"><figcaption>The loss during training.</figcaption></figure>
 <details><summary>Every setting</summary><pre>{settings}</pre></details>
 </html>
 """)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdit.models.dit import DIT_VARIANTS
+from fastdit.training.state import read_weights
 
 WRAPPERS = ("module", "_orig_mod")  # what DDP and torch.compile put into a parameter's name
 HEADS = {shape["hidden_size"]: shape["num_heads"] for shape in DIT_VARIANTS.values()}
@@ -64,7 +63,7 @@ class Architecture:
 def read_released(path: str | Path) -> Released:
     """A .pt (or .safetensors) file of the official DiT, SiT or fast-DiT; ValueError in one line for anything else."""
     path = Path(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    content = read_weights(path) if path.suffix == ".safetensors" else read_pickle(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict or {{model, ema, opt, args}}")
     args = content.get("args")
@@ -105,15 +104,6 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a .pt file or a folder")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
 def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -190,17 +180,6 @@ def architecture(
         null_row=rows > num_classes,
         learn_sigma=outputs == 2 * channels * patch**2,
     )
-
-
-def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `state` from loading into a network whose state dict is `expected`, in words."""
-    found = [f"{name} is missing" for name in expected if name not in state]
-    found += [f"{name} has no place in this network" for name in state if name not in expected]
-    return found + [
-        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
 
 
 def some_names(state: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.convert.official import Architecture
 from fastdit.diffusion.objectives import DDPM, FlowMatching
-from fastdit.models.convert import Architecture
 
 NULL_CLASS = 1000  # DiTPipeline's, whatever the number of classes is
 FREQUENCIES = 128

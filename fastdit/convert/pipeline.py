@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.config import Config, to_tree
-from fastdit.data.latents import LatentCodec
-from fastdit.diffusion.objectives import FlowMatching
-from fastdit.models.diffusers_dit import (
+from fastdit.convert.diffusers import (
     from_diffusers,
     make_exact,
     objective_of,
@@ -22,6 +20,8 @@ from fastdit.models.diffusers_dit import (
     to_pipeline_clock,
     transformer_config,
 )
+from fastdit.data.latents import LatentCodec
+from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.layers import position_embedding
 
 CLOSE = 1e-4  # of the largest output: what fp32 rounding in another order of operations may cost
@@ -32,14 +32,14 @@ SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
 def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
     """Fill `folder` with transformer/, scheduler/, vae/ (where it is a local folder), model_index.json and README.md.
 
-    `loaded`: conversion.Loaded. The transformer is loaded back and compared before this returns what is to be said.
+    `loaded`: command.Loaded. The transformer is loaded back and compared before this returns what is to be said.
     """
     import diffusers
 
     config, latents, objective, shape = loaded.config, loaded.latents, loaded.objective, loaded.architecture()
     scheduler, state = scheduler_of(objective), getattr(loaded, weights)
-    if latents["shift"]:
-        raise ValueError(f"the latents' shift of {latents['shift']} has no slot in DiTPipeline; keep the checkpoint")
+    if latents.shift:
+        raise ValueError(f"the latents' shift of {latents.shift} has no slot in DiTPipeline; keep the checkpoint")
     grid = shape.input_size // shape.patch_size
     if not torch.equal(state["pos_embed"][0], position_embedding(shape.hidden_size, grid, grid)):
         raise ValueError("pos_embed is not the fixed sin-cos table, which DiTTransformer2DModel always uses")
@@ -52,8 +52,7 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
     local = Path(config.data.vae).is_dir()
     if local:
         codec = LatentCodec.load(config.data.vae)
-        if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:
-            raise ValueError(f"data.vae={config.data.vae} is not the autoencoder that made the latents; name that one")
+        latents.check(codec.spec(latents.image_size, latents.shape), "the checkpoint", f"data.vae={config.data.vae}")
         codec.vae.save_pretrained(folder / "vae")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     index |= {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
@@ -132,7 +131,7 @@ def notes(loaded, out: Path, report: Difference, local_vae: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A DiTPipeline folder read: `state` under the official names, `said` as conversion.configure wants it."""
+    """A DiTPipeline folder read: `state` under the official names, `said` as command.configure wants it."""
 
     transformer: nn.Module
     state: dict[str, Tensor]

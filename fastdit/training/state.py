@@ -1,0 +1,195 @@
+"""What a checkpoint holds, written and read side by side.
+
+run_dir/checkpoints/step-0000500/
+    config.yaml          the resolved config of the run
+    model.safetensors    weights in fp32, under the official names
+    ema.safetensors      their exponential moving average, likewise
+    ema-00000.pt         one per process that shards the EMA: its part, and the losses since the last log line
+    optimizer.pt         AdamW's state (torch engine), or
+    deepspeed/           one ZeRO partition per process (DeepSpeed engine)
+    times.pt             the loss history of training.loss_aware_times, where that is on
+    golden.npz           a recorded forward pass, in converted checkpoints only
+    checkpoint.json      step, engine, latents, ... and the size of every file; training/checkpoint.py writes it last
+
+A run is its config, its seed and its step, so this is all that a resume needs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdit.build import build_network, build_objective
+from fastdit.config import Config, load_config, save_config
+from fastdit.data.latents import LatentSpec
+from fastdit.diffusion.objectives import Objective
+from fastdit.diffusion.timesteps import LossAwareTimes
+from fastdit.distributed import Ranks
+from fastdit.models.dit import DiT
+from fastdit.training import checkpoint
+from fastdit.training.ema import EMA
+from fastdit.training.engine import Engine
+from fastdit.training.log import LossWindow
+
+CONFIG, GOLDEN = "config.yaml", "golden.npz"
+MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
+
+
+@dataclass
+class TrainingState:
+    """Everything of a run that changes from step to step, and the facts that must be the same on resume."""
+
+    config: Config
+    latents: LatentSpec
+    ranks: Ranks
+    engine: Engine
+    ema: EMA
+    window: LossWindow
+    times: LossAwareTimes | None
+
+    @property
+    def sharded_over(self) -> int:
+        """Number of processes that each hold a part of the optimizer's state and of the EMA."""
+        return self.ranks.world if self.engine.name == "deepspeed" else 1
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The content of checkpoint.json, except for the step and the list of files."""
+        settings = self.config.training
+        return describe(
+            self.config,
+            self.latents,
+            engine=self.engine.name,
+            sharded_over=self.sharded_over,
+            zero_stage=settings.zero_stage if self.engine.name == "deepspeed" else 0,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write this process's files; the main process also writes the full weights and EMA."""
+        masters = self.engine.master_parameters()
+        whole = {"model": self.engine.full_state(masters), "ema": self.engine.full_state(self.ema.average)}
+        kept = self.window.state(None if self.sharded_over > 1 else self.ranks)
+        self.engine.save(folder)
+        if self.ranks.rank < self.sharded_over:
+            torch.save({"average": self.ema.average, **kept}, folder / f"ema-{self.ranks.rank:05d}.pt")
+        if self.ranks.is_main:
+            for name, state in whole.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
+            save_config(self.config, folder / CONFIG)
+            if self.times is not None:
+                torch.save(self.times.state_dict(), folder / "times.pt")
+
+    def load(self, folder: Path) -> int:
+        """Restore what `save` wrote and return its step; ValueError where the two runs' settings are incompatible."""
+        meta = checkpoint.read_meta(folder)
+        for key, value in self.meta.items():
+            if meta[key] != value:
+                raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+        before = vars(load_config(folder / CONFIG).model)
+        for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
+            if before[key] != value and key not in MAY_CHANGE:
+                raise ValueError(
+                    f"{folder} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume"
+                )
+        self.engine.load(folder, load_file(folder / "model.safetensors"))
+        part = folder / f"ema-{self.ranks.rank % self.sharded_over:05d}.pt"
+        own = torch.load(part, map_location="cpu", weights_only=True)
+        self.ema.load(own["average"])
+        self.window.load(own)
+        if self.times is not None and (folder / "times.pt").is_file():  # absent if the run did not use them before
+            self.times.load_state_dict(torch.load(folder / "times.pt", weights_only=True))
+        return meta["step"]
+
+
+def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: int, zero_stage: int) -> dict[str, Any]:
+    """The facts in checkpoint.json that must match on resume; `engine` is "none" for a converted checkpoint."""
+    return {
+        "model": config.model.variant,
+        "num_classes": config.data.num_classes,
+        "objective": config.objective.name,
+        "engine": engine,
+        "sharded_over": sharded_over,
+        "zero_stage": zero_stage,
+        "global_batch": config.training.global_batch,
+        "seed": config.seed,
+        "latents": {**asdict(latents), "shape": list(latents.shape)},
+    }
+
+
+def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
+    """The record of the latents in checkpoint.json; KeyError or TypeError where it has none."""
+    stored = meta["latents"]
+    return LatentSpec(**{**stored, "shape": tuple(stored["shape"])})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A loaded checkpoint: the network with its weights, in eval mode, with its config, objective and latents."""
+
+    folder: Path
+    config: Config
+    objective: Objective
+    model: DiT
+    latents: LatentSpec
+
+
+def load_network(
+    path: str | Path, weights: str = "ema", *, overrides: Iterable[str] = (), device: torch.device | str = "cpu"
+) -> Trained:
+    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`.
+
+    `weights`: "ema" or "model". ValueError if the checkpoint is incomplete or does not match the config's network.
+    """
+    folder = checkpoint.find(Path(path))
+    meta = checkpoint.read_meta(folder)
+    config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
+    objective = build_objective(config)
+    state = read_weights(folder / f"{weights}.safetensors")
+    model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
+    return Trained(folder, config, objective, model.to(device), latents)
+
+
+def network_from_state(
+    config: Config,
+    latents: LatentSpec,
+    objective: Objective,
+    state: Mapping[str, Tensor],
+    *,
+    where: str,
+    device: torch.device | str = "cpu",
+) -> DiT:
+    """The config's network with the tensors of `state` (not copied), in eval mode; attention chosen for `device`."""
+    with torch.device("meta"):
+        model = build_network(config, latents.shape, objective, device)
+    wrong = mismatches(model.state_dict(), state)
+    if wrong:
+        raise ValueError(f"{where} has weights of another network than {config.model.variant}: {wrong[0]} "
+                         f"({len(wrong)} differences)")  # fmt: skip
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError that names a file which is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a checkpoint that has it")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+
+
+def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Why `state` does not load into a network whose state dict is `expected`, one message per tensor."""
+    found = [f"{name} is missing" for name in expected if name not in state]
+    found += [f"{name} has no place in this network" for name in state if name not in expected]
+    return found + [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
