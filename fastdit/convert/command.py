@@ -237,7 +237,7 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
     if stated.config or stated.heads:
         raise ValueError(f"{path} brings its own config; leave out --config and --heads, use section.key=value")
     folder = checkpoint.find(path)
-    meta = checkpoint.read_meta(folder)
+    meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
     config = load_config(folder / CONFIG, stated.overrides)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
     return Loaded(model, ema, config, latents_of(meta), meta["step"])

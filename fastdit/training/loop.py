@@ -31,9 +31,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`."""
     ranks = distributed.init(device)
     device, settings, run_dir = ranks.device, config.training, Path(config.run_dir)
-    found = checkpoint.checkpoints(run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
-        raise ValueError(f"run_dir={run_dir} is not empty; continue with --resume, or choose another run_dir=...")
+    checkpoint.check_run_dir(run_dir, resume)
 
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
@@ -62,7 +60,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window = LossWindow(device)
     state = TrainingState(config, latents, ranks, engine, ema, window, times)
-    last = found[-1] if resume and found else None
+    last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     start = state.load(last) if last else 0
 
     train_step = TrainStep(

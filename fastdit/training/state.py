@@ -146,7 +146,7 @@ def load_network(
     `weights`: "ema" or "model". ValueError if the checkpoint is incomplete or does not match the config's network.
     """
     folder = checkpoint.find(Path(path))
-    meta = checkpoint.read_meta(folder)
+    meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")
