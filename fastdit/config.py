@@ -5,6 +5,7 @@ Every value is converted by its annotation. An unknown key is an error that name
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -103,7 +104,10 @@ class TrainingConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to DeepSpeed's JSON
     log_every: int = 50
     checkpoint_every: int = 10_000
+    checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # the newest; 0 keeps all
+    max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
+    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
     def __post_init__(self):
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
@@ -111,6 +115,12 @@ class TrainingConfig:
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
         for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+        _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
+        _require(
+            self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
+        )
+        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
+        _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
         _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use 0 to below 1, 0.9999 as published")
         if self.fp8:
@@ -121,6 +131,12 @@ class TrainingConfig:
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
+
+    @property
+    def time_limit_s(self) -> float:
+        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
+        hours, _, minutes = self.time_limit.rpartition(":")
+        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
 
     @property
     def residual_bytes(self) -> int:

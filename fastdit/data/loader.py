@@ -157,6 +157,14 @@ class _Reader:
             os.close(self.files.popitem()[1])
 
 
+def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:
+    """The keys of the samples in the global batch of a step, in its order."""
+    index = manifest.index()
+    epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
+    orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
+    return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order (n,) of an epoch's images: sorted by a hash, so that no library's shuffle can change it."""
     return np.argsort(_hash(seed, epoch, 0, np.arange(n, dtype=np.uint64)), kind="stable")

@@ -31,8 +31,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
 
-    def step(self, lr: float) -> Tensor:
-        """One AdamW step; returns the gradient norm before clipping, on the device."""
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """One AdamW step, skipped on all processes where `bad` (0-dim bool, agreed) or the gradient is not finite.
+
+        Returns the gradient norm before clipping, and whether the step was skipped; 0-dim, on the device.
+        """
 
     def master_parameters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates: this process's part of them under ZeRO."""
@@ -84,16 +87,18 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)  # the same on all processes, as the gradients are
+        skipped = bad | ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, skipped
 
     def master_parameters(self) -> list[Tensor]:
         return self.parameters
@@ -168,12 +173,14 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        before = self.engine.skipped_steps
+        self.engine.step()  # DeepSpeed itself skips a step whose gradient is not finite, as that of a bad loss is
         norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm if norm is not None else float("nan"))
+        norm = torch.as_tensor(norm if norm is not None else float("nan"), device=self.ranks.device)
+        return norm, torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
 
     def master_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer

@@ -1,7 +1,7 @@
 """The training run, from config to checkpoints, as one flat function."""
 
-import math
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,17 +10,18 @@ from fastdit import distributed
 from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training
 from fastdit.config import Config, save_config
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import latent_batches, on_device
+from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
 from fastdit.errors import make_folder, out_of_memory_says
-from fastdit.memory import choose, divisors, micro_batches
+from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
-from fastdit.training.log import Log, LossWindow, peak_flops
+from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
+from fastdit.training.log import Log, LossWindow
 from fastdit.training.state import CONFIG, TrainingState
 from fastdit.training.step import TrainStep
 
@@ -76,69 +77,69 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         seed=seed_of(config.seed, NOISE),
         times=times,
     )
+    plain_step = train_step
     if settings.cuda_graph:
         train_step = GraphedStep(train_step)
 
-    log = None
     if ranks.is_main:
         make_folder(run_dir, "run_dir")
         save_config(config, run_dir / CONFIG)
-        log = Log(run_dir, start, settings.steps, flops_per_image=flops_per_image,
-                  peak_flops=ranks.world * peak_flops(device))  # fmt: skip
-        log.say(
-            f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-            f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
-            f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
-            + (f"resumed at step {start}" if start else "from the start")
-        )
+    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
+    log.say(
+        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+        f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
+        f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
+        + (f"resumed at step {start}" if start else "from the start")
+    )
+    order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,
         global_batch=settings.global_batch,
-        rows=slice(ranks.rank * micro * accumulation, (ranks.rank + 1) * micro * accumulation),
-        seed=seed_of(config.seed, ORDER),
+        rows=slice(ranks.rank * own, (ranks.rank + 1) * own),
+        seed=order,
         start_step=start,
         hflip=config.data.hflip,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
     )
-    batches = on_device(batches, device)
-    smaller = max((m for m in divisors(micro) if m < micro), default=1)
-    remedy = (
-        f"training.micro_batch={micro} with activation_checkpointing={policy} is too much for {device}: use "
-        f"training.micro_batch={smaller}" + ", or activation_checkpointing=full" * (policy != "full")
-    )
-    clock, clock_step = time.perf_counter(), start
-    for step in range(start, settings.steps):
-        _, moments, y = next(batches)
-        lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
-        with out_of_memory_says(remedy):
-            losses, grad_norm = train_step(moments, y, step, lr)
-        window.add(losses)
 
-        done = step + 1
-        log_due = done % settings.log_every == 0 or done == settings.steps
-        save_due = done % settings.checkpoint_every == 0 or done == settings.steps
-        if log:
+    def on_skip(done: int) -> None:
+        log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
+
+    guard = Guard(settings.max_skipped, ranks, on_skip)
+    with (
+        closing(on_device(batches, device)) as batches,
+        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
+        out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
+    ):
+        clock, clock_step = time.perf_counter(), start
+        for step in range(start, settings.steps):
+            _, moments, y = next(batches)
+            lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+            losses, grad_norm, skipped = train_step(moments, y, step, lr)
+            window.add(losses, skipped)
+
+            done = step + 1
+            guard.add(done, skipped, *requests.poll())
+            log_due = done % settings.log_every == 0 or done == settings.steps
+            save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
-        if log_due or save_due:
-            means = window.means(ranks)  # the only wait for the device
-            if not math.isfinite(means["loss"]):
-                raise ValueError(
-                    f"the loss is {means['loss']} at step {done}; the last good state is {last or 'none'}: "
-                    f"lower training.lr={settings.lr} or set training.grad_clip=1"
-                )
-        if log_due:
-            seconds, steps = time.perf_counter() - clock, done - clock_step
-            clock, clock_step = time.perf_counter(), done
-            window.clear()
-            if log:
-                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds,
-                          steps=steps, images=steps * settings.global_batch, device=device)  # fmt: skip
-        if save_due:
-            before = time.perf_counter()
-            last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
-            clock += time.perf_counter() - before  # writing does not count as training time
-    batches.close()
-    if log:
-        log.close()
+            if log_due or save_due:
+                guard.flush()
+                means = window.means(ranks)  # the only wait for the device
+            if log_due:
+                seconds, steps = time.perf_counter() - clock, done - clock_step
+                clock, clock_step = time.perf_counter(), done
+                window.clear()
+                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
+                          images=steps * settings.global_batch)  # fmt: skip
+            if save_due or guard.save or guard.stop:
+                before = time.perf_counter()
+                last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
+                clock += time.perf_counter() - before  # writing does not count as training time
+                guard.save, requests.saved = False, time.monotonic()
+            if guard.stop and done < settings.steps:
+                log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
+                raise SystemExit(EXIT_STOPPED)
+    log.close()
     return last
