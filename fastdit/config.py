@@ -30,9 +30,11 @@ class DataConfig:
     hflip: bool = True  # mirror half of the images
     vae: str = "stabilityai/sd-vae-ft-ema"  # decodes the samples; the shards say which one encoded them
     prefetch: int = 4  # batches read ahead
+    skip_damaged: bool = False  # put the next good sample in place of a damaged one, instead of ending the run
 
     def __post_init__(self):
         _require(self.image_size > 0, "data.image_size", self.image_size, "use a positive number of pixels")
+        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read in step with the training")
         _require(self.num_classes >= 0, "data.num_classes", self.num_classes, "use 0 for an unconditional network")
 
 

@@ -94,6 +94,7 @@ class ImagePipeline:
     objective: Objective
     codec: LatentCodec
     spec: LatentSpec
+    identity: str  # SHA-256 of the weights' file
 
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
@@ -157,7 +158,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
                 )
         weak = Inference(weaker.model, settings.precision, settings.compile)
     inference = Inference(trained.model, settings.precision, settings.compile)
-    return ImagePipeline(config, inference, weak, trained.objective, codec, latents)
+    return ImagePipeline(config, inference, weak, trained.objective, codec, latents, trained.identity)
 
 
 def sample(
@@ -185,6 +186,7 @@ def sample(
     settings = {
         "checkpoint": str(checkpoint.find(Path(path)).resolve()),
         "weights": weights,
+        "sha256": pipeline.identity,
         "num_samples": num_samples,
         "seed": seed,
         "labels": labels,

@@ -113,10 +113,10 @@ class TorchEngine:
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
         self.module.load_state_dict(state)
-        places = [group["lr"] for group in self.optimizer.param_groups]
+        settings = settings_of(self.optimizer)
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, lr in zip(self.optimizer.param_groups, places, strict=True):
-            group["lr"] = lr  # keep our own tensor, on the device
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
 
 class DeepSpeedEngine:
@@ -207,9 +207,17 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        settings = settings_of(self.engine.optimizer)
         path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
+        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+
+def settings_of(optimizer) -> list[dict]:
+    """What the config says about each parameter group, and what a checkpoint must not replace on resume."""
+    return [{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
 
 
 def merge_deepspeed(own: dict, extra: dict) -> dict:

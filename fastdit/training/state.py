@@ -136,6 +136,7 @@ class Trained:
     objective: Objective
     model: DiT
     latents: LatentSpec
+    identity: str  # SHA-256 of the file that the weights were read from
 
 
 def load_network(
@@ -151,7 +152,9 @@ def load_network(
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
-    return Trained(folder, config, objective, model.to(device), latents)
+    entry = meta["files"][f"{weights}.safetensors"]
+    identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
+    return Trained(folder, config, objective, model.to(device), latents, identity)
 
 
 def network_from_state(
