@@ -164,7 +164,7 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
             f"run_dir={run_dir} is a checkpoint, not a run, and training would overwrite it; choose another run_dir, "
             f"with training.init_from={run_dir} to start from its weights"
         )
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not run_dir.is_dir() or not any(path.name != "lock" for path in run_dir.iterdir()):
         return
     if not resume:
         raise ValueError(f"run_dir={run_dir} is not empty; continue with --resume, or choose another run_dir=...")

@@ -1,7 +1,7 @@
 """The training run, from config to checkpoints, as one flat function."""
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
-from fastdit.errors import make_folder, out_of_memory_says
+from fastdit.errors import out_of_memory_says
+from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
@@ -30,9 +31,14 @@ INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a
 
 def train(config: Config, *, resume: bool = False, device: str | None = None) -> Path:
     """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`."""
-    ranks = distributed.init(device)
-    device, settings, run_dir = ranks.device, config.training, Path(config.run_dir)
+    ranks, run_dir = distributed.init(device), Path(config.run_dir)
     checkpoint.check_run_dir(run_dir, resume)
+    with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
+        return _train(config, run_dir, ranks, resume)
+
+
+def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
+    device, settings = ranks.device, config.training
 
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
@@ -82,7 +88,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         train_step = GraphedStep(train_step)
 
     if ranks.is_main:
-        make_folder(run_dir, "run_dir")
         save_config(config, run_dir / CONFIG)
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
     log.say(
