@@ -1,7 +1,7 @@
-"""Configuration: frozen dataclasses, filled strictly from YAML and `section.key=value` overrides.
+"""Configuration: frozen dataclasses, set from YAML and `section.key=value` overrides.
 
-Every value is converted by its annotation. An unknown key is an error that names the nearest known one. A section
-`{name: ..., option: ...}` names an entry of a registry (registry.py).
+Values are converted by annotation. An unknown key is an error that suggests the closest known one. A section
+`{name: ..., option: ...}` selects an entry of a registry (registry.py).
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class DataConfig:
     shards: str = ""  # folder written by extract_features.py
     image_size: int = 256  # pixels
     num_classes: int = 1000  # 0 trains an unconditional network
-    hflip: bool = True  # mirror half of the images
-    vae: str = "stabilityai/sd-vae-ft-ema"  # decodes the samples; the shards say which one encoded them
-    prefetch: int = 4  # batches read ahead
-    skip_damaged: bool = False  # put the next good sample in place of a damaged one, instead of ending the run
+    hflip: bool = True  # mirror each image with probability 1/2
+    vae: str = "stabilityai/sd-vae-ft-ema"  # decodes the samples; must be the one that encoded the shards
+    prefetch: int = 4  # number of batches to read ahead
+    skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
 
     def __post_init__(self):
         _require(self.image_size > 0, "data.image_size", self.image_size, "use a positive number of pixels")
@@ -40,19 +40,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Options of the DiT network; every default is the official design (docs/variants.md compares the others)."""
+    """Options of the DiT network. The defaults are the official design; docs/variants.md compares the others."""
 
     block: Literal["adaln_zero", "adaln", "in_context", "cross_attention"] = "adaln_zero"  # see models/blocks.py
-    norm: Literal["layer", "rms"] = "layer"  # of every block and of the final layer (RMS: Zhang & Sennrich 2019)
+    norm: Literal["layer", "rms"] = "layer"  # in the blocks and the final layer (RMS: Zhang & Sennrich 2019)
     qk_norm: Literal["none", "rms", "layer"] = "none"  # of each head's queries and keys, with learned weights
-    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"  # gelu: exact; swiglu: gated, two thirds as wide
-    mlp_ratio: float = 4.0  # MLP width over the hidden size
+    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"  # gelu: exact; swiglu: gated, 2/3 of the width
+    mlp_ratio: float = 4.0  # MLP width / hidden size
     position: Literal["sincos", "rope", "sincos_rope"] = "sincos"  # fixed table, 2-D rotary (Su et al. 2021), or both
-    registers: int = 0  # learned tokens next to the patches, dropped before the final layer (Darcet et al. 2023)
-    qkv_bias: bool = True  # biases of attention's first linear,
-    proj_bias: bool = True  # of its second,
-    mlp_bias: bool = True  # and of the MLP's two
-    dropout: float = 0.0  # probability of dropping a value of a branch in training (models/dropout.py)
+    registers: int = 0  # number of learned tokens, dropped before the final layer (Darcet et al. 2023)
+    qkv_bias: bool = True  # bias of attention's QKV projection
+    proj_bias: bool = True  # bias of attention's output projection
+    mlp_bias: bool = True  # biases of both linear layers of the MLP
+    dropout: float = 0.0  # probability of dropping an element of a branch's output in training (models/dropout.py)
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
@@ -64,16 +64,14 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class ModelConfig(NetworkOptions):
-    variant: str = "DiT-XL/2"  # or any depth x hidden x heads / patch: "DiT-6x384x6/2"
-    class_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
+    variant: str = "DiT-XL/2"  # or depth x hidden size x heads / patch size: "DiT-6x384x6/2"
+    class_dropout: float = 0.1  # probability of replacing a label by the null label, for classifier-free guidance
     attention: str = "auto"  # a backend of models/attention.py; auto: the fastest known for this GPU and shape
-    learn_sigma: bool | None = (
-        None  # 2C output channels; null: as the objective asks. True with flow: SiT's unused half
-    )
+    learn_sigma: bool | None = None  # 2C output channels; null: the objective decides; SiT has 2C and ignores half
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a share in [0, 1)")
+        _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a probability in [0, 1)")
 
     @property
     def options(self) -> NetworkOptions:
@@ -83,31 +81,31 @@ class ModelConfig(NetworkOptions):
 @dataclass(frozen=True)
 class TrainingConfig:
     steps: int = 400_000
-    global_batch: int = 256  # images a step over all processes
-    micro_batch: int = 0  # images a forward pass on one process; 0: all of its share; -1: as many as its GPU holds
+    global_batch: int = 256  # images per step, over all processes
+    micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup_steps: int = 0  # the learning rate rises linearly over these
-    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    warmup_steps: int = 0  # linear learning-rate warmup
+    grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
     ema_decay: float = 0.9999
-    ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)): for runs of a few hundred steps
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, moments and EMA are always fp32
-    fp8: bool = False  # the blocks' linears multiply in FP8, the rest in bf16: Ada, Hopper or newer, with torchao
-    residual: Literal["fp32", "bf16"] = "fp32"  # residual stream between the blocks, when precision is bf16
-    cuda_graph: bool = False  # replay the whole step, optimiser and EMA included: one GPU, fixed shapes
-    # what backward makes again: activation: GELU; selective: that and the norms; auto: as little as the memory allows
+    ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)), for runs of a few hundred steps
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, optimizer state and EMA are always fp32
+    fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; needs Ada, Hopper or newer, and torchao
+    residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream between blocks, if precision is bf16
+    cuda_graph: bool = False  # capture the whole step, including optimizer and EMA; needs one GPU and fixed shapes
+    # what the backward pass recomputes: activation: GELU; selective: GELU and norms; auto: as little as memory allows
     activation_checkpointing: Literal["none", "activation", "selective", "full", "auto"] = "none"
-    compile: Literal[True, False, "whole"] = True  # true: each block, seconds to the first step; whole: all at once
-    joint_adaln: bool = False  # the adaLN projections of all blocks as one product: for small batches
-    loss_aware_times: bool = False  # DDPM: draw each time in proportion to its loss's size, for loss_type=kl
-    engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed under its launcher
+    compile: Literal[True, False, "whole"] = True  # true: each block, starts in seconds; whole: the whole network
+    joint_adaln: bool = False  # compute the adaLN projections of all blocks in one product, for small batches
+    loss_aware_times: bool = False  # DDPM: importance sampling of timesteps by their loss, for loss_type=kl
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed if its launcher is used
     zero_stage: int = 1
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to DeepSpeed's JSON
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's JSON config
     log_every: int = 50
     checkpoint_every: int = 10_000
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
-    keep_checkpoints: int = 3  # the newest; 0 keeps all
+    keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
@@ -124,11 +122,11 @@ class TrainingConfig:
         limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
         _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
         _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
-        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use 0 to below 1, 0.9999 as published")
+        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
-            policy = self.activation_checkpointing  # FP8 products keep inputs of their own
+            policy = self.activation_checkpointing  # FP8 products save their own inputs
             _require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
@@ -142,7 +140,7 @@ class TrainingConfig:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes a value of the residual stream."""
+        """Bytes per element of the residual stream."""
         return 2 if self.residual == self.precision == "bf16" else 4
 
 
@@ -151,18 +149,18 @@ class SamplingConfig:
     sampler: Choice = Choice("ddpm")
     steps: str = "250"  # network evaluations, or a respacing: "ddim50", "10,15,20"
     cfg_scale: float = 1.0  # 1: no guidance
-    cfg_channels: int = 0  # guided latent channels, 3 in the official release; 0: all
-    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at these times, t = 0 is data
-    cfg_rescale: float = 0.0  # in [0, 1]: pulls the contrast of guided images back
-    weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of from the null label
-    clip: Literal["none", "static", "dynamic"] = "none"  # of the predicted x_0: to [-1, 1], or by a quantile
+    cfg_channels: int = 0  # number of guided latent channels, 3 in the official release; 0: all
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at times in this interval; t = 0 is data
+    cfg_rescale: float = 0.0  # in [0, 1]; reduces the excess contrast of guided images
+    weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of the null label
+    clip: Literal["none", "static", "dynamic"] = "none"  # clip predicted x_0: static to [-1, 1], dynamic by quantile
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
-    compile: bool = True  # on a GPU: the blocks compiled, the network's evaluations replayed as a CUDA graph
+    compile: bool = True  # on a GPU, compile the blocks and capture the network's evaluation as a CUDA graph
 
     def __post_init__(self):
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
-        _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as released")
+        _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
         _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
@@ -180,16 +178,16 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply overrides like `training.lr=2e-4`; ValueError names file, key, value and remedy."""
+    """Reads a YAML file and applies overrides such as `training.lr=2e-4`. Errors name file, key, value and remedy."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--config {path} does not exist; the shipped ones are in configs/")
+        raise ValueError(f"--config {path} does not exist; the included configs are in configs/")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"--config {path} must hold sections like `training:`, not {type(tree).__name__}")
+        raise ValueError(f"--config {path} must contain sections such as `training:`, not a {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
@@ -199,18 +197,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def shipped_config(name: str) -> Path:
-    """The file configs/<name>.yaml of this clone, or of the installed wheel."""
+    """The path of configs/<name>.yaml in this clone or the installed wheel."""
     places = [Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share/fastdit/configs"]
     return next((p / f"{name}.yaml" for p in places if (p / f"{name}.yaml").is_file()), places[0] / f"{name}.yaml")
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to an equal one."""
+    """Writes the resolved config as YAML; `load_config` returns an equal one."""
     Path(path).write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def to_tree(value: Any) -> Any:
-    """Plain dicts, lists and scalars of a config."""
+    """Converts a config to plain dicts, lists and scalars."""
     if isinstance(value, Choice):
         return {"name": value.name, **value.options}
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""A user's mistake ends a command in one line: `error: key=value is wrong because ...; remedy`, exit code 2."""
+"""User errors: a command prints one line, `error: key=value is wrong because ...; remedy`, and exits with code 2."""
 
 import errno
 import os
@@ -11,16 +11,16 @@ EXIT_CODE = 2
 
 
 def is_no_space(error: OSError) -> bool:
-    """True when the disk, or the user's share of it, is full."""
+    """Whether the disk is full or the user's quota is exceeded."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user's mistake) or a full disk into one line on stderr and exit code 2.
+    """Turns a ValueError (a user error) or a full disk into one line on stderr and exit code 2.
 
-    Works as a context manager and as a decorator (`@friendly_exit()`), around a command's main function.
-    FASTDIT_DEBUG=1 in the environment lets the exception through, with its traceback.
+    Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function. With
+    FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
     """
     try:
         yield
@@ -35,29 +35,29 @@ def friendly_exit() -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_says(remedy: str) -> Iterator[None]:
-    """Turns a device's lack of memory into a ValueError that ends with the remedy."""
+    """Turns an out-of-memory error of a device into a ValueError that ends with the remedy."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"{said}; {remedy}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"{reason}; {remedy}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """The allocator's own error, or what a library or the driver says when it asked in vain."""
+    """Whether the error is PyTorch's OutOfMemoryError, or that of a library or driver when an allocation fails."""
     import torch
 
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
 
 
 def make_folder(path: Path, key: str) -> None:
-    """Creates a folder for output; ValueError in one line where that is impossible."""
+    """Creates an output folder; raises a one-line ValueError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if is_no_space(error):
             raise
-        raise ValueError(f"{key}={path} cannot be made ({error.strerror}); choose another folder") from None
+        raise ValueError(f"{key}={path} cannot be created ({error.strerror}); choose another folder") from None

@@ -1,7 +1,7 @@
-"""Registries: look up a name, build what it names from its own signature, convert values by their annotations.
+"""Registries: look up an entry by name, check its options against its signature, and convert values by annotation.
 
-A registry is a plain dict from names to functions or dataclasses. A `Choice` names one entry and carries its options,
-which are checked against the entry's own signature, so a new objective or sampler brings its options with it.
+A registry is a plain dict from names to functions or dataclasses. A `Choice` is the name of an entry with options for
+it. The entry's signature defines the valid options, so a new objective or sampler needs no other declaration of them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Choice:
 
 
 def check(value: Any, known: Iterable, key: str) -> None:
-    """ValueError with the nearest match unless `value` is one of `known`."""
+    """Raises a ValueError with the closest match unless `value` is one of `known`."""
     known = list(known)
     if not any(value == item and type(value) is type(item) for item in known):  # 1 is not True
         names = [str(item) for item in known]
@@ -33,25 +33,25 @@ def check(value: Any, known: Iterable, key: str) -> None:
 
 
 def lookup(registry: Mapping[str, Any], name: str, key: str) -> Any:
-    """`registry[name]`; ValueError as from `check`."""
+    """Returns `registry[name]`; raises a ValueError as `check` does."""
     check(name, registry, key)
     return registry[name]
 
 
 def check_literals(instance: Any, section: str = "") -> None:
-    """ValueError for the first field of a dataclass that is annotated `Literal[...]` and has another value."""
+    """Raises a ValueError for the first field annotated `Literal[...]` whose value is not one of the literals."""
     for name, hint in typing.get_type_hints(type(instance)).items():
         if typing.get_origin(hint) is Literal:
             check(getattr(instance, name), typing.get_args(hint), f"{section}.{name}" if section else name)
 
 
 def build(registry: Mapping[str, type], choice: Choice, key: str) -> Any:
-    """An instance of the dataclass that `choice` names."""
+    """Creates the dataclass that `choice` names, with its options."""
     return bind(registry, choice, key)()
 
 
 def bind(registry: Mapping[str, Callable], choice: Choice, key: str) -> Callable:
-    """The function or class that `choice` names, bound to its options, converted by their annotations."""
+    """The function or class that `choice` names, as a partial with its options, converted by annotation."""
     entry = lookup(registry, choice.name, f"{key}.name")
     known = _options(entry)
     for option, value in choice.options.items():
@@ -65,7 +65,7 @@ def bind(registry: Mapping[str, Callable], choice: Choice, key: str) -> Callable
 
 
 def _options(entry: Callable) -> dict[str, Any]:
-    """Names and annotations of the arguments that have a default and a type that YAML can express."""
+    """Names and annotations of the arguments that have a default value and a type that YAML supports."""
     hints = typing.get_type_hints(entry.__init__ if inspect.isclass(entry) else entry)
     keywords = {p.name for p in inspect.signature(entry).parameters.values() if p.default is not p.empty}
     return {name: hint for name, hint in hints.items() if name in keywords and _is_plain(hint)}
@@ -77,7 +77,7 @@ def _is_plain(hint: Any) -> bool:
 
 
 def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The values of a section, each converted by its annotation; `key` is the section's name, for messages."""
+    """Converts the values of a section by their annotations; `key` is the section's name in error messages."""
     values = {}
     for name, value in tree.items():
         full = f"{key}.{name}" if key else str(name)
@@ -90,7 +90,7 @@ def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> 
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it. Strings that spell a number count as numbers: YAML reads 1e-4 so."""
+    """Converts `value` to the type `hint`. Accepts numbers as strings, because YAML parses 1e-4 as a string."""
     if hint is Choice:
         tree = {"name": value} if isinstance(value, str) else value
         if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):

@@ -143,7 +143,7 @@ def test_means_and_errors():
         ({"num_images": 0}, ["--num-images=0"]),
         ({"probes": 0}, ["--probes=0"]),
         ({"steps": 2000}, ["2000"]),
-        ({"shards": "gone"}, ["gone holds no manifest.json"]),
+        ({"shards": "gone"}, ["gone has no manifest.json"]),
         ({"path": "gone"}, ["gone does not exist"]),
         ({"overrides": ["data.num_classes=2"]}, ["another network", "y_embedder.embedding_table.weight has shape"]),
         ({"overrides": ["model.variant=DiT-3x48x4/2"]}, ["network than DiT-3x48x4/2", "blocks.2.", "is missing"]),

@@ -1,4 +1,4 @@
-"""`fastdit convert`: between fastdit checkpoints, official DiT and SiT files, and diffusers' pipelines."""
+"""`fastdit convert`: convert between fastdit checkpoints, official DiT and SiT files, and diffusers pipelines."""
 
 from fastdit.convert.command import convert
 

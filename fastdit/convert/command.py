@@ -1,7 +1,8 @@
-"""`fastdit convert`: official DiT and SiT files, diffusers' DiTPipeline folders, fastdit checkpoints, each to each.
+"""`fastdit convert`: between official DiT and SiT files, diffusers DiTPipeline folders, and fastdit checkpoints.
 
-Weights travel bit for bit, except that diffusers has a flow checkpoint's first time layer on another clock
-(models/diffusers_dit.py). What a format cannot say is asked for, or stands in fastdit.yaml and fastdit.json beside it.
+Weights are copied bit for bit. The one exception is a flow checkpoint in diffusers format, whose first time layer takes
+another time (convert/diffusers.py). What a format cannot store comes from the command line, or from fastdit.yaml and
+fastdit.json in an exported folder.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,13 @@ from fastdit.registry import lookup
 from fastdit.training import checkpoint
 from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of, network_from_state, read_weights
 
-SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # Stable Diffusion's autoencoder, which DiT and SiT were released with
-FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options of ModelConfig for any format
+SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # the Stable Diffusion autoencoder, used by the released DiT and SiT
+FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory, under the official names; `golden`: outputs of another implementation, where it ran."""
+    """A checkpoint in memory, with the official names; `golden` holds reference outputs of another implementation."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
@@ -51,13 +53,13 @@ class Loaded:
         return build_objective(self.config)
 
     def network(self, weights: str = "ema") -> DiT:
-        """The network with these weights, in eval mode; ValueError in words when they do not fit the config."""
+        """The network with these weights, in eval mode; ValueError if they do not fit the config."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))  # runs everywhere
         state = getattr(self, weights)
         return network_from_state(config, self.latents, self.objective, state, where="the source")
 
     def random_input(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x (3, C, h, w), times from the cleanest to the noisiest, labels: the first, the last, the null one."""
+        """Deterministic x (3, C, h, w), times from clean to noise (3,), and labels: first, last and null label."""
         x = torch.randn(3, *self.latents.shape, generator=torch.Generator().manual_seed(0))
         classes = self.config.data.num_classes
         null = classes if self.config.model.class_dropout > 0 else 0
@@ -65,22 +67,18 @@ class Loaded:
 
     @torch.no_grad()
     def forward(self) -> dict[str, Tensor]:
-        """x, t, y, and the EMA network's out on this random input."""
+        """`random_input` as x, t, y, and the output of the EMA network as out."""
         x, times, y = self.random_input()
         t = self.objective.model_time(times)
         return {"x": x, "t": t, "y": y, "out": self.network()(x, t, y)}
 
     def architecture(self) -> Architecture:
-        """ValueError for latents that are not square: no other format has them."""
+        """The sizes of the network; ValueError for latents that are not square, which no other format supports."""
         _, height, width = self.latents.shape
         if height != width:
-            raise ValueError(
-                f"rectangular latents, {height} x {width}, have no slot there; keep the fastdit checkpoint"
-            )
-        shape = variant_shape(self.config.model.variant)
-        return architecture(
-            self.ema, "the checkpoint", heads=shape["num_heads"], num_classes=self.config.data.num_classes
-        )
+            raise ValueError(f"latents of {height} x {width} are not square; keep the fastdit checkpoint")
+        heads, num_classes = variant_shape(self.config.model.variant)["num_heads"], self.config.data.num_classes
+        return architecture(self.ema, "the checkpoint", heads=heads, num_classes=num_classes)
 
 
 def convert(
@@ -94,10 +92,10 @@ def convert(
     weights: str = "ema",
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Read `src` (a .pt file, a DiTPipeline folder, a run or checkpoint) and write `out`, new, in the format `to`.
+    """Read `src` (a .pt file, a DiTPipeline folder, a run or checkpoint) and write `out` in the format `to`.
 
-    `config` and `overrides` state what the source does not: the objective, the autoencoder. `weights`: ema or model,
-    for diffusers, which has room for one. ValueError in one line; `out` then does not exist.
+    `config` and `overrides` set what the source does not store, such as the objective and the autoencoder. `weights`
+    (ema or model) is what a diffusers folder stores, which has only one set. On ValueError `out` does not exist.
     """
     src, out = Path(src), Path(out)
     write = lookup(WRITERS, to, "--to")
@@ -118,7 +116,7 @@ def convert(
         f"{'' if config.model.class_dropout else ' without a null label'}, objective {config.objective.name}, "
         f"latents {'x'.join(map(str, loaded.latents.shape))}, scale {loaded.latents.scale:g}"
     )
-    loaded.network("model"), loaded.network("ema")  # that they fit is known before anything is written
+    loaded.network("model"), loaded.network("ema")  # fail before anything is written if the weights do not fit
     out.parent.mkdir(parents=True, exist_ok=True)
     write(loaded, out, weights, say)
     say(f"{out}: written")
@@ -127,11 +125,15 @@ def convert(
 
 @dataclass(frozen=True)
 class Stated:
-    """What the command line says about a source."""
+    """What the command line says about the source."""
 
     config: str | Path | None
     overrides: tuple[str, ...]
     heads: int | None
+
+    @cached_property
+    def given(self) -> Config:
+        return load_config(self.config or shipped_config("dit_xl_2"), self.overrides)
 
     @property
     def keys(self) -> set[str]:
@@ -146,24 +148,20 @@ class Stated:
 def configure(
     state: dict[str, Tensor], where: Path, said: dict[str, Any], stated: Stated, say
 ) -> tuple[Config, LatentSpec]:
-    """The config of weights from elsewhere, and what their latents are.
+    """The config and latents of weights that fastdit did not write.
 
-    `said`: what the source itself tells (`objective` {name, ...}, `vae`, `num_classes`); what is `stated` wins.
+    `said`: what the source contains (`objective` {name, ...}, `vae`, `num_classes`, `model`); `stated` overrides it.
     """
-    load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)  # mistakes in it come first
-    keys = stated.keys
+    given, keys = stated.given, stated.keys  # reports mistakes in the command line first
     name = said.get("objective", {}).get("name")
     if {"objective", "objective.name"} & keys:
-        base = load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)
-        if name not in (None, base.objective.name):
-            raise ValueError(
-                f"objective.name={base.objective.name!r}, but {where} says that it was trained with {name}"
-            )
-        name = base.objective.name
+        if name not in (None, given.objective.name):
+            raise ValueError(f"objective.name={given.objective.name!r}, but {where} was trained with {name}; omit it")
+        name = given.objective.name
         said = {key: value for key, value in said.items() if key != "objective"}
     if name is None:
         raise ValueError(
-            f"the objective of {where} cannot be told from its weights, DiT and SiT share every shape; "
+            f"the weights of {where} do not show the objective, because DiT and SiT have the same shapes; "
             "add objective=ddpm (DiT) or objective=flow (SiT)"
         )
     lookup(OBJECTIVES, name, "objective.name")
@@ -182,19 +180,19 @@ def configure(
         num_classes=config.data.num_classes if "data.num_classes" in keys else said.get("num_classes"),
     )
     if own and own != variant_shape(shape.variant):
-        raise ValueError(f"model.variant={config.model.variant}, but {where} holds {shape.variant}")
+        raise ValueError(f"model.variant={config.model.variant}, but {where} contains {shape.variant}; omit it")
     latents = assumed_latents(config.data.vae, shape)
     if "data.image_size" in keys and config.data.image_size != latents.image_size:
         raise ValueError(
-            f"data.image_size={config.data.image_size}, but {where} is for latents of {shape.input_size}, "
-            f"which are {latents.image_size} px images; leave it out"
+            f"data.image_size={config.data.image_size}, but the latents of {where} have side {shape.input_size}, "
+            f"which means {latents.image_size} px images; omit it"
         )
     objective = build_objective(config)
     needs = objective.out_channels(shape.in_channels)
     if needs > shape.in_channels * (1 + shape.learn_sigma):
         raise ValueError(
-            f"{where} has {shape.in_channels} output channels, objective={name} with learned variance needs {needs}: "
-            "add objective.variance=fixed_small objective.loss_type=mse, or objective=flow"
+            f"{where} has {shape.in_channels} output channels, but objective={name} with learned variance needs "
+            f"{needs}; add objective.variance=fixed_small objective.loss_type=mse, or objective=flow"
         )
     if not shape.null_row and config.sampling.cfg_scale != 1:
         config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))
@@ -210,13 +208,13 @@ def configure(
 
 
 def assumed_latents(vae: str, shape: Architecture) -> LatentSpec:
-    """The latents of a network from elsewhere: the autoencoder's where that is a folder, else Stable Diffusion's."""
+    """The latents of a foreign network: those of `vae` if it is a local folder, else those of Stable Diffusion."""
     codec = LatentCodec.load(vae) if Path(vae).is_dir() else None
     channels, downsample = (4, SD_DOWNSAMPLE) if codec is None else (codec.channels, codec.downsample)
     if channels != shape.in_channels:
         raise ValueError(
-            f"data.vae={vae} has {channels} latent channels, the network {shape.in_channels}; "
-            "name the folder of the autoencoder that it was trained with, data.vae=FOLDER"
+            f"data.vae={vae} has {channels} latent channels, but the network has {shape.in_channels}; "
+            "use the folder of the autoencoder it was trained with, data.vae=FOLDER"
         )
     size = shape.input_size
     if codec is not None:
@@ -235,7 +233,7 @@ def read_official(path: Path, stated: Stated, say) -> Loaded:
 
 def read_fastdit(path: Path, stated: Stated) -> Loaded:
     if stated.config or stated.heads:
-        raise ValueError(f"{path} brings its own config; leave out --config and --heads, use section.key=value")
+        raise ValueError(f"{path} has its own config; leave out --config and --heads, and use section.key=value")
     folder = checkpoint.find(path)
     meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
     config = load_config(folder / CONFIG, stated.overrides)
@@ -244,11 +242,11 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
 
 
 def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
-    if stated.config is None and (folder / "fastdit.yaml").is_file():  # an export of ours says all
+    if stated.config is None and (folder / "fastdit.yaml").is_file():  # exported by fastdit, so it is complete
         stated = replace(stated, config=folder / "fastdit.yaml")
-    given = load_config(stated.config or shipped_config("dit_xl_2"), stated.overrides)
-    num_classes = given.data.num_classes if "data.num_classes" in stated.keys else None
-    null_row = "model.class_dropout" not in stated.keys or given.model.class_dropout > 0
+    given, keys = stated.given, stated.keys
+    num_classes = given.data.num_classes if "data.num_classes" in keys else None
+    null_row = "model.class_dropout" not in keys or given.model.class_dropout > 0
     pipeline = read_pipeline(folder, num_classes, null_row)
     if (folder / "vae").is_dir() and not any(o.startswith("data.vae=") for o in stated.overrides):
         stated = replace(stated, overrides=(*stated.overrides, f"data.vae={folder}"))
@@ -259,7 +257,7 @@ def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
 
 
 def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
-    """A folder that sampling reads, with a recorded forward pass for `fastdit verify`."""
+    """Write a checkpoint folder for sampling, with a recorded forward pass for `fastdit verify`."""
     config = replace(loaded.config, run_dir=str(out))
     with _new_folder(out) as partial:
         for name in ("model", "ema"):
@@ -275,13 +273,9 @@ def write_official_file(loaded: Loaded, out: Path, weights: str, say) -> None:
     refuse_options(loaded.config.model, "the official DiT", {})
     loaded.architecture()
     if not loaded.config.data.num_classes:
-        raise ValueError("data.num_classes=0: the official DiT always has a label table; keep the fastdit checkpoint")
-    args = {
-        "model": loaded.config.model.variant,
-        "image_size": loaded.latents.image_size,
-        "num_classes": loaded.config.data.num_classes,
-    }
-    write_official(out, loaded.model, loaded.ema, args)
+        raise ValueError("data.num_classes=0, but the official DiT always has labels; keep the fastdit checkpoint")
+    args = {"model": loaded.config.model.variant, "image_size": loaded.latents.image_size}
+    write_official(out, loaded.model, loaded.ema, args | {"num_classes": loaded.config.data.num_classes})
 
 
 def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
@@ -297,22 +291,18 @@ def write_diffusers(loaded: Loaded, out: Path, weights: str, say) -> None:
 
 
 def refuse_options(model: ModelConfig, where: str, slots: dict[str, tuple[str, dict]]) -> None:
-    """ValueError naming the first option of a network that a format has no slot for."""
+    """Raise ValueError for the first network option that a format cannot store."""
     default = ModelConfig()
     for option in dataclasses.fields(model):
         value = getattr(model, option.name)
-        known = (
-            option.name in FREE
-            or value == getattr(default, option.name)
-            or value in slots.get(option.name, ("", {}))[1]
-        )
-        if not known:
-            raise ValueError(f"model.{option.name}={value!r} has no slot in {where}; keep the fastdit checkpoint")
+        stored = value == getattr(default, option.name) or value in slots.get(option.name, ("", {}))[1]
+        if option.name not in FREE and not stored:
+            raise ValueError(f"model.{option.name}={value!r} is not supported by {where}; keep the fastdit checkpoint")
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill and then to rename to `out`; whatever fails before, nothing of it is left."""
+    """A temporary folder, to be filled and renamed to `out`; removed on failure."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

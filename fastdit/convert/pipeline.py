@@ -1,4 +1,4 @@
-"""Folders of diffusers' DiTPipeline, written from and read into fastdit checkpoints."""
+"""Write and read diffusers DiTPipeline folders."""
 
 import json
 from collections.abc import Callable
@@ -24,25 +24,25 @@ from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.layers import position_embedding
 
-CLOSE = 1e-4  # of the largest output: what fp32 rounding in another order of operations may cost
+CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding in another order of operations
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""
 
 
 def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
-    """Fill `folder` with transformer/, scheduler/, vae/ (where it is a local folder), model_index.json and README.md.
+    """Write transformer/, scheduler/, vae/ (if it is a local folder), model_index.json and README.md into `folder`.
 
-    `loaded`: command.Loaded. The transformer is loaded back and compared before this returns what is to be said.
+    `loaded` is a command.Loaded. Loads the transformer back, compares outputs, and returns the lines to print.
     """
     import diffusers
 
     config, latents, objective, shape = loaded.config, loaded.latents, loaded.objective, loaded.architecture()
     scheduler, state = scheduler_of(objective), getattr(loaded, weights)
     if latents.shift:
-        raise ValueError(f"the latents' shift of {latents.shift} has no slot in DiTPipeline; keep the checkpoint")
+        raise ValueError(f"shift={latents.shift} is not supported by DiTPipeline; keep the fastdit checkpoint")
     grid = shape.input_size // shape.patch_size
     if not torch.equal(state["pos_embed"][0], position_embedding(shape.hidden_size, grid, grid)):
-        raise ValueError("pos_embed is not the fixed sin-cos table, which DiTTransformer2DModel always uses")
+        raise ValueError("pos_embed is not the fixed table of DiTTransformer2DModel; keep the fastdit checkpoint")
     if isinstance(objective, FlowMatching):
         state = to_pipeline_clock(state)
     transformer = diffusers.DiTTransformer2DModel(**transformer_config(shape, to_tree(config.model)))
@@ -68,70 +68,67 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest differences between a transformer's outputs and fastdit's on random input, and the largest output."""
+    """Largest absolute differences between the outputs of diffusers and fastdit on random input."""
 
-    exact: float  # with DiT's frequencies and norms set, where that matters
+    exact: float  # after `make_exact` (DDPM only)
     as_loaded: float
-    largest: float
-    outputs: Tensor  # the exact transformer's, with fastdit's sign
+    largest: float  # absolute output
+    outputs: Tensor  # of the exact transformer, with the sign of fastdit
 
 
 @torch.no_grad()
 def compare(transformer: nn.Module, loaded, weights: str = "ema") -> Difference:
-    """Run both networks on `loaded.random_input()`; leaves the transformer exact."""
+    """Run both networks on `loaded.random_input()`; calls `make_exact` on the transformer for DDPM."""
     x, times, y = loaded.random_input()
     table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
     labels = torch.where(y == loaded.config.data.num_classes, table.num_embeddings - 1, y)
     flow = isinstance(loaded.objective, FlowMatching)
-    clock = times.float() if flow else loaded.objective.model_time(times)
+    timestep = times.float() if flow else loaded.objective.model_time(times)
 
     def run() -> Tensor:
-        out = transformer.eval()(x, timestep=clock, class_labels=labels).sample
+        out = transformer.eval()(x, timestep=timestep, class_labels=labels).sample
         return -out if flow else out
 
     ours = loaded.network(weights)(x, loaded.objective.model_time(times), y)
-    first = run()
-    exact = first
+    exact = as_loaded = run()
     if not flow:
         make_exact(transformer)
         exact = run()
-    gaps = [(ours - theirs).abs().max().item() for theirs in (exact, first)]
+    gaps = [(ours - theirs).abs().max().item() for theirs in (exact, as_loaded)]
     return Difference(*gaps, ours.abs().max().item(), exact)
 
 
 def notes(loaded, out: Path, report: Difference, local_vae: bool) -> list[str]:
-    """README.md of an exported folder: how to load it, what to set, what DiTPipeline does otherwise."""
+    """The README.md of an exported folder: how to load it, what to set, and how DiTPipeline differs."""
     config = loaded.config
     flow = isinstance(loaded.objective, FlowMatching)
     vae = "" if local_vae else f', vae=AutoencoderKL.from_pretrained("{config.data.vae}")'
     lines = [f"# {config.model.variant}, exported by fastdit", ""]
-    lines += [
-        f"Largest difference between the two networks on random input: {report.exact:.1e} of {report.largest:.2g}."
-    ]
+    lines += [f"Largest output difference from fastdit on random input: {report.exact:.1e} of {report.largest:.2g}."]
     if not flow:
         lines += [
-            f"IMPORTANT: diffusers embeds timesteps with frequency shift 1, DiT with 0, and no config key says so. As "
-            f"loaded the output is off by {report.as_loaded:.2g} of {report.largest:.2g}; set it after loading:",
+            "IMPORTANT: diffusers embeds timesteps with frequency shift 1, DiT with 0, and no config key sets it. As "
+            f"loaded, the output is off by {report.as_loaded:.2g} of {report.largest:.2g}. Set the shift after loading:"
         ]
     names = "DiTPipeline" if local_vae else "AutoencoderKL, DiTPipeline"
     lines += ["", "```python", f"from diffusers import {names}", f'pipe = DiTPipeline.from_pretrained("{out}"{vae})']
     lines += [] if flow else [SHIFT_LINES]
     lines += ["```", ""]
     if not local_vae:
-        lines += [f"The autoencoder {config.data.vae} is no local folder and was not copied; pass it as above."]
+        lines += [f"The autoencoder {config.data.vae} is not a local folder and was not copied; pass it as above."]
     if not config.model.class_dropout:
-        lines += ["The network has no null label: call the pipeline with guidance_scale=1."]
+        lines += ["The network has no null label; call the pipeline with guidance_scale=1."]
     elif config.sampling.cfg_channels:
         lines += [
-            f"DiTPipeline guides all channels; fastdit's sampling.cfg_channels={config.sampling.cfg_channels} guides "
-            f"the first {config.sampling.cfg_channels}, so equal scales make different images."
+            f"DiTPipeline applies guidance to all channels, fastdit only to the first sampling.cfg_channels="
+            f"{config.sampling.cfg_channels}, so images differ at equal guidance scales."
         ]
     return lines
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A DiTPipeline folder read: `state` under the official names, `said` as command.configure wants it."""
+    """The contents of a DiTPipeline folder: `state` with the official names, `said` for command.configure."""
 
     transformer: nn.Module
     state: dict[str, Tensor]
@@ -139,24 +136,24 @@ class Pipeline:
     step: int
 
     def weights(self, config: Config) -> dict[str, Tensor]:
-        """The state dict on the clock of the config's objective."""
+        """The state dict for the time convention of the objective."""
         return to_pipeline_clock(self.state, back=True) if config.objective.name == "flow" else self.state
 
     def forward(self, loaded, say: Callable[[str], None]) -> dict[str, Tensor]:
-        """x, t, y and the transformer's own out, as fastdit's network should have it; says how near it comes."""
+        """Reference input x, t, y and output out of the transformer; reports the difference from fastdit."""
         report = compare(self.transformer, loaded)
-        say(f"largest difference between the two networks on random input: {report.exact:.1e} of {report.largest:.2g}")
+        say(f"largest output difference from fastdit on random input: {report.exact:.1e} of {report.largest:.2g}")
         if report.as_loaded > CLOSE * report.largest:
             say(
-                f"as diffusers runs it, with frequency shift 1, the difference is {report.as_loaded:.2g}: diffusers' "
-                "error for weights that came from DiT, fastdit's for a network that was trained in diffusers"
+                f"with frequency shift 1, as in diffusers, the difference is {report.as_loaded:.2g}; fastdit is wrong "
+                "if the network was trained in diffusers, diffusers is wrong if it was converted from DiT"
             )
         x, times, y = loaded.random_input()
         return {"x": x, "t": loaded.objective.model_time(times), "y": y, "out": report.outputs}
 
 
 def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool = True) -> Pipeline:
-    """`num_classes`: of a padded label table (None: all its rows but the last); ValueError for what is no DiT."""
+    """Read a DiTPipeline folder; ValueError if it has no DiT. `num_classes`, `null_row`: see `from_diffusers`."""
     from diffusers import DiTTransformer2DModel
 
     path = folder / "transformer"
@@ -164,18 +161,18 @@ def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool =
         kind = json.loads((path / "config.json").read_text())
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a whole DiTPipeline folder: {error.filename} is missing") from error
+        raise ValueError(f"{folder} is not a complete DiTPipeline folder: {error.filename} is missing") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        raise ValueError(f"{path} holds a {kind.get('_class_name')}, not a DiTTransformer2DModel")
+        raise ValueError(f"{path} contains a {kind.get('_class_name')}, not a DiTTransformer2DModel")
     model = options_of(kind, path)
     try:
         transformer, loading = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True)
-    except Exception as error:  # files, pickles, safetensors and configs fail with no common base
+    except Exception as error:  # files, pickles, safetensors and configs have no common exception
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
-    if loading["missing_keys"]:  # diffusers would leave them at random values
+    if loading["missing_keys"]:  # diffusers leaves them at random values
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} first; save the pipeline again")
     state = from_diffusers(transformer, num_classes, null_row)

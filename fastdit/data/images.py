@@ -1,4 +1,4 @@
-"""A folder of images by class -> pixels in [-1, 1]; the centre crop is ADM's (Dhariwal & Nichol 2021)."""
+"""Image folders, with one subfolder per class, to pixels in [-1, 1]. Center crop as in ADM (Dhariwal & Nichol 2021)."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images under `root`, class by class: `paths` relative to it, `labels` as indices of the sorted `class_names`."""
+    """Images under `root`, grouped by class: `paths` relative to it, `labels` as indices into sorted `class_names`."""
 
     root: Path
     paths: tuple[str, ...]
@@ -27,20 +27,20 @@ class ImageFolder:
 
 
 def list_images(root: str | Path) -> ImageFolder:
-    """Lists root/<class>/**/<image>, classes and paths in sorted order; hidden files and folders are left out.
+    """Lists root/<class>/**/<image>, with classes and paths sorted; hidden files and folders are ignored.
 
-    ValueError when the folder is missing or empty, when images lie beside the class subfolders, and when a class
-    subfolder holds no image (it would silently shift the labels of the classes after it).
+    Raises a ValueError if the folder is missing or empty, if there are images outside the class subfolders, or if a
+    class subfolder has no images (it would silently shift the labels of the classes after it).
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"images={root} is not a folder; name the folder that holds one subfolder of images per class")
+        raise ValueError(f"images={root} is not a folder; give a folder with one subfolder of images per class")
     entries = sorted(e.name for e in os.scandir(root) if not e.name.startswith("."))
     classes = [name for name in entries if (root / name).is_dir()]
     loose = [name for name in entries if name.lower().endswith(EXTENSIONS) and name not in classes]
     if loose:
         raise ValueError(
-            f"images={root} holds {len(loose)} images outside any class subfolder ({loose[0]!r} first); "
+            f"images={root} has {len(loose)} images outside any class subfolder (the first is {loose[0]!r}); "
             "move them into one subfolder per class (a single subfolder for unconditional training)"
         )
     if not classes:
@@ -67,7 +67,7 @@ def _images_below(root: Path, name: str) -> list[str]:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve with BOX while the shorter side is at least 2 size, BICUBIC to size, cut the middle square."""
+    """ADM's crop: halve (BOX) while the short side is at least 2 * size, resize it to `size` (BICUBIC), center-crop."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -77,19 +77,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def load_crop(path: str | Path, size: int) -> np.ndarray:
-    """Reads, converts to RGB and crops one image -> (size, size, 3) uint8.
+    """Reads one image, converts it to RGB and crops it -> (size, size, 3) uint8.
 
-    As ADM does it: every mode (grey, palette, CMYK, alpha) through Pillow's RGB conversion, alpha dropped, the EXIF
-    orientation not applied. ValueError with the reason when the file cannot be read as an image.
+    As in ADM, Pillow converts every mode (gray, palette, CMYK, alpha) to RGB, alpha is dropped, and the EXIF
+    orientation is ignored. Raises a ValueError with the reason if the file cannot be read as an image.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF blocks: the pixels are fine
+            warnings.simplefilter("ignore")  # transparent palettes, invalid EXIF data: the pixels are fine
             with Image.open(path) as image:
-                return np.array(center_crop(image.convert("RGB"), size))  # a copy: writable, as torch wants it
+                return np.array(center_crop(image.convert("RGB"), size))  # a copy: torch expects a writable array
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+    except Exception as error:  # Pillow's plugins raise all kinds of errors on damaged files
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -104,9 +104,9 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 class Skipped:
-    """Notes the images that could not be read, and stops the run when they are too many to be an accident.
+    """Records the images that could not be read, and stops the run if there are too many.
 
-    One image, or 1% of `total` where that is more, may be skipped.
+    At most 1% of `total` may be skipped, or one image if that is more.
     """
 
     def __init__(self, total: int):
@@ -114,10 +114,10 @@ class Skipped:
         self.lines: list[str] = []  # path, tab, reason
 
     def add(self, path: str, reason: str) -> None:
-        """Notes one unreadable image; ValueError when it is one too many."""
+        """Records an unreadable image; raises a ValueError if there are now too many."""
         self.lines.append(f"{path}\t{' '.join(reason.split())}")
         if len(self.lines) > self.allowed:
             raise ValueError(
-                f"more than {self.allowed} of {self.total} images cannot be read ({path}: {reason}, the last of them); "
+                f"more than {self.allowed} of {self.total} images cannot be read (the last is {path}: {reason}); "
                 "repair or remove them"
             )

@@ -1,7 +1,7 @@
-"""Batches of latents, in an order that is a pure function of (seed, position).
+"""Batches of latents in an order that is a pure function of (seed, position).
 
-Every process can reach every sample, so neither the number of processes nor the step of a resume changes which images
-a batch holds.
+Every process can read every sample, so the images in a batch depend neither on the number of processes nor on the step
+at which a run resumes.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 
-OPEN_FILES = 512  # per reader: below the usual limit of 1,024 per process
+OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
 class Batch(NamedTuple):
@@ -41,13 +41,13 @@ def latent_batches(
     prefetch: int = 4,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Endless batches from step `start_step` on; a background thread reads `prefetch` of them ahead.
+    """Infinite iterator over batches from `start_step` on; a background thread reads `prefetch` batches ahead.
 
-    Step k holds the positions k global_batch ... (k + 1) global_batch - 1, of which `rows` are this process's.
-    Position p is the (p mod n)-th image of epoch p // n; each epoch has its own permutation and, with `hflip`, its own
-    choice of mirrors, both functions of (seed, epoch) alone. Close the generator to end the thread.
-    ValueError: at once when the latents are incomplete or fewer than a batch; from the iterator when a sample's bytes
-    do not match their crc32 (`verify`).
+    Step k uses positions k * global_batch to (k + 1) * global_batch - 1; `rows` selects this process's part of them.
+    Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
+    choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
+    Raises a ValueError immediately if latents are missing or fewer than `global_batch`, and during iteration if
+    `verify` is set and a sample's bytes do not match its crc32.
     """
     manifest.check(global_batch=global_batch)
     if global_batch < 1 or start_step < 0:
@@ -62,16 +62,16 @@ def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[B
     try:
         pending = deque(pool.submit(reader.batch, next(steps)) for _ in range(prefetch + 1))
         while True:
-            batch = pending.popleft().result()  # raises what the thread raised
+            batch = pending.popleft().result()  # re-raises the thread's exceptions
             pending.append(pool.submit(reader.batch, next(steps)))
             yield batch
     finally:
-        pool.shutdown(cancel_futures=True)  # and wait for the one being read
+        pool.shutdown(cancel_futures=True)  # waits for the batch that is being read
         reader.close()
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on `device`; a GPU gets the next one over a stream of its own while it works on this one."""
+    """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
     if device.type != "cuda":
         return (yield from batches)
     stream = torch.cuda.Stream(device)
@@ -84,10 +84,10 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     try:
         ahead = moved()
         while True:
-            batch, here = ahead, torch.cuda.current_stream(device)
-            here.wait_stream(stream)  # before the next copy starts: this one is all that is waited for
+            batch, current = ahead, torch.cuda.current_stream(device)
+            current.wait_stream(stream)  # before the next copy starts, so that it waits for this batch only
             for tensor in batch[1:]:
-                tensor.record_stream(here)
+                tensor.record_stream(current)
             ahead = moved()
             yield batch
     finally:
@@ -95,7 +95,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 
 class _Reader:
-    """Reads by offset, not through a memory map: a failing disk or a truncated file is an error, not a SIGBUS."""
+    """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
 
     def __init__(self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory):
         self.manifest, self.seed = manifest, seed
@@ -106,18 +106,18 @@ class _Reader:
         self.shape = (2 * channels, height, width)
         self.dtype = DTYPES[manifest.dtype]
         self.orders: dict[int, np.ndarray] = {}
-        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def batch(self, step: int) -> Batch:
-        epochs, places = np.divmod(step * self.global_batch + self.rows, len(self.index))
-        chosen = np.empty_like(places)
-        mirrored = np.zeros_like(places)
-        for epoch in np.unique(epochs).tolist():  # two at most, since a batch is no larger than an epoch
-            here = epochs == epoch
-            chosen[here] = self.order(epoch)[places[here]]
+        epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
+        images = np.empty_like(positions)
+        mirrored = np.zeros_like(positions)
+        for epoch in np.unique(epochs).tolist():  # at most two, since a batch is not larger than an epoch
+            mask = epochs == epoch
+            images[mask] = self.order(epoch)[positions[mask]]
             if self.hflip:
-                mirrored[here] = mirrors(self.seed, epoch, chosen[here])
-        samples = self.index[chosen]
+                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
+        samples = self.index[images]
         y = torch.from_numpy(samples["label"].astype(np.int64))
         moments = torch.from_numpy(self.read(samples, mirrored)).float()
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in (moments, y)))
@@ -129,18 +129,18 @@ class _Reader:
         return self.orders[epoch]
 
     def read(self, samples: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """SAMPLE rows (n,) and which orientation of each (n,) -> (n, 2C, h, w) in the stored dtype."""
+        """SAMPLE rows (n,) and the orientation of each (n,): 0 or 1 -> moments (n, 2C, h, w) in the stored dtype."""
         array = np.empty((len(samples), *self.shape), self.dtype)
         size = self.dtype.itemsize * int(np.prod(self.shape))
         memory = memoryview(array.reshape(-1).view(np.uint8))
         offsets = (samples["offset"] + mirrored.astype(np.uint64) * np.uint64(size)).tolist()
         crcs = samples["crc32"][np.arange(len(samples)), mirrored].tolist()
         for i, (shard, offset, crc) in enumerate(zip(samples["shard"].tolist(), offsets, crcs, strict=True)):
-            row = memory[i * size : (i + 1) * size]
-            if os.preadv(self.file(shard), [row], offset) != size or (self.verify and zlib.crc32(row) != crc):
+            data = memory[i * size : (i + 1) * size]
+            if os.preadv(self.file(shard), [data], offset) != size or (self.verify and zlib.crc32(data) != crc):
                 path = self.manifest.folder / self.manifest.shards[shard].name
                 key = int(samples["key"][i])
-                raise ValueError(f"{path} is damaged at sample {key:09d}: its bytes do not match their crc32; {AGAIN}")
+                raise ValueError(f"{path} is damaged at sample {key:09d}: its bytes do not match its crc32; {AGAIN}")
         return array
 
     def file(self, shard: int) -> int:
@@ -166,17 +166,17 @@ def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> 
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order (n,) of an epoch's images: sorted by a hash, so that no library's shuffle can change it."""
+    """The order (n,) of an epoch's images, sorted by a hash: independent of any library's shuffle."""
     return np.argsort(_hash(seed, epoch, 0, np.arange(n, dtype=np.uint64)), kind="stable")
 
 
 def mirrors(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """Which orientation of each image (n,) an epoch takes: 0 as it is, 1 mirrored."""
+    """The orientation of each image (n,) in an epoch: 0 original, 1 mirrored."""
     return (_hash(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
 
 
 def _hash(*words: int | np.ndarray) -> np.ndarray:
-    """64-bit hash of integers: splitmix64's finaliser (Steele et al. 2014) after each; one-to-one in the last word."""
+    """64-bit hash: splitmix64's finalizer (Steele et al. 2014) after each integer; one-to-one in the last one."""
     state = np.zeros(1, np.uint64)
     for word in words:
         word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)

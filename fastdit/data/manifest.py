@@ -1,11 +1,11 @@
-"""A folder of latent shards on disk, and its manifest.
+"""The manifest of a folder of latent shards.
 
 <folder>/shard-00000.tar   <key>.moments.npy (2, 2C, h, w): mean and std of the image and of its mirror image; <key>.cls
-<folder>/index.npy         one SAMPLE row per image: shard, offset of the array's bytes, one crc32 per orientation, ...
-<folder>/manifest.json     what the latents are, which codec made them, the shards with their sizes and SHA-256
+<folder>/index.npy         one SAMPLE row per image: shard, byte offset of the array, one crc32 per orientation, ...
+<folder>/manifest.json     the kind of latents, the codec that encoded them, the shards with their sizes and SHA-256
 <folder>/skipped.txt       the images that could not be read, with the reason
 
-The tars are plain webdataset. The index makes every sample reachable from every process.
+The tar files are in WebDataset format. The index lets every process read every sample directly.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ AGAIN = "copy it again or extract again"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: file name, samples in it, bytes, SHA-256."""
+    """A tar file: its name, number of samples, size in bytes and SHA-256."""
 
     name: str
     samples: int
@@ -36,12 +36,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents holds; channel means and deviations are those of scaled latents, mirrors included."""
+    """The contents of a folder of latents. Channel statistics are of the scaled latents, including mirror images."""
 
     latents: LatentSpec
     dtype: str  # of the stored moments, a key of DTYPES
     class_names: tuple[str, ...]
-    images: int  # in the source folder, the skipped ones included
+    images: int  # in the source folder, including skipped ones
     skipped: int = 0
     class_counts: tuple[int, ...] = ()
     channel_mean: tuple[float, ...] = ()
@@ -59,7 +59,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Reads <folder>/manifest.json; ValueError in one line when it is missing, damaged or of another format."""
+        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
         folder = Path(folder)
         path = folder / "manifest.json"
         try:
@@ -67,7 +67,7 @@ class Manifest:
             version = stored.pop("format")
             if version != FORMAT:
                 raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
-            for derived in ("samples", "num_classes"):  # there for people and other tools
+            for derived in ("samples", "num_classes"):  # stored for people and other tools
                 del stored[derived]
             shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
             stored["shape"] = stored.pop("latent_shape")
@@ -75,7 +75,7 @@ class Manifest:
             latents = LatentSpec(**{name: fields.pop(name) for name in LatentSpec.names()})
             return cls(latents, **fields, shards=shards, folder=folder)
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} holds no manifest.json; write latents there with extract_features.py") from None
+            raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
 
@@ -88,14 +88,14 @@ class Manifest:
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def index(self) -> np.ndarray:
-        """(n,) SAMPLE rows, in the order of the source images; ValueError when the file is not the manifest's."""
+        """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
         path = self.folder / "index.npy"
         try:
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
         if hashlib.sha256(data).hexdigest() != self.index_sha256:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
+            raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def check(
@@ -106,14 +106,14 @@ class Manifest:
         codec: str | None = None,
         global_batch: int | None = None,
     ) -> None:
-        """ValueError when the latents do not fit a run's settings (None: not checked), or when a shard is incomplete.
+        """Raises a ValueError if the latents do not match the settings (None: not checked) or a shard is incomplete.
 
-        `num_classes=0` (unconditional) fits any labels. `codec` is the LatentCodec.fingerprint of the autoencoder.
+        `num_classes=0` (unconditional) matches any labels. `codec` is the autoencoder's LatentCodec.fingerprint.
         """
         own = self.latents
         if image_size is not None and image_size != own.image_size:
             raise ValueError(
-                f"image_size={image_size}, but the latents in {self.folder} are of {own.image_size} px images; "
+                f"image_size={image_size}, but the latents in {self.folder} are from {own.image_size} px images; "
                 f"set {own.image_size} or extract again"
             )
         if num_classes and num_classes < self.num_classes:
@@ -123,12 +123,12 @@ class Manifest:
             )
         if codec is not None and codec != own.codec:
             raise ValueError(
-                f"the vae (fingerprint {codec[:12]}) is not the one that made the latents in {self.folder}: "
+                f"the vae (fingerprint {codec[:12]}) is not the one that encoded the latents in {self.folder}: "
                 f"{own.vae} ({own.codec[:12]}); use that one or extract again"
             )
         if global_batch is not None and global_batch > len(self):
             raise ValueError(
-                f"global_batch={global_batch}, but {self.folder} holds only {len(self)} images; use at most {len(self)}"
+                f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
             )
         for shard in self.shards:
             path = self.folder / shard.name
@@ -138,9 +138,9 @@ class Manifest:
                 raise ValueError(f"{path} {state}; {AGAIN}")
 
     def verify(self) -> None:
-        """Reads every shard whole; ValueError naming the first whose SHA-256 is not the manifest's."""
+        """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
         for shard in self.shards:
             path = self.folder / shard.name
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {AGAIN}")
+                    raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")

@@ -1,7 +1,7 @@
-"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names.
+"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), with the official parameter names.
 
-The default of every option is the official design. The last bias of a branch is not added here: it is returned, and
-joins where the branch's gate meets the residual, in one fused op.
+All defaults are the official design. A branch returns its last bias instead of adding it: one fused op adds the bias,
+applies the gate, and adds the branch to the residual.
 """
 
 import math
@@ -15,8 +15,8 @@ from fastdit.config import NetworkOptions
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention, packed_attention
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) of kernels.rope_2d
-Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,) still to be added
+Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) from kernels.rope_2d
+Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,), not yet added
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -36,9 +36,9 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear over tokens, whose product can be had without its bias, for a fused op to add.
+    """A linear whose matmul is also available without the bias (`product`), for a fused op to add it.
 
-    `multiply`, (x, W) -> x W^T, is `models/fp8.py`'s to set.
+    `models/fp8.py` sets `multiply`, (x, W) -> x W^T.
     """
 
     multiply: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep (N,) on the model's clock -> (N, D)."""
+    """The objective's model time (N,) -> (N, D)."""
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256):
         super().__init__()
@@ -80,7 +80,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) int64 -> (N, D); one more row for the null label when it is ever dropped."""
+    """Class labels (N,) int64 -> (N, D); `null_row` adds a row for the null label to the table."""
 
     def __init__(self, num_classes: int, hidden_size: int, null_row: bool):
         super().__init__()
@@ -90,19 +90,19 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # hold weights; fused ops normalise
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # hold the weights; fused ops normalize
 
 
 def learned_shift_and_scale(norm: nn.Module, n: int) -> tuple[Tensor, Tensor]:
-    """A norm's own affine in the form of a modulation norm(x) (1 + scale) + shift: the same (D,) for n images."""
+    """The affine weights of a norm as a modulation norm(x) (1 + scale) + shift: (D,), expanded to n samples."""
     bias = getattr(norm, "bias", None)  # RMSNorm has none
-    # copies: ZeRO-3 takes a module's parameters back when it returns
+    # copies: ZeRO-3 releases the parameters of a module when the module returns
     shift = torch.zeros_like(norm.weight) if bias is None else bias.clone()
     return shift.expand(n, -1), (norm.weight - 1).expand(n, -1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (2i, 2i + 1) of x (N, heads, T, head_dim) turned by the angles of cos and sin (T, head_dim / 2)."""
+    """Rotate the pairs (2i, 2i + 1) of x (N, heads, T, head_dim) by angles given as cos, sin (T, head_dim / 2)."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
@@ -138,9 +138,9 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens (N, T, D) attend to the condition's tokens (N, K, D); kv laid out as (2, heads, head_dim).
+    """Image tokens (N, T, D) attend to the condition tokens (N, K, D); kv laid out as (2, heads, head_dim).
 
-    `backend="eager"` is honored. Every other backend means `sdpa`: the kernels are chosen for self-attention's shape.
+    `backend="eager"` is honored. All other backends use `sdpa`: the kernels are chosen for the self-attention shape.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
@@ -161,7 +161,7 @@ class CrossAttention(nn.Module):
 
 
 def exact_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x Phi(x), Phi by the error function."""
+    """x Phi(x), with Phi computed from the error function."""
     return F.gelu(x if bias is None else x + bias)
 
 
@@ -169,7 +169,7 @@ def exact_gelu_linear(x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     return F.linear(exact_gelu(x, bias), weight)
 
 
-# activation(x, bias of the linear that made x), and the same with the linear after it, which keeps x alone for backward
+# activation(x, bias of the preceding linear), and the same fused with the next linear, which saves only x for backward
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "gelu_tanh": (gelu, gelu_linear),
     "gelu": (exact_gelu, exact_gelu_linear),
@@ -180,7 +180,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 class Mlp(nn.Module):
     """Two linears with the activation `options.mlp` between, over (N, T, D). SwiGLU's fc1 holds gates, then values.
 
-    The hidden width is `mlp_ratio` D. SwiGLU has three products, so it takes two thirds of that, rounded up to a
+    The hidden width is `mlp_ratio` D. SwiGLU has three matmuls, so its width is two thirds of that, rounded up to a
     multiple of 8 (Shazeer 2020).
     """
 

@@ -1,4 +1,4 @@
-"""`fastdit quickstart`: the whole job on digits (job.py), and the small parts that only it needs."""
+"""`fastdit quickstart`: the full pipeline on digits (job.py), and the parts used only there."""
 
 from fastdit.quickstart.job import quickstart
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastdit.data.images import list_images, load_crop
 
-HELD_OUT = 3  # every third image is kept from the generator: the judge is fitted on them
+HELD_OUT = 3  # every third image is not used to train the diffusion model, but to fit the judge
 
 
 def write_digits(out: Path, size: int) -> dict[str, int]:
@@ -21,12 +21,12 @@ def write_digits(out: Path, size: int) -> dict[str, int]:
         counts[split] += 1
         folder = out / split / str(label)
         folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray((image * 255 / 16).round().astype(np.uint8))  # 16 grey levels, 8 x 8
+        picture = Image.fromarray((image * 255 / 16).round().astype(np.uint8))  # 16 gray levels, 8 x 8
         picture.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(folder / f"{i:04d}.png")
     return counts
 
 
 def read_folder(root: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a class folder as uint8 (N, H, W, 3), and their labels (N,)."""
+    """All images of a folder with one subfolder per class, as uint8 (N, H, W, 3), and their labels (N,)."""
     folder = list_images(root)
     return np.stack([load_crop(Path(root) / path, size) for path in folder.paths]), np.array(folder.labels)

@@ -1,4 +1,4 @@
-"""The whole job on real images in minutes: scikit-learn's digits through the same code that trains on ImageNet.
+"""The full pipeline on real images in minutes: scikit-learn's digits, with the same code that trains on ImageNet.
 
 digits -> image folder -> small autoencoder -> extract_features -> train -> sample -> judge -> report.
 """
@@ -33,10 +33,10 @@ SAMPLES = 500
 
 
 def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), say: Callable = print) -> dict:
-    """Run the whole job into `out` (new or empty) and return what report.json holds."""
+    """Run the full pipeline, write to `out` (new or empty), and return the contents of report.json."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty; choose another --out, or remove it")
+        raise ValueError(f"--out {out} is not empty; choose another --out or remove it")
     places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}"]
     config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *overrides])
     make_folder(out, "--out")
@@ -60,7 +60,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         reconstruction_psnr = psnr(vae, pixels(held_images))
         vae.save_pretrained(out / "vae")
 
-    with stage("extract", "turning images into latents and shards"):
+    with stage("extract", "encoding the images as shards of latents"):
         manifest = extract_features(
             images=out / "images", out=out / "latents", vae=str(out / "vae"), image_size=config.data.image_size
         )
@@ -73,12 +73,12 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         shutil.copy(out / "samples" / "grid.png", out / "grid.png")
         frames = denoising_frames(checkpoint, seed)
 
-    with stage("judge", "judging the samples by held-out real images"):
+    with stage("judge", "scoring the samples with a judge fitted on held-out real images"):
         images = np.load(out / "samples" / "samples.npz")["arr_0"]
         labels = np.arange(SAMPLES) % config.data.num_classes
         judge = Judge(held_images, held_labels)
         held_features = judge.features(held_images)
-        real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as the samples
+        real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as samples
         scores = {
             "class_accuracy": judge.accuracy(images, labels),
             "judge_accuracy_on_real": judge.accuracy(train_images, train_labels),
@@ -119,7 +119,7 @@ def pixels(images: np.ndarray) -> torch.Tensor:
 
 
 def denoising_frames(checkpoint: Path, seed: int, count: int = 20) -> np.ndarray:
-    """x_t, decoded, at every step, for two images per class: uint8 (steps + 1, count, H, W, 3)."""
+    """Decoded x_t at every step, for two images per class: uint8 (steps + 1, count, H, W, 3)."""
     pipeline = load_pipeline(checkpoint, ["sampling.sampler=euler", "sampling.steps=40"])
     seen = []
     labels = torch.arange(count) % pipeline.config.data.num_classes
@@ -128,12 +128,12 @@ def denoising_frames(checkpoint: Path, seed: int, count: int = 20) -> np.ndarray
 
 
 def closing_words(report: dict, out: Path, config: Config) -> str:
-    """What came out, and what to type next for one's own images."""
+    """The results, and the next commands for your own images."""
     return f"""
-samples recognised   {report["class_accuracy"]:.1%}   (the judge on real images: {report["judge_accuracy_on_real"]:.1%})
-Frechet distance     {report["frechet_distance"]:.2f}   (real against real: {report["frechet_distance_real"]:.2f})
+samples recognized   {report["class_accuracy"]:.1%}   (the judge on real images: {report["judge_accuracy_on_real"]:.1%})
+Frechet distance     {report["frechet_distance"]:.2f}   (real vs. real: {report["frechet_distance_real"]:.2f})
 time                 {report["seconds"]["total"]:.0f} s
-look at              {out / "report.html"}
+report               {out / "report.html"}
 
 Next, with your own images in my_images/<class>/*.jpg:
   python extract_features.py --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256

@@ -1,4 +1,4 @@
-"""The quickstart's pictures, and one page that shows them."""
+"""Pictures and the HTML report of the quickstart."""
 
 import html
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def loss_curve(metrics: list[dict], path: Path) -> None:
-    """Loss and gradient norm over the steps, from the records of metrics.jsonl."""
+    """Plot loss and gradient norm over steps, from the records of metrics.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def loss_curve(metrics: list[dict], path: Path) -> None:
 
 
 def denoising_gif(frames: np.ndarray, path: Path, columns: int = 10, scale: int = 2, frame_ms: int = 80) -> None:
-    """Animate frames uint8 (steps, N, H, W, 3), noise first, in rows of `columns` images; the last stays longer."""
+    """Animate frames uint8 (steps, N, H, W, 3), noise first, as a grid with `columns` columns; hold the last frame."""
     sheets = []
     for images in frames:
         rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
@@ -37,13 +37,13 @@ def denoising_gif(frames: np.ndarray, path: Path, columns: int = 10, scale: int 
 
 
 def write_html(report: dict, path: Path) -> None:
-    """One page beside grid.png, denoising.gif and loss.png: the figures that count, the pictures, every setting."""
+    """Write a page that shows the scores, grid.png, denoising.gif, loss.png and all settings."""
     rows = [
-        ("Samples put into their class by the judge", f"{report['class_accuracy']:.1%}"),
-        ("The judge on real images that it never saw", f"{report['judge_accuracy_on_real']:.1%}"),
+        ("Samples classified correctly by the judge", f"{report['class_accuracy']:.1%}"),
+        ("Unseen real images classified correctly by the judge", f"{report['judge_accuracy_on_real']:.1%}"),
         ("Frechet distance, samples to held-out real images", f"{report['frechet_distance']:.3f}"),
         ("Frechet distance, real to held-out real images", f"{report['frechet_distance_real']:.3f}"),
-        ("Reconstruction by the autoencoder", f"{report['reconstruction_psnr_db']:.1f} dB"),
+        ("PSNR of the autoencoder", f"{report['reconstruction_psnr_db']:.1f} dB"),
         ("Parameters", ", ".join(f"{k} {v:,}" for k, v in report["parameters"].items())),
         ("Training speed", f"{report['train_images_per_s']:.0f} images/s"),
         ("Seconds", ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items())),
@@ -65,7 +65,7 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }}
 <figure><img src="grid.png" width="640" alt="samples"><figcaption>Samples, one class per row.</figcaption></figure>
 <figure><img src="denoising.gif" alt="denoising"><figcaption>From noise to images.</figcaption></figure>
 <figure><img src="loss.png" alt="loss"><figcaption>The loss during training.</figcaption></figure>
-<details><summary>Every setting</summary><pre>{settings}</pre></details>
+<details><summary>All settings</summary><pre>{settings}</pre></details>
 </html>
 """)
 

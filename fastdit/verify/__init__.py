@@ -1,4 +1,4 @@
-"""`fastdit verify`: what is wrong with a checkpoint, or with a folder of latent shards, in words."""
+"""`fastdit verify`: check a checkpoint or a folder of latent shards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +10,13 @@ from fastdit.verify.shards import verify_shards
 
 
 def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    """Check a run's newest checkpoint, one checkpoint, or a folder of latents; the findings, none if all is well.
+    """Check the newest checkpoint of a run, one checkpoint, or a folder of latents. Returns the problems found.
 
-    `say` hears what was checked. ValueError where `path` is neither.
+    `say` receives a summary of what was checked. Raises ValueError if `path` is none of these.
     """
     path, found = Path(path), Findings()
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give a run, one of its checkpoints/step-*, or a folder of latents")
+        raise ValueError(f"{path} is not a folder; use a run, one of its checkpoints/step-*, or a folder of latents")
     if (path / "manifest.json").exists():
         verify_shards(path, found, say)
     else:

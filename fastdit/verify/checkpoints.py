@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint."""
+"""Checks of a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastdit.training import checkpoint
 from fastdit.training.state import CONFIG, GOLDEN, latents_of, mismatches
 from fastdit.verify.findings import Findings
 
-CLOSE = 1e-4  # of the largest output: fp32 rounding, on other hardware too
+CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding, also on other hardware
 
 
 def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
@@ -33,12 +33,12 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
         with torch.device("meta"):
             model = build_network(config, latents.shape, objective).eval()
     except (ValueError, KeyError, TypeError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        return found.add("description", f"{folder}: {what}")
+        reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        return found.add("description", f"{folder}: {reason}")
     for key, value in (("model", config.model.variant), ("num_classes", config.data.num_classes)):
         if meta.get(key) != value:
-            found.add("description", f"{checkpoint.META} says {key}={meta.get(key)!r}, config.yaml {value!r}")
-    if meta.get("engine") != "none":  # "none": converted, not trained here
+            found.add("description", f"{checkpoint.META} says {key}={meta.get(key)!r}, but config.yaml says {value!r}")
+    if meta.get("engine") != "none":  # "none": converted, not trained by fastdit
         for name in ("optimizer.pt" if meta.get("engine") == "torch" else "deepspeed", "ema-00000.pt"):
             if not (folder / name).exists():
                 found.add("resume", f"{folder / name} is missing: the run cannot resume from here")
@@ -73,7 +73,7 @@ def check_state(path: Path, found: Findings) -> None:
 
 
 def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
-    """The tensors of a file that fits the network, {} where it cannot be read."""
+    """Check the tensors of a file against the network; returns them, or {} if the file cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
@@ -89,7 +89,7 @@ def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
         found.add("weights", f"{path.name}: {line}")
     for name, tensor in state.items():
         if types[name] != "F32":
-            found.add("precision", f"{path.name}: {name} is {types[name]}, not F32; an average must live in fp32")
+            found.add("precision", f"{path.name}: {name} is {types[name]}, not F32; weights and EMA must be fp32")
         bad = tensor.numel() - int(tensor.isfinite().sum())
         if bad:
             found.add("finiteness", f"{path.name}: {name} has {bad} of {tensor.numel()} values that are not finite")
@@ -97,21 +97,24 @@ def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
 
 
 def check_average(weights: dict[str, Tensor], ema: dict[str, Tensor], meta: dict, found: Findings) -> None:
-    """That the EMA of a run has moved away from its start, and is not the weights themselves."""
+    """Check that the EMA of a run has moved from its initial value and differs from the weights."""
     if meta.get("engine") == "none" or meta.get("step", 0) < 100:
         return
     trained = [name for name in weights if name in ema and name != "pos_embed"]
     still = [name for name in trained if not ema[name].any() and weights[name].any()]
     if still:  # tensors that start at zero
-        found.add("average", f"the EMA never moved: {still[0]} is all zero, the weights are not ({len(still)} such)")
+        found.add(
+            "average",
+            f"the EMA never moved: {still[0]} is all zero, but not in the weights ({len(still)} such tensors)",
+        )
     if all(torch.equal(weights[name], ema[name]) for name in trained):
-        found.add("average", "the EMA equals the weights bit for bit; nothing was averaged")
+        found.add("average", "the EMA equals the weights bit for bit, so nothing was averaged")
 
 
 def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Callable[[str], None]) -> None:
-    """The record of the latents against the autoencoder and the shards, where these are present."""
+    """Compare the latents recorded in the checkpoint with the autoencoder and the shards, if these are available."""
     if not 0 < latents.scale < float("inf"):
-        found.add("latents", f"the latents' scale is {latents.scale}, not a positive number")
+        found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
     if vae.is_dir():
         try:
@@ -119,9 +122,8 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
-            found.add(
-                "latents", f"the checkpoint's latents have {key} {own} (autoencoder {latents.vae}), {vae} {other}"
-            )
+            line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"
+            found.add("latents", line)
     else:
         say(f"not checked: the autoencoder {vae} is not a local folder")
     if (shards / "manifest.json").is_file():
@@ -130,12 +132,12 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents):
-            found.add("latents", f"the latents in {shards} have {key} {other}, the checkpoint says {own}")
+            found.add("latents", f"the latents in {shards} have {key} {other}, but the checkpoint says {own}")
 
 
 @torch.no_grad()
 def check_forward(model: DiT, objective, shape, golden: Path, found: Findings, say: Callable[[str], None]) -> None:
-    """Finite, the same twice, and as recorded where a golden.npz lies beside the weights."""
+    """Check that the output is finite and deterministic, and that it matches golden.npz if there is one."""
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     t = objective.model_time(torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64))
     y = torch.tensor([0, max(model.num_classes - 1, 0), model.null_label or 0])
@@ -143,15 +145,15 @@ def check_forward(model: DiT, objective, shape, golden: Path, found: Findings, s
     if not out.isfinite().all():
         return found.add("forward", "the network's output on random input is not finite")
     if not torch.equal(out, model(x, t, y)):
-        found.add("forward", "the network gives two outputs for one input")
+        found.add("forward", "the network is not deterministic: two outputs for one input")
     if not golden.is_file():
-        return say("forward: finite, the same twice (no golden.npz to compare with)")
+        return say("forward: finite, deterministic (no golden.npz to compare with)")
     with np.load(golden, allow_pickle=False) as file:
         recorded = {name: torch.from_numpy(file[name]) for name in ("x", "t", "y", "out")}
     out = model(recorded["x"], recorded["t"], recorded["y"])
     if out.shape != recorded["out"].shape:
-        return found.add("forward", f"{golden.name} holds outputs of another shape: {tuple(recorded['out'].shape)}")
+        return found.add("forward", f"{golden.name} has outputs of another shape: {tuple(recorded['out'].shape)}")
     gap, largest = (out - recorded["out"]).abs().max().item(), recorded["out"].abs().max().item()
-    say(f"forward: finite, the same twice, within {gap:.1e} of the recorded one (largest value {largest:.2g})")
+    say(f"forward: finite, deterministic, within {gap:.1e} of the recorded output (largest value {largest:.2g})")
     if not gap <= CLOSE * largest:
-        found.add("forward", f"the output differs from the recorded one by {gap:.2g} of {largest:.2g}")
+        found.add("forward", f"the output differs from the recorded output by {gap:.2g} of {largest:.2g}")

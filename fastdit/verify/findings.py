@@ -1,12 +1,12 @@
-"""What a check found, in words."""
+"""A list of the problems that the checks find."""
 
 from collections import Counter
 
-SHOWN = 3  # findings of one kind that are spelled out; the rest are counted
+SHOWN = 3  # findings shown per kind; the rest are counted
 
 
 class Findings:
-    """Lines, a few of each kind."""
+    """One line per finding, limited to a few of each kind."""
 
     def __init__(self) -> None:
         self.lines: dict[str, list[str]] = {}
@@ -18,7 +18,7 @@ class Findings:
             self.lines.setdefault(kind, []).append(line)
 
     def all(self) -> list[str]:
-        """What was found, in the order of the checks."""
+        """The lines in the order of the checks."""
         out = []
         for kind, lines in self.lines.items():
             more = self.counts[kind] - len(lines)

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of latent shards."""
+"""Checks of a folder of latent shards."""
 
 import hashlib
 import io
@@ -35,20 +35,25 @@ class ChannelStatistics:
         return np.sqrt(square - mean**2 + variance) * abs(self.manifest.latents.scale)
 
     def compare(self, found: Findings) -> None:
-        for name, own, stored in (("means", self.mean, "channel_mean"), ("deviations", self.std, "channel_std")):
+        for name, own, stored in (
+            ("means", self.mean, "channel_mean"),
+            ("standard deviations", self.std, "channel_std"),
+        ):
             if not np.allclose(own, getattr(self.manifest, stored), rtol=1e-5, atol=1e-6):
                 said = rounded(getattr(self.manifest, stored))
-                found.add("statistics", f"the channels' {name} are {rounded(own)}, the manifest says {said}")
+                found.add("statistics", f"the channel {name} are {rounded(own)}, but the manifest says {said}")
         scale = self.manifest.latents.scale
         overall = float(np.sqrt((self.std**2).mean()))
         if not 0.5 <= overall <= 2 or not (0.25 <= self.std).all() or not (self.std <= 4).all():
             found.add(
                 "scale",
-                f"the scaled latents' deviations are {rounded(self.std)}, far from the 1 that diffusion assumes: "
-                f"scale={scale:g} does not suit them, {scale / overall:.3g} does",
+                f"the standard deviations of the scaled latents are {rounded(self.std)}, far from the 1 that diffusion "
+                f"assumes: scale={scale:g} is wrong; use {scale / overall:.3g}",
             )
         if (np.abs(self.mean) > 3).any():
-            found.add("scale", f"the scaled latents' means are {rounded(self.mean)}, far from 0; a shift is missing")
+            found.add(
+                "scale", f"the means of the scaled latents are {rounded(self.mean)}, far from 0; a shift is missing"
+            )
 
 
 def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
@@ -76,18 +81,18 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
         say(
             f"{folder}: {len(manifest)} images of {manifest.num_classes} classes in {len(manifest.shards)} shards, "
             f"{size:.1f} MiB, latents {'x'.join(map(str, manifest.latents.shape))}, mean "
-            f"{rounded(statistics.mean)}, deviation {rounded(statistics.std)}"
+            f"{rounded(statistics.mean)}, standard deviation {rounded(statistics.std)}"
         )
 
 
 def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:
-    """True where the index does not describe the shards."""
+    """Return True if the index does not match the shards."""
     before = found.counts["index"]
     counts = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
     if counts != [shard.samples for shard in manifest.shards]:
-        found.add("index", "index.npy has other numbers of samples per shard than the manifest")
+        found.add("index", "index.npy and the manifest have different numbers of samples per shard")
     if len(np.unique(index["key"])) != len(index):
-        found.add("index", "index.npy names a key twice")
+        found.add("index", "index.npy has a duplicate key")
     labels = index["label"]
     for row in index[(labels < 0) | (labels >= manifest.num_classes)]:
         found.add(
@@ -96,12 +101,12 @@ def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:
     if not found.counts["labels"]:
         classes = np.bincount(labels, minlength=manifest.num_classes).tolist()
         if classes != list(manifest.class_counts):
-            found.add("labels", "the classes' counts in the manifest are not those of the index")
+            found.add("labels", "the class counts in the manifest differ from the index")
     return found.counts["index"] > before
 
 
 def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | None:
-    """The shard's bytes, mapped, or None where they are not all there."""
+    """The memory-mapped bytes of the shard, or None if it has the wrong size."""
     path = folder / shard.name
     size = path.stat().st_size if path.is_file() else None
     if size != shard.bytes:
@@ -110,40 +115,38 @@ def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | Non
         return None
     data = np.memmap(path, np.uint8, "r")
     if hashlib.sha256(data).hexdigest() != shard.sha256:
-        found.add("files", f"{path} is damaged: its SHA-256 is not the manifest's")
+        found.add("files", f"{path} is damaged: its SHA-256 is not the one in the manifest")
     return data
 
 
 def check_samples(
     manifest: Manifest, rows: np.ndarray, data: np.ndarray, shard: Shard, found: Findings, statistics: ChannelStatistics
 ) -> None:
-    """Every sample of a shard: the tar as other readers see it, checksums, finite values, deviations not negative."""
+    """Check all samples of a shard: the tar structure, checksums, finite values, standard deviations >= 0."""
     labels = tar_labels(data, shard, found)
     dtype, (channels, height, width) = DTYPES[manifest.dtype], manifest.latents.shape
     size = dtype.itemsize * 2 * channels * height * width
     for row in rows:
         key = f"{int(row['key']):09d}"
         if labels is not None and labels.get(key) != row["label"]:
-            found.add(
-                "sample",
-                f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index",
-            )
+            line = f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index"
+            found.add("sample", line)
         start = int(row["offset"])
         both = data[start : start + 2 * size]
         if [zlib.crc32(both[:size]), zlib.crc32(both[size:])] != row["crc32"].tolist() or len(both) != 2 * size:
-            found.add("sample", f"{shard.name}: sample {key} is damaged, its bytes do not match their crc32")
+            found.add("sample", f"{shard.name}: sample {key} is damaged: its bytes do not match their CRC-32")
             continue
         array = both.view(dtype).reshape(2, 2 * channels, height, width).astype(np.float64)
         if not np.isfinite(array).all():
             found.add("sample", f"{shard.name}: sample {key} has values that are not finite")
         elif (array[:, channels:] < 0).any():
-            found.add("sample", f"{shard.name}: sample {key} has negative deviations")
+            found.add("sample", f"{shard.name}: sample {key} has negative standard deviations")
         else:
             statistics.add(array)
 
 
 def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int] | None:
-    """key -> label as webdataset would read them; None where the tar cannot be walked."""
+    """Key -> label as webdataset reads them; None if the tar cannot be read."""
     labels, arrays = {}, set()
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -158,6 +161,6 @@ def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int
         return None
     if len(labels) == len(arrays & labels.keys()) == shard.samples:
         return labels
-    found.add("files", f"{shard.name}: a tar reader finds {len(arrays)} samples and {len(labels)} labels in it, not "
+    found.add("files", f"{shard.name}: a tar reader finds {len(arrays)} samples and {len(labels)} labels, not "
               f"{shard.samples} of each; a header is damaged")  # fmt: skip
     return None

@@ -221,7 +221,7 @@ def test_options_that_diffusers_has_a_slot_for_travel(place, tmp_path, options):
         assert_same(weights(tmp_path / f"{name}_back"), weights(source))
         model = load_config(tmp_path / f"{name}_back" / "config.yaml").model
         assert {key: getattr(model, key) for key in options} == options
-    with pytest.raises(ValueError, match=f"model.{next(iter(options))}=.* has no slot in the official DiT"):
+    with pytest.raises(ValueError, match=f"model.{next(iter(options))}=.* is not supported by the official DiT"):
         convert(source, "official", tmp_path / "back.pt", say=quiet)
 
 
@@ -234,7 +234,8 @@ def test_options_that_diffusers_has_a_slot_for_travel(place, tmp_path, options):
 def test_options_without_a_slot_are_refused_by_name(place, tmp_path, options, to, where):
     source = odd_checkpoint(place, tmp_path, **options)
     [(name, value)] = options.items()
-    with pytest.raises(ValueError, match=re.escape(f"model.{name}={value!r} has no slot in {where}; keep the fastdit")):
+    message = re.escape(f"model.{name}={value!r} is not supported by {where}; keep the fastdit checkpoint")
+    with pytest.raises(ValueError, match=message):
         convert(source, to, tmp_path / "out", say=quiet)
     convert(source, "fastdit", tmp_path / "slim", say=quiet)  # but it stays a checkpoint
     assert_same(weights(tmp_path / "slim"), weights(source))
@@ -244,7 +245,7 @@ def test_options_without_a_slot_are_refused_by_name(place, tmp_path, options, to
 @pytest.mark.parametrize("to", ["diffusers", "official"])
 def test_rectangular_latents_have_no_slot(place, tmp_path, to):
     source = odd_checkpoint(place, tmp_path, shape=(4, 8, 32))  # 16 patches, which would also make a square
-    with pytest.raises(ValueError, match="rectangular latents, 8 x 32, have no slot there"):
+    with pytest.raises(ValueError, match="latents of 8 x 32 are not square"):
         convert(source, to, tmp_path / "out", say=quiet)
 
 
@@ -266,7 +267,7 @@ def test_a_table_that_is_not_the_fixed_one_and_too_many_classes_have_no_slot(pla
     torch.save(state | {"pos_embed": state["pos_embed"] + 0.1}, tmp_path / "learned.pt")
     many = torch.zeros(1201, 48)
     torch.save(state | {"y_embedder.embedding_table.weight": many}, tmp_path / "many.pt")
-    for name, word in (("learned", "pos_embed is not the fixed"), ("many", "data.num_classes=1200: DiTPipeline")):
+    for name, word in (("learned", "pos_embed is not the fixed"), ("many", "data.num_classes=1200 is too large")):
         overrides = ["objective=ddpm", f"data.vae={place}/vae"]
         convert(tmp_path / f"{name}.pt", "fastdit", tmp_path / name, overrides=overrides, heads=4, say=quiet)
         with pytest.raises(ValueError, match=word):

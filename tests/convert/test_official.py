@@ -146,7 +146,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(place, tmp_path, monkeyp
 
 HEAD = {"weight": (48,), "bias": ()}
 MISTAKES = {
-    "no objective": (golden_weights, [], ["cannot be told from its weights", "objective=flow"]),
+    "no objective": (golden_weights, [], ["do not show the objective", "objective=flow"]),
     "unknown width": (golden_weights, ["objective=ddpm"], ["hidden size 48, not one of 64,", "with --heads"]),
     "no heads": (golden_weights, ["objective=ddpm", "--heads", "0"], ["--heads=0 does not divide"]),
     "heads": (golden_weights, ["objective=ddpm", "--heads", "5"], ["--heads=5 does not divide the hidden size 48"]),
@@ -154,7 +154,7 @@ MISTAKES = {
     "an option": (golden_weights, ["objective=flow", "objective.path=gvp"], ["objective.path='gvp'", "did you mean"]),
     "classes": (golden_weights, ["objective=ddpm", "data.num_classes=7"], ["num_classes=7", "11 rows", "use 10"]),
     "pixels": (golden_weights, ["objective=ddpm", "data.image_size=64"], ["image_size=64", "16 px images"]),
-    "variant": (golden_weights, ["objective=ddpm", "model.variant=DiT-S/2"], ["DiT-S/2", "holds DiT-2x48x4/2"]),
+    "variant": (golden_weights, ["objective=ddpm", "model.variant=DiT-S/2"], ["DiT-S/2", "contains DiT-2x48x4/2"]),
     "target": (golden_weights, ["objective=ddpm", "--to", "onnx"], ["--to='onnx'", "fastdit, official, diffusers"]),
     "a missing tensor": (
         lambda: without(golden_weights(), "blocks.1.mlp.fc2.bias"),
@@ -167,7 +167,7 @@ MISTAKES = {
         ["blocks.0.attn.q_norm.weight has no place"],
     ),
     "no DiT": (lambda: {"conv.weight": torch.zeros(3)}, ["objective=ddpm"], ["x_embedder.proj.weight", "conv.weight"]),
-    "no state dict": (lambda: {"epoch": 3, "lr": 1e-4}, ["objective=ddpm"], ["holds epoch, lr", "{model, ema, opt"]),
+    "no state dict": (lambda: {"epoch": 3, "lr": 1e-4}, ["objective=ddpm"], ["contains epoch, lr", "{model, ema, opt"]),
     "narrow head": (
         lambda: golden_weights() | {f"final_layer.linear.{k}": torch.zeros(16, *s) for k, s in HEAD.items()},
         ["objective=ddpm"],
@@ -176,7 +176,7 @@ MISTAKES = {
     "channels": (
         lambda: golden_weights() | {"x_embedder.proj.weight": torch.zeros(48, 8, 2, 2)},
         ["objective=flow"],
-        ["4 latent channels, the network 8", "data.vae=FOLDER"],
+        ["4 latent channels, but the network has 8", "data.vae=FOLDER"],
     ),
 }  # fmt: skip
 
@@ -207,7 +207,7 @@ def test_files_that_are_none_of_ours(place, tmp_path):
             convert(tmp_path / name, "fastdit", tmp_path / "out", overrides=["objective=ddpm"], say=quiet)
     with pytest.raises(ValueError, match="exists; choose another name"):
         convert(place / "plain.pt", "fastdit", place / "ddpm", say=quiet)
-    with pytest.raises(ValueError, match="brings its own config"):
+    with pytest.raises(ValueError, match="has its own config"):
         convert(place / "ddpm", "official", tmp_path / "out.pt", config=place / "ddpm" / "config.yaml", say=quiet)
     with pytest.raises(ValueError, match=r"objective.name='flow', but .* was trained with ddpm"):
         path = training_file(tmp_path / "dit.pt", model="DiT-XL/2")

@@ -196,7 +196,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no manifest", "holds no manifest.json; write latents there with extract_features.py"),
+        ("no manifest", "has no manifest.json; write latents there with extract_features.py"),
         ("cut manifest", r"manifest.json is damaged \(JSONDecodeError"),
         ("format", "manifest.json has format 9, this version reads 1"),
         ("index", "index.npy is damaged: its SHA-256"),
@@ -222,7 +222,7 @@ def test_verify_finds_damage_outside_the_latents(copy):
     [
         (dict(image_size=256), "image_size=256, but .* 40 px images; set 40 or extract again"),
         (dict(num_classes=2), "num_classes=2, but .* labels 0 to 2; set 3, or 0"),
-        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that made .* toy"),
+        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that encoded .* toy"),
         (dict(global_batch=54), "global_batch=54, but .* only 53 images; use at most 53"),
     ],
 )

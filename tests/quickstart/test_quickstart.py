@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import fastdit.quickstart as main_job
+import fastdit.quickstart.job as main_job
 from fastdit.quickstart.judge import Judge, thumbnails
 
 

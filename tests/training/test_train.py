@@ -319,7 +319,7 @@ def test_a_full_disk_is_named_whatever_the_writer_calls_it(tmp_path, monkeypatch
 
 def test_a_run_folder_that_cannot_be_made_is_named(world, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="run_dir=.*file/run cannot be made"):
+    with pytest.raises(ValueError, match="run_dir=.*file/run cannot be created"):
         train_here(world, tmp_path / "file" / "run", "training.steps=1")
 
 
