@@ -106,6 +106,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         hflip=config.data.hflip,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
+        skip_damaged=log.say if config.data.skip_damaged else None,
     )
 
     def on_skip(done: int) -> None:
