@@ -59,7 +59,7 @@ def activation_widths(model: DiT) -> tuple[float, float]:
 
 
 def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False) -> float:
-    """Bytes that one image's step moves outside matrix products; within 4% of what `bench/count.py` counts.
+    """Bytes that one image's step moves outside matrix products; within 4% of what bench/static/count.py counts.
 
     Norms and gates, GELU, attention, the bias and the packing of qkv's gradient; with FP8 also preparing the operands.
     """

@@ -2,7 +2,7 @@
 
 No backend copies q, k, v out of the packed projection. Backends in PACKED also write its gradient in one piece; the
 others return three gradients, which autograd copies into one tensor. `auto` picks the backend that
-`bench/attention.py` measured as fastest for this GPU and shape (attention.json beside this file). Without a
+`bench/kernels/attention.py` measured as fastest for this GPU and shape (attention.json beside this file). Without a
 measurement it picks FlashAttention on Ampere, cuDNN on Hopper and newer if the number of tokens is a multiple of 128,
 and PyTorch's default otherwise. cuDNN and FlashAttention support only half precision; fp32 uses PyTorch's default.
 """
@@ -77,7 +77,7 @@ def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> 
         return "it supports only Hopper"
     if name == "flash-attn-4":
         if capability[0] < 9:
-            return "its backward pass needs Hopper or newer"
+            return "its backward pass rejects GPUs before Hopper"
         if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths; open bug upstream
             return f"its gradient of q is silently wrong at head_dim={head_dim} on Hopper"
     return None

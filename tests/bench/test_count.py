@@ -1,4 +1,4 @@
-"""What is counted of a step without a GPU: waits of the host, and the code that the compiler would write for one."""
+"""What is counted of a step without a GPU: host synchronizations, and the code that the compiler generates for one."""
 
 import json
 import os
@@ -8,14 +8,11 @@ import sys
 import pytest
 import torch
 
+from bench.static import count
+from bench.step.cases import SIZES, Size
 from helpers import ROOT
 
-sys.path.append(str(ROOT / "bench"))
-
-import contestants  # noqa: E402
-import count  # noqa: E402
-
-SMALLEST = contestants.Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
+SMALLEST = Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
 
 
 @pytest.mark.parametrize("overrides", [(), ("training.activation_checkpointing=full",), ("training.grad_clip=1",)])
@@ -33,23 +30,23 @@ WAITS = {
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_every_wait_is_noticed(wait):
-    with count.HostWaits() as waits:
+    with count.waits_counted() as found:
         x = torch.linspace(-1, 1, 2, requires_grad=False)
         (x * 2).to(torch.float64).sum()
-        assert not waits.found
+        assert not found
         wait(x)
-    assert waits.found
+    assert found
 
 
-BLOCK = contestants.Size(depth=2, hidden=128, heads=2, latent=32, batch=16, classes=10)
+BLOCK = Size(depth=2, hidden=128, heads=2, latent=32, batch=16, classes=10)
 COUNT = """
-import json, sys
-sys.path.append({bench!r})
-import contestants, count, cuda_target
+import json
+from bench.static import count, cuda_target
+from bench.step.cases import Size
 
 bf16 = "training.residual=bf16"
 for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.fp8=true"]:
-    graphs, breaks = count.graphs_of(contestants.{size}, tuple(overrides))
+    graphs, breaks = count.graphs_of({size}, tuple(overrides))
     kernels = {{kernel.source: kernel for graph in graphs for kernel in graph.kernels}}.values()
     if "training.fp8=true" in overrides:
         kernels = []  # 50 more, ten seconds
@@ -65,7 +62,7 @@ def counted():
     """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention or FP8 too; in a process of
     its own, since this one's kernels are interpreted."""
     pytest.importorskip("torchao")
-    program = COUNT.format(bench=str(ROOT / "bench"), size=BLOCK)
+    program = COUNT.format(size=BLOCK)
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "0"},
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -136,7 +133,7 @@ def test_a_block_moves_little_more_than_it_must(counted):
 
 
 def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
-    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(contestants.SIZES["XL/2"]).items()}
+    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(SIZES["XL/2"]).items()}
     assert xl["attention"] == pytest.approx(198, rel=0.01) and xl["GELU"] == pytest.approx(132 + 198, rel=0.01)
     assert xl["gate, residual, norm, modulate"] == pytest.approx(132 + 198, rel=0.01)
     a, b = torch.ones(100), torch.ones(100)
@@ -149,5 +146,5 @@ def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
 
 
 def test_the_optimiser_reads_the_gradients_and_leaves_them(one_thread):
-    bytes_, parameters = count.optimiser_bytes(SMALLEST)
+    bytes_, parameters = count.optimizer_bytes(SMALLEST)
     assert round(bytes_ / parameters) == 44  # weight, moments and gradient: 28; weight read again, average: 12; norm: 4

@@ -1,18 +1,16 @@
 """Attention backends: equal where they run, refused in words where they cannot or must not."""
 
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.kernels.attention import inputs, run
 from fastdit.config import NetworkOptions
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
-from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -29,8 +27,6 @@ def gpu(monkeypatch):
 
 
 def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
-    from attention import inputs, run
-
     for shape in ((3, 2, 41, 72), (1, 3, 64, 64)):
         qkv, grad = inputs(*shape, "cpu")
         qkv, grad = qkv.detach().float().requires_grad_(), grad.float()

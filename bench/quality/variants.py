@@ -1,13 +1,13 @@
 """Every option of the network and every objective, trained on scikit-learn's digits: the tables of docs/variants.md.
 
-    python bench/variants.py                        every row; about a minute each on one idle core
-    python bench/variants.py --only rope ot         these alone; the table keeps the newest line of every other row
-    python bench/variants.py --missing              those that have no line yet
-    python bench/variants.py --table                write the tables again, train nothing
+    python -m bench.quality.variants                     every row; about a minute each on one idle core
+    python -m bench.quality.variants --only rope ot      some rows; the table keeps the newest line of every other row
+    python -m bench.quality.variants --missing           rows that have no line yet
+    python -m bench.quality.variants --table             write the tables again without training
 
 One autoencoder and one judge, made as `fastdit quickstart` makes them, serve all rows. A row is the quickstart's config
-with a few overrides, in three quarters of its steps; in twice as many where nothing guides, or where the loss is of eps
-and hardly weighs the noisy times at which a class is decided. Its line in bench/results/variants.jsonl holds them.
+with a few overrides and three quarters of its steps; twice as many without guidance, or when the loss is of eps and
+gives little weight to the noisy times that decide the class. Its line in bench/results/variants.jsonl lists them.
 """
 
 import argparse
@@ -19,26 +19,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import record
 
-from fastdit.config import build, load_config, shipped_config
+from bench.record import ROOT, markdown, record
+from fastdit.build import build_network, build_objective
+from fastdit.config import Config, load_config, shipped_config
 from fastdit.data.extract import extract_features
-from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.diffusion.paths import INTERPOLANTS, SCHEDULES
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS
 from fastdit.evaluation.frechet import frechet_distance
-from fastdit.evaluation.judge import Judge
 from fastdit.models.blocks import BLOCKS
-from fastdit.models.dit import create_dit
 from fastdit.models.layers import ACTIVATIONS, NORMS
-from fastdit.models.vae import small_vae
-from fastdit.quickstart import SAMPLES, VAE, pixels, read_folder, write_digits
-from fastdit.sampling import load_generator, sample
-from fastdit.training.loop import read_metrics, train
-from fastdit.training.vae_loop import train_vae
+from fastdit.quickstart.digits import read_folder, write_digits
+from fastdit.quickstart.job import SAMPLES, VAE, pixels
+from fastdit.quickstart.judge import Judge
+from fastdit.quickstart.small_vae import small_vae, train_vae
+from fastdit.sampling import load_pipeline, sample
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
-RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
-DOCS = Path(__file__).parents[1] / "docs" / "variants.md"
+RESULTS, DOCS = ROOT / "bench" / "results" / "variants.jsonl", ROOT / "docs" / "variants.md"
 COMMON = ["training.steps=1500", "training.checkpoint_every=100000", "training.log_every=100"]
 DDIM = ["sampling.sampler=ddim", "sampling.steps=ddim50"]
 ANCESTRAL = ["sampling.sampler=ddpm", "sampling.steps=100"]
@@ -75,7 +74,7 @@ DIFFUSIONS: dict[str, list[str]] = {
     "ddpm, prediction=v, loss-aware times": [
         "objective=ddpm", "objective.prediction=v", "training.loss_aware_times=true", *ANCESTRAL
     ],
-    # learned variances of an x_0 prediction leave [0, 1] at the clean end, which a respaced chain extrapolates: DDIM
+    # learned variances of an x_0 prediction leave [0, 1] near the data, and a respaced chain amplifies that: DDIM
     "ddpm, prediction=x_0": ["objective=ddpm", "objective.prediction=x_0", *DDIM],
     "ddpm, prediction=v": ["objective=ddpm", "objective.prediction=v", *ANCESTRAL],
     **{
@@ -105,7 +104,7 @@ FLOWS: dict[str, list[str]] = {
         for prediction in ("velocity", "eps", "score")
         if prediction != "velocity" or path == "vp"
     },
-    # a logit-normal density tames the weights' singular ends
+    # a logit-normal density is small where the weights are singular
     "flow, linear, eps, weight=velocity, times logit_normal": [
         "objective={name: flow, prediction: eps, weight: velocity, time_distribution: logit_normal}", *LONGER
     ],
@@ -119,7 +118,7 @@ FLOWS: dict[str, list[str]] = {
     },
     "flow, shift=2": ["objective={name: flow, shift: 2}"],
     "flow, cosine_weight=1": ["objective={name: flow, cosine_weight: 1}"],
-    # noise is paired with images whatever their classes, and a class then says less: guidance gives it its weight back
+    # noise is paired with images regardless of class, which weakens the label: guidance compensates
     "flow, coupling=ot, guidance 2": ["objective={name: flow, coupling: ot}", "sampling.cfg_scale=2", *LONGER],
 }
 ROWS = NETWORKS | DIFFUSIONS | FLOWS
@@ -127,7 +126,7 @@ ROWS = NETWORKS | DIFFUSIONS | FLOWS
 
 @dataclass(frozen=True)
 class World:
-    """Digits' latents, the autoencoder that made them, and a judge fitted on images that no generator sees."""
+    """Latents of digits, their autoencoder, and a judge fitted on images that no generator sees."""
 
     root: Path
     judge: Judge
@@ -147,7 +146,7 @@ class World:
         return cls(root, judge, judge.features(images))
 
     def real(self) -> dict:
-        """What as many real images as samples come to: the best that a row can do."""
+        """Accuracy of real images, and the distance of as many as there are samples: the best that a row can do."""
         images, labels = read_folder(self.root / "images", load_config(shipped_config("quickstart")).data.image_size)
         chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLES]
         return {
@@ -157,63 +156,64 @@ class World:
         }
 
 
+    def run(self, overrides: list[str], samples: int = SAMPLES) -> tuple[Config, Path, dict]:
+        """Train and sample the quickstart's config with overrides; (config, checkpoint, figures)."""
+        folder = Path(tempfile.mkdtemp(dir=self.root))
+        places = [f"run_dir={folder}/run", f"data.shards={self.root}/latents", f"data.vae={self.root}/vae"]
+        config = load_config(shipped_config("quickstart"), [*places, *overrides])
+        start = time.perf_counter()
+        checkpoint = train(config)
+        trained = time.perf_counter()
+        images = np.load(sample(checkpoint, folder / "samples", samples) / "samples.npz")["arr_0"]
+        return config, checkpoint, {
+            "steps": config.training.steps,
+            "accuracy": round(self.judge.accuracy(images, np.arange(samples) % config.data.num_classes), 4),
+            "frechet": round(frechet_distance(self.judge.features(images), self.held_features), 3),
+            "loss": round(read_metrics(config.run_dir)[-1]["loss"], 4),
+            "train_s": round(trained - start, 1),
+            "sample_s": round(time.perf_counter() - trained, 1),
+        }
+
+
 def measure(name: str, world: World, overrides: list[str], samples: int = SAMPLES) -> dict:
-    """Train and sample one row; what its line is to hold."""
-    folder = Path(tempfile.mkdtemp(dir=world.root))
-    places = [f"run_dir={folder}/run", f"data.shards={world.root}/latents", f"data.vae={world.root}/vae"]
-    config = load_config(shipped_config("quickstart"), [*places, *COMMON, *ROWS[name], *overrides])
-    start = time.perf_counter()
-    checkpoint = train(config)
-    trained = time.perf_counter()
-    sample(checkpoint, folder / "samples", samples)
-    images = np.load(folder / "samples" / "samples.npz")["arr_0"]
-    model = load_generator(checkpoint).model
+    """Train and sample one row; the contents of its line."""
+    _, checkpoint, figures = world.run([*COMMON, *ROWS[name], *overrides], samples)
+    model = load_pipeline(checkpoint).model
     return {
         "row": name,
         "overrides": ROWS[name],
         "parameters": model.parameter_count(),
         "gflops": round(model.flops_per_image() / 1e9, 5),
-        "steps": config.training.steps,
-        "accuracy": round(world.judge.accuracy(images, np.arange(samples) % config.data.num_classes), 4),
-        "frechet": round(frechet_distance(world.judge.features(images), world.held_features), 3),
-        "loss": round(read_metrics(config.run_dir)[-1]["loss"], 4),
-        "train_s": round(trained - start, 1),
-        "sample_s": round(time.perf_counter() - trained, 1),
+        **figures,
     }
 
 
 def of_xl(overrides: list[str]) -> tuple[float, float]:
-    """Millions of parameters and GFLOPs an image of DiT-XL with these options on 32 x 32 x 4 latents."""
-    config = load_config(shipped_config("quickstart"), overrides)
-    patch = config.model.variant.partition("/")[2]
-    objective = build(OBJECTIVES, config.objective, "objective")
-    apart = ("variant", "learn_sigma", "attention")
-    options = {key: value for key, value in vars(config.model).items() if key not in apart}
+    """Millions of parameters and GFLOPs per image of DiT-XL with these options on 32 x 32 x 4 latents."""
+    patch = load_config(shipped_config("quickstart"), overrides).model.variant.partition("/")[2]
+    large = ["data.num_classes=1000", f"model.variant=DiT-XL/{patch}"]
+    config = load_config(shipped_config("quickstart"), [*overrides, *large])
     with torch.device("meta"):
-        model = create_dit(f"DiT-XL/{patch}", learn_sigma=objective.out_channels(4) == 8, **options)
+        model = build_network(config, (4, 32, 32), build_objective(config))
     return model.parameter_count() / 1e6, model.flops_per_image() / 1e9
 
 
 def table(names: list[str], lines: dict[str, dict], networks: bool) -> str:
-    """Markdown of the newest line of each row; with what the option costs at XL's size where networks differ."""
-    titles = ["option" if networks else "objective", "steps", "class accuracy", "Frechet distance"]
-    titles += ["parameters", "MFLOP an image", "XL: M parameters", "XL: GFLOP an image"] if networks else ["loss"]
-    rows = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
-    for name in [REAL, *names]:
-        if name not in lines:
-            continue
+    """Markdown of each row's newest line; for networks with the cost of the option at XL's size."""
+    header = ["option" if networks else "objective", "steps", "class accuracy", "Frechet distance"]
+    header += ["parameters", "MFLOP per image", "XL: M parameters", "XL: GFLOP per image"] if networks else ["loss"]
+    rows = [header]
+    for name in (name for name in [REAL, *names] if name in lines):
         line = lines[name]
         if name == REAL:
-            rows.append([name, "", f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}", *[""] * (len(titles) - 4)])
-            continue
-        cells = [name, line["steps"], f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}"]
-        if networks:
+            cells = [""] * (len(header) - 4)
+        elif networks:
             millions, gflops = of_xl(line["overrides"])
-            cells += [f"{line['parameters']:,}", f"{1000 * line['gflops']:.2f}", f"{millions:.1f}", f"{gflops:.1f}"]
+            cells = [f"{line['parameters']:,}", f"{1000 * line['gflops']:.2f}", f"{millions:.1f}", f"{gflops:.1f}"]
         else:
-            cells.append(f"{line['loss']:.3f}")
-        rows.append(cells)
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+            cells = [f"{line['loss']:.3f}"]
+        rows.append([name, line.get("steps", ""), f"{line['accuracy']:.3f}", f"{line['frechet']:.2f}", *cells])
+    return markdown(rows, "---:")
 
 
 def newest_lines() -> dict[str, dict]:
@@ -223,7 +223,7 @@ def newest_lines() -> dict[str, dict]:
 
 
 def write_tables() -> None:
-    """Put the tables between their marks in docs/variants.md."""
+    """Write the tables between their marks in docs/variants.md."""
     lines = newest_lines()
     text = DOCS.read_text()
     for mark, names in (("networks", NETWORKS), ("diffusions", DIFFUSIONS), ("flows", FLOWS)):
@@ -236,7 +236,7 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these words")
-    parser.add_argument("--missing", action="store_true", help="rows without a line alone")
+    parser.add_argument("--missing", action="store_true", help="only rows without a line")
     parser.add_argument("--set", nargs="+", default=[], help="overrides of every row, as training.steps=500")
     parser.add_argument("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
@@ -249,9 +249,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             world = World.make(Path(root))
             if REAL not in newest_lines():
-                record("variants", file=RESULTS, **world.real())
+                record("variants", RESULTS.parent, name=RESULTS.name, **world.real())
             for name in names:
-                record("variants", file=RESULTS, **measure(name, world, arguments.set))
+                record("variants", RESULTS.parent, name=RESULTS.name, **measure(name, world, arguments.set))
                 write_tables()
     write_tables()
 

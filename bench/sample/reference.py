@@ -1,9 +1,9 @@
-"""Three plain sampling loops to measure fastdit's against: a network call and a few tensor operations a step.
+"""Three plain sampling loops as a reference: a network call and a few tensor operations per step.
 
-`network(x (2N, C, h, w), time (2N,), y (2N,)) -> (2N, 2C, h, w)` is evaluated once a step on the batch doubled for
-classifier-free guidance. DDPM's as facebookresearch/DiT samples: guidance on the first 3 channels, tables in numpy,
-moved at each lookup. Heun as SiT integrates its ODE from noise (0) to data (1). DPM-Solver++(2M) from its paper (Lu et
-al. 2022, algorithm 2).
+`network(x (2N, C, h, w), time (2N,), y (2N,)) -> (2N, 2C, h, w)` is evaluated on the batch doubled for classifier-free
+guidance. DDPM as facebookresearch/DiT samples: guidance on the first 3 channels, tables in numpy, moved at each lookup.
+Heun as SiT integrates its ODE from noise (0) to data (1). DPM-Solver++(2M) from its paper (Lu et al. 2022, algorithm
+2).
 """
 
 from collections.abc import Callable
@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.step.reference import BETAS, PlainDDPM
+
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+ALPHAS_CUMPROD = np.cumprod(1 - BETAS)
 
 
 def guided(network: Network, x: Tensor, time: float, y: Tensor, null: int, scale: float, channels: int) -> Tensor:
-    """(N, 2C, h, w): the first `channels` guided, the rest as for y."""
+    """(N, 2C, h, w): the first `channels` guided, the others conditional on y only."""
     time = torch.full((2 * len(x),), time, device=x.device)
     both = network(torch.cat([x, x]), time, torch.cat([y, torch.full_like(y, null)]))
     strong, weak = both.chunk(2)
@@ -24,34 +27,18 @@ def guided(network: Network, x: Tensor, time: float, y: Tensor, null: int, scale
     return torch.cat([blended, strong[:, channels:]], dim=1)
 
 
-def schedule() -> np.ndarray:
-    """alphas_cumprod of the linear betas, float64."""
-    return np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.float64))
-
-
 @torch.no_grad()
 def ddpm(network: Network, x: Tensor, y: Tensor, null: int, kept: list[int], noise, scale: float = 1.5) -> Tensor:
-    """Ancestral sampling over the ascending indices `kept`, variance learned; `noise(x)` is drawn at all steps."""
-    bar = schedule()[kept]
-    before = np.append(1.0, bar[:-1])
-    betas = 1 - bar / before
-    posterior = betas * (1 - before) / (1 - bar)
-    tables = {
-        "x_t": np.sqrt(1 / bar), "eps": np.sqrt(1 / bar - 1), "mean_x_0": betas * np.sqrt(before) / (1 - bar),
-        "mean_x_t": (1 - before) * np.sqrt(1 - betas) / (1 - bar), "log_beta": np.log(betas),
-        "log_posterior": np.log(np.append(posterior[1], posterior[1:])),
-    }  # fmt: skip
-
-    def at(name: str, i: int) -> Tensor:
-        index = torch.full((len(x),), i, device=x.device)
-        return torch.from_numpy(tables[name]).to(x.device)[index].float()[:, None, None, None]
-
+    """Ancestral sampling over the ascending indices `kept`, variance learned; `noise(x)` is drawn at every step."""
+    bar = ALPHAS_CUMPROD[kept]
+    diffusion = PlainDDPM(tables=None, betas=1 - bar / np.append(1.0, bar[:-1]))
     for i in range(len(kept) - 1, -1, -1):
+        index = torch.full((len(x),), i, device=x.device)
         eps, raw = guided(network, x, float(kept[i]), y, null, scale, 3).chunk(2, dim=1)
         part = (raw + 1) / 2
-        log = part * at("log_beta", i) + (1 - part) * at("log_posterior", i)
-        x_0 = at("x_t", i) * x - at("eps", i) * eps
-        x = at("mean_x_0", i) * x_0 + at("mean_x_t", i) * x
+        log = part * diffusion.at("log_beta", index) + (1 - part) * diffusion.at("log_posterior", index)
+        x_0 = diffusion.at("x_0_of_x_t", index) * x - diffusion.at("x_0_of_eps", index) * eps
+        x = diffusion.at("mean_of_x_0", index) * x_0 + diffusion.at("mean_of_x_t", index) * x
         if i > 0:
             x = x + torch.exp(0.5 * log) * noise(x)
     return x
@@ -73,8 +60,8 @@ def heun(network: Network, x: Tensor, y: Tensor, null: int, steps: int, scale: f
 
 @torch.no_grad()
 def dpmpp_2m(network: Network, x: Tensor, y: Tensor, null: int, kept: list[int], scale: float = 1.5) -> Tensor:
-    """Over the ascending indices `kept`, then to the data; the last step is of first order."""
-    channels, bar = x.shape[1], schedule()
+    """Over the ascending indices `kept` to the data; the last step is of first order."""
+    channels, bar = x.shape[1], ALPHAS_CUMPROD
     before, h_before = None, None
     for i, index in reversed(list(enumerate(kept))):
         alpha, sigma = np.sqrt(bar[index]), np.sqrt(1 - bar[index])

@@ -1,26 +1,26 @@
-"""Where a step's time goes, by kind of kernel, from torch.profiler's events."""
+"""A step's time by kind of kernel, from torch.profiler's events."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-# first match wins; kernels' names on a GPU, operators' on a CPU
-OURS = [  # kernels/*.py, which the compiler may number
+# the first match wins; names of kernels on a GPU, of operators on a CPU
+OURS = [  # kernels/*.py; the compiler may append a number
     ("attention", r"_attention_(forward|backward_q|backward_kv)"),
     ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
              r"|_qk_norm_rope_(forward|backward)"),
     ("activation", r"_(gelu|swiglu)_(forward|backward)"),
-    ("optimiser", r"_adamw_ema"),
+    ("optimizer", r"_adamw_ema"),
 ]  # fmt: skip
-FUSED = [  # Inductor's, named after the operators that went into them: their products and attention are in others
-    ("optimiser", r"adam|lerp"),
+FUSED = [  # Inductor's, named after the fused operators; products and attention are never among them
+    ("optimizer", r"adam|lerp"),
     ("norm", r"layer_norm|rms_norm|rsqrt|welford"),
     ("activation", r"gelu|tanh|sigmoid|silu"),
     ("random", r"rand|philox|seed"),
 ]
 KINDS = [
     ("attention", r"flash|fmha|attention|sdpa|cudnn.*(mha|attn)"),
-    ("optimiser", r"adam|multi_tensor|lerp|optimizer"),
+    ("optimizer", r"adam|multi_tensor|lerp|optimizer"),
     ("GEMM", r"gemm|gemv|nvjet|cutlass|wgmma|xmma|cublas|\bmm\b|addmm|\bbmm\b|linear|conv|matmul|splitk|triton_tem"),
     ("norm", r"layer_norm|welford|rms_norm"),
     ("activation", r"gelu|silu"),
@@ -31,7 +31,7 @@ OTHER, GAP = "elementwise", "gap"
 
 
 def kind_of(name: str) -> str:
-    """The kind of one kernel: what matches nothing is elementwise (or a reduction fused with some)."""
+    """The kind of a kernel. What matches nothing is elementwise, or a reduction fused with elementwise operators."""
     fused = re.match(r"triton_(poi|red|per|for)_", name)  # pointwise, reductions, foreach
     if fused is None and re.fullmatch(rf"({'|'.join(pattern for _, pattern in OURS)})(_\d+)*", name):
         kinds = OURS
@@ -41,7 +41,7 @@ def kind_of(name: str) -> str:
 
 
 def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]:
-    """Seconds by kind, largest first; `gap` is what is left of `seconds`: the device waits, or the host's own code."""
+    """Seconds by kind, largest first; `gap` is the rest of `seconds`: an idle device, or the host's own code."""
     kinds: dict[str, float] = defaultdict(float)
     spans = []
     for event in events:
@@ -58,7 +58,7 @@ def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals: kernels on several streams overlap."""
+    """Length of the union of the intervals: kernels on several streams overlap."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

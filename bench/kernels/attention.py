@@ -1,27 +1,27 @@
-"""Time every attention backend forward and backward on this GPU, and write the table that `model.attention=auto` reads.
+"""Time every attention backend forward and backward on this GPU and write the table that `model.attention=auto` reads.
 
-    python bench/attention.py            # prints JSON lines, updates fastdit/models/attention.json
+    python -m bench.kernels.attention      # prints JSON lines, updates fastdit/models/attention.json
 
-A backend is timed only after its output and gradients agree with fp32 eager to bf16 accuracy in the same run. The table
-is written after every shape, DiT-XL/2 at 256 px first; a shape that not all backends had time for stays as it was.
+A backend is timed only if its output and gradients agree with fp32 eager to bf16 accuracy in the same run. The table is
+written after every shape, DiT-XL/2 at 256 px first; an entry changes only when all backends were timed at its shape.
 """
 
-import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
-from record import record
 
+from bench.record import parser, record
 from fastdit.models.attention import ATTENTION, MEASURED, obstacle, packed_attention, table_key
 
 SHAPES = [(256, 16, 256, 72), (256, 12, 256, 64), (64, 16, 1024, 72), (64, 16, 1024, 64)]  # N, heads, T, head_dim
-TOLERANCE = 0.02  # of the largest value: bf16 keeps three digits
+TOLERANCE = 0.02  # of the largest value: bf16 has three digits
 
 
 def inputs(n: int, heads: int, tokens: int, head_dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The packed projection (N, T, 3, heads, d), as the network makes it, and a gradient for the output."""
+    """The packed projection (N, T, 3, heads, d), as the network makes it, and a gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (n, tokens, 3, heads, head_dim)
     qkv = torch.randn(shape, device=device, generator=generator, dtype=torch.bfloat16).requires_grad_()
@@ -42,8 +42,8 @@ def error(name: str, heads: int, tokens: int, head_dim: int, device: str) -> flo
     return float(torch.stack([(a.float() - exact).abs().max() / exact.abs().max() for a, exact in pairs]).max())
 
 
-def milliseconds(name: str, shape: tuple[int, int, int, int], deadline: float, file: Path | None) -> float | None:
-    """Forward and backward, recorded; None, with the reason recorded, where the backend is not to be used."""
+def milliseconds(name: str, shape: tuple[int, int, int, int], deadline: float, out: Path | None) -> float | None:
+    """Forward and backward, recorded; None, with the reason recorded, if the backend must not be used."""
     from triton.testing import do_bench
 
     n, heads, tokens, head_dim = shape
@@ -53,38 +53,34 @@ def milliseconds(name: str, shape: tuple[int, int, int, int], deadline: float, f
         raise TimeoutError
     try:
         wrong = None if reason else error(name, heads, tokens, head_dim, "cuda")
-        if reason or not wrong <= TOLERANCE:  # not <=: NaN is an error too
-            record("attention", file=file, **about, skipped=reason or f"error {wrong:.3f}")
+        if reason or not wrong <= TOLERANCE:  # also true for NaN
+            record("attention", out, **about, skipped=reason or f"error {wrong:.3f}")
             return None
         qkv, grad = inputs(n, heads, tokens, head_dim, "cuda")
         ms = do_bench(lambda: run(name, qkv, grad), return_mode="median")
-    except Exception as failure:  # without a kernel for the shape, out of memory, or what a compiler raises
-        record("attention", file=file, **about, skipped=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+    except Exception as failure:  # no kernel for the shape, out of memory, or an error of the compiler
+        record("attention", out, **about, skipped=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
         return None
     tflops = 14 * n * heads * tokens**2 * head_dim / ms / 1e9  # forward 4, backward 10
-    record("attention", file=file, **about, ms=round(ms, 4), tflops=round(tflops, 1), error=round(wrong, 5))
+    record("attention", out, **about, ms=round(ms, 4), tflops=round(tflops, 1), error=round(wrong, 5))
     return ms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-s", type=float, default=600.0, help="after it no backend begins")
-    parser.add_argument("--out", type=Path, help="folder for results.jsonl (appended to)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--budget-s", type=float, default=600.0, help="seconds, after which no backend begins")
+    arguments = options.parse_args()
     deadline = time.monotonic() + arguments.budget_s
     if not torch.cuda.is_available():
-        raise SystemExit("error: bench/attention.py measures a GPU, and there is none; auto takes its defaults")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out and arguments.out / "results.jsonl"
+        sys.exit("error: there is no GPU to measure; `model.attention=auto` takes its defaults")
     table = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
     backends = [name for name in ATTENTION if name != "cpu"]  # that one is what `auto` means without a GPU
     for shape in SHAPES:
         _, _, tokens, head_dim = shape
         try:
-            times = {name: milliseconds(name, shape, deadline, file) for name in backends}
+            times = {name: milliseconds(name, shape, deadline, arguments.out) for name in backends}
         except TimeoutError:
-            raise SystemExit(f"the budget of {arguments.budget_s:.0f} s was used up before {shape} was done") from None
+            sys.exit(f"the budget of {arguments.budget_s:.0f} s was used up before {shape} was done")
         times = {name: ms for name, ms in times.items() if ms is not None}
         if times:
             table[table_key(torch.cuda.get_device_name(), head_dim, tokens)] = min(times, key=times.get)

@@ -1,7 +1,6 @@
-"""Public kernels beside ours, each with our op's keywords; made only when asked for, a missing package says so."""
+"""Public kernels with the keywords of our ops; each is imported only when used, so a missing package fails alone."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +26,8 @@ def _liger_adaln() -> Callable:
     return adaln
 
 
-def _apex_adaln() -> Callable:
-    from apex.normalization import FusedLayerNorm
-
-    norms: dict[int, Any] = {}
-
-    def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        norm = norms.setdefault(x.shape[-1], FusedLayerNorm(x.shape[-1], eps=1e-6, elementwise_affine=False))
-        return norm(x) * (1 + scale[:, None]) + shift[:, None]
-
-    return adaln
-
-
 def _torch_fused_adamw() -> Callable:
-    """torch's fused AdamW, then the EMA and the copy as separate passes."""
+    """PyTorch's fused AdamW, then the EMA and the copy as separate passes."""
 
     def step(param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, weight_decay):
         torch._fused_adamw_([param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step.float()], lr=lr, beta1=0.9,
@@ -54,7 +41,7 @@ def _torch_fused_adamw() -> Callable:
 
 
 PEERS: dict[str, dict[str, Callable[[], Callable]]] = {
-    "adaln": {"liger": _liger_adaln, "apex": _apex_adaln},
+    "adaln": {"liger": _liger_adaln},
     "swiglu": {"liger": _liger_swiglu},
     "adamw_ema": {"torch_fused": _torch_fused_adamw},
 }

@@ -1,19 +1,17 @@
-"""Writes docs/plan.md: what `fastdit plan` predicts for DiT-XL/2 on the usual GPUs.
+"""Writes docs/plan.md: what `fastdit plan` predicts for DiT-XL/2 on common GPUs.
 
-python bench/plans.py
+    python -m bench.static.plans
 """
 
-from pathlib import Path
-
+from bench.record import ROOT
 from fastdit.config import load_config
 from fastdit.plan import report
 
-ROOT = Path(__file__).parents[1]
 HEAD = """# What DiT-XL/2 costs, as `fastdit plan` predicts it
 
-Written by `python bench/plans.py`; nothing on this page is measured on a GPU yet. Bytes that a step moves are within 4%
-of those counted on the code that a GPU would run (`bench/count.py`), activations are those that autograd keeps; both
-are tests.
+Written by `python -m bench.static.plans`; nothing on this page is measured on a GPU. The bytes that a step moves are
+within 4% of those counted in the code that a GPU would run (`bench/static/count.py`), and the activations are those
+that autograd saves; tests check both.
 """
 
 

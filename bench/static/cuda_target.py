@@ -1,10 +1,10 @@
-"""What torch.compile makes for a GPU that is not there: its own Triton code, kernel by kernel, with the bytes of each.
+"""What torch.compile generates for a GPU that is not present: Triton code, kernel by kernel, with the bytes of each.
 
-The program runs on the CPU. Every graph that Dynamo and autograd cut from it is moved to `cuda:0` by fake tensors and
-handed to Inductor, which asks the machine a few questions (`H200` answers them) and then writes the code that it would
-write there: our Triton ops are launches in it like any other. That code is run once on meta tensors, which tells the
-calls in their order and the tensors of each; the program gets uninitialised outputs of the right shapes, so losses mean
-nothing. Kernels can be compiled for sm_90 as well, which needs no device either.
+The program runs on the CPU. Every graph that Dynamo and autograd extract from it is moved to `cuda:0` by fake tensors
+and passed to Inductor. Inductor asks the machine a few questions (`H200` answers them) and generates the code that it
+would generate there; our Triton ops are launches in it like any other. That code runs once on meta tensors, which gives
+the sequence of calls and the tensors of each. The program gets uninitialized outputs of the right shapes, so losses are
+meaningless. Kernels can also be compiled for sm_90, which needs no device either.
 """
 
 import collections
@@ -38,18 +38,18 @@ H200 = types.SimpleNamespace(
 
 @dataclasses.dataclass
 class Kernel:
-    """A Triton kernel as Inductor wrote it down: its own, or one of the program's taken in as it is."""
+    """A Triton kernel in the generated code: Inductor's own, or one of the program's, included unchanged."""
 
     name: str
     source: str
-    record: Callable | None = None  # of the run on meta tensors
+    record: Callable | None = None  # gets the calls of the run on meta tensors
 
     @property
     def ours(self) -> bool:
         return "@triton_heuristics.user_autotune" in self.source
 
     def run(self, *args, **_) -> None:
-        # Inductor's own kernels may read slices of what they are given, and say so; the program's are given views
+        # Inductor's own kernels may read slices of their arguments, and state how much; the program's get views
         stated = re.search(r"'kernel_num_gb': ([\d.e+-]+)", self.source)
         moved = round(float(stated[1]) * 1e9) if stated else None
         self.record(call_of(self.name.strip("_"), "ours" if self.ours else "inductor", args, moved))
@@ -57,10 +57,10 @@ class Kernel:
 
 @dataclasses.dataclass
 class Call:
-    """One launch or library call; `bytes`: each tensor that it reads or writes, once."""
+    """One launch or library call; `bytes` counts each tensor that it reads or writes once."""
 
     name: str
-    kind: str  # "inductor", "ours": a Triton kernel of the program, "library": products, attention, and any stray copy
+    kind: str  # "inductor"; "ours": a Triton kernel of the program; "library": products, attention, stray copies
     bytes: int
     tensors: list[Tensor]  # on the meta device
 
@@ -71,10 +71,9 @@ class Call:
 
 @dataclasses.dataclass
 class Graph:
-    """What one graph became."""
+    """The code generated for one graph."""
 
     backward: bool
-    source: str  # the Python code that launches everything
     calls: list[Call]
     kernels: list[Kernel]
 
@@ -87,7 +86,7 @@ class Graph:
 
 
 def call_of(name: str, kind: str, values: object, moved: int | None = None) -> Call:
-    """A Call with the tensors among the values: a tensor given twice, as an output is, counts once."""
+    """A Call with the tensors among the values; a tensor that occurs twice, as outputs do, counts once."""
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
     once = {(t.untyped_storage()._cdata, t.storage_offset(), t.dtype, *t.shape, *t.stride()): t for t in tensors}
     tensors = list(once.values())
@@ -95,12 +94,12 @@ def call_of(name: str, kind: str, values: object, moved: int | None = None) -> C
 
 
 def bytes_of(t: Tensor) -> int:
-    """A stride of 0 repeats what is there once."""
+    """An expanded dimension (stride 0) counts once."""
     return t.itemsize * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
 
 
 class _Library:
-    """Stands for Inductor's `extern_kernels`: records what is given a tensor to write to, and leaves it alone."""
+    """Replaces Inductor's `extern_kernels`: records calls that get a tensor to write to, without running them."""
 
     def __init__(self, original: object, record: Callable):
         self.original, self.record = original, record
@@ -115,42 +114,9 @@ class _Library:
         return call
 
 
-class _Operators(TorchDispatchMode):
-    """Records every operator that is neither a view nor an allocation."""
-
-    def __init__(self, record: Callable):
-        super().__init__()
-        self.record = record
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if not function.is_view and not name.startswith(("empty", "detach")):
-            self.record(call_of(name, "library", (args, kwargs, result)))
-        return result
-
-
-class _Driver:
-    """Triton's driver where only the target is known."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return DEVICE
-
-    def is_active(self) -> bool:
-        return True
-
-
 @contextlib.contextmanager
 def _machine() -> Iterator[None]:
-    """What Inductor and its code ask the machine, answered for the GPU that is not there."""
+    """Answers what Inductor and its code ask the machine, for the GPU that is not present."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import scheduler
     from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
@@ -158,7 +124,7 @@ def _machine() -> Iterator[None]:
     from torch._inductor.virtualized import V
 
     def accesses(self: SIMDKernelFeatures, original: Callable = SIMDKernelFeatures.buf_accesses) -> dict[str, list]:
-        """Inductor's count of bytes loses what a kernel of the program wrote: it goes by another name since."""
+        """Inductor's byte count misses a buffer that a kernel of the program wrote, as it is renamed by that."""
         found = collections.defaultdict(list)
         for name, uses in original(self).items():
             found[V.graph.scheduler.mutation_real_name.get(name, name)] += uses
@@ -182,21 +148,16 @@ def _machine() -> Iterator[None]:
         for name in ("device", "_DeviceGuard"):
             stack.enter_context(mock.patch.object(torch.cuda, name, contextlib.nullcontext))
         stack.enter_context(mock.patch.object(SIMDKernelFeatures, "buf_accesses", accesses))
-        # a pass that writes into views of fake CUDA tensors, for their shapes alone: the shape is the target's
+        # a pass that writes into views of fake CUDA tensors, only for their shapes: the shape is the target's
         stack.enter_context(mock.patch.object(reinplace, "_inplace_generalized_scatter", lambda into, _, __: into))
-        # its definition computes on fake CUDA tensors in a way that a build without CUDA cannot
+        # a build without CUDA cannot run its definition on fake CUDA tensors
         shapes = {torch.ops.aten._unsafe_masked_index_put_accumulate.default: lambda into, *_: torch.empty_like(into)}
         stack.enter_context(mock.patch.dict(torch._decomp.decomposition_table, shapes))
         yield
 
 
-def _moved(value: Tensor) -> Tensor:
-    """The same on the GPU, for a fake tensor under its mode."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
-
-
 def _on_gpu(module: fx.GraphModule, inputs: list) -> tuple[fx.GraphModule, list]:
-    """A copy of the graph and its inputs whose every tensor is on the GPU."""
+    """A copy of the graph and its inputs with every tensor on the GPU."""
     module = copy.deepcopy(module)
     mode = next(value.fake_mode for value in inputs if isinstance(value, Tensor))
 
@@ -204,7 +165,9 @@ def _on_gpu(module: fx.GraphModule, inputs: list) -> tuple[fx.GraphModule, list]
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": DEVICE}
     with mode:
-        moved = tree_map_only(Tensor, _moved, list(inputs))
+        moved = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE), list(inputs)
+        )
     FakeTensorProp(module, mode).propagate(*moved)
     return module, moved
 
@@ -216,12 +179,23 @@ def _run_on_meta(code: types.ModuleType, kernels: list[Kernel], inputs: list) ->
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
     calls: list[Call] = []
+
+    class Operators(TorchDispatchMode):
+        """Records every operator except views and allocations."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = function.overloadpacket.__name__
+            if not function.is_view and not name.startswith(("empty", "detach")):
+                calls.append(call_of(name, "library", (args, kwargs, result)))
+            return result
+
     for kernel in kernels:
         kernel.record = calls.append
     code.empty_strided_cuda, code.copy_if_misaligned, code.assert_alignment = empty, lambda t: t, lambda *_: None
     code.reinterpret_tensor = lambda t, size, stride, offset=0: t.as_strided(size, stride, t.storage_offset() + offset)
     code.extern_kernels = _Library(code.extern_kernels, calls.append)
-    with unset_fake_temporarily(), _Operators(calls.append):
+    with unset_fake_temporarily(), Operators():
         inputs = tree_map_only(Tensor, lambda t: empty(t.shape, t.stride(), t.dtype), inputs)
         code.call(inputs)
     return calls
@@ -229,12 +203,13 @@ def _run_on_meta(code: types.ModuleType, kernels: list[Kernel], inputs: list) ->
 
 @contextlib.contextmanager
 def compiled_graphs() -> Iterator[list[Graph]]:
-    """Collects a Graph for everything that torch.compile compiles inside; TRITON_INTERPRET must not be set."""
+    """Collects a Graph for everything that torch.compile compiles inside. TRITON_INTERPRET must not be set."""
     import triton
     from torch._functorch import partitioners
     from torch._inductor import compile_fx
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache
+    from triton.backends.compiler import GPUTarget
 
     graphs: list[Graph] = []
     kernels: list[Kernel] = []
@@ -254,8 +229,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
             moved, moved_inputs = _on_gpu(module, inputs)
             compile_fx.compile_fx_inner(moved, moved_inputs, **options)
             calls = _run_on_meta(loaded[-1], kernels, moved_inputs)
-        source = Path(loaded[-1].__file__).read_text()
-        graphs.append(Graph(bool(options.get("is_backward")), source, calls, list(kernels)))
+        graphs.append(Graph(bool(options.get("is_backward")), calls, list(kernels)))
         outputs = fx.map_arg(module.graph.output_node().args[0], lambda node: node.meta["val"])
 
         def run(_):  # memory that nobody writes costs nothing
@@ -264,26 +238,30 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         run._boxed_call = True
         return run
 
-    def backend(module: fx.GraphModule, inputs: list, **options):  # one, as equal blocks share what is compiled by it
+    def backend(module: fx.GraphModule, inputs: list, **options):  # one: equal blocks share code
         return compile_fx.compile_fx(module, inputs, inner_compile=inner, **options)
 
     def compile(*args, **options):
         return original_compile(*args, **{k: v for k, v in options.items() if k != "mode"}, backend=backend)
 
     original_load, original_compile = PyCodeCache.load_by_key_path, torch.compile
+    driver = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+        get_active_torch_device=lambda: DEVICE, is_active=lambda: True,
+    )  # fmt: skip
     options = {
         "force_disable_caches": True, "compile_threads": 1, "triton.autotune_at_compile_time": False,
-        "profile_bandwidth": True,  # writes down each kernel's bytes
+        "profile_bandwidth": True,  # states each kernel's bytes in the code
     }  # fmt: skip
     torch._dynamo.reset()
     with (
-        # attention counts as random; at a dropout of 0 there is no state to keep for a checkpoint
+        # attention counts as random; without dropout there is no state to keep for a checkpoint
         mock.patch.object(partitioners, "functionalize_rng_ops", lambda _, forward, backward, *__: (forward, backward)),
-        mock.patch.object(triton.runtime.driver, "_active", _Driver()),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(torch, "compile", compile),
         mock.patch.object(PyCodeCache, "load_by_key_path", load),
         mock.patch.object(AsyncCompile, "triton", keep),
-        mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None),  # by what is not compiled
+        mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None),  # in eager code
         torch._inductor.config.patch(options),
     ):
         yield graphs
@@ -291,23 +269,31 @@ def compiled_graphs() -> Iterator[list[Graph]]:
 
 
 def build(kernel: Kernel) -> tuple[int, int]:
-    """(registers a thread, bytes of stack and local memory: spills), the worse of its configurations, for sm_90."""
-    import triton
+    """Resources on sm_90, the worst of the kernel's configurations."""
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
-    found = []
     with (
         mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
         mock.patch.object(triton_heuristics.StaticTritonCompileResult, "can_statically_launch", lambda *_: None),
     ):
         tuner = getattr(PyCodeCache.load(kernel.source), kernel.name)
-        for config in tuner.configs:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(tuner._precompile_config(config).kernel.asm["cubin"])
-                file.flush()
-                command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-            found.append((number["REG"], number["STACK"] + number["LOCAL"]))
+        found = [resources(tuner._precompile_config(config).kernel.asm["cubin"]) for config in tuner.configs]
     return max(found, key=lambda pair: (pair[1], pair[0]))
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack and local memory: spills)."""
+    usage = cuobjdump(cubin, "-res-usage")
+    number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return number["REG"], number["STACK"] + number["LOCAL"]
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
