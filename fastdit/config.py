@@ -80,6 +80,7 @@ class ModelConfig(NetworkOptions):
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    init_from: str = ""  # start from these weights: a run, checkpoint, official .pt file or diffusers folder
     steps: int = 400_000
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory

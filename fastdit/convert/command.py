@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config, ModelConfig, load_config, save_config, shipped_config
+from fastdit.config import Config, ModelConfig, load_config, save_config, shipped_config, to_tree
 from fastdit.convert.diffusers import SLOTS
 from fastdit.convert.official import Architecture, architecture, args_of_official, read_released, write_official
 from fastdit.convert.pipeline import read_pipeline, write_pipeline
@@ -254,6 +254,30 @@ def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
     state = pipeline.weights(config)
     loaded = Loaded(state, state, config, latents, pipeline.step)
     return replace(loaded, golden=pipeline.forward(loaded, say))
+
+
+def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
+    """Weights and their EMA (the same where there is one set) under the official names, for training.init_from.
+
+    `config`: that of the run which starts from them; it decides the time convention of a diffusers folder.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"training.init_from={source} does not exist; name a run, checkpoint, .pt file or folder")
+    if path.is_file():
+        released = read_released(path)
+        for note in released.notes:
+            say(note)
+        return released.model, released.ema
+    if (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file():
+        ours = path / "fastdit.yaml"
+        state = read_pipeline(path, load_config(ours).data.num_classes if ours.is_file() else None).weights(config)
+        return state, state
+    loaded = read_fastdit(path, Stated(None, (), None))
+    if loaded.config.objective != config.objective:
+        theirs, ours = to_tree(loaded.config.objective), to_tree(config.objective)
+        say(f"training.init_from={source} was trained with objective={theirs}, this run trains {ours}")
+    return loaded.model, loaded.ema
 
 
 def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:

@@ -43,6 +43,9 @@ class Engine(Protocol):
     def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         """The model's state dict with `tensors` (shaped like `master_parameters()`) as weights; a collective call."""
 
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        """The reverse of `full_state`: tensors shaped like `master_parameters()`; a collective call."""
+
     def save(self, folder: Path) -> None:
         """Write what a resume needs beside weights and EMA; every process calls it."""
 
@@ -106,6 +109,9 @@ class TorchEngine:
     def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
+
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        return [state[name] for name, p in self.module.named_parameters() if p.requires_grad]
 
     def save(self, folder: Path) -> None:
         if self.ranks.is_main:
@@ -202,6 +208,19 @@ class DeepSpeedEngine:
         for master, own in zip(masters, kept, strict=True):
             master.copy_(own)
         return state
+
+    @torch.no_grad()
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        named = dict(self.module.named_parameters())
+        kept = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, state[name])  # DeepSpeed scatters a tensor into its partitions
+        own = [master.clone() for master in self.master_parameters()]
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, kept[name])
+        return own
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)

@@ -23,22 +23,28 @@ from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow
-from fastdit.training.state import CONFIG, TrainingState
+from fastdit.training.state import CONFIG, TrainingState, take_over
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train(config: Config, *, resume: bool = False, device: str | None = None) -> Path:
-    """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`."""
+def train(config: Config, *, resume: bool = False, device: str | None = None, read_initial=None) -> Path:
+    """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`.
+
+    `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
+    """
     ranks, run_dir = distributed.init(device), Path(config.run_dir)
     checkpoint.check_run_dir(run_dir, resume)
+    if config.training.init_from and read_initial is None:
+        raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
     with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
-        return _train(config, run_dir, ranks, resume)
+        return _train(config, run_dir, ranks, resume, read_initial)
 
 
-def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
+def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
     device, settings = ranks.device, config.training
+    last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
 
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
@@ -54,21 +60,26 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
-    if settings.loss_aware_times and config.objective.name != "ddpm":
-        raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
+    initial, origin = None, "from random weights"
+    if settings.init_from and not last:
+        sources = read_initial(settings.init_from, config)
+        initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
+        model.load_state_dict(initial[0])
+        origin = f"from {settings.init_from}" + (f", except for {', '.join(kept)}" if kept else "")
     policy, micro, accumulation = choose(config, model, ranks)
     objective = prepare_for_training(model, objective, settings, policy)
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window = LossWindow(device)
     state = TrainingState(config, latents, ranks, engine, ema, window, times)
-    last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     start = state.load(last) if last else 0
+    if initial is not None:
+        ema.load(engine.partition(initial[1]))
 
     train_step = TrainStep(
         engine,
@@ -94,7 +105,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
         f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
         f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
-        + (f"resumed at step {start}" if start else "from the start")
+        + (f"resumed at step {start}" if start else origin)
     )
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
