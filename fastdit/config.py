@@ -228,4 +228,7 @@ def _override(tree: dict, override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
+        tree[last] = text

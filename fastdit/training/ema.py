@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastdit.config import TrainingConfig
+
 
 class EMA:
     """`average <- average + (1 - decay)(weights - average)`, starting from a copy of the weights.
@@ -32,3 +34,14 @@ class EMA:
     def load(self, tensors: list[Tensor]) -> None:
         for own, loaded in zip(self.average, tensors, strict=True):
             own.copy_(loaded)
+
+
+def too_young(settings: TrainingConfig, steps: int) -> str:
+    """A warning where the average after `steps` still holds much of the random weights that it began with, else ""."""
+    share = 0.0 if settings.ema_warmup or settings.init_from or not steps else settings.ema_decay**steps
+    if share < 0.05:
+        return ""
+    return (
+        f"warning: after {steps} steps at training.ema_decay={settings.ema_decay} the EMA is still {share:.0%} random "
+        "weights: sample with --weights model, or train with training.ema_warmup=true or a smaller ema_decay"
+    )

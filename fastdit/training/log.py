@@ -105,7 +105,7 @@ class Log:
         self.say(f"step {step}  skipped: its loss or gradient is not finite; see {self.skipped_path}")
 
     def say(self, line: str) -> None:
-        if not self.ranks.is_main:
+        if not self.ranks.is_main or not line:
             return
         tqdm.write(line) if not self.bar.disable else print(line, flush=True)
 

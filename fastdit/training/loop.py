@@ -18,7 +18,7 @@ from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA
+from fastdit.training.ema import EMA, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
@@ -45,7 +45,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
     device, settings = ranks.device, config.training
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
-
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
     latents = manifest.latents
@@ -76,7 +75,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window = LossWindow(device)
-    state = TrainingState(config, latents, ranks, engine, ema, window, times)
+    state = TrainingState(config, manifest, ranks, engine, ema, window, times)
     start = state.load(last) if last else 0
     if initial is not None:
         ema.load(engine.partition(initial[1]))
@@ -158,5 +157,6 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
             if guard.stop and done < settings.steps:
                 log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
                 raise SystemExit(EXIT_STOPPED)
+    log.say(too_young(settings, settings.steps))
     log.close()
     return last

@@ -14,6 +14,7 @@ run_dir/checkpoints/step-0000500/
 A run is its config, its seed and its step, so this is all that a resume needs.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from fastdit.build import build_network, build_objective
 from fastdit.config import Config, load_config, save_config
 from fastdit.data.latents import LatentSpec
+from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
@@ -48,7 +50,7 @@ class TrainingState:
     """Everything of a run that changes from step to step, and the facts that must be the same on resume."""
 
     config: Config
-    latents: LatentSpec
+    manifest: Manifest
     ranks: Ranks
     engine: Engine
     ema: EMA
@@ -66,7 +68,8 @@ class TrainingState:
         settings = self.config.training
         return describe(
             self.config,
-            self.latents,
+            self.manifest.latents,
+            self.manifest.class_names,
             engine=self.engine.name,
             sharded_over=self.sharded_over,
             zero_stage=settings.zero_stage if self.engine.name == "deepspeed" else 0,
@@ -82,7 +85,7 @@ class TrainingState:
             torch.save({"average": self.ema.average, **kept}, folder / f"ema-{self.ranks.rank:05d}.pt")
         if self.ranks.is_main:
             for name, state in whole.items():
-                save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
+                write_weights(state, folder / f"{name}.safetensors")
             save_config(self.config, folder / CONFIG)
             if self.times is not None:
                 torch.save(self.times.state_dict(), folder / "times.pt")
@@ -90,8 +93,9 @@ class TrainingState:
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote and return its step; ValueError where the two runs' settings are incompatible."""
         meta = checkpoint.read_meta(folder)
+        latents_of(meta).check(self.manifest.latents, str(folder), "this run's shards")
         for key, value in self.meta.items():
-            if meta[key] != value:
+            if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
                 raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
         before = vars(load_config(folder / CONFIG).model)
         for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
@@ -109,7 +113,9 @@ class TrainingState:
         return meta["step"]
 
 
-def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: int, zero_stage: int) -> dict[str, Any]:
+def describe(
+    config: Config, latents: LatentSpec, class_names: Iterable[str], *, engine: str, sharded_over: int, zero_stage: int
+) -> dict[str, Any]:
     """The facts in checkpoint.json that must match on resume; `engine` is "none" for a converted checkpoint."""
     return {
         "model": config.model.variant,
@@ -120,6 +126,7 @@ def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: 
         "zero_stage": zero_stage,
         "global_batch": config.training.global_batch,
         "seed": config.seed,
+        "class_names": list(class_names),
         "latents": {**asdict(latents), "shape": list(latents.shape)},
     }
 
@@ -140,6 +147,8 @@ class Trained:
     model: DiT
     latents: LatentSpec
     identity: str  # SHA-256 of the file that the weights were read from
+    class_names: tuple[str, ...]  # () where they are not known
+    step: int
 
 
 def load_network(
@@ -157,7 +166,8 @@ def load_network(
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
-    return Trained(folder, config, objective, model.to(device), latents, identity)
+    names = tuple(meta.get("class_names", ()))
+    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"])
 
 
 def network_from_state(
@@ -210,6 +220,20 @@ def take_over(
                 kept.append(name)
         states.append(state)
     return states, kept
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions that the umask asks for; ValueError for values that are not finite."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
+        )
+    save_file(state, path)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
