@@ -177,7 +177,7 @@ def test_ema_follows_its_closed_form():
         ema.update(weights, step, torch.tensor(False))
     torch.testing.assert_close(ema.average[0], torch.full((3,), 2 - 0.9**10))
     warm = EMA([torch.zeros(1)], decay=0.9999, warmup=True)
-    warm.update([torch.ones(1)], step=1)  # decay 2 / 11
+    warm.update([torch.ones(1)], 1, torch.tensor(False))  # decay 2 / 11
     torch.testing.assert_close(warm.average[0], torch.tensor([9 / 11]))
 
 
