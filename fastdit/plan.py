@@ -41,7 +41,7 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"### {config.model.variant}, {config.data.image_size} px, {processes}, global batch "
         f"{settings.global_batch}, {precision}, residual stream {8 * settings.residual_bytes} bits",
         "",
-        f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP an image forward, "
+        f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP per image forward, "
         f"{3 * forward / 1e9:.1f} in training.",
         "",
         "| checkpointing | micro-batch | "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -13,7 +14,8 @@ from fastdit.config import load_config
 from fastdit.quickstart.small_vae import small_vae
 from fastdit.sampling import grid, image_labels, load_pipeline, sample
 from fastdit.training.loop import train
-from helpers.runs import ENVIRONMENT, run
+from helpers import ROOT
+from helpers.runs import run, run_command
 
 COUNT = 10  # three batches of 4, the last one padded
 
@@ -30,7 +32,9 @@ def trained(world):
 def reference(trained, tmp_path_factory):
     """What one process makes."""
     out = tmp_path_factory.mktemp("samples") / "one"
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(out), "--num-samples", str(COUNT))
+    command = [ROOT / "sample_ddp.py", "--checkpoint", trained, "--out", out, "--num-samples", str(COUNT)]
+    done = run_command(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
@@ -61,9 +65,10 @@ def test_any_number_of_processes_makes_the_same_files(trained, reference, tmp_pa
     assert (tmp_path / "out" / "grid.png").read_bytes() == (reference / "grid.png").read_bytes()
 
 
-def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, monkeypatch):
-    monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "2")
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--num-samples", str(COUNT))
+def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, one_thread):
+    torch.set_num_threads(2)
+    sample(trained, tmp_path / "out", COUNT, device="cpu")
+    assert torch.get_num_threads() == 2
     assert pictures(tmp_path / "out") == pictures(reference)
 
 

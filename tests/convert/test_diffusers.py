@@ -32,6 +32,7 @@ from helpers.checkpoints import (
 )
 from helpers.data import tiny_vae
 
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -49,26 +50,29 @@ def exported(place, name, **arguments):
     return scope["pipe"]
 
 
-def test_the_exported_transformer_gives_the_official_outputs_at_error_zero(place):
-    z, transformer = golden("dit"), exported(place, "ddpm").transformer
+def test_the_exported_transformer_gives_the_recorded_outputs_and_ours(place):
+    z, transformer, model = golden("dit"), exported(place, "ddpm").transformer, load_pipeline(place / "ddpm").model
     y = torch.where(z["y"] == 10, 1000, z["y"])
     with torch.no_grad():
         for t, out in ((z["t"], z["out"]), (z["t_fractional"], z["out_t_fractional"])):
-            assert (transformer(z["x"], timestep=t, class_labels=y).sample - out).abs().max() == 0
+            theirs = transformer(z["x"], timestep=t, class_labels=y).sample
+            torch.testing.assert_close(theirs, out, **CLOSE)  # recorded on another processor
+            # the same machine: what is left is that a bias is added in another place
+            torch.testing.assert_close(model(z["x"], t, z["y"]), theirs, atol=1e-6, rtol=1e-6)
         null = torch.full_like(y, 10), torch.full_like(y, 1000)
-        ours = load_pipeline(place / "ddpm").model(z["x"], z["t"], null[0])
-        theirs = transformer(z["x"], timestep=z["t"], class_labels=null[1]).sample
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)  # a bias is added in another place
+        ours, theirs = model(z["x"], z["t"], null[0]), transformer(z["x"], timestep=z["t"], class_labels=null[1]).sample
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
-def test_in_float64_the_two_networks_agree_to_the_last_fp32_bit(place):
+def test_in_float64_the_two_networks_agree_far_below_fp32(place):
     z, ours, theirs = golden("dit"), load_pipeline(place / "ddpm").model.double(), exported(place, "ddpm").transformer
     theirs.double()
     ours.t_embedder.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     with torch.no_grad():
         out = ours(z["x"].double(), z["t"], z["y"])
         other = theirs(z["x"].double(), timestep=z["t"], class_labels=torch.where(z["y"] == 10, 1000, z["y"])).sample
-    assert out.dtype == other.dtype == torch.float64 and (out.float() - other.float()).abs().max() == 0
+    assert out.dtype == other.dtype == torch.float64
+    torch.testing.assert_close(out, other, atol=1e-12, rtol=1e-12)
 
 
 def test_what_an_export_says_is_true(place):

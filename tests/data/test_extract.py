@@ -23,7 +23,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
-from helpers import ROOT
+from helpers import ROOT, runs
 from helpers.data import tiny_vae, write_digits
 
 COUNT = 90
@@ -82,7 +82,7 @@ class ThreadRanks(Ranks):
     meeting: threading.Barrier
 
     def barrier(self) -> None:
-        self.meeting.wait(timeout=60)
+        self.meeting.wait()
 
 
 def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
@@ -101,14 +101,10 @@ def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_processes_under_torchrun(made, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", str(ROOT / "extract_features.py"), "--images", str(made / "images")]
-    command += ["--vae", str(made / "vae"), "--out", str(tmp_path / "out"), "--image-size", "32", "--batch-size", "8"]
-    command += ["--shard-size", "20", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert f"{COUNT} images in 5 shards" in done.stderr
+def test_two_processes_of_the_command_write_the_same_bytes(made, tmp_path):
+    arguments = ["--images", made / "images", "--vae", made / "vae", "--out", tmp_path / "out", "--image-size", "32"]
+    arguments += ["--batch-size", "8", "--shard-size", "20", "--device", "cpu"]
+    assert f"{COUNT} images in 5 shards" in runs.run("extract_features.py", *map(str, arguments), processes=2)
     assert files_of(tmp_path / "out") == files_of(made / "out")
 
 

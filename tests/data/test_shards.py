@@ -240,38 +240,51 @@ def test_more_than_an_epoch_in_a_batch_fails_at_once(stored):
         latent_batches(stored, global_batch=54, seed=0)
 
 
+def open_shards(manifest: Manifest) -> int:
+    """How many files of the folder this process has open."""
+    folder = os.path.realpath(manifest.folder)
+    return sum(os.path.realpath(file).startswith(f"{folder}/") for file in Path("/proc/self/fd").iterdir())
+
+
+def readers() -> int:
+    return sum(thread.name.startswith("latents") for thread in threading.enumerate())
+
+
 def test_closing_ends_the_thread_and_the_files(stored):
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     batches = latent_batches(stored, global_batch=40, seed=0)
     next(batches)
-    assert len(os.listdir("/proc/self/fd")) > files
+    assert open_shards(stored) > 0 and readers() == 1
     batches.close()
-    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+    assert open_shards(stored) == readers() == 0
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
 def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, name):
     expected = take(stored, 3, global_batch=40, seed=0)
-    threads = threading.active_count()
     batches = on_device(latent_batches(stored, global_batch=40, seed=0, pin_memory=name == "cuda"), torch.device(name))
     for batch in expected:
         step, moments, y = next(batches)
         assert step == batch.step and moments.device.type == y.device.type == name
         assert torch.equal(moments.cpu(), batch.moments) and torch.equal(y.cpu(), batch.y)
     batches.close()
-    assert threading.active_count() == threads
+    assert readers() == 0
 
 
 def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):
-    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
     expected = take(stored, 3, global_batch=COUNT, seed=0)
-    files = len(os.listdir("/proc/self/fd"))
-    batches = latent_batches(stored, global_batch=COUNT, seed=0)
-    for batch in expected:
-        assert torch.equal(next(batches).moments, batch.moments)
-        assert len(os.listdir("/proc/self/fd")) <= files + 3
-    batches.close()
+    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
+    opened, real_open = [], os.open
+
+    def counting(*arguments, **options):  # in the reader's thread, the only one that opens and closes shards
+        file = real_open(*arguments, **options)
+        opened.append(open_shards(stored))
+        return file
+
+    monkeypatch.setattr(os, "open", counting)
+    for ours, theirs in zip(take(stored, 3, global_batch=COUNT, seed=0), expected, strict=True):
+        assert torch.equal(ours.moments, theirs.moments)
+    assert max(opened) == 2
 
 
 def test_infinite_latents_are_refused(tmp_path):

@@ -49,12 +49,21 @@ def test_gradients_equal_the_official_network(recompute):
         torch.testing.assert_close(parameters[name].grad, expected, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_compiled_blocks_give_the_same_output_and_keep_the_official_names():
+def test_compiled_blocks_give_the_same_output_and_gradients_and_keep_the_official_names():
     model, golden = golden_dit()
     names = list(model.state_dict())
+
+    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = model(golden["x"], golden["t"], golden["y"])
+        return out, torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
+
+    _, wanted = gradients()
+    model.join_modulations()
     model.compile_blocks()
-    with torch.no_grad():
-        torch.testing.assert_close(model(golden["x"], golden["t"], golden["y"]), golden["out"], **CLOSE)
+    out, found = gradients()
+    torch.testing.assert_close(out, golden["out"], **CLOSE)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
     assert list(model.state_dict()) == names
 
 

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
-import time
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +22,8 @@ from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine, merge_deepspeed
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
-from helpers.runs import ENVIRONMENT, command, free_port, run
+from helpers import ROOT
+from helpers.runs import rendezvous, run, run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,8 +38,9 @@ def train_here(world, run_dir, *overrides, resume=False):
 
 @pytest.fixture(scope="session")
 def whole(world):
-    """The uninterrupted run, and its losses at every step."""
-    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={world}/whole")
+    """The uninterrupted run by the command that a user gives, and its losses at every step."""
+    done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", f"run_dir={world}/whole")
+    assert done.returncode == 0, done.stdout + done.stderr
     return losses(world / "whole")
 
 
@@ -59,17 +59,8 @@ def test_a_run_logs_learns_and_leaves_checkpoints(world, whole):
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_a_random_step_and_resumed_gives_the_same_losses(world, whole, tmp_path, seed):
     arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "--resume"]
-    target = random.Random(seed).randint(1, 19)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen(
-        command("train.py", *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= target):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    random_number = random.Random(seed)
+    run("train.py", *arguments, kill=(random_number.randint(1, 19), 0.05 * random_number.random()))
     run("train.py", *arguments)
     assert losses(tmp_path / "run") == whole
     for name in ("model", "ema"):
@@ -86,8 +77,9 @@ def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, 
 
 
 def test_compiled_blocks_and_the_whole_compiled_give_the_same_losses(world, tmp_path):
+    few = ["model.variant=DiT-2x64x4/4", "training.steps=4", "training.precision=fp32"]
     for name in ("true", "whole", "false"):
-        train_here(world, tmp_path / name, f"training.compile={name}", "training.steps=4", "training.precision=fp32")
+        train_here(world, tmp_path / name, f"training.compile={name}", *few)
     for name in ("true", "whole"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
@@ -98,7 +90,7 @@ def test_fused_kernels_give_the_eager_definitions_losses(world, tmp_path, monkey
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for mode in ("triton", "eager"):
         monkeypatch.setenv("FASTDIT_KERNELS", mode)
-        few = ["training.steps=3", "training.precision=fp32", "training.global_batch=3"]
+        few = ["training.steps=3", "training.precision=fp32", "training.global_batch=3", "model.variant=DiT-2x64x4/4"]
         train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{mode}", *few]), device=device)
     assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
     states = (load_file(tmp_path / mode / "checkpoints/step-0000003/model.safetensors") for mode in ("triton", "eager"))
@@ -139,7 +131,10 @@ def test_zero_runs_under_plain_python(world, whole, tmp_path):
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
-    run("train.py", "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run"]
+    done = run_command(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     assert len(read_metrics(tmp_path / "run")) == 20
 
@@ -163,10 +158,11 @@ def test_zero_on_two_processes_gives_the_single_process_losses_and_resumes_exact
 
 
 def test_the_deepspeed_launcher_trains_on_two_processes(world, whole, tmp_path):
-    launcher = shutil.which("deepspeed", path=os.path.dirname(command("x")[0])) or shutil.which("deepspeed")
-    arguments = ["--num_gpus", "2", "--master_port", free_port(), *command("train.py")[1:]]
-    arguments += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
-    done = subprocess.run([launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    store, environment = rendezvous()
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", environment["MASTER_PORT"], str(ROOT / "train.py")]
+    command += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
+    done = run_command(*command, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
@@ -196,7 +192,7 @@ def test_micro_batches_divide_the_global_batch():
     assert micro_batches(256, 8, 8) == (8, 4)
     with pytest.raises(ValueError, match="global_batch=10 is not divisible by 4 processes; use 8"):
         micro_batches(10, 0, 4)
-    with pytest.raises(ValueError, match="micro_batch=5 does not divide 12 images a process; use 4"):
+    with pytest.raises(ValueError, match="micro_batch=5 does not divide 12 images per process; use 4"):
         micro_batches(24, 5, 2)
 
 
@@ -249,12 +245,11 @@ def test_too_little_memory_is_said_with_the_keys_that_help_and_loses_nothing(wor
 
 
 def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):
-    config = str(world / "config.yaml")
-    for arguments, words in [
-        (["training.lrr=1"], ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
-        ([f"run_dir={world}/whole"], ["is not empty", "--resume"]),
+    for argument, words in [
+        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
+        (f"run_dir={world}/whole", ["is not empty", "--resume"]),
     ]:
-        done = run("train.py", "--config", config, *arguments, check=False)
+        done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", argument)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
 
