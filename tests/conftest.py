@@ -6,6 +6,7 @@ Triton's kernels run under its interpreter. All of this must be set before the l
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,9 @@ import fastdit  # noqa: F401, I001  before torch: it sets how OpenMP's threads w
 import pytest
 import torch
 
+# Inductor's cache does not tell instruction sets apart: code made under another ATEN_CPU_CAPABILITY crashes
+cache = f"{tempfile.gettempdir()}/fastdit_tests_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

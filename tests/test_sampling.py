@@ -73,7 +73,7 @@ def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, referen
     assert pictures(tmp_path / "out") == pictures(reference)
 
 
-def test_batches_of_7_and_of_50_agree_to_one_grey_level(trained, tmp_path):
+def test_batches_of_7_and_of_50_agree_to_one_gray_level(trained, tmp_path):
     for batch in (7, 50):
         sample(trained, tmp_path / str(batch), 60, overrides=[f"sampling.batch_size={batch}"], device="cpu")
     difference = np.abs(array(tmp_path / "7").astype(int) - array(tmp_path / "50"))
@@ -121,7 +121,7 @@ def test_labels():
     assert image_labels("balanced", 2, 0, 0) == [0, 0]
 
 
-def test_a_grid_has_a_class_a_row(tmp_path):
+def test_a_grid_has_one_class_per_row(tmp_path):
     (tmp_path / "images").mkdir()
     labels = [i % 3 for i in range(9)]
     for i, label in enumerate(labels):
@@ -182,7 +182,7 @@ def test_rescaled_guidance_has_the_contrast_of_the_unguided_prediction(trained):
     torch.testing.assert_close(shown[4], shown[0])  # the first evaluation, of the same noise
 
 
-def test_a_model_is_its_own_weak_model_to_no_effect_and_a_strange_one_is_refused(trained, tmp_path):
+def test_guidance_by_the_model_itself_has_no_effect_and_another_network_is_refused(trained, tmp_path):
     plain = latents_with(trained, "sampling.cfg_scale=1")
     own = latents_with(trained, "sampling.cfg_scale=3", f"sampling.weak_checkpoint={trained}")
     torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
@@ -215,7 +215,7 @@ def test_a_folder_of_other_samples_is_never_overwritten(trained, reference, tmp_
     assert json.loads((reference / "sampling.json").read_text())["seed"] == 0
 
 
-def test_the_npz_is_streamed_and_whole(reference):
+def test_the_npz_is_streamed_and_complete(reference):
     with zipfile.ZipFile(reference / "samples.npz") as archive:
         assert archive.namelist() == ["arr_0.npy"] and archive.testzip() is None
 
@@ -226,7 +226,7 @@ def test_bf16_sampling_stays_near_fp32(trained):
     assert 0 < (half - wanted).abs().max() < 0.1
 
 
-def test_weights_rounded_once_change_no_bit(trained):
+def test_weights_cast_once_give_the_bits_of_autocast(trained):
     generator = load_pipeline(trained, ["sampling.precision=bf16"])
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
     model = load_pipeline(trained).model

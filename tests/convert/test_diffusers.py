@@ -75,7 +75,7 @@ def test_in_float64_the_two_networks_agree_far_below_fp32(place):
     torch.testing.assert_close(out, other, atol=1e-12, rtol=1e-12)
 
 
-def test_what_an_export_says_is_true(place):
+def test_the_readme_of_an_export_is_true(place):
     """Without the README's line the frequencies are diffusers' own, and the output is off by what it says."""
     from diffusers import DiTTransformer2DModel
 
@@ -93,7 +93,7 @@ def test_what_an_export_says_is_true(place):
 
 @pytest.mark.parametrize("name, sampler", [("ddpm", "ddim"), ("flow", "euler")])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_pipeline_makes_the_images_of_the_own_sampler(place, name, sampler, scale):
+def test_the_pipeline_makes_the_same_images_as_our_sampler(place, name, sampler, scale):
     classes, steps = [3, 7], 10
     pipe, generator = exported(place, name), load_pipeline(place / name)
     draw = lambda: [torch.Generator().manual_seed(i) for i in (0, 1)]  # noqa: E731
@@ -138,7 +138,7 @@ def strip(folder):
         path.unlink()
 
 
-def test_a_folder_of_someone_else_tells_its_objective_by_its_scheduler(place, tmp_path):
+def test_a_foreign_folders_objective_is_read_from_its_scheduler(place, tmp_path):
     shutil.copytree(place / "ddpm_pipe", tmp_path / "pipe")
     strip(tmp_path / "pipe")
     convert(tmp_path / "pipe", "fastdit", tmp_path / "run", heads=4, say=quiet)
@@ -213,7 +213,7 @@ def odd_checkpoint(place, tmp_path, shape=(4, 8, 8), **options):
 
 
 @pytest.mark.parametrize("options", [{"mlp": "gelu"}, {"qkv_bias": False}, {"mlp": "gelu", "qkv_bias": False}])
-def test_options_that_diffusers_has_a_slot_for_travel(place, tmp_path, options):
+def test_options_that_diffusers_supports_survive_the_round_trip(place, tmp_path, options):
     source = odd_checkpoint(place, tmp_path, **options)
     convert(source, "diffusers", tmp_path / "pipe", say=quiet)  # which compares the two networks
     for name in ("pipe", "stripped"):
@@ -235,7 +235,7 @@ def test_options_that_diffusers_has_a_slot_for_travel(place, tmp_path, options):
      {"proj_bias": False}, {"mlp_bias": False}, {"mlp_ratio": 2.0}, {"unpatchify": "transposed_conv"}],
 )  # fmt: skip
 @pytest.mark.parametrize("to, where", [("diffusers", "DiTTransformer2DModel"), ("official", "the official DiT")])
-def test_options_without_a_slot_are_refused_by_name(place, tmp_path, options, to, where):
+def test_unsupported_options_are_refused_by_name(place, tmp_path, options, to, where):
     source = odd_checkpoint(place, tmp_path, **options)
     [(name, value)] = options.items()
     message = re.escape(f"model.{name}={value!r} is not supported by {where}; keep the fastdit checkpoint")
@@ -247,7 +247,7 @@ def test_options_without_a_slot_are_refused_by_name(place, tmp_path, options, to
 
 
 @pytest.mark.parametrize("to", ["diffusers", "official"])
-def test_rectangular_latents_have_no_slot(place, tmp_path, to):
+def test_rectangular_latents_are_refused(place, tmp_path, to):
     source = odd_checkpoint(place, tmp_path, shape=(4, 8, 32))  # 16 patches, which would also make a square
     with pytest.raises(ValueError, match="latents of 8 x 32 are not square"):
         convert(source, to, tmp_path / "out", say=quiet)
@@ -260,13 +260,13 @@ def test_rectangular_latents_have_no_slot(place, tmp_path, to):
         (["objective={name: flow, prediction: x_0}"], "objective.prediction='x_0' has no scheduler"),
     ],
 )
-def test_what_diffusers_has_no_slot_for_is_refused_by_name(place, tmp_path, overrides, word):
+def test_objectives_that_diffusers_lacks_are_refused_by_name(place, tmp_path, overrides, word):
     with pytest.raises(ValueError, match=re.escape(word)):
         convert(place / "flow", "diffusers", tmp_path / "out", overrides=overrides, say=quiet)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_that_is_not_the_fixed_one_and_too_many_classes_have_no_slot(place, tmp_path):
+def test_another_position_table_and_too_many_classes_are_refused(place, tmp_path):
     state = golden_weights()
     torch.save(state | {"pos_embed": state["pos_embed"] + 0.1}, tmp_path / "learned.pt")
     many = torch.zeros(1201, 48)
@@ -278,7 +278,7 @@ def test_a_table_that_is_not_the_fixed_one_and_too_many_classes_have_no_slot(pla
             convert(tmp_path / name, "diffusers", tmp_path / "out", say=quiet)
 
 
-def test_embedders_that_grew_apart_have_no_counterpart(place, tmp_path):
+def test_embedders_that_differ_between_blocks_are_refused(place, tmp_path):
     shutil.copytree(place / "ddpm_pipe", tmp_path / "pipe")
     path = tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)

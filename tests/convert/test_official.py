@@ -39,14 +39,14 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("convert"))
 
 
-def test_a_plain_file_goes_there_and_back_bit_for_bit(place, tmp_path):
+def test_a_plain_file_survives_the_round_trip_bit_for_bit(place, tmp_path):
     assert_same(weights(place / "ddpm"), golden_weights())
     assert_same(weights(place / "ddpm", "model"), golden_weights())
     convert(place / "ddpm", "official", tmp_path / "back.pt", say=quiet)
     assert_same(torch.load(tmp_path / "back.pt", weights_only=True), golden_weights())
 
 
-def test_a_training_file_keeps_both_sets_and_tells_its_objective(place, tmp_path):
+def test_a_training_file_keeps_model_and_ema_and_names_its_objective(place, tmp_path):
     wrapped = "_orig_mod.module."
     path = training_file(tmp_path / "0400000.pt", wrapped, model="DiT-XL/2", num_classes=10, vae="mse", lr=1e-4)
     heard = []
@@ -67,7 +67,7 @@ def test_a_training_file_keeps_both_sets_and_tells_its_objective(place, tmp_path
     assert_same(weights(tmp_path / "again", "model"), weights(tmp_path / "run", "model"))
 
 
-def test_a_sit_file_tells_path_prediction_and_weight(tmp_path):
+def test_a_sit_file_names_path_prediction_and_weight(tmp_path):
     args = {"model": "SiT-XL/2", "path_type": "GVP", "prediction": "noise", "loss_weight": "likelihood",
             "train_eps": 0.01, "sample_eps": None}  # fmt: skip
     path = training_file(tmp_path / "sit.pt", **args)
@@ -196,7 +196,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(place, tmp_path, capsys, mon
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 
 
-def test_files_that_are_none_of_ours(place, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(place, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "cut.pt").write_bytes((place / "plain.pt").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 100)

@@ -247,7 +247,7 @@ def test_overwrite_replaces_latents(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_killed_run_leaves_no_output_and_the_next_one_is_whole(made, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_next_one_is_complete(made, tmp_path):
     script = f"""
 import os, signal
 from fastdit.data import extract, writer

@@ -21,7 +21,7 @@ def test_center_crop_gives_the_recorded_bytes(key):
     np.testing.assert_array_equal(np.asarray(crop), ARRAYS[key])
 
 
-def test_every_grey_level_survives_the_way_to_pixels_and_back():
+def test_every_gray_level_survives_the_conversion_to_pixels_and_back():
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     pixels = to_pixels(image)
     assert pixels.shape == (1, 3, 16, 16) and pixels.min() == -1 and pixels.max() == 1
@@ -176,7 +176,7 @@ def test_numbered_classes_in_the_order_of_text_are_remarked_upon(tmp_path):
         (["a/1.png", "b/.keep.png"], "class subfolder 'b' without images"),
     ],
 )
-def test_folders_that_are_no_image_folder(tmp_path, files, message):
+def test_folders_that_are_not_image_folders_are_refused(tmp_path, files, message):
     root = tmp_path / "images"
     if files is not None:
         root.mkdir()

@@ -61,7 +61,7 @@ def test_batches_are_the_samples_in_the_stated_order(stored):
             np.testing.assert_array_equal(each.moments[row].numpy(), moments[image, mirrored].astype(np.float32))
 
 
-def test_without_mirrors_only_the_images_as_they_are(stored):
+def test_without_hflip_no_image_is_mirrored(stored):
     moments, _ = toy_samples()
     [batch] = take(stored, 1, global_batch=COUNT, seed=0, hflip=False)
     np.testing.assert_array_equal(batch.moments.numpy(), moments[permutation(0, 0, COUNT), 0].astype(np.float32))
@@ -83,7 +83,7 @@ def test_world_size_and_resume_do_not_change_the_global_batches(stored):
             assert torch.equal(torch.cat([part[k].y for part in parts]), expected.y)
 
 
-def test_an_epoch_holds_every_image_once_and_is_unlike_the_others():
+def test_an_epoch_holds_every_image_once_and_differs_from_the_others():
     orders = [permutation(3, epoch, 1000) for epoch in range(200)]
     assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
     places = np.array([np.argsort(order)[:5] for order in orders])  # where images 0..4 come, by epoch

@@ -50,7 +50,7 @@ def test_a_gaussian_has_its_likelihood_within_the_error_bar(interpolant):
     assert score.abs().mean() < 1.2 and score.abs().max() < 4.5 and score.abs().max() > 1  # a bar, and not too wide
 
 
-def test_an_isotropic_gaussian_needs_no_luck():
+def test_an_isotropic_gaussian_has_no_probe_error():
     objective, std = FlowMatching(), 0.5
 
     def denoise(x_t, t):

@@ -1,7 +1,7 @@
-"""A small world to train in, and how to run the scripts there: digits, an untrained autoencoder, their latents.
+"""A folder to train in (digits, an untrained autoencoder, their latents), and how tests run the scripts in it.
 
-A new interpreter spends five to ten seconds importing torch, diffusers and DeepSpeed. `run` therefore forks its
-processes from one that has imported them. Where the command line itself is tested, `run_command` starts it.
+A new interpreter takes five to ten seconds to import torch, diffusers and DeepSpeed. `run` therefore forks its
+processes from one that has imported them. `run_command` starts new interpreters, where the command itself is tested.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(
 
 
 def make_world(root: Path) -> Path:
-    """root/{images,held_out,vae,latents} and root/config.yaml: a two-step-a-second run on a laptop."""
+    """Write root/{images,held_out,vae,latents} and root/config.yaml, for a run of twenty short steps."""
     from fastdit.data.extract import extract_features
     from fastdit.quickstart.digits import write_digits
     from fastdit.quickstart.small_vae import small_vae
@@ -50,14 +50,14 @@ sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
 
 
 def run_command(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command to its end, without a check of its exit code."""
+    """Run a command in a new process; the exit code is not checked."""
     return subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
 
 
 def rendezvous() -> tuple[TCPStore, dict[str, str]]:
-    """A store that this process serves for as long as it holds it, and the variables by which processes find it.
+    """A TCP store, served while the caller holds a reference, and the environment in which processes use it.
 
-    torchrun does the same for its workers. The port is chosen when it is bound, so nobody else can take it in between.
+    torchrun does the same for its workers. The port is chosen when it is bound, so no other process can take it first.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return store, {
@@ -69,9 +69,9 @@ def rendezvous() -> tuple[TCPStore, dict[str, str]]:
 
 
 def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> str:
-    """Run a script of the repository to its end in forked processes; returns what they printed.
+    """Run a script of the repository in forked processes and return what they printed.
 
-    kill = (step, seconds): training ends by SIGKILL that long after it has written the step's record.
+    kill = (step, seconds): the process is killed that many seconds after it has logged that step.
     """
     store, world = rendezvous()
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -82,11 +82,15 @@ def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float
             environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             forks.append(FORKS.Process(target=forked, args=(str(ROOT / script), arguments, environment, output, kill)))
             forks[-1].start()
-        while waiting := [fork.sentinel for fork in forks if fork.exitcode is None]:
-            wait(waiting)
-            if any(fork.exitcode for fork in forks):  # the others would wait for it
-                for fork in forks:
-                    fork.kill()
+        try:
+            while waiting := [fork.sentinel for fork in forks if fork.exitcode is None]:
+                wait(waiting)
+                if any(fork.exitcode for fork in forks):
+                    break  # the others would wait for the one that failed
+        finally:
+            for fork in forks:
+                fork.kill()
+                fork.join()
         codes = {fork.exitcode for fork in forks}
         said = "\n".join(output.read_text() for output in outputs)
         assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
@@ -94,7 +98,7 @@ def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float
 
 
 def forked(script: str, arguments: tuple, environment: dict, output: Path, kill: tuple | None) -> None:
-    """What a process of `run` does."""
+    """The body of each process of `run`."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -107,7 +111,7 @@ def forked(script: str, arguments: tuple, environment: dict, output: Path, kill:
 
 
 def kill_after(step: int, seconds: float) -> None:
-    """See `run`."""
+    """Have SIGKILL end this process `seconds` after it has logged `step`, or at its end if that comes first."""
     from fastdit.training.log import Log
 
     write = Log.write
@@ -119,6 +123,6 @@ def kill_after(step: int, seconds: float) -> None:
     def writing(self, at: int, *values, **record) -> None:
         write(self, at, *values, **record)
         if at == step:
-            threading.Thread(target=die).start()  # no daemon: a process that has come to its end waits for it
+            threading.Thread(target=die).start()  # not a daemon: the process cannot end before it
 
     Log.write = writing

@@ -93,7 +93,7 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith(("sdpa-", "flash-"))])
-def test_kernels_of_half_precision_leave_fp32_to_pytorch(name):
+def test_half_precision_kernels_leave_fp32_to_pytorch(name):
     """The quickstart, the likelihood and sampling by default compute in fp32, whatever the training's backend was."""
     q, k, v = torch.randn(3, 2, 3, 41, 72).unbind()
     wanted = F.scaled_dot_product_attention(q, k, v)

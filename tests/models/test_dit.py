@@ -96,7 +96,7 @@ def test_every_variant_has_integral_heads_and_starts_at_zero():
     assert model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10])).abs().max() == 0
 
 
-def test_label_dropout_has_its_rate_and_its_row():
+def test_label_dropout_has_its_rate_and_needs_a_null_label():
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     dropped = drop_labels(torch.zeros(100_000, dtype=torch.long), u, 0.1, 1000) == 1000
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.004)

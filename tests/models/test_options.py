@@ -34,7 +34,7 @@ def test_rotated_logits_depend_on_relative_positions_alone():
     assert min(b - a for a, b in zip(means, means[1:], strict=False)) > 1e-6  # and no two offsets look alike
 
 
-def test_rope_leaves_tokens_beside_the_patches_unturned_and_adds_no_table():
+def test_rope_rotates_patches_only_and_adds_no_table():
     model = small(position="rope", registers=2, block="in_context")
     assert "pos_embed" not in model.state_dict() and model.rope.shape == (2, 9 + 2 + 2, 4)
     assert torch.equal(model.rope[:, 9:], torch.tensor([1.0, 0.0])[:, None, None].expand(2, 4, 4))
@@ -98,7 +98,7 @@ def test_joint_modulations_change_neither_values_nor_names(options, compiled, mo
     assert list(model.state_dict()) == names
 
 
-def test_modulations_that_are_not_there_are_not_joined():
+def test_joint_modulations_are_refused_without_modulations():
     with pytest.raises(ValueError, match="training.joint_adaln=true needs modulations.* use false"):
         small(block="in_context").join_modulations()
 
@@ -116,7 +116,7 @@ def test_latents_may_be_rectangular():
     assert torch.equal(model.pos_embed[0, 7], square[1, 2])
 
 
-def test_transposed_convolution_is_one():
+def test_the_transposed_convolution_equals_pytorchs():
     model = small(unpatchify="transposed_conv")
     final, x = model.final_layer, torch.randn(3, 9, 24)
     out = model.unpatchify(final(x, (torch.zeros_like(x), None, None), torch.zeros(3, 24)))
@@ -130,7 +130,7 @@ def test_transposed_convolution_is_one():
 # ---- the MLP
 
 
-def test_activations_are_what_they_are_called():
+def test_activations_equal_their_definitions():
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     wanted = {
         "gelu": lambda u: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
@@ -163,7 +163,7 @@ def test_bias_switches_remove_their_biases():
 # ---- dropout
 
 
-def test_dropout_keeps_its_share_and_the_mean():
+def test_dropout_drops_its_share_and_keeps_the_mean():
     x = torch.ones(16, 64, 96)
     keys = dropout_keys(torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 2, 3)
     assert keys.shape == (2, 3, 16) and len(keys.unique()) == keys.numel()

@@ -100,7 +100,7 @@ def test_until_every_index_is_known_the_losses_are_those_of_uniform_times(world,
     assert not (folder / "times.pt").exists()
 
 
-def test_flow_matching_has_no_such_times(world, tmp_path):
+def test_loss_aware_times_are_refused_with_flow_matching(world, tmp_path):
     with pytest.raises(ValueError, match="loss_aware_times=True needs a discrete schedule; use objective=ddpm"):
         train_here(world, tmp_path / "run", "training.loss_aware_times=true")
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +75,7 @@ def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, 
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-def test_compiled_blocks_and_the_whole_compiled_give_the_same_losses(world, tmp_path):
+def test_compiled_blocks_and_a_compiled_model_give_the_same_losses(world, tmp_path):
     few = ["model.variant=DiT-2x64x4/4", "training.steps=4", "training.precision=fp32"]
     for name in ("true", "whole", "false"):
         train_here(world, tmp_path / name, f"training.compile={name}", *few)
@@ -131,9 +130,9 @@ def test_zero_runs_under_plain_python(world, whole, tmp_path):
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run"]
-    done = run_command(*command)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [ROOT / "train.py", "--config", world / "config.yaml", f"run_dir={tmp_path}/run"]
+    done = run_command(*launcher, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     assert len(read_metrics(tmp_path / "run")) == 20
@@ -159,10 +158,9 @@ def test_zero_on_two_processes_gives_the_single_process_losses_and_resumes_exact
 
 def test_the_deepspeed_launcher_trains_on_two_processes(world, whole, tmp_path):
     store, environment = rendezvous()
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", "2", "--master_port", environment["MASTER_PORT"], str(ROOT / "train.py")]
-    command += ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.engine=auto"]
-    done = run_command(*command, **environment)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command = ["--master_port", environment["MASTER_PORT"], ROOT / "train.py", "--config", world / "config.yaml"]
+    done = run_command(*launcher, *command, f"run_dir={tmp_path}/run", "training.engine=auto", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "run"))
@@ -181,7 +179,7 @@ def test_ema_follows_its_closed_form():
     torch.testing.assert_close(warm.average[0], torch.tensor([9 / 11]))
 
 
-def test_ema_lives_in_fp32_where_bf16_would_stand_still():
+def test_ema_is_kept_in_fp32_where_bf16_would_not_change():
     ema = EMA([torch.ones(1, dtype=torch.bfloat16)], decay=0.9999)
     ema.update([torch.full((1,), 2.0, dtype=torch.bfloat16)], 1, torch.tensor(False))
     assert ema.average[0].dtype == torch.float32 and 1 < ema.average[0].item() < 1.001
@@ -225,7 +223,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(world, tmp_path, ov
     assert not (tmp_path / "run").exists()
 
 
-def test_too_little_memory_is_said_with_the_keys_that_help_and_loses_nothing(world, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, tmp_path, monkeypatch):
     """By the GPU's own error, at the third step; the checkpoint of the second is there to go on from."""
     step, calls = TorchEngine.step, []
 
@@ -274,7 +272,7 @@ def test_a_diverged_run_stops_and_names_the_remedy(world, tmp_path):
         assert all(t.isfinite().all() for t in load_file(folder / "ema.safetensors").values())
 
 
-def test_a_checkpoint_counts_only_when_whole(world, whole, tmp_path):
+def test_a_checkpoint_counts_only_when_complete(world, whole, tmp_path):
     shutil.copytree(world / "whole", tmp_path / "run")
     newest = checkpoint.checkpoints(tmp_path / "run")[-1]
     newest.rename(newest.with_suffix(".partial"))  # as a kill between writing and renaming leaves it
@@ -289,7 +287,7 @@ def test_a_checkpoint_counts_only_when_whole(world, whole, tmp_path):
     assert meta["step"] == 15
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(world, whole, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_one(world, whole, tmp_path):
     shutil.copytree(world / "whole", tmp_path / "run")
 
     def full(folder):
@@ -302,7 +300,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(world, whole, tm
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-def test_a_full_disk_is_named_whatever_the_writer_calls_it(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):
     def full(folder):
         raise RuntimeError("PytorchStreamWriter failed writing file data/7")
 

@@ -42,7 +42,7 @@ def copy(healthy, tmp_path, name):
     return tmp_path / name
 
 
-def test_what_is_well_is_said_to_be_well(healthy, world, capsys, monkeypatch):
+def test_a_healthy_checkpoint_and_shard_set_pass(healthy, world, capsys, monkeypatch):
     heard = []
     assert verify(healthy / "run", heard.append) == [] and verify(healthy / "latents", heard.append) == []
     text = "\n".join(heard)
@@ -54,7 +54,7 @@ def test_what_is_well_is_said_to_be_well(healthy, world, capsys, monkeypatch):
         assert "all is well" in capsys.readouterr().out
 
 
-def test_a_trained_run_and_its_shards_are_well(world, tmp_path):
+def test_a_trained_run_and_its_shards_pass(world, tmp_path):
     from fastdit.config import load_config
     from fastdit.training.loop import train
 
