@@ -4,6 +4,7 @@ Each step reduces three flags over the processes, on the device: skipped, stop a
 later, when they have arrived, so no step waits for the device, and every process acts after the same step.
 """
 
+import os
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit.distributed import Ranks
+from fastdit.distributed import Ranks, under_deepspeed
 
 LAG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by request after a checkpoint; the same command with --resume continues
@@ -31,7 +32,7 @@ class Requests:
     def __init__(self, run_dir: Path, time_limit_s: float, checkpoint_s: float):
         self.stop_file, self.start = run_dir / "stop", time.monotonic()
         self.time_limit_s, self.checkpoint_s, self.saved = time_limit_s, checkpoint_s, time.monotonic()
-        self.reason, self.looked = "", -1.0
+        self.reason, self.looked, self.launcher = "", -1.0, parent_of(os.getppid())
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> "Requests":
@@ -57,9 +58,19 @@ class Requests:
             self.looked = now
             if not self.reason and self.stop_file.exists():
                 self.reason = f"the file {self.stop_file}"
+            if not self.reason and under_deepspeed() and parent_of(os.getppid()) != self.launcher:
+                self.reason = "the end of the deepspeed launcher"  # which leaves its own child running, and so us
         if not self.reason and self.time_limit_s and now - self.start >= self.time_limit_s:
             self.reason = "training.time_limit"
         return bool(self.reason), bool(self.checkpoint_s and now - self.saved >= self.checkpoint_s)
+
+
+def parent_of(pid: int) -> str:
+    """The parent of a process, "" where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return ""
 
 
 class Guard:
