@@ -25,9 +25,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
 
+    from fastdit.convert import read_initial
     from fastdit.training.loop import train  # after load_config: importing torch takes seconds
 
-    train(config, resume=arguments.resume, device=arguments.device)
+    train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial)
 
 
 if __name__ == "__main__":

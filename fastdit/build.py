@@ -13,6 +13,8 @@ from fastdit.registry import bind, build
 
 
 def build_objective(config: Config) -> Objective:
+    if config.training.loss_aware_times and config.objective.name != "ddpm":
+        raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     return build(OBJECTIVES, config.objective, "objective")
 
 

@@ -5,6 +5,7 @@ Values are converted by annotation. An unknown key is an error that suggests the
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,9 +30,11 @@ class DataConfig:
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = "stabilityai/sd-vae-ft-ema"  # decodes the samples; must be the one that encoded the shards
     prefetch: int = 4  # number of batches to read ahead
+    skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
 
     def __post_init__(self):
         _require(self.image_size > 0, "data.image_size", self.image_size, "use a positive number of pixels")
+        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read in step with the training")
         _require(self.num_classes >= 0, "data.num_classes", self.num_classes, "use 0 for an unconditional network")
 
 
@@ -77,6 +80,7 @@ class ModelConfig(NetworkOptions):
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    init_from: str = ""  # start from these weights: a run, checkpoint, official .pt file or diffusers folder
     steps: int = 400_000
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
@@ -101,7 +105,10 @@ class TrainingConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's JSON config
     log_every: int = 50
     checkpoint_every: int = 10_000
+    checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
+    max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
+    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
     def __post_init__(self):
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
@@ -109,6 +116,12 @@ class TrainingConfig:
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
         for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+        _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
+        _require(
+            self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
+        )
+        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
+        _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
         _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
         if self.fp8:
@@ -119,6 +132,12 @@ class TrainingConfig:
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
+
+    @property
+    def time_limit_s(self) -> float:
+        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
+        hours, _, minutes = self.time_limit.rpartition(":")
+        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
 
     @property
     def residual_bytes(self) -> int:
@@ -209,4 +228,7 @@ def _override(tree: dict, override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
+        tree[last] = text

@@ -1,6 +1,9 @@
 """Processes and random numbers: rank, world size and device of this process, and the random numbers of each step."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +42,14 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
+    def all_reduce_any(self, flag: Tensor) -> Tensor:
+        """The same for a 0-dim bool on the device; nothing waits for it."""
+        if self.world == 1:
+            return flag
+        value = flag.float()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value > 0
+
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over all processes."""
         if self.world > 1:
@@ -58,6 +69,7 @@ class Ranks:
 
 def init(device: str | None = None) -> Ranks:
     """Joins the process group if torchrun or the deepspeed launcher started this process."""
+    die_with_parent()
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
@@ -72,6 +84,15 @@ def init(device: str | None = None) -> Ranks:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     return Ranks(rank, local_rank, world, chosen)
+
+
+def die_with_parent() -> None:
+    """Under a launcher on Linux, ask the kernel for a SIGTERM when it dies: no worker trains on as an orphan."""
+    if "RANK" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() == 1:  # it died before this call
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def close() -> None:

@@ -17,7 +17,7 @@ def is_no_space(error: OSError) -> bool:
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user error) or a full disk into one line on stderr and exit code 2.
+    """Turns a ValueError (a user error), a full disk or a file that cannot be used into one line and exit code 2.
 
     Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function. With
     FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
@@ -25,10 +25,15 @@ def friendly_exit() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and is_no_space(error)
-        if os.environ.get("FASTDIT_DEBUG") == "1" or not (full or isinstance(error, ValueError)):
+        message: object = error
+        if isinstance(error, OSError) and is_no_space(error):
+            message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere"
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename} cannot be used ({error.strerror}); check the path and its permissions"
+        elif isinstance(error, OSError):
             raise
-        message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere" if full else error
+        if os.environ.get("FASTDIT_DEBUG") == "1":
+            raise
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
 

@@ -206,6 +206,13 @@ def choose(config: Config, model: DiT, ranks: distributed.Ranks) -> tuple[str, i
     return best.policy, best.micro_batch, share // best.micro_batch
 
 
+def smaller_batch(policy: str, micro: int) -> str:
+    """What to set when a step ran out of memory."""
+    smaller = max((m for m in divisors(micro) if m < micro), default=1)
+    other = ", or activation_checkpointing=full" * (policy != "full")
+    return f"micro_batch={micro} with activation_checkpointing={policy}: use training.micro_batch={smaller}{other}"
+
+
 def policies_of(config: Config) -> list[str]:
     """The policies of activation checkpointing that can run: `activation` needs a kernel that FP8 and mlp=gelu lack."""
     without = config.training.fp8 or config.model.mlp == "gelu"

@@ -5,10 +5,13 @@ batch b by process b mod world, and a short last batch is padded, because the la
 its shape. Files are written atomically, so the same command continues where a killed one stopped.
 """
 
+import difflib
 import json
 import math
 import os
+import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from fastdit.errors import make_folder, out_of_memory_says
 from fastdit.models.dit import DiT
 from fastdit.registry import bind
 from fastdit.training import checkpoint
+from fastdit.training.ema import too_young
 from fastdit.training.state import load_network
 
 SETTINGS = "sampling.json"
@@ -94,6 +98,8 @@ class ImagePipeline:
     objective: Objective
     codec: LatentCodec
     spec: LatentSpec
+    identity: str  # SHA-256 of the weights' file
+    class_names: tuple[str, ...]  # () where they are not known
 
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
@@ -140,6 +146,8 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     trained = load_network(path, weights, overrides=overrides, device=device)
     config, settings, latents = trained.config, trained.config.sampling, trained.latents
     check_sampling(config, trained.objective, trained.model.null_label)
+    if weights == "ema" and (warning := too_young(config.training, trained.step)):
+        print(warning, file=sys.stderr)
     codec = LatentCodec.load(config.data.vae, device=device)
     latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
     weak = None
@@ -157,7 +165,9 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
                 )
         weak = Inference(weaker.model, settings.precision, settings.compile)
     inference = Inference(trained.model, settings.precision, settings.compile)
-    return ImagePipeline(config, inference, weak, trained.objective, codec, latents)
+    return ImagePipeline(
+        config, inference, weak, trained.objective, codec, latents, trained.identity, trained.class_names
+    )
 
 
 def sample(
@@ -181,10 +191,11 @@ def sample(
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
     pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
     config, out = pipeline.config, Path(out)
-    classes = image_labels(labels, num_samples, config.data.num_classes, seed)
+    classes = image_labels(labels, num_samples, config.data.num_classes, seed, pipeline.class_names)
     settings = {
         "checkpoint": str(checkpoint.find(Path(path)).resolve()),
         "weights": weights,
+        "sha256": pipeline.identity,
         "num_samples": num_samples,
         "seed": seed,
         "labels": labels,
@@ -196,7 +207,7 @@ def sample(
 
     batch = config.sampling.batch_size
     own = range(ranks.rank, math.ceil(num_samples / batch), ranks.world)
-    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not os.sys.stderr.isatty()):
+    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not sys.stderr.isatty()):
         indices = list(range(b * batch, (b + 1) * batch))  # beyond num_samples: padding, not written
         wanted = [i for i in indices if i < num_samples]
         if all(_png(out, i).is_file() for i in wanted):
@@ -217,20 +228,31 @@ def sample(
     return out
 
 
-def image_labels(labels: str, count: int, num_classes: int, seed: int) -> list[int]:
-    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels."""
+def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:
+    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels.
+
+    Where the names are known, `balanced` and `random` take only classes that the training data had.
+    """
     if not num_classes:
         return [0] * count
+    trained = min(num_classes, len(class_names) or num_classes)
     if labels == "balanced":
-        return [i % num_classes for i in range(count)]
+        return [i % trained for i in range(count)]
     if labels == "random":
-        return [seed_of(seed, i, 1) % num_classes for i in range(count)]
-    try:
-        chosen = [int(part) for part in labels.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels={labels!r} must be balanced, random, or class numbers like 207,360") from None
-    if not all(0 <= label < num_classes for label in chosen):
-        raise ValueError(f"--labels={labels!r} goes beyond the classes 0..{num_classes - 1} of this model")
+        return [seed_of(seed, i, 1) % trained for i in range(count)]
+    chosen = []
+    for part in labels.split(","):
+        if part in class_names:
+            chosen.append(class_names.index(part))
+        elif part.strip().isdigit() and int(part) < num_classes:
+            chosen.append(int(part))
+        else:
+            near = difflib.get_close_matches(part, class_names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"--labels={labels!r}: {part!r} is no class of this model; {hint}use balanced, random, or classes by "
+                f"name or by number in 0..{num_classes - 1}, such as 207,360"
+            )
     return [chosen[i % len(chosen)] for i in range(count)]
 
 

@@ -56,7 +56,7 @@ def test_overrides_reach_a_choice_and_its_options(write):
         ("", ["training.precision=fp16"], ["training.precision='fp16'", "bf16, fp32"]),
         ("", ["training.lr=-1"], ["training.lr=-1.0", "positive"]),
         ("", ["training.lr"], ["section.key=value"]),
-        ("", ["training=3"], ["training=3", "section with keys steps"]),
+        ("", ["training=3"], ["training=3", "section with keys init_from, steps"]),
         ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
         ("- a", [], ["sections"]),
         ("a: [", [], ["not valid YAML"]),

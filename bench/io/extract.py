@@ -96,7 +96,7 @@ def main() -> None:
         folder = list_images(images)
         codec = LatentCodec.load(vae, PRECISIONS[arguments.precision], device)
         codec.encode(torch.zeros(batch, 3, size, size, device=device))  # the first call tunes and allocates
-        load, LatentCodec.load = LatentCodec.load, lambda *_: codec  # nobody's loading counts
+        load, LatentCodec.load = LatentCodec.load, lambda *_: codec  # loading is not timed
         ways = {
             "fastdit": lambda out: extract_features(
                 images=images, out=out, vae=vae, image_size=size, batch_size=batch, workers=workers,

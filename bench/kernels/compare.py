@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN, so that an element nobody wrote cannot pass as an old, correct result."""
+    """Fill fresh memory with NaN, so that an unwritten element cannot pass as an old, correct result."""
 
     def poison(make: Callable) -> Callable:
         def made(*args: Any, **kwargs: Any) -> Tensor:

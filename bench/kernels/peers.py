@@ -1,4 +1,4 @@
-"""Public kernels with the keywords of our ops; each is imported only when used, so a missing package fails alone."""
+"""Public kernels with the keywords of our ops; each is imported only when used, so a missing one affects no other."""
 
 from collections.abc import Callable
 

@@ -232,7 +232,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         graphs.append(Graph(bool(options.get("is_backward")), calls, list(kernels)))
         outputs = fx.map_arg(module.graph.output_node().args[0], lambda node: node.meta["val"])
 
-        def run(_):  # memory that nobody writes costs nothing
+        def run(_):  # memory that is never written costs nothing
             return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), outputs)
 
         run._boxed_call = True

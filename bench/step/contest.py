@@ -1,7 +1,7 @@
 """Runs contestants in rotation, each turn a process of its own, and compares their result files.
 
 In its first turn a contestant also runs the gate (gate.py): its figures count only if it computes what the plain fp32
-network does. A process of its own makes peak memory the contestant's alone, and an out-of-memory error ends no other.
+network does. Separate processes keep each contestant's peak memory and out-of-memory errors apart from the others'.
 """
 
 import json
@@ -102,8 +102,8 @@ def compete(
         return verdict_of(truths[key])
 
     def first_turn(row: Row) -> dict:
-        """With the gate, and with half the batch (the first half of the images) as long as memory does not suffice."""
-        if rows[0].results:  # at the most the first contestant's batch: others compare
+        """With the gate; the batch is halved (to the first half of the images) until it fits into memory."""
+        if rows[0].results:  # compare at the batch that the first contestant can hold
             row.case = replace(row.case, batch=min(row.case.batch, rows[0].case.batch))
         profiled = profile and row.case.name in CONTESTANTS
         trace = f"{traces}{row.case.name}.json.gz" if traces and profiled else ""
@@ -130,7 +130,7 @@ def compete(
         say(f"{row.case.name}: {row.failed or f'{row.rates[-1]:.2f} images/s'}")
 
     for i in range(rounds):
-        for row in rows[:: 1 if i % 2 == 0 else -1]:  # forth and back: a drifting clock favors nobody
+        for row in rows[:: 1 if i % 2 == 0 else -1]:  # alternating, so that a drifting clock rate cancels
             if row.failed:
                 continue
             try:

@@ -43,14 +43,15 @@ def perform(job: dict) -> dict:
             result["peak_gib"] = result["reserved_gib"] = peak_gib(device)
             if device.type == "cuda":
                 result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            result["product_tflops"] = product_tflops(device)  # while the device is as warm as it gets
     except Exception as error:
         return {"failed": traceback.format_exc(), "out_of_memory": is_out_of_memory(error)}
-    if job["profile"]:
-        try:
+    try:
+        if job["steps"]:
+            result["product_tflops"] = product_tflops(device)  # while the device is as warm as it gets
+        if job["profile"]:
             result["profile_ms"] = profile(contestant, device, job["profile"], job["trace"])
-        except Exception as error:  # the times are valid nevertheless
-            print(f"{case.name}: no profile: {error}", file=sys.stderr)
+    except Exception as error:  # the times are valid nevertheless
+        print(f"{case.name}: not measured: {error}", file=sys.stderr)
     return result
 
 

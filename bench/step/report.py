@@ -28,7 +28,7 @@ def predicted_gib(case: Case) -> float:
 def figures(rows: list[Row]) -> list[dict]:
     """The fields of each contestant's JSON line. FLOPs count matrix products once, without recomputation."""
     flops = 3 * meta_network(rows[0].case).flops_per_image()  # forward, and twice that backward
-    product = [result["product_tflops"] for row in rows for result in row.results]
+    product = [result["product_tflops"] for row in rows for result in row.results if "product_tflops" in result]
     product = statistics.median(product) if product else None
     card = card_of(torch.device(rows[0].case.device))
     rates, lines = compared({row.case.name: row.rates for row in rows if row.rates}), []
@@ -55,14 +55,18 @@ def figures(rows: list[Row]) -> list[dict]:
                 "slowest_step": significant(case.batch / max(s for r in row.results for s in r["seconds"])),
                 "tflops": significant(tflops),
                 "mfu": card and round(tflops / card.tflops, 4),
-                "of_product": round(tflops / product, 4),
-                "product_tflops": significant(product),
+                "of_product": product and round(tflops / product, 4),
+                "product_tflops": product and significant(product),
                 "peak_gib": round(row.results[-1]["peak_gib"], 2),
                 "reserved_gib": round(row.results[-1]["reserved_gib"], 2),
                 "steps": len(row.results[0]["seconds"]),
             }
         lines.append(line)
     return lines
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def title_of(line: dict) -> str:
@@ -84,11 +88,11 @@ def table(lines: list[dict], about: dict) -> str:
         rows.append([
             title_of(line), line["precision"], line["batch"], f"**{line['images_per_s']}**",
             "{} .. {}".format(*line["spread"]), *(line["over"].get(other, 1) for other in against), line["tflops"],
-            f"{line['mfu']:.1%}" if line["mfu"] else "", f"{line['of_product']:.1%}", line["peak_gib"],
+            percent(line["mfu"]), percent(line["of_product"]), line["peak_gib"],
             line.get("predicted_gib", ""), line["first_step_s"], line["loss_error"],
         ])  # fmt: skip
     text += "\n" + markdown([header, *rows])
-    if product := next((line["product_tflops"] for line in lines if "product_tflops" in line), None):
+    if product := next((line["product_tflops"] for line in lines if line.get("product_tflops")), None):
         text += f"\nA large bf16 matrix product in the same run: {product} TFLOP/s. Ratios: medians over the rounds.\n"
     if profiled := [line for line in lines if "profile_ms" in line]:
         kinds = sorted({kind for line in profiled for kind in line["profile_ms"]},

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config, ModelConfig, load_config, save_config, shipped_config
+from fastdit.config import Config, ModelConfig, load_config, save_config, shipped_config, to_tree
 from fastdit.convert.diffusers import SLOTS
 from fastdit.convert.official import Architecture, architecture, args_of_official, read_released, write_official
 from fastdit.convert.pipeline import read_pipeline, write_pipeline
@@ -31,7 +30,7 @@ from fastdit.diffusion.objectives import OBJECTIVES, Objective
 from fastdit.models.dit import DiT, variant_shape
 from fastdit.registry import lookup
 from fastdit.training import checkpoint
-from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of, network_from_state, read_weights
+from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of, network_from_state, read_weights, write_weights
 
 SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # the Stable Diffusion autoencoder, used by the released DiT and SiT
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
@@ -47,6 +46,7 @@ class Loaded:
     latents: LatentSpec
     step: int = 0
     golden: dict[str, Tensor] | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def objective(self) -> Objective:
@@ -235,10 +235,11 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
     if stated.config or stated.heads:
         raise ValueError(f"{path} has its own config; leave out --config and --heads, and use section.key=value")
     folder = checkpoint.find(path)
-    meta = checkpoint.read_meta(folder)
+    meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
     config = load_config(folder / CONFIG, stated.overrides)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
-    return Loaded(model, ema, config, latents_of(meta), meta["step"])
+    names = tuple(meta.get("class_names", ()))
+    return Loaded(model, ema, config, latents_of(meta), meta["step"], class_names=names)
 
 
 def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
@@ -252,8 +253,32 @@ def read_diffusers(folder: Path, stated: Stated, say) -> Loaded:
         stated = replace(stated, overrides=(*stated.overrides, f"data.vae={folder}"))
     config, latents = configure(pipeline.state, folder, pipeline.said, stated, say)
     state = pipeline.weights(config)
-    loaded = Loaded(state, state, config, latents, pipeline.step)
+    loaded = Loaded(state, state, config, latents, pipeline.step, class_names=pipeline.class_names)
     return replace(loaded, golden=pipeline.forward(loaded, say))
+
+
+def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
+    """Weights and their EMA (the same where there is one set) under the official names, for training.init_from.
+
+    `config`: that of the run which starts from them; it decides the time convention of a diffusers folder.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"training.init_from={source} does not exist; name a run, checkpoint, .pt file or folder")
+    if path.is_file():
+        released = read_released(path)
+        for note in released.notes:
+            say(note)
+        return released.model, released.ema
+    if (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file():
+        ours = path / "fastdit.yaml"
+        state = read_pipeline(path, load_config(ours).data.num_classes if ours.is_file() else None).weights(config)
+        return state, state
+    loaded = read_fastdit(path, Stated(None, (), None))
+    if loaded.config.objective != config.objective:
+        theirs, ours = to_tree(loaded.config.objective), to_tree(config.objective)
+        say(f"training.init_from={source} was trained with objective={theirs}, this run trains {ours}")
+    return loaded.model, loaded.ema
 
 
 def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
@@ -261,11 +286,10 @@ def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
     config = replace(loaded.config, run_dir=str(out))
     with _new_folder(out) as partial:
         for name in ("model", "ema"):
-            state = {key: tensor.contiguous() for key, tensor in getattr(loaded, name).items()}
-            save_file(state, partial / f"{name}.safetensors")
+            write_weights(getattr(loaded, name), partial / f"{name}.safetensors")
         save_config(config, partial / CONFIG)
         np.savez(partial / GOLDEN, **(loaded.golden or loaded.forward()))
-        meta = describe(config, loaded.latents, engine="none", sharded_over=1, zero_stage=0)
+        meta = describe(config, loaded.latents, loaded.class_names, engine="none", sharded_over=1, zero_stage=0)
         checkpoint.commit(partial, out, {"step": loaded.step, **meta})
 
 

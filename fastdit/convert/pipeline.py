@@ -56,6 +56,8 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
         codec.vae.save_pretrained(folder / "vae")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     index |= {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    if loaded.class_names:
+        index["id2label"] = {str(label): name for label, name in enumerate(loaded.class_names)}
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
@@ -134,6 +136,7 @@ class Pipeline:
     state: dict[str, Tensor]
     said: dict[str, Any]
     step: int
+    class_names: tuple[str, ...] = ()
 
     def weights(self, config: Config) -> dict[str, Tensor]:
         """The state dict for the time convention of the objective."""
@@ -186,4 +189,7 @@ def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool =
     if (folder / "vae" / "config.json").is_file():
         said["vae"] = str(folder)
     facts = json.loads((folder / "fastdit.json").read_text()) if (folder / "fastdit.json").is_file() else {}
-    return Pipeline(transformer, state, said, facts.get("step", 0))
+    index = json.loads((folder / "model_index.json").read_text()) if (folder / "model_index.json").is_file() else {}
+    names = index.get("id2label") or {}
+    names = tuple(names[str(label)] for label in range(len(names))) if len(names) == num_classes else ()
+    return Pipeline(transformer, state, said, facts.get("step", 0), names)

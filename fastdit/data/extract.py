@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to_pixels
+from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, remarks, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import permutation
 from fastdit.data.manifest import DTYPES, Manifest
@@ -78,6 +78,8 @@ def extract_features(
     partial = partial_folder(out)
     try:
         if ranks.is_main:
+            for line in remarks(folder):
+                print(line, file=sys.stderr)
             prepare(out)
         ranks.barrier()
         if not partial.is_dir():
@@ -88,7 +90,7 @@ def extract_features(
         _wait_for_parts(partial, shards)  # not a collective: processes may finish many minutes apart
         ranks.barrier()
         if ranks.is_main:
-            about = publish(partial, out, about, shards, overwrite)
+            about = publish(partial, out, about, shards, overwrite, folder.ignored)
             rate = len(folder) / (time.perf_counter() - start)
             skipped = f", {about.skipped} unreadable images listed in skipped.txt" if about.skipped else ""
             print(f"{out}: {len(about)} images in {shards} shards, {rate:.1f} images/s{skipped}", file=sys.stderr)

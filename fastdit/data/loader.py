@@ -7,7 +7,7 @@ at which a run resumes.
 import os
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import NamedTuple
@@ -40,6 +40,7 @@ def latent_batches(
     verify: bool = True,
     prefetch: int = 4,
     pin_memory: bool = False,
+    skip_damaged: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
     """Infinite iterator over batches from `start_step` on; a background thread reads `prefetch` batches ahead.
 
@@ -52,7 +53,7 @@ def latent_batches(
     manifest.check(global_batch=global_batch)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
-    reader = _Reader(manifest, global_batch, rows, seed, hflip, verify, pin_memory)
+    reader = _Reader(manifest, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
     return _read_ahead(reader, start_step, prefetch)
 
 
@@ -97,8 +98,10 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 class _Reader:
     """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
 
-    def __init__(self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory):
-        self.manifest, self.seed = manifest, seed
+    def __init__(
+        self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory, skip_damaged
+    ):
+        self.manifest, self.seed, self.skip_damaged, self.damaged = manifest, seed, skip_damaged, set()
         self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
         self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
         self.index = manifest.index()
@@ -117,9 +120,17 @@ class _Reader:
             images[mask] = self.order(epoch)[positions[mask]]
             if self.hflip:
                 mirrored[mask] = mirrors(self.seed, epoch, images[mask])
-        samples = self.index[images]
-        y = torch.from_numpy(samples["label"].astype(np.int64))
-        moments = torch.from_numpy(self.read(samples, mirrored)).float()
+        array = np.empty((len(images), *self.shape), self.dtype)
+        for i in range(len(images)):
+            while fault := self.read(self.index[images[i]], int(mirrored[i]), array[i : i + 1]):
+                if self.skip_damaged is None or len(self.damaged) == len(self.index):
+                    raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
+                if images[i] not in self.damaged:
+                    self.damaged.add(images[i])
+                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
+                images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
+        y = torch.from_numpy(self.index["label"][images].astype(np.int64))
+        moments = torch.from_numpy(array).float()
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in (moments, y)))
 
     def order(self, epoch: int) -> np.ndarray:
@@ -128,20 +139,19 @@ class _Reader:
             self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
         return self.orders[epoch]
 
-    def read(self, samples: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """SAMPLE rows (n,) and the orientation of each (n,): 0 or 1 -> moments (n, 2C, h, w) in the stored dtype."""
-        array = np.empty((len(samples), *self.shape), self.dtype)
-        size = self.dtype.itemsize * int(np.prod(self.shape))
-        memory = memoryview(array.reshape(-1).view(np.uint8))
-        offsets = (samples["offset"] + mirrored.astype(np.uint64) * np.uint64(size)).tolist()
-        crcs = samples["crc32"][np.arange(len(samples)), mirrored].tolist()
-        for i, (shard, offset, crc) in enumerate(zip(samples["shard"].tolist(), offsets, crcs, strict=True)):
-            data = memory[i * size : (i + 1) * size]
-            if os.preadv(self.file(shard), [data], offset) != size or (self.verify and zlib.crc32(data) != crc):
-                path = self.manifest.folder / self.manifest.shards[shard].name
-                key = int(samples["key"][i])
-                raise ValueError(f"{path} is damaged at sample {key:09d}: its bytes do not match its crc32; {AGAIN}")
-        return array
+    def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
+        """Fill out (1, 2C, h, w) with one orientation of a sample; returns what is wrong with it, if anything is."""
+        data = memoryview(out.reshape(-1).view(np.uint8))
+        shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
+        complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
+        reason = ""
+        if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
+            reason = "is damaged: its bytes do not match its crc32"
+        elif not np.isfinite(out).all():
+            reason = "has values that are not finite"
+        if reason:
+            path = self.manifest.folder / self.manifest.shards[shard].name
+            return f"sample {int(sample['key']):09d} of {path} {reason}"
 
     def file(self, shard: int) -> int:
         if shard in self.files:
@@ -155,6 +165,14 @@ class _Reader:
     def close(self) -> None:
         while self.files:
             os.close(self.files.popitem()[1])
+
+
+def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:
+    """The keys of the samples in the global batch of a step, in its order."""
+    index = manifest.index()
+    epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
+    orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
+    return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

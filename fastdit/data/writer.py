@@ -115,7 +115,9 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.part"
 
 
-def publish(partial: Path, out: Path, about: Manifest, shards: int, overwrite: bool = False) -> Manifest:
+def publish(
+    partial: Path, out: Path, about: Manifest, shards: int, overwrite: bool = False, ignored: Iterable[str] = ()
+) -> Manifest:
     """Merges the parts of all shards into the index, manifest and list of skipped images, then renames to `out`.
 
     `about` describes the latents; the counts, statistics, shards and checksums are filled in here.
@@ -131,8 +133,8 @@ def publish(partial: Path, out: Path, about: Manifest, shards: int, overwrite: b
     skipped = Skipped(about.images)  # each process counted its own; this is the total
     for line in (line for part in parts for line in part["skipped"]):
         skipped.add(*line.split("\t", 1))
-    if skipped.lines:
-        text = "".join(f"{line}\n" for line in skipped.lines)
+    if skipped.lines or ignored:
+        text = "".join(f"{line}\n" for line in [*skipped.lines, *ignored])
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
     latents = about.latents
     manifest = replace(

@@ -31,14 +31,20 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
 
-    def step(self, lr: float) -> Tensor:
-        """One AdamW step; returns the gradient norm before clipping, on the device."""
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """One AdamW step, skipped on all processes where `bad` (0-dim bool, agreed) or the gradient is not finite.
+
+        Returns the gradient norm before clipping, and whether the step was skipped; 0-dim, on the device.
+        """
 
     def master_parameters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates: this process's part of them under ZeRO."""
 
     def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         """The model's state dict with `tensors` (shaped like `master_parameters()`) as weights; a collective call."""
+
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        """The reverse of `full_state`: tensors shaped like `master_parameters()`; a collective call."""
 
     def save(self, folder: Path) -> None:
         """Write what a resume needs beside weights and EMA; every process calls it."""
@@ -84,16 +90,18 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)  # the same on all processes, as the gradients are
+        skipped = bad | ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, skipped
 
     def master_parameters(self) -> list[Tensor]:
         return self.parameters
@@ -102,16 +110,19 @@ class TorchEngine:
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
 
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        return [state[name] for name, p in self.module.named_parameters() if p.requires_grad]
+
     def save(self, folder: Path) -> None:
         if self.ranks.is_main:
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
         self.module.load_state_dict(state)
-        places = [group["lr"] for group in self.optimizer.param_groups]
+        settings = settings_of(self.optimizer)
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, lr in zip(self.optimizer.param_groups, places, strict=True):
-            group["lr"] = lr  # keep our own tensor, on the device
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
 
 class DeepSpeedEngine:
@@ -168,12 +179,14 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        before = self.engine.skipped_steps
+        self.engine.step()  # DeepSpeed itself skips a step whose gradient is not finite, as that of a bad loss is
         norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm if norm is not None else float("nan"))
+        norm = torch.as_tensor(norm if norm is not None else float("nan"), device=self.ranks.device)
+        return norm, torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
 
     def master_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
@@ -196,13 +209,34 @@ class DeepSpeedEngine:
             master.copy_(own)
         return state
 
+    @torch.no_grad()
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        named = dict(self.module.named_parameters())
+        kept = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, state[name])  # DeepSpeed scatters a tensor into its partitions
+        own = [master.clone() for master in self.master_parameters()]
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, kept[name])
+        return own
+
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        settings = settings_of(self.engine.optimizer)
         path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
+        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+
+def settings_of(optimizer) -> list[dict]:
+    """What the config says about each parameter group, and what a checkpoint must not replace on resume."""
+    return [{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
 
 
 def merge_deepspeed(own: dict, extra: dict) -> dict:

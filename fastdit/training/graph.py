@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdit.distributed import seed_of
-from fastdit.training.step import TrainStep
+from fastdit.training.step import StepResult, TrainStep
 
 WARMUP = 3  # ordinary steps before the capture: they compile the blocks and create the optimizer's state
 
@@ -35,7 +35,7 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[dict[str, Tensor], Tensor]:
+    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> StepResult:
         """Like TrainStep; the next call overwrites the returned tensors."""
         self.calls += 1
         self.generator.manual_seed(seed_of(self.step.seed, step))

@@ -1,7 +1,7 @@
 """The training run, from config to checkpoints, as one flat function."""
 
-import math
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,31 +10,41 @@ from fastdit import distributed
 from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training
 from fastdit.config import Config, save_config
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import latent_batches, on_device
+from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
-from fastdit.errors import make_folder, out_of_memory_says
-from fastdit.memory import choose, divisors, micro_batches
+from fastdit.errors import out_of_memory_says
+from fastdit.lock import FolderLock
+from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA
+from fastdit.training.ema import EMA, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
-from fastdit.training.log import Log, LossWindow, peak_flops
-from fastdit.training.state import CONFIG, TrainingState
+from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
+from fastdit.training.log import Log, LossWindow
+from fastdit.training.state import CONFIG, TrainingState, take_over
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train(config: Config, *, resume: bool = False, device: str | None = None) -> Path:
-    """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`."""
-    ranks = distributed.init(device)
-    device, settings, run_dir = ranks.device, config.training, Path(config.run_dir)
-    found = checkpoint.checkpoints(run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
-        raise ValueError(f"run_dir={run_dir} is not empty; continue with --resume, or choose another run_dir=...")
+def train(config: Config, *, resume: bool = False, device: str | None = None, read_initial=None) -> Path:
+    """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`.
 
+    `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
+    """
+    ranks, run_dir = distributed.init(device), Path(config.run_dir)
+    checkpoint.check_run_dir(run_dir, resume)
+    if config.training.init_from and read_initial is None:
+        raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
+    with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
+        return _train(config, run_dir, ranks, resume, read_initial)
+
+
+def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
+    device, settings = ranks.device, config.training
+    last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
     latents = manifest.latents
@@ -49,21 +59,26 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
-    if settings.loss_aware_times and config.objective.name != "ddpm":
-        raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
+    initial, origin = None, "from random weights"
+    if settings.init_from and not last:
+        sources = read_initial(settings.init_from, config)
+        initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
+        model.load_state_dict(initial[0])
+        origin = f"from {settings.init_from}" + (f", except for {', '.join(kept)}" if kept else "")
     policy, micro, accumulation = choose(config, model, ranks)
     objective = prepare_for_training(model, objective, settings, policy)
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window = LossWindow(device)
-    state = TrainingState(config, latents, ranks, engine, ema, window, times)
-    last = found[-1] if resume and found else None
+    state = TrainingState(config, manifest, ranks, engine, ema, window, times)
     start = state.load(last) if last else 0
+    if initial is not None:
+        ema.load(engine.partition(initial[1]))
 
     train_step = TrainStep(
         engine,
@@ -78,69 +93,70 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         seed=seed_of(config.seed, NOISE),
         times=times,
     )
+    plain_step = train_step
     if settings.cuda_graph:
         train_step = GraphedStep(train_step)
 
-    log = None
     if ranks.is_main:
-        make_folder(run_dir, "run_dir")
         save_config(config, run_dir / CONFIG)
-        log = Log(run_dir, start, settings.steps, flops_per_image=flops_per_image,
-                  peak_flops=ranks.world * peak_flops(device))  # fmt: skip
-        log.say(
-            f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-            f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
-            f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
-            + (f"resumed at step {start}" if start else "from the start")
-        )
+    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
+    log.say(
+        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+        f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
+        f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
+        + (f"resumed at step {start}" if start else origin)
+    )
+    order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,
         global_batch=settings.global_batch,
-        rows=slice(ranks.rank * micro * accumulation, (ranks.rank + 1) * micro * accumulation),
-        seed=seed_of(config.seed, ORDER),
+        rows=slice(ranks.rank * own, (ranks.rank + 1) * own),
+        seed=order,
         start_step=start,
         hflip=config.data.hflip,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
+        skip_damaged=log.say if config.data.skip_damaged else None,
     )
-    batches = on_device(batches, device)
-    smaller = max((m for m in divisors(micro) if m < micro), default=1)
-    remedy = (
-        f"training.micro_batch={micro} with activation_checkpointing={policy} is too much for {device}: use "
-        f"training.micro_batch={smaller}" + ", or activation_checkpointing=full" * (policy != "full")
-    )
-    clock, clock_step = time.perf_counter(), start
-    for step in range(start, settings.steps):
-        _, moments, y = next(batches)
-        lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
-        with out_of_memory_says(remedy):
-            losses, grad_norm = train_step(moments, y, step, lr)
-        window.add(losses)
 
-        done = step + 1
-        log_due = done % settings.log_every == 0 or done == settings.steps
-        save_due = done % settings.checkpoint_every == 0 or done == settings.steps
-        if log:
+    def on_skip(done: int) -> None:
+        log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
+
+    guard = Guard(settings.max_skipped, ranks, on_skip)
+    with (
+        closing(on_device(batches, device)) as batches,
+        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
+        out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
+    ):
+        clock, clock_step = time.perf_counter(), start
+        for step in range(start, settings.steps):
+            _, moments, y = next(batches)
+            lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+            losses, grad_norm, skipped = train_step(moments, y, step, lr)
+            window.add(losses, skipped)
+
+            done = step + 1
+            guard.add(done, skipped, *requests.poll())
+            log_due = done % settings.log_every == 0 or done == settings.steps
+            save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
-        if log_due or save_due:
-            means = window.means(ranks)  # the only wait for the device
-            if not math.isfinite(means["loss"]):
-                raise ValueError(
-                    f"the loss is {means['loss']} at step {done}; the last good state is {last or 'none'}: "
-                    f"lower training.lr={settings.lr} or set training.grad_clip=1"
-                )
-        if log_due:
-            seconds, steps = time.perf_counter() - clock, done - clock_step
-            clock, clock_step = time.perf_counter(), done
-            window.clear()
-            if log:
-                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds,
-                          steps=steps, images=steps * settings.global_batch, device=device)  # fmt: skip
-        if save_due:
-            before = time.perf_counter()
-            last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
-            clock += time.perf_counter() - before  # writing does not count as training time
-    batches.close()
-    if log:
-        log.close()
+            if log_due or save_due:
+                guard.flush()
+                means = window.means(ranks)  # the only wait for the device
+            if log_due:
+                seconds, steps = time.perf_counter() - clock, done - clock_step
+                clock, clock_step = time.perf_counter(), done
+                window.clear()
+                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
+                          images=steps * settings.global_batch)  # fmt: skip
+            if save_due or guard.save or guard.stop:
+                before = time.perf_counter()
+                last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
+                clock += time.perf_counter() - before  # writing does not count as training time
+                guard.save, requests.saved = False, time.monotonic()
+            if guard.stop and done < settings.steps:
+                log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
+                raise SystemExit(EXIT_STOPPED)
+    log.say(too_young(settings, settings.steps))
+    log.close()
     return last

@@ -14,6 +14,7 @@ run_dir/checkpoints/step-0000500/
 A run is its config, its seed and its step, so this is all that a resume needs.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from fastdit.build import build_network, build_objective
 from fastdit.config import Config, load_config, save_config
 from fastdit.data.latents import LatentSpec
+from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
@@ -37,6 +39,9 @@ from fastdit.training.engine import Engine
 from fastdit.training.log import LossWindow
 
 CONFIG, GOLDEN = "config.yaml", "golden.npz"
+LABELS = "y_embedder.embedding_table.weight"
+COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
+STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
 
 
@@ -45,7 +50,7 @@ class TrainingState:
     """Everything of a run that changes from step to step, and the facts that must be the same on resume."""
 
     config: Config
-    latents: LatentSpec
+    manifest: Manifest
     ranks: Ranks
     engine: Engine
     ema: EMA
@@ -63,7 +68,8 @@ class TrainingState:
         settings = self.config.training
         return describe(
             self.config,
-            self.latents,
+            self.manifest.latents,
+            self.manifest.class_names,
             engine=self.engine.name,
             sharded_over=self.sharded_over,
             zero_stage=settings.zero_stage if self.engine.name == "deepspeed" else 0,
@@ -79,7 +85,7 @@ class TrainingState:
             torch.save({"average": self.ema.average, **kept}, folder / f"ema-{self.ranks.rank:05d}.pt")
         if self.ranks.is_main:
             for name, state in whole.items():
-                save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
+                write_weights(state, folder / f"{name}.safetensors")
             save_config(self.config, folder / CONFIG)
             if self.times is not None:
                 torch.save(self.times.state_dict(), folder / "times.pt")
@@ -87,8 +93,9 @@ class TrainingState:
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote and return its step; ValueError where the two runs' settings are incompatible."""
         meta = checkpoint.read_meta(folder)
+        latents_of(meta).check(self.manifest.latents, str(folder), "this run's shards")
         for key, value in self.meta.items():
-            if meta[key] != value:
+            if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
                 raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
         before = vars(load_config(folder / CONFIG).model)
         for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
@@ -106,7 +113,9 @@ class TrainingState:
         return meta["step"]
 
 
-def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: int, zero_stage: int) -> dict[str, Any]:
+def describe(
+    config: Config, latents: LatentSpec, class_names: Iterable[str], *, engine: str, sharded_over: int, zero_stage: int
+) -> dict[str, Any]:
     """The facts in checkpoint.json that must match on resume; `engine` is "none" for a converted checkpoint."""
     return {
         "model": config.model.variant,
@@ -117,6 +126,7 @@ def describe(config: Config, latents: LatentSpec, *, engine: str, sharded_over: 
         "zero_stage": zero_stage,
         "global_batch": config.training.global_batch,
         "seed": config.seed,
+        "class_names": list(class_names),
         "latents": {**asdict(latents), "shape": list(latents.shape)},
     }
 
@@ -136,6 +146,9 @@ class Trained:
     objective: Objective
     model: DiT
     latents: LatentSpec
+    identity: str  # SHA-256 of the file that the weights were read from
+    class_names: tuple[str, ...]  # () where they are not known
+    step: int
 
 
 def load_network(
@@ -146,12 +159,15 @@ def load_network(
     `weights`: "ema" or "model". ValueError if the checkpoint is incomplete or does not match the config's network.
     """
     folder = checkpoint.find(Path(path))
-    meta = checkpoint.read_meta(folder)
+    meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
-    return Trained(folder, config, objective, model.to(device), latents)
+    entry = meta["files"][f"{weights}.safetensors"]
+    identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
+    names = tuple(meta.get("class_names", ()))
+    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"])
 
 
 def network_from_state(
@@ -172,6 +188,52 @@ def network_from_state(
                          f"({len(wrong)} differences)")  # fmt: skip
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def take_over(
+    own: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor]], where: str, null_label: int | None
+) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """A network's own state dict with the tensors of each source in it, and the names of those that stay its own.
+
+    The label table may differ in its classes (the null label's row is kept, the last one of both), the positions in
+    their number, and the final layer in its channels: those start anew. ValueError for any other difference.
+    """
+    states, kept = [], []
+    for source in sources:
+        state, kept = {name: tensor.clone() for name, tensor in own.items()}, []
+        wrong = [line for line in mismatches(own, source) if not line.startswith(STARTS_ANEW)]
+        if wrong:
+            raise ValueError(
+                f"training.init_from={where} is another network: {wrong[0]} ({len(wrong)} differences); set "
+                "model.variant and the options of model: to those of the source"
+            )
+        for name, tensor in own.items():
+            other = source.get(name)
+            if other is not None and other.shape == tensor.shape and name not in COMPUTED:
+                state[name] = other.to(tensor)
+            elif (
+                name == LABELS and null_label is not None and other is not None and other.shape[1:] == tensor.shape[1:]
+            ):
+                state[name][-1] = other[-1].to(tensor)
+                kept.append(f"{name} (but for the null label)")
+            elif other is None or other.shape != tensor.shape:
+                kept.append(name)
+        states.append(state)
+    return states, kept
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions that the umask asks for; ValueError for values that are not finite."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
+        )
+    save_file(state, path)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """One training step, from posterior moments to updated weights: noise, loss, backward, optimizer, EMA."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.models.dit import drop_labels
 from fastdit.training.ema import EMA
 from fastdit.training.engine import Engine
+
+
+class StepResult(NamedTuple):
+    """0-dim tensors on the device; the losses are `loss` and, where it has several parts, each of these by name."""
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    skipped: Tensor  # bool: loss or gradient were not finite, so nothing was changed
 
 
 @dataclass
@@ -33,14 +42,13 @@ class TrainStep:
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[dict[str, Tensor], Tensor]:
-        """moments (n, 2C, h, w) and y (n,) on the device, step from 0 -> mean losses and gradient norm, on the device.
-
-        The losses are `loss` and, where it has several parts, each of these by its name.
-        """
+    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
+        """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
         return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr)
 
-    def run(self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor):
+    def run(
+        self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor
+    ) -> "StepResult":
         """The same, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
         rows = slice(self.ranks.rank * own, (self.ranks.rank + 1) * own)
@@ -64,10 +72,20 @@ class TrainStep:
         losses = torch.cat(losses, dim=-1)
         if self.times is not None:
             seen = torch.stack([t, losses[0].to(t)], 1)
-            self.times.update(
-                *self.ranks.gather(seen).unbind(1)
-            )  # of the global batch, in one order for any world size
+            seen = self.ranks.gather(seen)  # of the global batch, in one order for any world size
+            self.times.update(*seen[seen.isfinite().all(1)].unbind(1))
             losses = losses[1]
-        grad_norm = self.engine.step(lr)
-        self.ema.update(self.engine.master_parameters(), step + 1)
-        return {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}, grad_norm
+        means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
+        bad = self.ranks.all_reduce_any(~means["loss"].isfinite())
+        grad_norm, skipped = self.engine.step(lr, bad)
+        self.ema.update(self.engine.master_parameters(), step + 1, skipped)
+        return StepResult(means, grad_norm, skipped)
+
+    def times_of(self, step: int) -> list[float]:
+        """t of the samples of a step's global batch; [] for loss-aware times, which depend on their history."""
+        if self.times is not None:
+            return []
+        count = self.ranks.world * self.accumulation * self.micro_batch
+        random = StepRandom(step_generator(self.seed, step, self.ranks.device), slice(None), count)
+        random.randn(*self.latents.shape), random.rand()  # drawn first, as in `run`
+        return self.objective.sample_t(random.rand()).tolist()

@@ -1,6 +1,5 @@
 """Checks of a checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,21 +22,19 @@ CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding, also on
 
 
 def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
+    meta, faults = checkpoint.inspect(folder)
+    for fault in faults:
+        found.add("files", fault)
+    if not meta:
+        return
     try:
-        meta = json.loads((folder / checkpoint.META).read_text())
-        files, latents = meta["files"], latents_of(meta)
-        config = load_config(folder / CONFIG)
+        latents, config = latents_of(meta), load_config(folder / CONFIG)
         objective = build_objective(config)
         with torch.device("meta"):
             model = build_network(config, latents.shape, objective).eval()
     except (ValueError, KeyError, TypeError) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
         return found.add("description", f"{folder}: {reason}")
-    for name, size in files.items():
-        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            found.add("files", f"{folder / name} {state}")
     for key, value in (("model", config.model.variant), ("num_classes", config.data.num_classes)):
         if meta.get(key) != value:
             found.add("description", f"{checkpoint.META} says {key}={meta.get(key)!r}, but config.yaml says {value!r}")
@@ -45,6 +42,8 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
         for name in ("optimizer.pt" if meta.get("engine") == "torch" else "deepspeed", "ema-00000.pt"):
             if not (folder / name).exists():
                 found.add("resume", f"{folder / name} is missing: the run cannot resume from here")
+    for path in sorted(folder.glob("*.pt")):
+        check_state(path, found)
     check_latents(config, latents, found, say)
 
     states = {name: check_weights(folder / f"{name}.safetensors", model, found) for name in ("model", "ema")}
@@ -55,6 +54,22 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
     say(f"{folder}: {config.model.variant}, step {meta.get('step')}, {model.parameter_count():,} parameters, fp32 EMA")
     model.load_state_dict({name: tensor.float() for name, tensor in states["ema"].items()}, assign=True)
     check_forward(model, objective, latents.shape, folder / GOLDEN, found, say)
+
+
+def check_state(path: Path, found: Findings) -> None:
+    """That a file of optimizer or EMA state holds nothing but finite tensors, and nothing that would run code."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch errors have no common base
+        return found.add("resume", f"{path} cannot be read without running what is in it: {type(error).__name__}")
+    stack = [stored]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and not value.isfinite().all():
+                found.add("finiteness", f"{path.name}: holds values that are not finite")
+        elif isinstance(value, dict | list | tuple):
+            stack += value.values() if isinstance(value, dict) else value
 
 
 def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:

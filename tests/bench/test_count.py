@@ -44,8 +44,7 @@ import json
 from bench.static import count, cuda_target
 from bench.step.cases import Size
 
-bf16 = "training.residual=bf16"
-for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.fp8=true"]:
+for overrides in {variants}:
     graphs, breaks = count.graphs_of({size}, tuple(overrides))
     kernels = {{kernel.source: kernel for graph in graphs for kernel in graph.kernels}}.values()
     if "training.fp8=true" in overrides:
@@ -58,15 +57,22 @@ for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.
 
 
 @pytest.fixture(scope="module")
-def counted():
-    """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention or FP8 too; in a process of
-    its own, since this one's kernels are interpreted."""
+def counted(tmp_path_factory):
+    """A block on a GPU: with the defaults, with a bf16 residual stream, and with our attention or FP8 in addition.
+
+    In other processes, two at a time, because the kernels of this one are interpreted.
+    """
     pytest.importorskip("torchao")
-    program = COUNT.format(size=BLOCK)
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "0"},
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    bf16, folder = "training.residual=bf16", tmp_path_factory.mktemp("count")
+    processes = []
+    for i, variants in enumerate(([[], [bf16]], [[bf16, "model.attention=triton"], [bf16, "training.fp8=true"]])):
+        command = [sys.executable, "-c", COUNT.format(size=BLOCK, variants=variants)]
+        files = {"stdout": open(folder / f"{i}.out", "w"), "stderr": open(folder / f"{i}.err", "w")}
+        processes.append(subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=ROOT, **files))
+    codes = [process.wait() for process in processes]
+    assert codes == [0, 0], [(folder / f"{i}.err").read_text() for i in range(2)]
+    lines = [line for i in range(2) for line in (folder / f"{i}.out").read_text().splitlines()]
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 UNIT = BLOCK.batch * 256 * BLOCK.hidden * 2  # bytes of one activation (N, T, D)

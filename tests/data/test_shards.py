@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_every_flipped_bit_of_a_latent_is_caught_and_named(copy):
         flip_bit(path, int(row["offset"]) * 8 + bit)
         mirrored = bit // 8 >= size // 2
         seed = next(s for s in range(99) if mirrors(s, 0, np.array([sample]))[0] == mirrored)
-        with pytest.raises(ValueError, match=f"{path.name} is damaged at sample {sample:09d}: .* crc32"):
+        with pytest.raises(ValueError, match=f"sample {sample:09d} of .*{path.name} is damaged: .* crc32"):
             take(copy, 1, global_batch=COUNT, seed=seed)
         assert len(take(copy, 1, global_batch=COUNT, seed=seed, verify=False)) == 1
         flip_bit(path, int(row["offset"]) * 8 + bit)
@@ -210,6 +211,55 @@ def test_damaged_folders_are_named_before_the_first_batch(copy, how, message):
     with pytest.raises(ValueError, match=message) as error:
         latent_batches(Manifest.load(copy.folder), global_batch=4, seed=0)
     assert "\n" not in str(error.value)
+
+
+def spoil(folder: Path, sample: int) -> Manifest:
+    """A NaN in both orientations of a sample, with checksums that agree."""
+    manifest, index = Manifest.load(folder), Manifest.load(folder).index()
+    path, start = folder / manifest.shards[index["shard"][sample]].name, int(index["offset"][sample])
+    data, size = bytearray(path.read_bytes()), 2 * 2 * int(np.prod(SHAPE))
+    for view in range(2):
+        part = slice(start + view * size, start + (view + 1) * size)
+        data[part.start : part.start + 2] = np.array([np.nan], "<f2").tobytes()
+        index["crc32"][sample, view] = zlib.crc32(data[part])
+    path.write_bytes(data)
+    np.save(folder / "index.npy", index)
+    digest = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    text = (folder / "manifest.json").read_text().replace(manifest.index_sha256, digest)
+    (folder / "manifest.json").write_text(text)
+    return Manifest.load(folder)
+
+
+def test_a_sample_that_is_not_finite_is_named(copy):
+    manifest = spoil(copy.folder, 7)
+    key = int(manifest.index()["key"][7])
+    with pytest.raises(ValueError, match=f"sample {key:09d} of .* has values that are not finite; .*skip_damaged=true"):
+        take(manifest, COUNT, global_batch=1, seed=0)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_damaged_samples_are_replaced_by_the_next_good_one_and_said_once(stored, copy, processes):
+    flip_bit(copy.folder / copy.shards[0].name, 8 * (int(copy.index()["offset"][4]) + 3))
+    flip_bit(copy.folder / copy.shards[0].name, 8 * (int(copy.index()["offset"][4]) + 3 + 2 * 2 * int(np.prod(SHAPE))))
+    manifest = spoil(copy.folder, 5)
+    heard, whole = [], take(stored, 40, global_batch=6, seed=3, hflip=False)
+    options = {"global_batch": 6, "seed": 3, "hflip": False, "skip_damaged": heard.append}
+    own = 6 // processes
+    parts = [take(manifest, 40, rows=slice(own * r, own * (r + 1)), **options) for r in range(processes)]
+    index, samples = stored.index(), toy_samples()[0]
+    for step, batch in enumerate(whole):
+        moments, y = (torch.cat([getattr(part[step], name) for part in parts]) for name in ("moments", "y"))
+        for i in range(6):
+            epoch, position = divmod(step * 6 + i, COUNT)
+            chosen = permutation(3, epoch, COUNT)[position]
+            wanted = {4: 6, 5: 6}.get(chosen, chosen)
+            np.testing.assert_array_equal(moments[i], samples[int(index["key"][wanted]), 0].astype(np.float32))
+            assert y[i] == index["label"][wanted]
+            assert chosen in (4, 5) or torch.equal(moments[i], batch.moments[i])
+    assert sorted({line.split(" of ")[0] for line in heard}) == sorted(
+        f"sample {int(index['key'][i]):09d}" for i in (4, 5)
+    )
+    assert processes == 3 or len(heard) == 2
 
 
 def test_verify_finds_damage_outside_the_latents(copy):

@@ -86,14 +86,14 @@ def test_ema_follows_its_closed_form():
     ema = EMA(weights, decay=0.9)
     weights[0].fill_(2.0)
     for step in range(1, 11):
-        ema.update(weights, step)
+        ema.update(weights, step, torch.tensor(False))
     torch.testing.assert_close(ema.average[0], torch.full((3,), 2 - 0.9**10))
     warm = EMA([torch.zeros(1)], decay=0.9999, warmup=True)
-    warm.update([torch.ones(1)], step=1)  # decay 2 / 11
+    warm.update([torch.ones(1)], 1, torch.tensor(False))  # decay 2 / 11
     torch.testing.assert_close(warm.average[0], torch.tensor([9 / 11]))
 
 
 def test_ema_is_kept_in_fp32_where_bf16_would_not_change():
     ema = EMA([torch.ones(1, dtype=torch.bfloat16)], decay=0.9999)
-    ema.update([torch.full((1,), 2.0, dtype=torch.bfloat16)], 1)
+    ema.update([torch.full((1,), 2.0, dtype=torch.bfloat16)], 1, torch.tensor(False))
     assert ema.average[0].dtype == torch.float32 and 1 < ema.average[0].item() < 1.001

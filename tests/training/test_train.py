@@ -174,15 +174,15 @@ def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, t
     """By the GPU's own error, at the third step; the checkpoint of the second is there to go on from."""
     step, calls = TorchEngine.step, []
 
-    def full(self, lr):
+    def full(self, lr, bad):
         calls.append(lr)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
-        return step(self, lr)
+        return step(self, lr, bad)
 
     monkeypatch.setattr(TorchEngine, "step", full)
     options = ["training.steps=3", "training.checkpoint_every=2", "training.micro_batch=6"]
-    remedy = "training.micro_batch=6 with activation_checkpointing=none is too much .* use training.micro_batch=3, or"
+    remedy = "cpu has too little memory for micro_batch=6 with .*=none: use training.micro_batch=3, or"
     with pytest.raises(ValueError, match=f"CUDA out of memory; {remedy}"):
         train_here(world, tmp_path / "run", *options)
     assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-0000002"]
@@ -200,7 +200,7 @@ def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path
 
 
 def test_a_diverged_run_stops_and_names_the_remedy(world, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step .* training.lr=1e"):
+    with pytest.raises(ValueError, match=r"not finite in 3 steps in a row .* lower training.lr"):
         train_here(world, tmp_path / "run", "training.lr=1e30", "training.precision=fp32")
     for folder in checkpoint.checkpoints(tmp_path / "run"):
         assert all(t.isfinite().all() for t in load_file(folder / "ema.safetensors").values())
