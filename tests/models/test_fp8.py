@@ -53,14 +53,18 @@ def test_the_blocks_linears_and_no_other_multiply_in_fp8(model):
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_blocks_compile_whole_to_the_same_values(model):
-    """One of them without Inductor, which takes long."""
+def test_blocks_compile_whole_and_are_as_exact_as_eager(model):
+    """Element by element they differ: bf16 rounds elsewhere, then FP8 too. One block without Inductor: it is slow."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
+    plain = create_dit("DiT-2x64x4/2", input_size=8, num_classes=10)
+    plain.load_state_dict(model.state_dict())
+    exact = plain(x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
-        eager = model(x, t, y).float()
+        eager = (model(x, t, y) - exact).norm()
         for block, backend in zip(model.blocks, ("inductor", "aot_eager"), strict=True):
             block.compile(fullgraph=True, backend=backend)
-        torch.testing.assert_close(model(x, t, y).float(), eager, atol=0.05, rtol=0.05)
+        compiled = (model(x, t, y) - exact).norm()
+    assert compiled < 1.5 * eager < 0.06 * exact.norm()
 
 
 def test_losses_on_digits_stay_beside_bf16s(world, tmp_path, one_thread):
