@@ -1,7 +1,6 @@
 """Every fused op against its definition, under Triton's interpreter on CPU or on a GPU where there is one."""
 
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from fastdit import kernels
 from fastdit.kernels import OPS, rope_2d, runtime
+from fastdit.kernels.tiles import sum_chunks
 from helpers.kernels import DEVICE, DTYPES, cast, compare, run, strided
 
 # the interpreter is slow: there, further shapes in fp32 alone
@@ -35,24 +35,21 @@ def test_reads_views(name: str, how: str) -> None:
     assert not compare(op, strided(op.inputs(op.shapes[0], torch.float32, DEVICE), how))
 
 
-VARIANTS = [
-    ("adaln", {"norm": "rms", "eps": 1e-2}),
-    ("gate_residual_adaln", {"norm": "rms", "eps": 1e-2}),
-    ("gate_residual_adaln", {"bias": None}),
-    ("gate_residual", {"bias": None}),
-    ("gelu", {"bias": None}),
-    ("swiglu", {"bias": None}),
-    ("gelu_linear", {"bias": None, "out_bias": None}),
-    ("qk_norm_rope", {"norm": "layer", "eps": 1e-2}),
-    ("qk_norm_rope", {"q_weight": None, "k_weight": None, "cos": None, "sin": None}),
-    ("adamw_ema", {"grad_scale": None, "betas": (0.0, 0.9), "eps": 1e-3, "weight_decay": 0.0}),
-]
+VARIANTS = [(name, changes) for name, op in OPS.items() for changes in op.variants]
 
 
 @pytest.mark.parametrize("name, changes", VARIANTS, ids=[f"{n}-{'-'.join(c)}" for n, c in VARIANTS])
 def test_options(name: str, changes: dict) -> None:
     op = OPS[name]
     assert not compare(op, op.inputs(op.shapes[0], torch.float32, DEVICE) | changes)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3, 16, 130])
+def test_partial_sums_add_up(chunks: int) -> None:
+    """One tile of chunks or several (130 = 64 + 64 + 2), in wide and in narrow blocks of columns."""
+    partial = torch.randn(2, chunks, 2, 145, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for dtype in DTYPES:
+        torch.testing.assert_close(sum_chunks(partial, dtype), partial.double().sum(1).to(dtype), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -147,18 +144,24 @@ def test_registration(name: str) -> None:
 # ---- the choice
 
 
-def test_eager_on_cpu_unless_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    runtime._decide.cache_clear()
-    with caplog.at_level(logging.INFO, "fastdit.kernels"):
-        assert not runtime.use_triton("adaln", "cpu", torch.float32)
-        runtime.use_triton("adaln", "cpu", torch.float32)
-    assert [r.getMessage() for r in caplog.records] == ["kernel adaln on cpu: eager (tensors are on cpu)"]
+def test_eager_on_cpu_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not runtime.use_triton("adaln", "cpu", torch.float32)
     monkeypatch.setenv("FASTDIT_KERNELS", "fast")
     with pytest.raises(ValueError, match="FASTDIT_KERNELS='fast' is unknown; use one of auto, triton, eager"):
         runtime.use_triton("adaln", "cpu", torch.float32)
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
     with pytest.raises(ValueError, match="triton is impossible for adaln: no kernel for torch.float64"):
         runtime.use_triton("adaln", "cpu", torch.float64)
+
+
+def test_the_choice_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    assert runtime.choice() == "eager (FASTDIT_KERNELS=eager)"
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    assert runtime.choice() == "triton"
+    monkeypatch.delenv("FASTDIT_KERNELS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.choice() == "eager (no GPU)"
 
 
 def test_triton_on_cpu_raises_without_the_interpreter() -> None:
@@ -169,7 +172,7 @@ def test_triton_on_cpu_raises_without_the_interpreter() -> None:
     )
     env = os.environ | {"FASTDIT_KERNELS": "triton", "TRITON_INTERPRET": "0"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.startswith("FASTDIT_KERNELS=triton is impossible for adaln: tensors are on cpu")
+    assert out.startswith("FASTDIT_KERNELS=triton is impossible for adaln: no GPU, and TRITON_INTERPRET=1 was not set")
 
 
 def test_imports_and_computes_without_triton() -> None:
