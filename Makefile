@@ -1,5 +1,6 @@
-# make quickstart    create .venv, install, run the whole job on real images in minutes
+# make quickstart    create .venv, install, run every stage from real images to samples in minutes
 # make test          create .venv, install, run every test
+# make lint          create .venv, install, run ruff
 
 PYTHON ?= python3
 OUT ?= quickstart

@@ -1,6 +1,6 @@
-"""Install fastdit; the folder `kernels/` is installed as `fastdit.kernels`.
+"""Install fastdit. The folder `kernels/` is installed as `fastdit.kernels`.
 
-A top-level import name `kernels` would overwrite Hugging Face's package of that name in site-packages.
+Installed as `kernels`, it would overwrite Hugging Face's package of that name in site-packages.
 """
 
 from glob import glob
@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 setup(
     name="fastdit",
     version="0.1.0",
-    description="Train diffusion transformers (DiT, SiT) fast, exactly and resumably",
+    description="Train diffusion transformers (DiT, SiT): fast, tested against the official code, resumable",
     license="MIT",
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What needs a GPU, in commands under 9 minutes, each into one folder; no network, nothing installed.
+# Everything that needs a GPU, in commands under 9 minutes, each writing into one folder; no network, no installation.
 #
 #   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]
 #
 # Parts: attention step tests kernels sample, the default, at most 535 s together; ablation (530 s); small-batch (the
 # step at batch 32, 230 s) and engines (200 s). bench/README.md has a plan of three calls.
-# OUT gets results.jsonl, report.md, step.png, ..., log.txt, traces.tar, attention.json. --wheels: packages that the
-# machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR NAME==VERSION where there is a network).
-# --rehearse: tiny sizes, on the CPU where there is no GPU. Each part has its own time limit: one that hangs or fails
-# leaves the others their time. COMMIT=... names the commit where the checkout came without .git.
+# OUT gets results.jsonl, report.md, step.png, a folder of raw results per step part, log.txt, traces.tar and
+# attention.json. --wheels: packages that the machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR
+# NAME==VERSION on a machine with a network). --rehearse: tiny sizes, on the CPU if there is no GPU. Each part has its
+# own time limit: one that hangs or fails does not take time from the others. COMMIT=... names the commit of a checkout
+# without .git.
 set -uo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 OUT=${1:?usage: bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]}
@@ -29,7 +30,7 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 
-# fastdit and fastdit.kernels from the checkout, as setup.py maps them, wherever Python is started from
+# fastdit and fastdit.kernels from the checkout, mapped as in setup.py, from any working directory
 mkdir "$WORK/site"
 cat >"$WORK/site/sitecustomize.py" <<MAP
 import importlib.util, sys
@@ -49,24 +50,25 @@ has() { "$PYTHON" -c "import importlib.util as i, sys; sys.exit(i.find_spec('$1'
 
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
 SMALL=(--batch 32 --contestants fastdit fastdit-all-on strong --profile)
+KERNELS=(bench.kernels)
 if [[ -n $REHEARSE ]]; then
     LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300 small-batch 200 engines 200)
-    TINY=(--size tiny --fresh --turns 1 --steps 2)
+    TINY=(--size tiny --rounds 1 --steps 2)
     STEP=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
-    SAMPLE=(--size tiny --share 0.05 --turns 1 --batch 2)
-    KERNELS=(--ops adaln)
-    $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS+=(--static)
+    SAMPLE=(--size tiny --share 0.05 --rounds 1 --batch 2)
+    $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
+    KERNELS+=(--ops adaln)
     TESTS=(tests/models/test_dit.py tests/bench/test_gpu.py $ON_DEVICE)
 else
     LIMIT=(attention 60 step 280 tests 65 kernels 60 sample 70 ablation 530 small-batch 230 engines 200)
-    STEP=(--turns 2 --steps 10 --profile) ABLATION=(--turns 1 --steps 8) ENGINES=(--turns 2 --steps 10)
-    SAMPLE=(--turns 2) SMALL+=(--turns 3 --steps 30) KERNELS=(--budget-s 42)
-    # those that do something else on a GPU; quick ones first, as time may end
+    STEP=(--rounds 2 --steps 10 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
+    SAMPLE=(--rounds 2) SMALL+=(--rounds 3 --steps 30) KERNELS+=(--budget-s 42)
+    # tests that behave differently on a GPU; quick ones first, in case time runs out
     TESTS=(-m "not slow" $ON_DEVICE
         tests/bench/test_gpu.py::test_a_network_built_on_the_gpu_has_the_same_tables
         tests/bench/test_gpu.py::test_a_graphed_step_is_the_step_that_it_captured
         tests/bench/test_gpu.py::test_a_graphed_evaluation_is_the_networks)
-    # those that train or sample in tests/helpers/runs.py's world, whose autoencoder is diffusers'
+    # tests that train or sample in tests/helpers/runs.py's world, whose autoencoder is diffusers'
     has diffusers && TESTS+=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
@@ -77,7 +79,7 @@ fi
 read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds
 LIMIT=("${OTHER[@]}" "${LIMIT[@]}")
 
-COMMON=(--truth "$WORK/truth.pt" --out "$OUT")
+COMMON=(--truth "$WORK/truth.json" --out "$OUT")
 
 limit() {
     for ((i = 0; i < ${#LIMIT[@]}; i += 2)); do
@@ -85,17 +87,17 @@ limit() {
     done
 }
 
-command_of() {  # fills COMMAND
+command_of() {  # sets COMMAND
     local inner=$(($(limit "$1") - 15))  # the programs stop by themselves and write what they have
     case $1 in  # attention comes first: `model.attention=auto` then reads its table
-        attention) COMMAND=("$PYTHON" bench/attention.py --out "$OUT" --budget-s "$inner") ;;
-        step) COMMAND=("$PYTHON" bench/step.py "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        small-batch) COMMAND=("$PYTHON" bench/step.py "${SMALL[@]}" "${COMMON[@]}" --label "$1" --budget-s "$inner") ;;
-        ablation) COMMAND=("$PYTHON" bench/step.py --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        engines) COMMAND=("$PYTHON" bench/step.py --engines "${ENGINES[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        sample) COMMAND=("$PYTHON" bench/sample.py "${SAMPLE[@]}" --out "$OUT" --budget-s "$inner") ;;
-        kernels) COMMAND=("$PYTHON" bench/kernels.py "${KERNELS[@]}" --out "$OUT/kernels") ;;
-        tests)  # interrupted, pytest says what failed
+        attention) COMMAND=("$PYTHON" -m bench.kernels.attention --out "$OUT" --budget-s "$inner") ;;
+        step) COMMAND=("$PYTHON" -m bench.step "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        small-batch) COMMAND=("$PYTHON" -m bench.step "${SMALL[@]}" "${COMMON[@]}" --label "$1" --budget-s "$inner") ;;
+        ablation) COMMAND=("$PYTHON" -m bench.step --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        engines) COMMAND=("$PYTHON" -m bench.step --engines "${ENGINES[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
+        sample) COMMAND=("$PYTHON" -m bench.sample "${SAMPLE[@]}" --out "$OUT" --budget-s "$inner") ;;
+        kernels) COMMAND=("$PYTHON" -m "${KERNELS[@]}" --out "$OUT") ;;
+        tests)  # interrupted, pytest reports what failed
             COMMAND=(timeout --signal=INT "$inner" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${TESTS[@]}") ;;
         *) echo "unknown part $1"; exit 2 ;;
     esac
@@ -115,9 +117,8 @@ failed=()
     done
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
-cat "$OUT"/kernels/*.jsonl >>"$OUT/results.jsonl" 2>/dev/null && rm -r "$OUT/kernels"
 cat "$OUT"/{step,small-batch,ablation,engines,sample}.md >"$OUT/report.md" 2>/dev/null
 rm -f "$OUT"/{step,small-batch,ablation,engines,sample}.md
 [[ " ${PARTS[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
-(cd "$OUT" && tar -cf traces.tar trace-*.json.gz 2>/dev/null && rm -f trace-*.json.gz || rm -f traces.tar)
+(cd "$OUT" && tar -cf traces.tar */trace-*.json.gz 2>/dev/null && rm -f */trace-*.json.gz || rm -f traces.tar)
 exit ${#failed[@]}

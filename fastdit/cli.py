@@ -10,49 +10,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fastdit", description="Train diffusion transformers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("quickstart", help="digits to latents to a trained DiT to samples, in minutes")
-    command.add_argument("--out", default="quickstart", help="folder to write, new or empty")
+    command = commands.add_parser("quickstart", help="train a DiT on images of digits and sample from it, in minutes")
+    command.add_argument("--out", default="quickstart", help="a new or empty output folder")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="of configs/quickstart.yaml")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="for configs/quickstart.yaml")
     command.set_defaults(run=_quickstart)
 
-    command = commands.add_parser("plan", help="parameters, memory, speed and hours of a config on a GPU, predicted")
-    command.add_argument("--config", required=True, help="a YAML file of configs/")
+    command = commands.add_parser("plan", help="predict the parameters, memory, speed and training time of a config")
+    command.add_argument("--config", required=True, help="a YAML file, such as those in configs/")
     command.add_argument("--gpu", default="H200", help="A100-80G, H100, H200, B200")
     command.add_argument("--gpus", type=int, default=1)
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_plan)
 
-    command = commands.add_parser("convert", help="between fastdit, official .pt files and diffusers folders")
+    command = commands.add_parser("convert", help="convert between fastdit, official .pt files and diffusers folders")
     command.add_argument("src", help="a .pt file of DiT, SiT or fast-DiT, a DiTPipeline folder, a run or checkpoint")
     command.add_argument("--to", required=True, help="fastdit, official or diffusers")
-    command.add_argument("--out", required=True, help="what to write: a new folder, or a new .pt file")
-    command.add_argument("--config", help="a YAML file that states what the source does not: objective, autoencoder")
-    command.add_argument("--heads", type=int, help="attention heads, where no known size has the hidden size")
-    command.add_argument("--weights", choices=("ema", "model"), default="ema", help="for diffusers: which of the two")
+    command.add_argument("--out", required=True, help="the output: a new folder or a new .pt file")
+    command.add_argument("--config", help="a YAML file with settings that the source lacks: objective, autoencoder")
+    command.add_argument("--heads", type=int, help="number of attention heads, if it cannot be inferred")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema", help="weights to convert to diffusers")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser("verify", help="say what is wrong with a checkpoint or a folder of latents")
-    command.add_argument("path", help="a run, one of its checkpoints/step-*, or what extract_features.py wrote")
+    command = commands.add_parser("verify", help="check a checkpoint or a folder of latents for damage")
+    command.add_argument("path", help="a run folder, one of its checkpoints/step-*, or a folder of latents")
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("likelihood", help="nats and bits a dimension of a shard set under a checkpoint")
+    command = commands.add_parser("likelihood", help="compute the likelihood of latents under a checkpoint")
     command.add_argument("--checkpoint", required=True, help="a run folder, or one of its checkpoints/step-*")
     command.add_argument("--shards", required=True, help="a folder that extract_features.py wrote")
     command.add_argument("--num-images", type=int, default=64)
     command.add_argument("--probes", type=int, default=4, help="random directions for the divergence")
-    command.add_argument("--steps", type=int, default=50, help="of the ODE")
-    command.add_argument("--method", choices=("euler", "heun"), default="heun")
+    command.add_argument("--steps", type=int, default=50, help="number of ODE steps")
+    command.add_argument("--method", choices=("heun", "euler", "vlb"), default="heun", help="vlb: bound, DDPM only")
     command.add_argument("--batch-size", type=int, default=16)
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", help="cpu, cuda:0, ...; the GPU where there is one")
-    command.add_argument("--out", help="a JSON file to write")
+    command.add_argument("--device", help="cpu, cuda:0, ... (default: the GPU if there is one)")
+    command.add_argument("--out", help="a JSON file for the results")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_likelihood)
 
-    arguments, rest = parser.parse_known_args()  # argparse takes no positionals after options in a subcommand
+    arguments, rest = parser.parse_known_args()  # in subcommands, argparse leaves positionals after options
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if unknown or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
@@ -75,7 +75,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from fastdit.conversion import convert
+    from fastdit.convert import convert
 
     convert(
         arguments.src,

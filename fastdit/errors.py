@@ -1,4 +1,4 @@
-"""A user's mistake ends a command in one line: `error: key=value is wrong because ...; remedy`, exit code 2."""
+"""User errors: a command prints one line, `error: key=value is wrong because ...; remedy`, and exits with code 2."""
 
 import errno
 import os
@@ -11,53 +11,58 @@ EXIT_CODE = 2
 
 
 def is_no_space(error: OSError) -> bool:
-    """True when the disk, or the user's share of it, is full."""
+    """Whether the disk is full or the user's quota is exceeded."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user's mistake) or a full disk into one line on stderr and exit code 2.
+    """Turns a ValueError (a user error), a full disk or a file that cannot be used into one line and exit code 2.
 
-    Works as a context manager and as a decorator (`@friendly_exit()`), around a command's main function.
-    FASTDIT_DEBUG=1 in the environment lets the exception through, with its traceback.
+    Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function. With
+    FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and is_no_space(error)
-        if os.environ.get("FASTDIT_DEBUG") == "1" or not (full or isinstance(error, ValueError)):
+        message: object = error
+        if isinstance(error, OSError) and is_no_space(error):
+            message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere"
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename} cannot be used ({error.strerror}); check the path and its permissions"
+        elif isinstance(error, OSError):
             raise
-        message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere" if full else error
+        if os.environ.get("FASTDIT_DEBUG") == "1":
+            raise
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
 
 
 @contextmanager
 def out_of_memory_says(remedy: str) -> Iterator[None]:
-    """Turns a device's lack of memory into a ValueError that ends with the remedy."""
+    """Turns an out-of-memory error of a device into a ValueError that ends with the remedy."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"{said}; {remedy}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"{reason}; {remedy}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """The allocator's own error, or what a library or the driver says when it asked in vain."""
+    """Whether the error is PyTorch's OutOfMemoryError, or that of a library or driver when an allocation fails."""
     import torch
 
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
 
 
 def make_folder(path: Path, key: str) -> None:
-    """Creates a folder for output; ValueError in one line where that is impossible."""
+    """Creates an output folder; raises a one-line ValueError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if is_no_space(error):
             raise
-        raise ValueError(f"{key}={path} cannot be made ({error.strerror}); choose another folder") from None
+        raise ValueError(f"{key}={path} cannot be created ({error.strerror}); choose another folder") from None

@@ -1,9 +1,12 @@
-"""`fastdit likelihood`: how likely a checkpoint finds the latents of a shard set, by its probability-flow ODE.
+"""`fastdit likelihood`: how likely a checkpoint finds the latents of a shard set.
 
-The density is that of the latents as training sees them: x_0 = (mean + std noise) scale, a draw from the autoencoder's
-posterior q(x_0 | image), which plays the part that dequantisation plays for pixels (Ho et al. 2019). So -log p(x_0) is
-a differential entropy, which may be negative and moves with `scale`; log q - log p, what the latent of an image costs
-beyond the noise in it (bits back), does not, and is reported beside it.
+By its probability-flow ODE (method heun or euler), or for DDPM checkpoints also by the variational bound over the whole
+chain (method vlb), as the released code computes it.
+
+The density is that of the latents as training sees them: x_0 = (mean + std noise - shift) scale, a draw from the
+autoencoder's posterior q(x_0 | image), which plays the part that dequantization plays for pixels (Ho et al. 2019). So
+-log p(x_0) is a differential entropy, which may be negative and depends on `scale`. log q - log p, the cost of an
+image's latent beyond the noise in it (bits back), does not, and is reported as well.
 """
 
 import json
@@ -14,45 +17,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import distributed
-from fastdit.config import build, load_config
 from fastdit.data.latents import sample_latents
-from fastdit.data.shards import Manifest, latent_batches
+from fastdit.data.loader import latent_batches
+from fastdit.data.manifest import Manifest
 from fastdit.diffusion.guidance import guided
-from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
 from fastdit.distributed import ImageRandom, seed_of
-from fastdit.models.convert import mismatches
-from fastdit.training import checkpoint
-from fastdit.training.loop import network
+from fastdit.registry import check
+from fastdit.training.state import load_network
 
-ORDER, POSTERIOR, PROBES = range(3)  # what the seed is for
+ORDER, POSTERIOR, PROBES, BOUND = range(4)  # what the seed is for
+METHODS = ("heun", "euler", "vlb")
 
 
 @dataclass(frozen=True)
-class Report:
-    """Means over the images, with the standard error of each mean (over images, the probes' noise included)."""
+class Measured:
+    """What was measured, and on what."""
 
-    nats: float  # log p(x_0), an image
-    nats_error: float
-    bits_per_dim: float  # -log2 p(x_0) / dimensions
-    bits_per_dim_error: float
-    posterior_bits_per_dim: float  # (log2 q(x_0 | image) - log2 p(x_0)) / dimensions
-    posterior_bits_per_dim_error: float
-    probe_error_nats: float  # of one image, from the spread over the probes; nan of one probe
     images: int
-    dimensions: int
-    probes: int
-    steps: int
+    dimensions: int  # of one image's latent
     method: str
     weights: str
     seed: int
     checkpoint: str
     shards: str
+
+
+@dataclass(frozen=True)
+class Report(Measured):
+    """Means over the images, with the standard error of each mean (over images, the probes' noise included)."""
+
+    nats: float  # log p(x_0) per image
+    nats_error: float
+    bits_per_dim: float  # -log2 p(x_0) / dimensions
+    bits_per_dim_error: float
+    posterior_bits_per_dim: float  # (log2 q(x_0 | image) - log2 p(x_0)) / dimensions
+    posterior_bits_per_dim_error: float
+    probe_error_nats: float  # of one image, from the spread over the probes; nan with one probe
+    probes: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class BoundReport(Measured):
+    """Means over the images, in bits per dimension; x_0 counts in bins of 2 / 255 (Nichol & Dhariwal 2021)."""
+
+    bits_per_dim: float  # the bound: the sum of all terms
+    bits_per_dim_error: float
+    prior_bits_per_dim: float  # the term of t = 1
+    mse: float  # of eps, averaged over the schedule
 
 
 def likelihood(
@@ -69,11 +86,12 @@ def likelihood(
     device: str | None = None,
     overrides: Iterable[str] = (),
     say: Callable[[str], None] = print,
-) -> Report:
+) -> Report | BoundReport:
     """Of `num_images` images of `shards`, drawn without repetition, each under its own label, without guidance.
 
-    An image's numbers are a function of (seed, image): the batch size changes only their rounding. `steps`: of the ODE,
-    two evaluations each with method heun, one with euler. ValueError in one line for what does not fit.
+    An image's numbers are a function of (seed, image): the batch size changes only their rounding. `steps` of the ODE
+    take two evaluations each with method heun, one with euler; `probes` are random directions for the divergence. vlb
+    takes 1,000 evaluations and ignores both. ValueError for what does not fit.
     """
     for key, value in (
         ("--num-images", num_images),
@@ -83,58 +101,70 @@ def likelihood(
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
+    check(method, METHODS, "--method")
     device = distributed.init(device).device
-    folder = checkpoint.find(Path(path))
-    meta = checkpoint.read_meta(folder)
-    config = load_config(folder / "config.yaml", overrides)
-    objective = build(OBJECTIVES, config.objective, "objective")
-    times = objective.timesteps(steps).flip(0)  # from the data to the noise
     manifest = Manifest.load(shards)
     if num_images > len(manifest):
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
-    manifest.check(num_classes=config.data.num_classes)
-    latents = meta["latents"]
-    for key, own in (("shape", list(manifest.latent_shape)), ("scale", manifest.scale), ("codec", manifest.codec)):
-        if latents[key] not in ("", own):
-            raise ValueError(f"the latents in {shards} have {key} {own}, {folder} was trained on {latents[key]}")
+    trained = load_network(path, weights, overrides=overrides, device=device)
+    objective, model, latents = trained.objective, trained.model, manifest.latents
+    if method == "vlb" and not hasattr(objective, "vlb"):
+        raise ValueError(
+            f"--method=vlb needs a DDPM checkpoint, not objective={trained.config.objective.name}; use heun"
+        )
+    times = objective.timesteps(steps).flip(0)  # from data to noise
+    manifest.check(num_classes=trained.config.data.num_classes)
+    trained.latents.check(latents, str(trained.folder), str(shards))
 
-    model = network(config, manifest.latent_shape, objective, device)
-    state = load_file(folder / f"{weights}.safetensors")
-    wrong = mismatches(model.state_dict(), state)
-    if wrong:
-        raise ValueError(f"the weights in {folder} are not those of {config.model.variant}: {wrong[0]}")
-    model.load_state_dict(state)
-    model.to(device).eval().requires_grad_(False)
-    nats, errors, posterior = [], [], []
-    dimensions = math.prod(manifest.latent_shape)
+    values: dict[str, list[float]] = {}
+    dimensions = math.prod(latents.shape)
     with tqdm(total=num_images, unit="image", disable=None) as progress:
         for start, moments, y in batches(manifest, num_images, batch_size, seed):
-            images = range(start, start + len(y))
             moments, y = moments.to(device), y.to(device)
-            noise = ImageRandom([seed_of(seed, POSTERIOR, i) for i in images])(moments[:, : manifest.latent_shape[0]])
-            x_0 = sample_latents(moments, noise, manifest.scale, manifest.shift)
-            denoise = guided(objective, model, y)
-            draw = Signs([seed_of(seed, PROBES, i) for i in images])
-            found = log_likelihood(denoise, x_0, times, objective.path, probes=probes, probe=draw, method=method)
-            nats += found.nats.tolist()
-            errors += found.standard_error.tolist()
-            posterior += log_posterior(moments, noise, manifest.scale).tolist()
+            seeds = {
+                kind: [seed_of(seed, kind, start + i) for i in range(len(y))] for kind in (POSTERIOR, PROBES, BOUND)
+            }
+            noise = ImageRandom(seeds[POSTERIOR])(moments[:, : latents.shape[0]])
+            x_0 = sample_latents(moments, noise, latents.scale, latents.shift)
+            if method == "vlb":
+                found = variational_bound(objective, model, x_0, y, noise=ImageRandom(seeds[BOUND]))
+                found["mse"] = found["mse"].mean(1)
+            else:
+                density = log_likelihood(guided(objective, model, y), x_0, times, objective.path, probes=probes,
+                                         probe=Signs(seeds[PROBES]), method=method)  # fmt: skip
+                found = {"nats": density.nats, "probe_error": density.standard_error}
+                found["posterior"] = log_posterior(moments, noise, latents.scale)
+            for key in found.keys() - {"vlb"}:
+                values.setdefault(key, []).extend(found[key].tolist())
             progress.update(len(y))
-    if not all(map(math.isfinite, nats)):
-        raise ValueError(f"the likelihood is not finite: {folder} or its steps are broken; see fastdit verify {folder}")
+    if not all(map(math.isfinite, values["total" if method == "vlb" else "nats"])):
+        raise ValueError(
+            f"the likelihood is not finite: the weights or the ODE's steps are bad; see fastdit verify {trained.folder}"
+        )
 
-    per_dim = bits_per_dim(torch.tensor(nats), torch.empty(1, dimensions)).tolist()
-    beyond = [bits + q / (dimensions * math.log(2)) for bits, q in zip(per_dim, posterior, strict=True)]
+    about = (num_images, dimensions, method, weights, seed, str(trained.folder), str(shards))
+    if method == "vlb":
+        report = BoundReport(
+            *about, *mean_and_error(values["total"]), statistics.fmean(values["prior"]), statistics.fmean(values["mse"])
+        )
+        say(
+            f"{num_images} images, the variational bound over 1000 steps\n"
+            f"-log2 p(x_0) <=     {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits per dimension "
+            f"({report.prior_bits_per_dim:.2g} of them at t = 1), mse of eps {report.mse:.4f}"
+        )
+        return report
+    per_dim = bits_per_dim(torch.tensor(values["nats"]), torch.empty(1, dimensions)).tolist()
+    beyond = [bits + q / (dimensions * math.log(2)) for bits, q in zip(per_dim, values["posterior"], strict=True)]
     report = Report(
-        *mean_and_error(nats), *mean_and_error(per_dim), *mean_and_error(beyond), statistics.fmean(errors),
-        num_images, dimensions, probes, steps, method, weights, seed, str(folder), str(shards),
+        *about, *mean_and_error(values["nats"]), *mean_and_error(per_dim), *mean_and_error(beyond),
+        statistics.fmean(values["probe_error"]), probes, steps,
     )  # fmt: skip
     say(
         f"{num_images} images, {steps} steps of {method}, {probes} probes\n"
-        f"log p(x_0)          {report.nats:.2f} +- {report.nats_error:.2f} nats an image of {dimensions} dimensions\n"
-        f"-log2 p(x_0)        {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits a dimension\n"
+        f"log p(x_0)          {report.nats:.2f} +- {report.nats_error:.2f} nats per image of {dimensions} dimensions\n"
+        f"-log2 p(x_0)        {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits per dimension\n"
         f"log2 q - log2 p     {report.posterior_bits_per_dim:.4f} +- {report.posterior_bits_per_dim_error:.4f} "
-        "bits a dimension, beyond the posterior's own noise"
+        "bits per dimension, beyond the posterior's own noise"
     )
     return report
 
@@ -152,7 +182,7 @@ def batches(manifest: Manifest, count: int, batch_size: int, seed: int) -> Itera
 
 
 class Signs:
-    """+1 or -1 like x (N, ...), row i from generator i: each call draws anew."""
+    """+1 or -1 like x (N, ...), sample i from generator i; each call draws new ones."""
 
     def __init__(self, seeds: list[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -177,8 +207,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def write_report(report: Report, path: str | Path) -> None:
-    """As JSON; what is not a number becomes null."""
+def write_report(report: Measured, path: str | Path) -> None:
+    """As JSON; nan becomes null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(report).items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(plain, indent=1) + "\n")

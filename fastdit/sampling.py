@@ -1,44 +1,49 @@
-"""Images from a checkpoint: PNG files, an npz for evaluators and a grid, the same bytes on any number of processes.
+"""Sample images from a checkpoint: PNG files, an npz for evaluators and a grid, identical for any number of processes.
 
-Image i has label, noise and file name from i and the seed alone. Images are made in fixed batches, batch b by process
-b mod world, a short last one padded: a matrix product's last bits depend on its shape. Files appear whole or not at
-all, so the same command goes on where a killed one stopped.
+The label, the noise and the file name of image i depend only on i and the seed. Images are sampled in fixed batches,
+batch b by process b mod world, and a short last batch is padded, because the last bits of a matrix product depend on
+its shape. Files are written atomically, so the same command continues where a killed one stopped.
 """
 
+import difflib
 import json
 import math
 import os
+import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit import distributed
-from fastdit.config import Config, bind, build, load_config, to_tree
+from fastdit.build import check_sampling
+from fastdit.config import Config, to_tree
 from fastdit.data.images import to_uint8
-from fastdit.data.latents import LatentCodec
-from fastdit.diffusion.guidance import guided, watched
-from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
+from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder, out_of_memory_says
 from fastdit.models.dit import DiT
+from fastdit.registry import bind
 from fastdit.training import checkpoint
-from fastdit.training.loop import check_sampling, network
+from fastdit.training.ema import too_young
+from fastdit.training.state import load_network
 
 SETTINGS = "sampling.json"
 
 
 class Inference:
-    """A DiT's output in fp32, computed in `precision`; its weights are not to change any more.
+    """A DiT for inference: computes in `precision`, returns fp32. Its weights must not change afterwards.
 
-    On a GPU with `compile`: blocks compiled, and the evaluations of one shape replayed as a CUDA graph.
+    With `compile` on a GPU, the blocks are compiled and each input shape is replayed as a CUDA graph.
     """
 
     def __init__(self, model: DiT, precision: str, compile: bool):
@@ -50,7 +55,7 @@ class Inference:
             model.compile_blocks()
         if precision == "bf16":
             for module in model.modules():
-                if isinstance(module, nn.Linear):  # once, what autocast would do at every evaluation
+                if isinstance(module, nn.Linear):  # cast once; autocast would cast at every evaluation
                     module.weight.data = module.weight.data.bfloat16()
 
     @torch.no_grad()
@@ -65,7 +70,7 @@ class Inference:
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         graph.replay()
-        return out.clone()  # the next replay writes there
+        return out.clone()  # the next replay overwrites it
 
     def _evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         with self.autocast:
@@ -75,7 +80,7 @@ class Inference:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compile, and let the libraries make their workspaces
+            for _ in range(2):  # compile, and let the libraries allocate their workspaces
                 self._evaluate(*places)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
@@ -84,22 +89,41 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Generator:
+class ImagePipeline:
     """A trained network with its objective, sampler and codec, ready to make images."""
 
     config: Config
     inference: Inference
-    objective: object
+    weak: Inference | None  # of sampling.weak_checkpoint
+    objective: Objective
     codec: LatentCodec
-    meta: dict
+    spec: LatentSpec
+    identity: str  # SHA-256 of the weights' file
+    class_names: tuple[str, ...]  # () where they are not known
 
     @torch.no_grad()
-    def latents(self, indices: list[int], labels: Tensor, seed: int, on_step=None) -> Tensor:
-        """x_0 (N, C, h, w) of the images `indices` with labels (N,); `on_step(t, x_t, prediction)` watches."""
-        settings, device = self.config.sampling, labels.device
+    def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
+        """x_0 (N, C, h, w) of the images `indices` with labels (N,).
+
+        `on_step(t, x_t, prediction)` sees every evaluation. `denoised_fn(x_0)` replaces the predicted x_0 at every
+        evaluation; without it, sampling.clip does.
+        """
+        settings = self.config.sampling
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        x_1 = noise(torch.empty(len(indices), *self.meta["latents"]["shape"], device=device))
-        denoise = guided(self.objective, self.inference, labels, settings.cfg_scale, settings.cfg_channels or None)
+        x_1 = noise(torch.empty(len(indices), *self.spec.shape, device=labels.device))
+        denoise = guided(
+            self.objective,
+            self.inference,
+            labels,
+            settings.cfg_scale,
+            settings.cfg_channels or None,
+            cfg_interval=settings.cfg_interval,
+            cfg_rescale=settings.cfg_rescale,
+            weak_model=self.weak,
+        )
+        denoised_fn = denoised_fn or CLIPS[settings.clip]
+        if denoised_fn is not None:
+            denoise = processed(denoise, self.objective.path, denoised_fn)
         if on_step is not None:
             denoise = watched(denoise, on_step)
         sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
@@ -114,29 +138,36 @@ class Generator:
         return self.inference.model
 
 
-def load_generator(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> Generator:
-    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`."""
-    folder = checkpoint.find(Path(path))
-    meta = checkpoint.read_meta(folder)
-    config = load_config(folder / "config.yaml", overrides)
-    objective = build(OBJECTIVES, config.objective, "objective")
-    model = network(config, tuple(meta["latents"]["shape"]), objective, torch.device(device))
-    check_sampling(config, objective, model)
-    state = load_file(folder / f"{weights}.safetensors")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} is a checkpoint of another model than {config.model.variant}: {reason}") from error
+def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> ImagePipeline:
+    """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`.
+
+    ValueError where the autoencoder, or the weak checkpoint, is not for the same latents.
+    """
+    trained = load_network(path, weights, overrides=overrides, device=device)
+    config, settings, latents = trained.config, trained.config.sampling, trained.latents
+    check_sampling(config, trained.objective, trained.model.null_label)
+    if weights == "ema" and (warning := too_young(config.training, trained.step)):
+        print(warning, file=sys.stderr)
     codec = LatentCodec.load(config.data.vae, device=device)
-    latents = meta["latents"]  # a converted checkpoint may not know its autoencoder, but knows the latents' scale
-    if latents["codec"] not in ("", codec.fingerprint) or codec.scale != latents["scale"]:
-        raise ValueError(
-            f"data.vae={config.data.vae} is another autoencoder than the one that made the latents of {folder} "
-            f"({meta['latents']['vae']}); use that one"
-        )
-    inference = Inference(model.to(device).eval(), config.sampling.precision, config.sampling.compile)
-    return Generator(config, inference, objective, codec, meta)
+    latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
+    weak = None
+    if settings.weak_checkpoint:
+        weaker = load_network(settings.weak_checkpoint, weights, device=device)
+        latents.check(weaker.latents, str(trained.folder), f"sampling.weak_checkpoint={weaker.folder}")
+        for key, own, other in (
+            ("objective", config.objective, weaker.config.objective),
+            ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {trained.folder} "
+                    f"{to_tree(own)}; a weak model must be trained on the same task"
+                )
+        weak = Inference(weaker.model, settings.precision, settings.compile)
+    inference = Inference(trained.model, settings.precision, settings.compile)
+    return ImagePipeline(
+        config, inference, weak, trained.objective, codec, latents, trained.identity, trained.class_names
+    )
 
 
 def sample(
@@ -150,20 +181,21 @@ def sample(
     weights: str = "ema",
     device: str | None = None,
 ) -> Path:
-    """Write `num_samples` images into `out` and return `out`; a second call with the same settings goes on.
+    """Write `num_samples` images into `out` and return `out`; a second call with the same settings continues.
 
     `labels`: "balanced" (image i has class i mod num_classes), "random" (drawn from the seed), or classes like
-    "207,360", taken in turn. ValueError when `out` holds anything else than a beginning of these very samples.
+    "207,360", taken in turn. ValueError if `out` holds anything but a part of the same samples.
     """
     ranks = distributed.init(device)
     if num_samples < 1:
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
-    generator = load_generator(path, overrides, weights=weights, device=ranks.device)
-    config, out = generator.config, Path(out)
-    classes = image_labels(labels, num_samples, config.data.num_classes, seed)
+    pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
+    config, out = pipeline.config, Path(out)
+    classes = image_labels(labels, num_samples, config.data.num_classes, seed, pipeline.class_names)
     settings = {
         "checkpoint": str(checkpoint.find(Path(path)).resolve()),
         "weights": weights,
+        "sha256": pipeline.identity,
         "num_samples": num_samples,
         "seed": seed,
         "labels": labels,
@@ -175,7 +207,7 @@ def sample(
 
     batch = config.sampling.batch_size
     own = range(ranks.rank, math.ceil(num_samples / batch), ranks.world)
-    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not os.sys.stderr.isatty()):
+    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not sys.stderr.isatty()):
         indices = list(range(b * batch, (b + 1) * batch))  # beyond num_samples: padding, not written
         wanted = [i for i in indices if i < num_samples]
         if all(_png(out, i).is_file() for i in wanted):
@@ -183,7 +215,7 @@ def sample(
         y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
         remedy = f"sampling.batch_size={batch} is too much for {ranks.device}: use a smaller one"
         with one_thread(ranks.device), out_of_memory_says(remedy):
-            images = generator.images(indices, y, seed)
+            images = pipeline.images(indices, y, seed)
         for i, image in zip(wanted, images, strict=False):
             temporary = _png(out, i).with_suffix(".partial")
             Image.fromarray(image).save(temporary, format="PNG")
@@ -196,25 +228,36 @@ def sample(
     return out
 
 
-def image_labels(labels: str, count: int, num_classes: int, seed: int) -> list[int]:
-    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores it."""
+def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:
+    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels.
+
+    Where the names are known, `balanced` and `random` take only classes that the training data had.
+    """
     if not num_classes:
         return [0] * count
+    trained = min(num_classes, len(class_names) or num_classes)
     if labels == "balanced":
-        return [i % num_classes for i in range(count)]
+        return [i % trained for i in range(count)]
     if labels == "random":
-        return [seed_of(seed, i, 1) % num_classes for i in range(count)]
-    try:
-        chosen = [int(part) for part in labels.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels={labels!r} must be balanced, random, or class numbers like 207,360") from None
-    if not all(0 <= label < num_classes for label in chosen):
-        raise ValueError(f"--labels={labels!r} goes beyond the classes 0..{num_classes - 1} of this model")
+        return [seed_of(seed, i, 1) % trained for i in range(count)]
+    chosen = []
+    for part in labels.split(","):
+        if part in class_names:
+            chosen.append(class_names.index(part))
+        elif part.strip().isdigit() and int(part) < num_classes:
+            chosen.append(int(part))
+        else:
+            near = difflib.get_close_matches(part, class_names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"--labels={labels!r}: {part!r} is no class of this model; {hint}use balanced, random, or classes by "
+                f"name or by number in 0..{num_classes - 1}, such as 207,360"
+            )
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
 def write_npz(paths: list[Path], out: Path) -> None:
-    """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), one image in memory at a time."""
+    """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), with one image in memory at a time."""
     with Image.open(paths[0]) as first:
         shape = (len(paths), first.height, first.width, 3)
     temporary = out.with_suffix(".partial")
@@ -227,7 +270,7 @@ def write_npz(paths: list[Path], out: Path) -> None:
 
 
 def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: int = 2) -> Image.Image:
-    """The first images of `out`, a class a row where there are several classes, `gap` pixels between them."""
+    """The first images of `out`, one class per row if there are several classes, with `gap` pixels between them."""
     by_class: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         by_class.setdefault(label, []).append(i)
@@ -248,7 +291,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
 
 
 def _claim(out: Path, settings: dict) -> None:
-    """Make `out` ours: new, or begun by the same settings."""
+    """Create `out`, or check that it was started with the same settings."""
     path = out / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())

@@ -1,13 +1,25 @@
 """What all tests share.
 
-Without a GPU, Triton's kernels run under its interpreter, which must be chosen before triton is first imported.
+A test must not depend on the machine: by default everything computes on one CPU thread (the number of threads changes
+the last bits of a sum), nothing asks the Hugging Face hub, and a GPU is used only where a test names it. Without a GPU,
+Triton's kernels run under its interpreter. All of this must be set before the libraries are first imported.
 """
 
 import os
+import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import fastdit  # noqa: F401, I001  before torch: it sets how OpenMP's threads wait
 
 import pytest
 import torch
 
+# Inductor's cache does not tell instruction sets apart: code made under another ATEN_CPU_CAPABILITY crashes
+cache = f"{tempfile.gettempdir()}/fastdit_tests_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -22,7 +34,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """As the commands run in these tests: the number of threads changes a sum's last bits."""
+    """For comparisons with files that another process has written on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

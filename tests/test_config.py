@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdit.config import Choice, bind, build, load_config, save_config
+from fastdit.config import load_config, save_config
+from fastdit.registry import Choice, bind, build
 from helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -50,12 +51,12 @@ def test_overrides_reach_a_choice_and_its_options(write):
         ("trainin: {lr: 1}", [], ["trainin=", "did you mean 'training'"]),
         ("", ["training.lr=fast"], ["training.lr='fast'", "a number"]),
         ("", ["training.steps=2.5"], ["training.steps=2.5", "whole number"]),
-        ("", ["training.compile=1"], ["training.compile=1", "one of True, False, whole"]),
+        ("", ["training.compile=1"], ["training.compile=1", "Known: True, False, whole"]),
         ("", ["training.fp8=1"], ["training.fp8=1", "true or false"]),
         ("", ["training.precision=fp16"], ["training.precision='fp16'", "bf16, fp32"]),
         ("", ["training.lr=-1"], ["training.lr=-1.0", "positive"]),
         ("", ["training.lr"], ["section.key=value"]),
-        ("", ["training=3"], ["training=3", "section with keys steps"]),
+        ("", ["training=3"], ["training=3", "section with keys init_from, steps"]),
         ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
         ("- a", [], ["sections"]),
         ("a: [", [], ["not valid YAML"]),

@@ -7,11 +7,14 @@ import sys
 import pytest
 import torch
 
-import fastdit.likelihood
 from fastdit import cli
-from fastdit.conversion import convert
-from fastdit.data.shards import Manifest
+from fastdit.convert import convert
+from fastdit.data.latents import sample_latents
+from fastdit.data.manifest import Manifest
+from fastdit.diffusion.likelihood import variational_bound
+from fastdit.distributed import ImageRandom, seed_of
 from fastdit.likelihood import batches, likelihood, mean_and_error
+from fastdit.training import state
 from helpers.checkpoints import golden_weights
 from helpers.data import make_shards, tiny_vae
 
@@ -47,12 +50,6 @@ class Gaussian(torch.nn.Module):
         super().__init__()
         self.objective = objective
 
-    def state_dict(self):
-        return golden_weights()
-
-    def load_state_dict(self, state):
-        pass
-
     def forward(self, x, time, y):
         ddpm = not hasattr(self.objective, "interpolant")
         t = (time.double() + 1) / 1000 if ddpm else 1 - time.double()
@@ -64,7 +61,7 @@ class Gaussian(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
 def test_gaussian_latents_have_the_likelihood_of_their_closed_form(place, monkeypatch, name):
-    monkeypatch.setattr(fastdit.likelihood, "network", lambda config, shape, objective, device: Gaussian(objective))
+    monkeypatch.setattr(state, "network_from_state", lambda config, latents, objective, *_, **__: Gaussian(objective))
     report = likelihood(place / name, place / "latents", num_images=40, probes=2, steps=100, say=quiet)
     wanted = -D / 2 * (math.log(2 * math.pi * STD**2) + 1)  # minus the entropy
     assert report.nats_error == pytest.approx(math.sqrt(D / 2 / 40), rel=0.4)  # log p varies as chi-squared / 2
@@ -75,6 +72,29 @@ def test_gaussian_latents_have_the_likelihood_of_their_closed_form(place, monkey
     assert report.posterior_bits_per_dim == pytest.approx(gain, rel=0.01)
     assert abs(report.posterior_bits_per_dim - gain) < 3 * report.posterior_bits_per_dim_error
     assert report.probe_error_nats < 0.01  # its Jacobian is a multiple of the identity: no probe can miss
+
+
+def test_the_bound_of_a_ddpm_checkpoint_is_that_of_the_whole_chain(place, monkeypatch):
+    monkeypatch.setattr(state, "network_from_state", lambda config, latents, objective, *_, **__: Gaussian(objective))
+    report = likelihood(place / "ddpm", place / "latents", num_images=6, method="vlb", batch_size=4, say=quiet)
+    manifest = Manifest.load(place / "latents")
+    [(_, moments, y)] = batches(manifest, 6, 6, 0)
+    noise, draws = (ImageRandom([seed_of(0, kind, i) for i in range(6)]) for kind in (1, 3))
+    x_0 = sample_latents(moments, noise(moments[:, :4]), SCALE)
+    objective = state.load_network(place / "ddpm").objective
+    bound = variational_bound(objective, Gaussian(objective), x_0, y, noise=draws)
+    assert report.bits_per_dim == pytest.approx(bound["total"].mean().item(), rel=1e-5)
+    assert report.mse == pytest.approx(bound["mse"].mean().item(), rel=1e-5)
+    assert report.prior_bits_per_dim == pytest.approx(bound["prior"].mean().item(), rel=1e-4)
+    # bins of 2 / 255 within [-1, 1], and two that reach to infinity, count at the last step alone: the bound lies
+    # between the entropy of such a binned normal and that of one with narrow bins everywhere
+    edges = torch.cat([torch.tensor([-torch.inf]), (torch.arange(-126.5, 127.5) / 127.5), torch.tensor([torch.inf])])
+    mass = torch.distributions.Normal(0.0, STD).cdf(edges).diff()
+    entropy = -(mass[mass > 0] * mass[mass > 0].log2()).sum().item()
+    narrow = 0.5 * math.log2(2 * math.pi * math.e * STD**2) + math.log2(255 / 2)
+    assert entropy < report.bits_per_dim < narrow + 3 * report.bits_per_dim_error
+    with pytest.raises(ValueError, match="--method=vlb needs a DDPM checkpoint, not objective=flow; use heun"):
+        likelihood(place / "flow", place / "latents", method="vlb", num_images=2, say=quiet)
 
 
 def test_an_image_counts_the_same_in_any_batch(place):
@@ -100,18 +120,7 @@ def test_the_images_come_once_each_unmirrored(place):
 
 
 def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch):
-    arguments = [
-        "--num-images",
-        "3",
-        "--probes",
-        "1",
-        "--steps",
-        "2",
-        "--method",
-        "euler",
-        "--out",
-        str(tmp_path / "out.json"),
-    ]
+    arguments = "--num-images 3 --probes 1 --steps 2 --method euler --out".split() + [str(tmp_path / "out.json")]
     fixed = ["likelihood", "--checkpoint", str(place / "ddpm"), "--shards", str(place / "latents")]
     monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "seed=3"])
     cli.main()
@@ -134,12 +143,12 @@ def test_means_and_errors():
         ({"num_images": 0}, ["--num-images=0"]),
         ({"probes": 0}, ["--probes=0"]),
         ({"steps": 2000}, ["2000"]),
-        ({"shards": "gone"}, ["gone holds no manifest.json"]),
+        ({"shards": "gone"}, ["gone has no manifest.json"]),
         ({"path": "gone"}, ["gone does not exist"]),
-        ({"overrides": ["data.num_classes=2"]}, ["num_classes=2"]),
-        ({"overrides": ["model.variant=DiT-3x48x4/2"]}, ["not those of DiT-3x48x4/2", "blocks.2.", "is missing"]),
+        ({"overrides": ["data.num_classes=2"]}, ["another network", "y_embedder.embedding_table.weight has shape"]),
+        ({"overrides": ["model.variant=DiT-3x48x4/2"]}, ["network than DiT-3x48x4/2", "blocks.2.", "is missing"]),
         ({"overrides": ["objective=ddmp"]}, ["did you mean 'ddpm'"]),
-        ({"scale": 1.0}, ["have scale 1.0", "was trained on 0.18215"]),
+        ({"scale": 1.0}, ["have scale 1.0", "has latents with scale 0.18215"]),
     ],
 )
 def test_mistakes_are_named(place, tmp_path, arguments, words):

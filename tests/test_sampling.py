@@ -1,6 +1,8 @@
 """Sampling: image i depends on seed i alone, whatever the number of processes, the batch, or what was killed."""
 
 import json
+import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -9,10 +11,12 @@ import torch
 from PIL import Image
 
 from fastdit.config import load_config
-from fastdit.models.vae import small_vae
-from fastdit.sampling import grid, image_labels, load_generator, sample
+from fastdit.quickstart.small_vae import small_vae
+from fastdit.sampling import grid, image_labels, load_pipeline, sample
+from fastdit.training import checkpoint
 from fastdit.training.loop import train
-from helpers.runs import run
+from helpers import ROOT
+from helpers.runs import run, run_command
 
 COUNT = 10  # three batches of 4, the last one padded
 
@@ -29,7 +33,9 @@ def trained(world):
 def reference(trained, tmp_path_factory):
     """What one process makes."""
     out = tmp_path_factory.mktemp("samples") / "one"
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(out), "--num-samples", str(COUNT))
+    command = [ROOT / "sample_ddp.py", "--checkpoint", trained, "--out", out, "--num-samples", str(COUNT)]
+    done = run_command(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
@@ -60,13 +66,14 @@ def test_any_number_of_processes_makes_the_same_files(trained, reference, tmp_pa
     assert (tmp_path / "out" / "grid.png").read_bytes() == (reference / "grid.png").read_bytes()
 
 
-def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("runs").ENVIRONMENT, "OMP_NUM_THREADS", "2")
-    run("sample_ddp.py", "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--num-samples", str(COUNT))
+def test_the_number_of_threads_that_a_user_sets_changes_no_file(trained, reference, tmp_path, one_thread):
+    torch.set_num_threads(2)
+    sample(trained, tmp_path / "out", COUNT, device="cpu")
+    assert torch.get_num_threads() == 2
     assert pictures(tmp_path / "out") == pictures(reference)
 
 
-def test_batches_of_7_and_of_50_agree_to_one_grey_level(trained, tmp_path):
+def test_batches_of_7_and_of_50_agree_to_one_gray_level(trained, tmp_path):
     for batch in (7, 50):
         sample(trained, tmp_path / str(batch), 60, overrides=[f"sampling.batch_size={batch}"], device="cpu")
     difference = np.abs(array(tmp_path / "7").astype(int) - array(tmp_path / "50"))
@@ -114,7 +121,7 @@ def test_labels():
     assert image_labels("balanced", 2, 0, 0) == [0, 0]
 
 
-def test_a_grid_has_a_class_a_row(tmp_path):
+def test_a_grid_has_one_class_per_row(tmp_path):
     (tmp_path / "images").mkdir()
     labels = [i % 3 for i in range(9)]
     for i, label in enumerate(labels):
@@ -135,7 +142,7 @@ def test_a_grid_has_a_class_a_row(tmp_path):
         ({"labels": "cats"}, ["--labels='cats'"]),
         ({"overrides": ["sampling.steps=ddim50"]}, ["steps='ddim50'"]),
         ({"overrides": ["sampling.sampler=hein"]}, ["did you mean 'heun'"]),
-        ({"overrides": ["model.variant=DiT-Ti/2"]}, ["another model"]),
+        ({"overrides": ["model.variant=DiT-Ti/2"]}, ["another network"]),
         ({"overrides": ["data.vae=nowhere/at/all"]}, ["nowhere/at/all"]),
         ({"overrides": ["sampling.cfg_channels=-1"]}, ["sampling.cfg_channels=-1"]),
     ],
@@ -150,8 +157,52 @@ def test_mistakes_name_key_value_and_remedy_and_write_nothing(trained, tmp_path,
 
 def test_another_autoencoder_is_refused(trained, tmp_path):
     small_vae(32, seed=9).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="another autoencoder"):
-        load_generator(trained, [f"data.vae={tmp_path}/vae"])
+    with pytest.raises(ValueError, match="have codec .* use the same autoencoder"):
+        load_pipeline(trained, [f"data.vae={tmp_path}/vae"])
+
+
+def latents_with(trained, *overrides, **options):
+    labels = torch.tensor([0, 1])
+    return load_pipeline(trained, overrides).latents([0, 1], labels, 0, **options)
+
+
+def test_guidance_outside_its_interval_is_no_guidance(trained):
+    scaled = ["sampling.sampler=euler", "sampling.cfg_scale=3"]  # no evaluation at t = 0
+    plain, guided = latents_with(trained, *scaled, "sampling.cfg_scale=1"), latents_with(trained, *scaled)
+    assert torch.equal(latents_with(trained, *scaled, "sampling.cfg_interval=[0, 0]"), plain)
+    late = latents_with(trained, *scaled, "sampling.cfg_interval=[0, 0.6]")
+    assert not torch.equal(late, plain) and not torch.equal(late, guided)
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_unguided_prediction(trained):
+    shown = []
+    options = {"on_step": lambda t, x_t, prediction: shown.append(prediction.x_0.std(dim=(1, 2, 3)))}
+    latents_with(trained, "sampling.sampler=euler", "sampling.cfg_scale=1", **options)
+    latents_with(trained, "sampling.sampler=euler", "sampling.cfg_scale=9", "sampling.cfg_rescale=1", **options)
+    torch.testing.assert_close(shown[4], shown[0])  # the first evaluation, of the same noise
+
+
+def test_guidance_by_the_model_itself_has_no_effect_and_another_network_is_refused(trained, tmp_path):
+    plain = latents_with(trained, "sampling.cfg_scale=1")
+    own = latents_with(trained, "sampling.cfg_scale=3", f"sampling.weak_checkpoint={trained}")
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
+    [newest] = (trained / "checkpoints").glob("step-0000020")
+    shutil.copytree(newest, tmp_path / "weak")
+    text = (newest / "config.yaml").read_text().replace("name: flow", "name: flow\n  interpolant: gvp")
+    (tmp_path / "weak" / "config.yaml").write_text(text)
+    meta = json.loads((newest / "checkpoint.json").read_text())
+    checkpoint.write_meta(tmp_path / "weak", {key: value for key, value in meta.items() if key != "sha256"})
+    with pytest.raises(ValueError, match="weak_checkpoint=.* has objective={'name': 'flow', 'interpolant': 'gvp'}"):
+        load_pipeline(trained, [f"sampling.weak_checkpoint={tmp_path}/weak"])
+
+
+def test_x_0_is_clipped_or_replaced_as_asked(trained):
+    wild = ["sampling.sampler=ddim", "sampling.cfg_scale=30"]  # whose last step ends at the predicted x_0
+    assert latents_with(trained, *wild).abs().max() > 1.5
+    assert latents_with(trained, *wild, "sampling.clip=static").abs().max() == 1
+    dynamic = latents_with(trained, *wild, "sampling.clip=dynamic")
+    assert dynamic.abs().max() == 1 and not torch.equal(dynamic, latents_with(trained, *wild, "sampling.clip=static"))
+    assert not latents_with(trained, *wild, denoised_fn=torch.zeros_like).any()
 
 
 def test_a_folder_of_other_samples_is_never_overwritten(trained, reference, tmp_path):
@@ -164,21 +215,21 @@ def test_a_folder_of_other_samples_is_never_overwritten(trained, reference, tmp_
     assert json.loads((reference / "sampling.json").read_text())["seed"] == 0
 
 
-def test_the_npz_is_streamed_and_whole(reference):
+def test_the_npz_is_streamed_and_complete(reference):
     with zipfile.ZipFile(reference / "samples.npz") as archive:
         assert archive.namelist() == ["arr_0.npy"] and archive.testzip() is None
 
 
 def test_bf16_sampling_stays_near_fp32(trained):
-    wanted = load_generator(trained).latents([0, 1], torch.tensor([0, 1]), 0)
-    half = load_generator(trained, ["sampling.precision=bf16"]).latents([0, 1], torch.tensor([0, 1]), 0)
+    wanted = load_pipeline(trained).latents([0, 1], torch.tensor([0, 1]), 0)
+    half = load_pipeline(trained, ["sampling.precision=bf16"]).latents([0, 1], torch.tensor([0, 1]), 0)
     assert 0 < (half - wanted).abs().max() < 0.1
 
 
-def test_weights_rounded_once_change_no_bit(trained):
-    generator = load_generator(trained, ["sampling.precision=bf16"])
+def test_weights_cast_once_give_the_bits_of_autocast(trained):
+    generator = load_pipeline(trained, ["sampling.precision=bf16"])
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
-    model = load_generator(trained).model
+    model = load_pipeline(trained).model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model(x, t, y).float()
     assert torch.equal(generator.inference(x, t, y), wanted)
@@ -188,8 +239,8 @@ def test_weights_rounded_once_change_no_bit(trained):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_graph_replays_what_the_compiled_network_computes(trained, precision):
     overrides = [f"sampling.precision={precision}"]
-    graphed = load_generator(trained, overrides, device="cuda").inference
-    plain = load_generator(trained, [*overrides, "sampling.compile=false"], device="cuda").inference
+    graphed = load_pipeline(trained, overrides, device="cuda").inference
+    plain = load_pipeline(trained, [*overrides, "sampling.compile=false"], device="cuda").inference
     y = torch.tensor([1, 2], device="cuda")
     for seed in range(3):
         x = torch.randn(2, 4, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))

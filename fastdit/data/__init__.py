@@ -1,1 +1,1 @@
-"""Images to pixels, pixels to latent moments, moments to shards and back to batches."""
+"""Images to pixels, pixels to moments, moments to shards, and shards to batches."""

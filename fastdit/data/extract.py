@@ -1,7 +1,7 @@
-"""A folder of images -> latent shards: decode in threads, encode each image and its mirror, write.
+"""Extract latent shards from a folder of images: decode in threads, encode each image and its mirror image, write.
 
-Whole shards are dealt to the processes, and every batch is full (a short last one is padded), so the files are the
-same bytes however many processes wrote them. No process writes another's files; the first merges the parts.
+Each process writes whole shards, and every batch has the same size (the last one is padded), so the files are
+byte-identical for any number of processes. Each file is written by one process; rank 0 merges the parts.
 """
 
 import os
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, to_pixels
+from fastdit.data.images import ImageFolder, Skipped, list_images, load_crop, remarks, to_pixels
 from fastdit.data.latents import LatentCodec
-from fastdit.data.shards import DTYPES, Manifest, permutation
+from fastdit.data.loader import permutation
+from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
 from fastdit.distributed import Ranks, one_thread
 from fastdit.errors import is_no_space, out_of_memory_says
+from fastdit.registry import check
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_FAILED = "another process of this extraction has failed; see its message"
-TAR_OVERHEAD = 2304  # bytes a sample beside its numbers: two tar headers, the npy header, the label, padding
+TAR_OVERHEAD = 2304  # bytes per sample in addition to its moments: two tar headers, the npy header, the label, padding
 
 
 def extract_features(
@@ -44,15 +46,16 @@ def extract_features(
     overwrite: bool = False,
     ranks: Ranks | None = None,
 ) -> Manifest:
-    """Writes the moments of all images under `images` (see `list_images`), mirrored too, as shards in `out`.
+    """Writes shards to `out` with the moments of each image under `images` (see `list_images`) and of its mirror image.
 
-    `vae`: a folder or a hub name; it computes in `precision`, the moments are stored as `dtype`. `workers`: decoding
-    threads of this process (None: its share of the cores). `ranks`: this process among those that share the work
-    (None: alone, on a GPU if there is one); all must see the same `out`. The images are shuffled once, in a fixed
-    order, so that each shard mixes the classes for readers that only shuffle shards.
+    `vae`: a folder or a hub name; it computes in `precision`, and the moments are stored as `dtype`. `workers`:
+    decoding threads of this process (None: its share of the cores). `ranks`: this process among those that share the
+    work (None: a single process, on a GPU if there is one); all must see the same `out`. The images are shuffled once,
+    in a fixed order, so that each shard mixes the classes for readers that shuffle only the shards.
 
-    `out` appears when it is complete, and is replaced only with `overwrite`. Unreadable images are skipped and named in
-    <out>/skipped.txt. ValueError in one line: too many of these (see `Skipped`), bad arguments, no space left.
+    `out` appears once it is complete, and is replaced only with `overwrite`. Unreadable images are skipped and listed
+    in <out>/skipped.txt. Raises a one-line ValueError for too many of them (see `Skipped`), invalid arguments, or a
+    full disk.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = ranks or Ranks(rank=0, local_rank=0, world=1, device=torch.device(device))
@@ -60,45 +63,36 @@ def extract_features(
     folder = list_images(images)
     if out.is_relative_to(folder.root.resolve()):
         raise ValueError(f"out={out} lies inside images={images}, where it would become a class; write it elsewhere")
-    for key, value, known in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(known)}")
+    check(dtype, DTYPES, "dtype")
+    check(precision, PRECISIONS, "precision")
     workers = workers if workers is not None else _cores_per_process()
     for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     codec = LatentCodec.load(vae, PRECISIONS[precision], ranks.device)
     codec.check_image_size(image_size)
-    latent_shape = (codec.channels, image_size // codec.downsample, image_size // codec.downsample)
-    _check_space(out, len(folder) * (4 * int(np.prod(latent_shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
-    about = Manifest(
-        vae=str(vae),
-        codec=codec.fingerprint,
-        scale=codec.scale,
-        shift=codec.shift,
-        image_size=image_size,
-        latent_shape=latent_shape,
-        dtype=dtype,
-        class_names=folder.class_names,
-        images=len(folder),
-    )
+    latents = codec.spec(image_size)
+    _check_space(out, len(folder) * (4 * int(np.prod(latents.shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
+    about = Manifest(latents, dtype, class_names=folder.class_names, images=len(folder))
     shards = -(-len(folder) // shard_size)
     partial = partial_folder(out)
     try:
         if ranks.is_main:
+            for line in remarks(folder):
+                print(line, file=sys.stderr)
             prepare(out)
         ranks.barrier()
         if not partial.is_dir():
-            raise ValueError(f"out={out} is not seen by process {ranks.rank}; write to a disk that all processes share")
+            raise ValueError(f"out={out} is not visible to rank {ranks.rank}; write to a disk that all processes share")
         start = time.perf_counter()
-        with out_of_memory_says(f"--batch-size={batch_size} is too much for {ranks.device}: use a smaller one"):
+        with out_of_memory_says(f"--batch-size={batch_size} is too large for {ranks.device}: use a smaller one"):
             _extract_share(folder, partial, codec, ranks, about, batch_size, workers, shard_size)
-        _wait_for_parts(partial, shards)  # not a collective: shares may end many minutes apart
+        _wait_for_parts(partial, shards)  # not a collective: processes may finish many minutes apart
         ranks.barrier()
         if ranks.is_main:
-            about = publish(partial, out, about, shards, overwrite)
+            about = publish(partial, out, about, shards, overwrite, folder.ignored)
             rate = len(folder) / (time.perf_counter() - start)
-            skipped = f", {about.skipped} unreadable images named in skipped.txt" if about.skipped else ""
+            skipped = f", {about.skipped} unreadable images listed in skipped.txt" if about.skipped else ""
             print(f"{out}: {len(about)} images in {shards} shards, {rate:.1f} images/s{skipped}", file=sys.stderr)
         ranks.barrier()
         return Manifest.load(out)
@@ -122,44 +116,44 @@ def _extract_share(
     workers: int,
     shard_size: int,
 ) -> None:
-    """Writes this process's shards: every world-th. Encoding, decoding of files and writing overlap."""
+    """Writes this process's shards: rank, rank + world, rank + 2 world, ... Decoding, encoding and writing overlap."""
     order = permutation(0, 0, len(folder)).tolist()
-    mine = [order[i : i + shard_size] for i in range(0, len(order), shard_size)][ranks.rank :: ranks.world]
-    total = sum(map(len, mine))
+    own = [order[i : i + shard_size] for i in range(0, len(order), shard_size)][ranks.rank :: ranks.world]
+    total = sum(map(len, own))
     unreadable = Skipped(len(folder))
     writing: deque[Future] = deque()
     with (
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
-        ThreadPoolExecutor(1, thread_name_prefix="write") as scribe,  # one: it keeps the order
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writers,  # a single thread keeps the order
         tqdm(total=total, unit="image", smoothing=0.05, disable=None if ranks.is_main else True) as progress,
     ):
-        paths = ((key, folder.root / folder.paths[key]) for keys in mine for key in keys)
-        crops = _crops(paths, about.image_size, decoders, ahead=2 * batch_size + 2 * workers)
+        paths = ((key, folder.root / folder.paths[key]) for keys in own for key in keys)
+        crops = _crops(paths, about.latents.image_size, decoders, ahead=2 * batch_size + 2 * workers)
 
-        def later(work, *args) -> None:
-            writing.append(scribe.submit(work, *args))
+        def submit(work, *args) -> None:
+            writing.append(writers.submit(work, *args))
             while len(writing) > 2:
                 writing.popleft().result()
 
         try:
-            for share, keys in enumerate(mine):
-                writer = ShardWriter(partial, ranks.rank + share * ranks.world, about.dtype)
+            for i, keys in enumerate(own):
+                writer = ShardWriter(partial, ranks.rank + i * ranks.world, about.dtype)
                 skipped: list[str] = []
                 readable: list[tuple[int, np.ndarray]] = []
-                for left in reversed(range(len(keys))):
+                for remaining in reversed(range(len(keys))):
                     key, crop = next(crops)
                     if isinstance(crop, np.ndarray):
                         readable.append((key, crop))
                     else:
                         unreadable.add(folder.paths[key], str(crop))
                         skipped.append(unreadable.lines[-1])
-                    if readable and (len(readable) == batch_size or not left):
+                    if readable and (len(readable) == batch_size or not remaining):
                         moments = encode_both(codec, [crop for _, crop in readable], batch_size, ranks.device)
-                        chosen = [key for key, _ in readable]
-                        later(_write, writer, chosen, moments, [folder.labels[key] for key in chosen])
+                        batch = [key for key, _ in readable]
+                        submit(_write, writer, batch, moments, [folder.labels[key] for key in batch])
                         readable = []
                     progress.update()
-                later(writer.close, skipped)
+                submit(writer.close, skipped)
             while writing:
                 writing.popleft().result()
         except BaseException:
@@ -170,7 +164,7 @@ def _extract_share(
 def _crops(
     paths: Iterable[tuple[int, Path]], size: int, decoders: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | ValueError]]:
-    """Key and crop (or why there is none) of each path, in order; `ahead` of them are decoded meanwhile."""
+    """Yields each path's key and its crop, or the error if it is unreadable, in order; decodes `ahead` images ahead."""
     pending: deque[tuple[int, Future]] = deque()
     paths = iter(paths)
     while True:
@@ -186,9 +180,9 @@ def _crops(
 
 
 def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, device: torch.device) -> Tensor:
-    """Crops (n, H, W, 3) uint8 -> moments (n, 2, 2C, h, w) of the images and of their mirrors, on the device.
+    """n crops (H, W, 3) uint8 -> moments (batch_size, 2, 2C, h, w) of the images and their mirror images, on `device`.
 
-    The batch is padded to `batch_size`, since a product's last bits depend on its shape.
+    The batch is padded to `batch_size` with the last crop: the last bits of a matrix product depend on its shape.
     """
     crops = crops + crops[-1:] * (batch_size - len(crops))
     batch = torch.from_numpy(np.stack(crops))
@@ -201,7 +195,7 @@ def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, de
 
 
 def _write(writer: ShardWriter, keys: list[int], moments: Tensor, labels: list[int]) -> None:
-    for key, array, label in zip(keys, moments.cpu().numpy(), labels, strict=False):  # the padding is left over
+    for key, array, label in zip(keys, moments.cpu().numpy(), labels, strict=False):  # without the padding
         writer.add(key, array, label)
 
 

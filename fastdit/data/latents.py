@@ -1,16 +1,18 @@
 """Pixels <-> moments <-> latents through a diffusers AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752).
 
-Moments are the posterior's mean and standard deviation, unscaled; a latent is x_0 = (mean + std noise - shift) scale.
+"Moments" are the posterior's mean and standard deviation, unscaled. A latent is
+x_0 = (mean + std * noise - shift) * scale.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-# What changes a latent or a decoded pixel beside the weights; the rest of the config is bookkeeping.
+# The config entries that affect latents or decoded pixels; the rest is bookkeeping.
 FINGERPRINTED = (
     "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
     "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
@@ -18,18 +20,47 @@ FINGERPRINTED = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LatentSpec:
+    """What kind of latents a shard set, checkpoint or conversion uses; they must agree to be used together."""
+
+    shape: tuple[int, int, int]  # (C, h, w)
+    scale: float
+    shift: float
+    vae: str  # the autoencoder's name or folder, as the user gave it
+    codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
+    image_size: int  # pixels per side
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    def differences(self, other: "LatentSpec") -> list[tuple[str, object, object]]:
+        """(field, own value, other's value) of each differing field that affects the latents' values."""
+        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", "codec")]
+        return [(key, a, b) for key, a, b in pairs if a != b and not (key == "codec" and "" in (a, b))]
+
+    def check(self, other: "LatentSpec", mine: str, theirs: str) -> None:
+        """Raises a ValueError unless these latents, from `mine`, are compatible with `other`, from `theirs`."""
+        for key, own, value in self.differences(other):
+            raise ValueError(
+                f"the latents of {theirs} have {key} {value}, but {mine} has latents with {key} {own} (autoencoder "
+                f"{self.vae}); use the same autoencoder and image size for both"
+            )
+
+
 def sample_latents(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:
-    """x_0 (N, C, h, w) = (mean + std noise - shift) scale, from moments (N, 2C, h, w) and standard normal noise."""
+    """x_0 (N, C, h, w) = (mean + std * noise - shift) * scale from moments (N, 2C, h, w) and standard normal noise."""
     mean, std = moments.chunk(2, dim=1)
     return torch.addcmul(mean - shift if shift else mean, std, noise) * scale
 
 
 class LatentCodec:
-    """An AutoencoderKL, frozen: `encode` to moments, `decode` from scaled latents.
+    """A frozen AutoencoderKL: `encode` returns moments, `decode` takes scaled latents.
 
-    `scale`, `shift`: from moments to latents. `downsample`: pixels per latent cell and side. `channels`: C.
-    `fingerprint`: identifies the autoencoder whatever the dtype and device it runs in (make the codec from the fp32
-    weights and convert it with `to`).
+    `scale`, `shift`: see `sample_latents`. `downsample`: image side / latent side. `channels`: C. `fingerprint`:
+    identifies the autoencoder independently of its dtype and device (create the codec from the fp32 weights, then
+    convert it with `to`).
     """
 
     def __init__(self, vae: nn.Module, name: str = "in-memory"):
@@ -46,11 +77,11 @@ class LatentCodec:
     def load(
         cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "LatentCodec":
-        """Loads a folder written by AutoencoderKL.save_pretrained (or a pipeline's, with `vae/` in it), or a hub name.
+        """Loads a folder from AutoencoderKL.save_pretrained, a pipeline's folder (with `vae/` in it) or a hub name.
 
-        ValueError in one line when there is no such thing, or when it is not a whole AutoencoderKL.
+        Raises a one-line ValueError if it does not exist or is not a complete AutoencoderKL.
         """
-        from diffusers import AutoencoderKL  # seconds to import: only when an autoencoder is needed
+        from diffusers import AutoencoderKL  # takes seconds to import
 
         folder = Path(name)
         subfolder = None
@@ -59,56 +90,62 @@ class LatentCodec:
             _check_folder(folder / (subfolder or ""))
         elif folder.exists() or folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
             raise ValueError(
-                f"vae={name} is not a folder; name one written by AutoencoderKL.save_pretrained, or a hub name"
+                f"vae={name} is not a folder; give one written by AutoencoderKL.save_pretrained, or a hub name"
             )
         try:
             vae, loading = AutoencoderKL.from_pretrained(
                 str(name), subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
             )
-        except Exception as error:  # network, hub, safetensors and pickle errors have no common base
-            what = "cannot be read" if folder.is_dir() else "is no local folder and could not be fetched from the hub"
+        except Exception as error:  # network, hub, safetensors and pickle errors have no common base class
+            what = "cannot be read" if folder.is_dir() else "is not a local folder and the hub download failed"
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"vae={name} {what}: {type(error).__name__}: {reason}") from error
-        if loading["missing_keys"]:  # diffusers would leave them at random values
+        if missing := sorted(loading["missing_keys"]):  # diffusers initializes them randomly
             raise ValueError(
-                f"vae={name} lacks {len(loading['missing_keys'])} weights, {sorted(loading['missing_keys'])[0]} first; "
+                f"vae={name} is missing {len(missing)} weights (the first is {missing[0]}); "
                 "save it again with AutoencoderKL.save_pretrained"
             )
         return cls(vae, str(name)).to(dtype=dtype, device=device)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
-        """Moves the autoencoder in place; the fingerprint stays that of the weights it was made from."""
-        nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns without cause
+        """Moves or converts the autoencoder in place; the fingerprint does not change."""
+        nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` gives needless warnings
         return self
+
+    def spec(self, image_size: int, shape: tuple[int, int, int] | None = None) -> LatentSpec:
+        """The LatentSpec of square images with `image_size` pixels per side; `shape` overrides the latents' shape."""
+        side = image_size // self.downsample
+        shape = shape or (self.channels, side, side)
+        return LatentSpec(shape, self.scale, self.shift, self.name, self.fingerprint, image_size)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) in [-1, 1] -> float32 moments (N, 2C, h, w): mean, then std, unscaled."""
+        """Pixels (N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w), float32 and unscaled: mean, then std."""
         self.check_image_size(*pixels.shape[-2:])
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        # std from the log-variance in fp32: exp() in half precision would cost three of its digits
+        # exponentiate in fp32: in half precision, exp() would lose three digits of std
         std = (0.5 * posterior.logvar.float()).exp()
         return torch.cat([posterior.mean.float(), std], dim=1)
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
-        """Latents (N, C, h, w) as the network sees them, scaled -> float32 pixels (N, 3, H, W), about [-1, 1]."""
+        """Scaled latents (N, C, h, w) -> float32 pixels (N, 3, H, W), approximately in [-1, 1]."""
         z = x_0.float() / self.scale + self.shift
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
     def check_image_size(self, *sides: int) -> None:
-        """ValueError with the nearest sizes that work, when a side is no multiple of the downsampling factor."""
+        """Raises a ValueError with the nearest valid sizes if a side is not a multiple of the downsampling factor."""
         for side in sides:
             if side < self.downsample or side % self.downsample:
                 below = max(side // self.downsample, 1) * self.downsample
                 raise ValueError(
-                    f"image_size={side} is not divisible by {self.downsample}, the factor of vae={self.name}; "
-                    f"use {below} or {below + self.downsample}"
+                    f"image_size={side} is not divisible by {self.downsample}, the downsampling factor of "
+                    f"vae={self.name}; use {below} or {below + self.downsample}"
                 )
 
 
 def fingerprint(vae: nn.Module) -> str:
-    """SHA-256 over the autoencoder's config items that matter and its weights as little-endian fp32, sorted by name."""
+    """SHA-256 of the FINGERPRINTED config entries and the weights as little-endian fp32, sorted by name."""
     config = {key: getattr(vae.config, key, None) for key in FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key, value in sorted(vae.state_dict().items()):
@@ -124,11 +161,11 @@ def _check_folder(folder: Path) -> None:
         kind = json.loads(path.read_text()).get("_class_name")
     except FileNotFoundError:
         raise ValueError(
-            f"vae={folder} holds no config.json; name a folder written by AutoencoderKL.save_pretrained"
+            f"vae={folder} has no config.json; give a folder written by AutoencoderKL.save_pretrained"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"vae={path} is damaged ({error}); save the autoencoder again") from None
     if kind != "AutoencoderKL":
         raise ValueError(
-            f"vae={folder} is of class {kind}, not AutoencoderKL; its latents would have no posterior to sample"
+            f"vae={folder} is of class {kind}, which has no posterior to sample from; use an AutoencoderKL"
         )

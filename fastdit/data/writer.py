@@ -1,7 +1,7 @@
-"""Writes latents as shards, all or nothing: into <out>.partial, synced, then renamed to <out>.
+"""Atomic writing of latent shards: they are written to <out>.partial, synced to disk, then renamed to <out>.
 
-Shards are written independently, by any number of processes; `publish` merges them. Every byte is a function of the
-samples: no times, no owners, no order of arrival.
+Any number of processes write shards independently; `publish` merges them. The bytes depend on the samples alone: the
+tar files contain no times and no owners.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.data.images import Skipped
-from fastdit.data.shards import DTYPES, SAMPLE, Manifest, Shard
+from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard
 
-SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16; ImageNet makes 626 files
+SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16, 626 files for ImageNet
 
 
 def check_out(out: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of an output folder; ValueError when it exists and may not be replaced.
+    """The absolute path of an output folder; raises a ValueError if it exists and may not be replaced.
 
-    An empty folder may always be; with `overwrite` one that holds a manifest may, nothing else ever.
+    An empty folder may always be replaced. With `overwrite`, a folder with a manifest may be, too.
     """
     out = Path(out).resolve()
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -34,48 +34,48 @@ def check_out(out: str | Path, overwrite: bool = False) -> Path:
     if not overwrite:
         raise ValueError(f"out={out} exists; choose another folder, or replace it with --overwrite")
     if not (out / "manifest.json").is_file():
-        raise ValueError(f"out={out} exists and holds no manifest.json, so it is not replaced; choose another folder")
+        raise ValueError(f"out={out} exists and has no manifest.json, so it is not replaced; choose another folder")
     return out
 
 
 def partial_folder(out: Path) -> Path:
-    """Where `out` is put together."""
+    """The folder in which `out` is written before it is renamed."""
     return out.with_name(out.name + ".partial")
 
 
 def prepare(out: Path) -> Path:
-    """Makes the folder in which `out` is put together, afresh."""
+    """Creates an empty `partial_folder(out)`."""
     partial = partial_folder(out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"out={out} cannot be made ({error.strerror}); choose another folder") from error
+        raise ValueError(f"out={out} cannot be created ({error.strerror}); choose another folder") from error
     return partial
 
 
 def discard(partial: Path) -> None:
-    """Removes an unfinished folder; the rename first, so that no other process can add a file while it is emptied."""
-    doomed = partial.with_name(f"{partial.name}-{os.getpid()}")
+    """Removes an unfinished folder. It is renamed first, so that no other process adds a file during the removal."""
+    renamed = partial.with_name(f"{partial.name}-{os.getpid()}")
     try:
-        partial.rename(doomed)
-    except OSError:  # never made, or another process was here first
+        partial.rename(renamed)
+    except OSError:  # never created, or already removed by another process
         return
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 class ShardWriter:
-    """Writes shard `number` into `folder`; after `close` its part file holds what `publish` needs to know of it."""
+    """Writes shard `number` to `folder`; `close` writes a part file with the information that `publish` needs."""
 
     def __init__(self, folder: Path, number: int, dtype: str):
         self.folder, self.number, self.dtype = folder, number, DTYPES[dtype]
         self.path = folder / f"shard-{number:05d}.tar"
         self.rows: list[tuple] = []
-        self.sums: np.ndarray | int = 0  # (3, C) float64: the means, their squares, the variances, summed over images
+        self.sums: np.ndarray | int = 0  # (3, C) float64: sums over images of mean, mean^2 and variance
         self.tar = tarfile.open(self.path, "w", format=tarfile.USTAR_FORMAT)
 
     def add(self, key: int, moments: np.ndarray, label: int) -> None:
-        """Appends moments (2, 2C, h, w) of an image and of its mirror; ValueError when they do not fit the dtype."""
+        """Appends the moments (2, 2C, h, w) of an image and its mirror image; ValueError if they overflow the dtype."""
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(moments, dtype=self.dtype)
         if not np.isfinite(array).all():
@@ -92,54 +92,57 @@ class ShardWriter:
         self.sums = self.sums + np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
 
     def _append(self, name: str, data: bytes) -> int:
-        """Writes one tar member; returns where its data begin."""
-        info = tarfile.TarInfo(name)  # time and owner 0; keys without dots, since a dot would merge samples
+        """Writes one tar member; returns the offset of its data."""
+        info = tarfile.TarInfo(name)  # time and owner are 0; a WebDataset key ends at the first dot of the name
         info.size = len(data)
         offset = self.tar.offset + tarfile.BLOCKSIZE
         self.tar.addfile(info, io.BytesIO(data))
         return offset
 
     def close(self, skipped: Iterable[str] = ()) -> None:
-        """Ends the tar and leaves its part file: from then on the shard is complete."""
+        """Closes the tar file and writes the part file, which marks the shard as complete."""
         self.tar.close()
         digest = _sync(self.path)
         shard = Shard(self.path.name, len(self.rows), self.path.stat().st_size, digest)
-        sums = np.asarray(self.sums).tolist()  # Python writes floats exactly
+        sums = np.asarray(self.sums).tolist()  # JSON keeps Python floats exactly
         part = {"shard": asdict(shard), "rows": self.rows, "sums": sums, "skipped": list(skipped)}
         _write(self.path.with_suffix(".new"), json.dumps(part).encode())
         self.path.with_suffix(".new").rename(part_path(self.folder, self.number))
 
 
 def part_path(folder: Path, number: int) -> Path:
-    """The file that says that a shard is complete."""
+    """The file that marks a shard as complete."""
     return folder / f"shard-{number:05d}.part"
 
 
-def publish(partial: Path, out: Path, about: Manifest, shards: int, overwrite: bool = False) -> Manifest:
-    """Merges the parts of all shards into index, manifest and log of skipped images, then gives the folder its name.
+def publish(
+    partial: Path, out: Path, about: Manifest, shards: int, overwrite: bool = False, ignored: Iterable[str] = ()
+) -> Manifest:
+    """Merges the parts of all shards into the index, manifest and list of skipped images, then renames to `out`.
 
-    `about` says what the latents are; counts, statistics, shards and checksums are filled in here.
+    `about` describes the latents; the counts, statistics, shards and checksums are filled in here.
     """
     parts = [json.loads(part_path(partial, number).read_text()) for number in range(shards)]
     index = np.array([(*r[:2], tuple(r[2]), *r[3:]) for part in parts for r in part["rows"]], dtype=SAMPLE)
     if not len(index):
-        raise ValueError(f"none of the {about.images} images could be read; there is nothing to write")
+        raise ValueError(f"none of the {about.images} images could be read; repair them or choose another folder")
     file = io.BytesIO()
     np.save(file, index)
     _write(partial / "index.npy", file.getvalue())
     mean, square, variance = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
-    skipped = Skipped(about.images)  # each process counted its own; here they are counted together
+    skipped = Skipped(about.images)  # each process counted its own; this is the total
     for line in (line for part in parts for line in part["skipped"]):
         skipped.add(*line.split("\t", 1))
-    if skipped.lines:
-        text = "".join(f"{line}\n" for line in skipped.lines)
+    if skipped.lines or ignored:
+        text = "".join(f"{line}\n" for line in [*skipped.lines, *ignored])
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
+    latents = about.latents
     manifest = replace(
         about,
         skipped=len(skipped.lines),
         class_counts=tuple(np.bincount(index["label"], minlength=about.num_classes).tolist()),
-        channel_mean=tuple(((mean - about.shift) * about.scale).tolist()),
-        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(about.scale)).tolist()),
+        channel_mean=tuple(((mean - latents.shift) * latents.scale).tolist()),
+        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(latents.scale)).tolist()),
         shards=tuple(Shard(**part["shard"]) for part in parts),
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         folder=out,
@@ -167,7 +170,7 @@ def write_shards(
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes pairs of moments (2, 2C, h, w) and label in one process; `about` says what they are. See `check_out`."""
+    """Writes pairs of moments (2, 2C, h, w) and label, in a single process; `about` describes them. See `check_out`."""
     out = check_out(out, overwrite)
     partial = prepare(out)
     writers: list[ShardWriter] = []
@@ -193,7 +196,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(path: Path) -> str:
-    """Forces a file to disk; returns its SHA-256."""
+    """Syncs a file to disk; returns its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Which noise goes with which image of a training batch."""
+"""How noise samples are assigned to the images of a training batch."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ def independent(x_0: Tensor, noise: Tensor) -> Tensor:
 
 
 def optimal_transport(x_0: Tensor, noise: Tensor) -> Tensor:
-    """The rows of noise (N, ...) reordered for the least sum of squared distances to x_0's (Tong et al. 2024).
+    """The noise samples (N, ...) reordered to minimize the sum of squared distances to x_0 (Tong et al. 2024).
 
-    Exact, by scipy's assignment solver on the CPU; larger batches give straighter paths. The images keep their order.
+    Solved exactly on the CPU by scipy's assignment solver. Larger batches give straighter paths.
     """
     from scipy.optimize import linear_sum_assignment
 

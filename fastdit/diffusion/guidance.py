@@ -1,4 +1,4 @@
-"""Denoisers: `denoise(x_t, t) -> Prediction` is all that a sampler sees of a network, its labels and its guidance."""
+"""Denoisers: a sampler only sees `denoise(x_t, t) -> Prediction`, which hides the network, labels and guidance."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,12 +23,12 @@ def guided(
     cfg_rescale: float = 0.0,
     weak_model: Model | None = None,
 ) -> Denoiser:
-    """The denoiser of labels y (N,): weak + cfg_scale (strong - weak), where strong is the model's prediction for y.
+    """A denoiser for labels y (N,) that returns weak + cfg_scale * (strong - weak); strong is the prediction for y.
 
     weak is the prediction for the null label (classifier-free guidance, Ho & Salimans 2022), or that of `weak_model`
-    for y (autoguidance, Karras et al. 2024). Both act on the first `cfg_channels` channels (3 as DiT was released, None
-    for all), and only at times within `cfg_interval` (Kynkaanniemi et al. 2024). `cfg_rescale` in [0, 1] pulls the
-    deviation of x_0 back to the strong prediction's (Lin et al. 2023, section 3.4).
+    for y (autoguidance, Karras et al. 2024). Guidance applies to the first `cfg_channels` channels (3 in the released
+    DiT, None for all) and at times within `cfg_interval` (Kynkaanniemi et al. 2024). `cfg_rescale` in [0, 1] rescales
+    the standard deviation of x_0 toward that of the strong prediction (Lin et al. 2023, section 3.4).
     """
     null_label = getattr(model, "null_label", None)
     if cfg_scale != 1 and weak_model is None and null_label is None:
@@ -37,7 +37,7 @@ def guided(
 
     def denoise(x_t: Tensor, time: Tensor) -> Prediction:
         inside = low <= float(time) <= high
-        t = torch.full((len(x_t),), float(time), dtype=torch.float64, device=x_t.device)  # no copy that waits
+        t = torch.full((len(x_t),), float(time), dtype=torch.float64, device=x_t.device)  # no blocking copy
         if cfg_scale == 1 or not inside:
             return objective.predict(model, x_t, t, y)
         if weak_model is not None:
@@ -57,7 +57,7 @@ def guided(
 
 
 def extrapolated(strong: Prediction, weak: Prediction, scale: float, channels: int | None) -> Prediction:
-    """Guidance on the first channels of every form of the prediction; all else stays the strong one's."""
+    """Guides the first `channels` channels of x_0, eps and velocity; the rest is copied from `strong`."""
 
     def blend(strong: Tensor, weak: Tensor) -> Tensor:
         guided = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
@@ -68,12 +68,12 @@ def extrapolated(strong: Prediction, weak: Prediction, scale: float, channels: i
 
 
 def deviation(x: Tensor) -> Tensor:
-    """Of all the values of each sample: (N, C, h, w) -> (N, 1, 1, 1)."""
+    """The standard deviation of each sample: (N, C, h, w) -> (N, 1, 1, 1)."""
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 def processed(denoise: Denoiser, path: Path, denoised_fn: Callable[[Tensor], Tensor]) -> Denoiser:
-    """A denoiser whose x_0 passes through `denoised_fn`, e.g. `clip` or `dynamic_threshold`; the rest follows x_0."""
+    """A denoiser that applies `denoised_fn` to x_0, such as one of CLIPS, and recomputes eps and velocity."""
 
     def corrected(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
@@ -87,18 +87,21 @@ def clip(x_0: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
 
 
 def dynamic_threshold(x_0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
-    """Clip each sample at a quantile of its |x_0|, if above `floor`, and scale it to +-floor (Saharia et al. 2022)."""
+    """Clips each sample at a quantile of |x_0|, if above `floor`, and rescales it to +-floor (Saharia et al. 2022)."""
     limit = torch.quantile(x_0.abs().flatten(1).float(), quantile, dim=1).clamp(min=floor).to(x_0)  # (N,)
     limit = broadcast(limit, x_0)
     return x_0.clamp(-limit, limit) * (floor / limit)
 
 
 def watched(denoise: Denoiser, on_step: Callable[[float, Tensor, Prediction], None]) -> Denoiser:
-    """A denoiser that shows `on_step(t, x_t, prediction)` each evaluation: any sampler's x_t and x_0, step by step."""
+    """A denoiser that calls `on_step(t, x_t, prediction)` after each evaluation, with any sampler."""
 
-    def shown(x_t: Tensor, t: Tensor) -> Prediction:
+    def observed(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
         on_step(float(t), x_t, prediction)
         return prediction
 
-    return shown
+    return observed
+
+
+CLIPS = {"none": None, "static": clip, "dynamic": dynamic_threshold}

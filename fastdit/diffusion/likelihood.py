@@ -1,7 +1,7 @@
-"""How likely data are: by the probability-flow ODE (Song et al. 2021), or by DDPM's variational bound.
+"""Likelihood of data from the probability-flow ODE (Song et al. 2021), or from DDPM's variational bound.
 
-Along dx/dt = velocity the density obeys d log p / dt = -div velocity, so log p_0(x_0) = log N(x_1; 0, 1) + the integral
-of the divergence from t = 0 to 1, which Hutchinson's probes estimate without bias: E[probe . J probe] = trace J.
+Along dx/dt = velocity, d log p / dt = -div velocity. Hence log p_0(x_0) = log N(x_1; 0, 1) + the integral of the
+divergence from t = 0 to 1. Hutchinson's estimator of the divergence is unbiased: E[probe . J probe] = trace J.
 """
 
 import math
@@ -20,15 +20,15 @@ from fastdit.diffusion.samplers import Noise
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log p(x_0) in nats (N,), its error (N,) over the probes (nan of one), and the end of its way (N, C, h, w)."""
+    """log p(x_0), its standard error over the probes (nan for one probe), and x_1, where the ODE ends."""
 
-    nats: Tensor
-    standard_error: Tensor
-    x_1: Tensor
+    nats: Tensor  # (N,)
+    standard_error: Tensor  # (N,)
+    x_1: Tensor  # (N, C, h, w)
 
 
 def rademacher(x: Tensor) -> Tensor:
-    """+1 or -1 with equal chance, like x."""
+    """+1 or -1 with equal probability, in the shape and dtype of x."""
     return torch.randint_like(x, 2) * 2 - 1
 
 
@@ -44,8 +44,8 @@ def log_likelihood(
 ) -> Likelihood:
     """The likelihood of x_0 (N, C, h, w) under a denoiser's ODE, by Euler's or Heun's method on ascending times ts.
 
-    `objective.timesteps(steps).flip(0)` makes ts; it starts at ts[1] where velocities are infinite at t = 0.
-    The standard error is that of the probes alone: the steps' own error shows in a run with twice as many.
+    Get ts from `objective.timesteps(steps).flip(0)`. Integration starts at ts[1] if the velocity is infinite at ts[0].
+    The standard error includes only the probes. To estimate the discretization error, compare with twice the steps.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"method={method!r} is unknown, use euler or heun")
@@ -75,26 +75,19 @@ def log_likelihood(
     return Likelihood(prior + gain.mean(0), error, x)
 
 
-def bits_per_dim(nats: Tensor, x: Tensor, bin_width: float = 1.0) -> Tensor:
-    """Bits per dimension (N,) of densities in nats (N,) of x (N, ...). bin_width: the grain of dequantised data.
-
-    Pixels k / 127.5 - 1 have grain 2 / 255, and their `dequantized` bits bound the bits of the discrete image.
-    """
-    return -nats / (x[0].numel() * math.log(2)) - math.log2(bin_width)
-
-
-def dequantized(x: Tensor, u: Tensor, bin_width: float = 2 / 255) -> Tensor:
-    """x spread evenly over its bin by uniforms u in [0, 1) of its shape."""
-    return x + (u - 0.5) * bin_width
+def bits_per_dim(nats: Tensor, x: Tensor) -> Tensor:
+    """Bits per dimension (N,) of log-densities in nats (N,) of x (N, ...)."""
+    return -nats / (x[0].numel() * math.log(2))
 
 
 @torch.no_grad()
 def variational_bound(
     objective: DDPM, model: Model, x_0: Tensor, y: Tensor | None, *, noise: Noise = torch.randn_like
 ) -> dict[str, Tensor]:
-    """DDPM's bound over its whole chain, in bits per dimension: total and prior (N,), vlb and mse of eps (N, 1000).
+    """DDPM's variational bound over the whole chain, and the mean squared error of eps at each timestep.
 
-    One network evaluation per step of the schedule; `noise` is drawn anew for each.
+    Returns total (N,), prior (N,) and vlb (N, 1000) in bits per dimension, and mse (N, 1000). Evaluates the network
+    once per timestep, each time with new `noise`.
     """
     if not hasattr(objective, "vlb"):
         raise ValueError(f"objective={type(objective).__name__} has no variational bound; use log_likelihood")

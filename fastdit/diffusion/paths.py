@@ -1,27 +1,26 @@
-"""Noising paths: x_t = alpha(t) x_0 + sigma(t) eps, with t = 0 the data and t = 1 the noise.
+"""Noising paths: x_t = alpha(t) x_0 + sigma(t) eps, with data at t = 0 and noise at t = 1.
 
-A path is one function of t that returns alpha, sigma and their derivatives in t. The interpolants are those of SiT
-(Ma et al. 2024, arXiv 2401.08740), read in this library's time (SiT's runs the other way). The DDPM schedules are
+A path is a function of t that returns alpha, sigma and their derivatives with respect to t. The interpolants are those
+of SiT (Ma et al. 2024, arXiv 2401.08740), whose time runs in the opposite direction. The DDPM noise schedules are
 tables of 1000 alphas_cumprod (Ho et al. 2020; Nichol & Dhariwal 2021; Lin et al. 2023); index i is t = (i + 1) / 1000.
 """
 
-import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000  # of every discrete schedule: the clock that released DDPM checkpoints were trained on
+NUM_TIMESTEPS = 1000  # of every discrete noise schedule, as in the released DDPM checkpoints
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]  # t -> alpha, sigma, d alpha / dt, d sigma / dt
 
 
 @dataclass(frozen=True)
 class Path:
-    """alpha, sigma and their derivatives at times of any shape, computed in float64 and returned in the dtype of t."""
+    """alpha, sigma and their derivatives for t of any shape, computed in float64 and returned in the dtype of t."""
 
     schedule: Schedule
 
@@ -41,11 +40,11 @@ class Path:
         return tuple(c.to(t.dtype) for c in self.schedule(t.double()))
 
     def singular(self, t: Tensor) -> bool:
-        """Whether dx/dt is infinite at t: sigma grows like sqrt(t) at t = 0 of VP and of every DDPM schedule."""
+        """Whether dx/dt is infinite at t, as at t = 0 of VP and of every DDPM schedule, where sigma ~ sqrt(t)."""
         return not torch.isfinite(self.d_sigma(t))
 
     def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four coefficients at times t (N,) or 0-dim, ready to multiply x (N, ...)."""
+        """The four coefficients at times t (N,) or 0-dim, broadcast to x (N, ...)."""
         return tuple(broadcast(c, x) for c in self(t))
 
     def q_sample(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -54,9 +53,9 @@ class Path:
         return alpha * x_0 + sigma * eps
 
     def posterior(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q(x_s | x_t, x_0), s < t: the mean's factors of x_t and x_0, its variance, and the variance of q(x_t | x_s).
+        """For s < t: coefficients of x_t and x_0 in the mean of q(x_s | x_t, x_0), its variance, that of q(x_t | x_s).
 
-        On a DDPM schedule these are the released tables, respaced where t and s lie several steps apart; last is beta.
+        On a DDPM schedule these equal the released tables (respaced if t and s are several steps apart; last is beta).
         """
         (alpha_t, sigma_t, _, _), (alpha_s, sigma_s, _, _) = self(t), self(s)
         alpha_ts = alpha_t / alpha_s
@@ -66,22 +65,13 @@ class Path:
 
 
 def broadcast(c: Tensor, x: Tensor) -> Tensor:
-    """One coefficient per sample (N,), in the dtype of x (N, ...) and shaped to multiply it; a 0-dim one stays."""
+    """Reshapes a coefficient per sample (N,) to multiply x (N, ...), in the dtype of x; a 0-dim one is unchanged."""
     return c.to(x).view(-1, *[1] * (x.ndim - 1)) if c.ndim else c
 
 
 def half_diffusion(alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
-    """g^2 / 2 of the forward process dx = (alpha' / alpha) x dt + g dW whose marginals are the path's."""
+    """g^2 / 2 of the forward process dx = (alpha' / alpha) x dt + g dW that has the marginals of the path."""
     return sigma * d_sigma - d_alpha / alpha * sigma**2
-
-
-def pick(key: str, name: str, known: Mapping) -> object:
-    """known[name], or a ValueError that lists what there is and the nearest of it."""
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key}={name!r} is unknown, use one of {', '.join(known)}{hint}")
 
 
 def linear(t):
@@ -90,7 +80,7 @@ def linear(t):
 
 
 def gvp(t):
-    """The quarter circle: alpha^2 + sigma^2 = 1 at constant speed."""
+    """A quarter circle at constant speed: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
     half_pi = math.pi / 2
     alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
     return alpha, sigma, -half_pi * sigma, half_pi * alpha
@@ -106,17 +96,17 @@ def vp(t, beta_min=0.1, beta_max=20.0):
 
 
 def tabulated(alphas_cumprod: Tensor) -> Schedule:
-    """A table of T steps, float64, as a path: alpha = 1 at t = 0 and sqrt(alphas_cumprod[i]) at t = (i + 1) / T.
+    """The path of a float64 table with T steps: alpha = 1 at t = 0 and sqrt(alphas_cumprod[i]) at t = (i + 1) / T.
 
-    Between the nodes alpha is a cubic Hermite spline: alpha and not the log-SNR, because it is finite at both ends: no
-    noise at t = 0 and, at zero terminal SNR, no signal at t = 1. Near t = 0 sigma grows like sqrt(t), as on `vp`.
+    Between these nodes, alpha is a cubic Hermite spline. The log-SNR is not interpolated, because it is infinite at
+    t = 0 and, with zero terminal SNR, at t = 1. Near t = 0, sigma grows like sqrt(t), as in `vp`.
     """
     nodes = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.sqrt()])
     (slopes,) = torch.gradient(nodes)  # per step; one-sided at the ends
     steps, table = len(alphas_cumprod), torch.stack([nodes, slopes])
     cached = functools.cache(lambda device: table.to(device))
 
-    @torch.compiler.assume_constant_result  # traced, the table would be sent to the device at every step
+    @torch.compiler.assume_constant_result  # if traced, the table would be copied to the device in every step
     def on(device):
         return cached(device)
 
@@ -140,19 +130,19 @@ def linear_table() -> Tensor:
 
 
 def cosine_table() -> Tensor:
-    """alphas_cumprod of Nichol & Dhariwal 2021 ("squaredcos_cap_v2"): cos^2 with an offset, each beta at most 0.999."""
+    """alphas_cumprod of Nichol & Dhariwal 2021 ("squaredcos_cap_v2"): cos^2 with an offset and betas <= 0.999."""
     grid = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
     bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.cumprod((bar[1:] / bar[:-1]).clamp(min=1 - 0.999), 0)
 
 
 def scaled_linear_table() -> Tensor:
-    """alphas_cumprod of latent diffusion (Rombach et al. 2022): sqrt(beta) runs linearly."""
+    """alphas_cumprod of latent diffusion (Rombach et al. 2022): sqrt(beta) is linear."""
     return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2, 0)
 
 
 def zero_terminal_snr_table() -> Tensor:
-    """`scaled_linear_table` with sqrt(alphas_cumprod) shifted to end at 0, its start kept (Lin et al. 2023)."""
+    """`scaled_linear_table` with sqrt(alphas_cumprod) rescaled to end at 0 and start as before (Lin et al. 2023)."""
     alphas = scaled_linear_table().sqrt()
     return ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
 

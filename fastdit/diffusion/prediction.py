@@ -1,9 +1,9 @@
-"""What a network says about x_t, in every form at once: objectives make a `Prediction`, samplers read nothing else.
+"""A network's prediction at x_t in every parameterization. Objectives return a `Prediction`; samplers use only that.
 
-From x_t and one of x_0, eps, v, velocity or score the others follow, because
+Given x_t, any of x_0, eps, v, velocity and score determines the others:
     x_t = alpha x_0 + sigma eps      velocity = dx_t/dt = alpha' x_0 + sigma' eps
     v = alpha eps - sigma x_0        score = -eps / sigma
-(v: Salimans & Ho 2022; on a path with alpha^2 + sigma^2 = 1 it is the velocity in the path's own angle.)
+(v: Salimans & Ho 2022; if alpha^2 + sigma^2 = 1, v = dx_t/dphi for the angle phi = arctan(sigma / alpha).)
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from fastdit.diffusion.paths import Path, broadcast
 
 @dataclass(frozen=True)
 class Prediction:
-    """Tensors (N, C, h, w), linear in the network's output, so that guidance may blend them one by one."""
+    """Tensors (N, C, h, w). They are linear in the network's output, so guidance can extrapolate each of them."""
 
     x_0: Tensor
     eps: Tensor
     velocity: Tensor
-    log_variance_mix: Tensor | float | None = None  # 0: the posterior's log-variance, 1: beta's; None: not said
+    log_variance_mix: Tensor | float | None = None  # 0: that of q(x_s | x_t, x_0), 1: log(beta); None: not predicted
 
     def rows(self, part: slice) -> "Prediction":
-        """The same of some of the batch."""
+        """The prediction for a part of the batch."""
         values = (self.x_0, self.eps, self.velocity, self.log_variance_mix)
         return Prediction(*(v[part] if isinstance(v, Tensor) else v for v in values))
 
@@ -51,7 +51,7 @@ def from_score(score, x_t, alpha, sigma, d_alpha, d_sigma):
     return from_eps(-sigma * score, x_t, alpha, sigma, d_alpha, d_sigma)
 
 
-# name -> how x_0 and eps follow from it, and what it is worth where x_0 and eps are known
+# name -> its conversion to x_0 and eps, and the conversion back from x_0 and eps
 PREDICTIONS = {
     "eps": (from_eps, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: eps),
     "x_0": (from_x_0, lambda x_0, eps, alpha, sigma, d_alpha, d_sigma: x_0),
@@ -62,7 +62,7 @@ PREDICTIONS = {
 
 
 def predicted(name: str, value: Tensor, x_t: Tensor, t: Tensor, path: Path, log_variance_mix=None) -> Prediction:
-    """The Prediction that follows from `value` (N, C, h, w), the PREDICTIONS entry `name` at x_t; t (N,) or 0-dim."""
+    """Converts `value` (N, C, h, w), the quantity `name` in PREDICTIONS, to a Prediction; t is (N,) or 0-dim."""
     coefficients = path.at(t, x_t)
     x_0, eps = PREDICTIONS[name][0](value, x_t, *coefficients)
     velocity = value if name == "velocity" else coefficients[2] * x_0 + coefficients[3] * eps
@@ -70,28 +70,28 @@ def predicted(name: str, value: Tensor, x_t: Tensor, t: Tensor, path: Path, log_
 
 
 def with_x_0(prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Prediction:
-    """The prediction with another x_0 (N, C, h, w); eps and velocity follow, but at sigma = 0 eps is free and stays."""
+    """The prediction with a new x_0 (N, C, h, w) and recomputed eps and velocity; at sigma = 0, eps is unchanged."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     eps = torch.where((sigma > 0).to(x_t.device), (x_t - alpha * x_0) / sigma, prediction.eps)
     return Prediction(x_0, eps, d_alpha * x_0 + d_sigma * eps, prediction.log_variance_mix)
 
 
 def target(name: str, x_0: Tensor, eps: Tensor, t: Tensor, path: Path) -> Tensor:
-    """What a network that predicts `name` should have said (N, C, h, w)."""
+    """The training target (N, C, h, w) of a network that predicts `name`."""
     return PREDICTIONS[name][1](x_0, eps, *path.at(t, x_0))
 
 
-def reverse_moments(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, path: Path) -> tuple[Tensor, Tensor]:
-    """Mean (N, C, h, w) and log-variance of the step p(x_s | x_t), s < t (Ho et al. eq. 7; Nichol & Dhariwal eq. 15).
+def reverse_step(prediction: Prediction, x_t: Tensor, t: Tensor, s: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    """Mean (N, C, h, w) and log-variance of p(x_s | x_t), s < t (Ho et al. eq. 7; Nichol & Dhariwal eq. 15).
 
-    A step to s = 0 has no posterior variance; as released, that of the step above, equally long, stands in its place.
+    q(x_s | x_t, x_0) has zero variance at s = 0. As in the released code, that of the step from 2t to t is used.
     """
-    return Step.between(t, s, path, x_t).moments(prediction, x_t)
+    return Step.between(t, s, path, x_t).distribution(prediction, x_t)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the steps from x_t to x_s need to know of their times; coefficients of x (N, ...), ready to multiply it."""
+    """The coefficients of a reverse step from x_t to x_s, broadcast to x (N, ...)."""
 
     from_x_t: Tensor
     from_x_0: Tensor
@@ -104,8 +104,8 @@ class Step:
         variance = torch.where(s > 0, variance, path.posterior(2 * t - s, t)[2])
         return cls(*(broadcast(c, x) for c in (from_x_t, from_x_0, variance.log(), beta.log())))
 
-    def moments(self, prediction: Prediction, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (N, C, h, w) and log-variance of p(x_s | x_t) as the prediction has it."""
+    def distribution(self, prediction: Prediction, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (N, C, h, w) and log-variance of p(x_s | x_t) for a prediction."""
         mean = self.from_x_t * x_t + self.from_x_0 * prediction.x_0
         mix = 0.0 if prediction.log_variance_mix is None else prediction.log_variance_mix
         return mean, mix * self.log_beta + (1 - mix) * self.log_variance

@@ -1,9 +1,9 @@
-"""Samplers: from x at ts[0] to x at ts[-1], through `denoise(x_t, t) -> Prediction`; t = 1 is noise, t = 0 is data.
+"""Samplers: from x at ts[0] to x at ts[-1] with `denoise(x_t, t) -> Prediction`; t = 1 is noise, t = 0 is data.
 
-Each is one function `sampler(denoise, x_1, ts, path, *, noise, ...)`: x_1 (N, C, h, w); ts descending times, float64,
-as an objective's `timesteps` makes them; `noise(x)` standard normal numbers like x. It knows no network, no label and
-no guidance. Coefficients are float64 scalars and meet x in its own dtype. `ddim`, `euler`, `heun` and `dopri5` also
-run on ascending times, from data to noise. Every step of every sampler can be seen through `guidance.watched`.
+Each sampler is a function `sampler(denoise, x_1, ts, path, *, noise, ...)`. x_1 has shape (N, C, h, w). ts are
+descending float64 timesteps from an objective's `timesteps`. `noise(x)` returns standard normal noise in the shape,
+dtype and device of x. Coefficients are computed as float64 scalars; x keeps its dtype. `ddim`, `euler`, `heun` and
+`dopri5` also accept ascending timesteps, from data to noise. To observe every step, use `guidance.watched`.
 """
 
 import math
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion.guidance import Denoiser
-from fastdit.diffusion.paths import Path, half_diffusion, pick
-from fastdit.diffusion.prediction import Prediction, reverse_moments
+from fastdit.diffusion.paths import Path, half_diffusion
+from fastdit.diffusion.prediction import Prediction, reverse_step
+from fastdit.registry import check
 
 Noise = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
 def ddpm(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020) on any path and subset of its times; the variance is the prediction's own."""
+    """Ancestral sampling (Ho et al. 2020) on any path and timesteps; the variance comes from the prediction."""
     x = x_1
     for t, s in pairwise(ts):
-        mean, log_variance = reverse_moments(denoise(x, t), x, t, s, path)
+        mean, log_variance = reverse_step(denoise(x, t), x, t, s, path)
         x = mean + torch.exp(0.5 * log_variance) * noise(x) if s > 0 else mean
     return x
 
@@ -35,14 +36,14 @@ def ddpm(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise
 def ddim(
     denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like, eta: float = 0.0
 ) -> Tensor:
-    """Song et al. 2021: eta = 0 draws nothing and is invertible, eta = 1 draws with the posterior's variance."""
+    """DDIM (Song et al. 2021). eta = 0: deterministic and invertible. eta = 1: the variance of q(x_s | x_t, x_0)."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} draws more noise than there is; use one in [0, 1]")
+        raise ValueError(f"eta={eta} is out of range; use a value in [0, 1]")
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if not eta:
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
             continue
         variance = eta**2 * path.posterior(t, s)[2]
         x = path.alpha(s) * prediction.x_0 + (path.sigma(s) ** 2 - variance).clamp(min=0).sqrt() * prediction.eps
@@ -50,19 +51,19 @@ def ddim(
     return x
 
 
-def redrawn(prediction: Prediction, s: Tensor, path: Path) -> Tensor:
-    """x_s of the same x_0 and eps: also the step from or to t = 0, where velocities may be infinite."""
+def ddim_step(prediction: Prediction, s: Tensor, path: Path) -> Tensor:
+    """x_s (N, C, h, w) from the predicted x_0 and eps. ODE samplers use it where the velocity is infinite, at t = 0."""
     return path.alpha(s) * prediction.x_0 + path.sigma(s) * prediction.eps
 
 
 @torch.no_grad()
 def euler(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
-    """The probability-flow ODE dx/dt = velocity by Euler's method, one evaluation a step; draws nothing."""
+    """Euler's method for the probability-flow ODE dx/dt = velocity. Deterministic, one evaluation per step."""
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if path.singular(t) or path.singular(s):
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
         else:
             x = x + (s - t) * prediction.velocity
     return x
@@ -70,12 +71,12 @@ def euler(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Nois
 
 @torch.no_grad()
 def heun(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
-    """The same ODE by the trapezoidal rule, second order, two evaluations a step."""
+    """Heun's second-order method for the same ODE. Deterministic, two evaluations per step."""
     x = x_1
     for t, s in pairwise(ts):
         prediction = denoise(x, t)
         if path.singular(t) or path.singular(s):
-            x = redrawn(prediction, s, path)
+            x = ddim_step(prediction, s, path)
         else:
             ahead = denoise(x + (s - t) * prediction.velocity, s)
             x = x + (s - t) / 2 * (prediction.velocity + ahead.velocity)
@@ -93,35 +94,35 @@ def dopri5(
     atol: float = 1e-6,
     rtol: float = 1e-3,
 ) -> Tensor:
-    """The same ODE by Dormand & Prince's adaptive method; of ts count the ends, and the neighbour of a singular one.
+    """Dormand & Prince's adaptive method for the same ODE. Uses only the ends of ts, and the neighbor if singular.
 
-    The steps follow the error of the whole batch: an image depends, within the tolerance, on its company.
+    Step sizes depend on the error of the whole batch, so a sample depends on the others, within the tolerance.
     """
     from torchdiffeq import odeint
 
     x = x_1
     if path.singular(ts[0]):
-        x, ts = redrawn(denoise(x, ts[0]), ts[1], path), ts[1:]
+        x, ts = ddim_step(denoise(x, ts[0]), ts[1], path), ts[1:]
     end = ts[-2:] if path.singular(ts[-1]) else ts[-1:]
     if ts[0] != end[0]:
-        # in 1 - t: torchdiffeq rounds times to the dtype of x, and near t = 1 a rounded t would spoil 1 / alpha
+        # integrate over 1 - t: torchdiffeq rounds times to the dtype of x, which near t = 1 would spoil 1 / alpha
         ends = 1 - torch.stack([ts[0], end[0]]).to(x.device)
-        # the last step may pass the end, and is then interpolated, but not where t < 0 does not exist
+        # torchdiffeq may step past the end and interpolate, which fails if the path is undefined for t < 0
         options = {"step_t": ends[1:]} if path.singular(torch.zeros_like(ts[0])) else {}
         solver = {"method": "dopri5", "atol": atol, "rtol": rtol, "options": options}
-        state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision could not even tell its error
+        state = x.to(torch.promote_types(x.dtype, torch.float32))  # error estimates need fp32
         slope = lambda u, state: -denoise(state.to(x.dtype), 1 - u.double()).velocity.to(state)  # noqa: E731
         x = odeint(slope, state, ends, **solver)[-1].to(x.dtype)
-    return x if len(end) == 1 else redrawn(denoise(x, end[0]), end[1], path)
+    return x if len(end) == 1 else ddim_step(denoise(x, end[0]), end[1], path)
 
 
 def dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022): second order by the previous x_0, one evaluation a step; draws nothing."""
+    """DPM-Solver++(2M) (Lu et al. 2022): second-order multistep. Deterministic, one evaluation per step."""
     return _dpmpp_2m(denoise, x_1, ts, path, None)
 
 
 def dpmpp_2m_sde(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, *, noise: Noise = torch.randn_like) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix): to first order, `ddpm` with the posterior's variance."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix); first order is `ddpm` with the variance of q(x_s | x_t, x_0)."""
     return _dpmpp_2m(denoise, x_1, ts, path, noise)
 
 
@@ -131,7 +132,7 @@ def _dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, noise: Noi
     for t, s in pairwise(ts):
         (alpha_t, sigma_t, _, _), (alpha_s, sigma_s, _, _) = path(t), path(s)
         decay = (alpha_t * sigma_s) / (alpha_s * sigma_t)  # exp(-h) for a step h in log(alpha / sigma)
-        h = -decay.log()  # infinite from alpha = 0 and to sigma = 0, where the first order is exact
+        h = -decay.log()  # infinite at alpha_t = 0 and sigma_s = 0, where the first-order step is exact
         x_0 = ahead = denoise(x, t).x_0
         if x_0_before is not None and torch.isfinite(h):
             ahead = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
@@ -144,8 +145,8 @@ def _dpmpp_2m(denoise: Denoiser, x_1: Tensor, ts: Tensor, path: Path, noise: Noi
     return x
 
 
-# The SDE's freedom w(t) >= 0: dx = (velocity + w eps / sigma) dt backwards, plus sqrt(2 w) dW, has the same marginals
-# for any w (Ma et al. 2024, section 2). SBDM's is infinite at alpha = 0: its times keep off both ends.
+# The diffusion coefficient w(t) >= 0: the reverse-time SDE dx = (velocity + w eps / sigma) dt + sqrt(2 w) dW has the
+# same marginals for any w (Ma et al. 2024, section 2). SBDM's w is infinite at alpha = 0, so its t is clamped.
 DIFFUSION_FORMS = {
     "constant": lambda path, t, norm: norm * torch.ones_like(t),
     "sbdm": lambda path, t, norm: norm * half_diffusion(*path(t.clamp(1e-5, 1 - 1e-3))),
@@ -170,10 +171,11 @@ def sde_euler(
     last_step: LastStep = "mean",
     last_step_size: float = 0.04,
 ) -> Tensor:
-    """The reverse SDE (Ma et al. 2024) by Euler & Maruyama, its diffusion DIFFUSION_FORMS[form] of size `norm`.
+    """Euler-Maruyama for the reverse SDE (Ma et al. 2024), with diffusion DIFFUSION_FORMS[form] scaled by `norm`.
 
-    The last step leads from t = last_step_size to the data, noiseless: by the SDE's drift ("mean"), to the
-    predicted x_0 ("tweedie") or by the ODE ("euler"); the others share the rest. "none": a step like the others.
+    The last step, from t = last_step_size to the data, adds no noise: it follows the SDE's drift ("mean"), returns the
+    predicted x_0 ("tweedie") or follows the ODE ("euler"). The other steps are spread over the remaining interval.
+    With "none", the last step is like the others.
     """
     return _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun=False)
 
@@ -190,42 +192,42 @@ def sde_heun(
     last_step: LastStep = "mean",
     last_step_size: float = 0.04,
 ) -> Tensor:
-    """As `sde_euler`, with the drift by the trapezoidal rule after the noise is added: two evaluations a step."""
+    """Like `sde_euler`, but adds the noise first, then applies the drift by Heun's method: two evaluations per step."""
     return _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun=True)
 
 
 @torch.no_grad()
 def _sde(denoise, x_1, ts, path, noise, form, norm, last_step, last_step_size, heun) -> Tensor:
-    pick("form", form, DIFFUSION_FORMS)
-    pick("last_step", last_step, dict.fromkeys(get_args(LastStep)))
+    check(form, DIFFUSION_FORMS, "form")
+    check(last_step, get_args(LastStep), "last_step")
     if last_step != "none":
         if not 0 < last_step_size < ts[0]:
-            raise ValueError(f"last_step_size={last_step_size} is not within the times; use one such as 0.04")
+            raise ValueError(f"last_step_size={last_step_size} is not in (0, {float(ts[0])}); use one such as 0.04")
         ts = ts[:-1]
         if len(ts) > 1:
             ts = last_step_size + (ts - ts[-1]) * (ts[0] - last_step_size) / (ts[0] - ts[-1])
 
-    def pull(now, t, h):  # w / sigma at `now`, within the step of h from t
-        # more than sigma / h would overshoot the noise there is to correct; any w is right, so the cap is harmless
+    def eps_coefficient(now, t, h):  # w / sigma at time `now`, in the step of size h from t
+        # above sigma / h, the step would remove more noise than x has; any w is valid, so it can be capped
         now = now.clamp(min=1e-5)
         return torch.minimum(DIFFUSION_FORMS[form](path, now, norm) / path.sigma(now), path.sigma(t) / h)
 
-    def drift(prediction, now, t, h):  # per unit of falling time
-        return -prediction.velocity - pull(now, t, h) * prediction.eps
+    def drift(prediction, now, t, h):  # -dx/dt without the noise
+        return -prediction.velocity - eps_coefficient(now, t, h) * prediction.eps
 
     x = x_1
     for t, s in pairwise(ts):
         h = t - s
         if path.singular(s):
-            x = redrawn(denoise(x, t), s, path)
+            x = ddim_step(denoise(x, t), s, path)
             continue
-        kick = (2 * h * path.sigma(t) * pull(t, t, h)).sqrt() * noise(x)
+        added = (2 * h * path.sigma(t) * eps_coefficient(t, t, h)).sqrt() * noise(x)
         if heun:
-            x = x + kick
+            x = x + added
             slope = drift(denoise(x, t), t, t, h)
             x = x + h / 2 * (slope + drift(denoise(x + h * slope, s), s, t, h))
         else:
-            x = x + h * drift(denoise(x, t), t, t, h) + kick
+            x = x + h * drift(denoise(x, t), t, t, h) + added
     if last_step == "none":
         return x
     t = h = ts[-1]

@@ -1,7 +1,7 @@
-"""Which times: the steps of a sampler, and the times of a training batch by inverse CDF of given uniforms.
+"""Timesteps of samplers, and time distributions of training, which map uniforms by the inverse CDF.
 
-t = 0 is the data and t = 1 the noise here too, so a logit-normal of positive mean trains more on noisy images
-(Esser et al. 2024, arXiv 2403.03206, which shares this clock).
+t = 0 is data and t = 1 is noise, so a logit-normal with positive mean trains more on noisy images (Esser et al. 2024,
+arXiv 2403.03206, which uses the same convention).
 """
 
 import math
@@ -14,13 +14,13 @@ from fastdit.diffusion.paths import NUM_TIMESTEPS
 
 
 def respaced(spec: str | int, num_timesteps: int = NUM_TIMESTEPS) -> list[int]:
-    """The ascending indices that a respacing keeps: "250" spread, "10,15,20" per section, "ddim50" by a stride."""
+    """The ascending indices kept: "250" evenly spaced, "10,15,20" per section, "ddim50" with a constant stride."""
     spec = str(spec)
     if spec.startswith("ddim"):
         count = _positive(spec.removeprefix("ddim"), spec)
         strides = [n for n in range(1, num_timesteps + 1) if len(range(0, num_timesteps, n)) == count]
         if not strides:
-            raise ValueError(f"steps={spec!r} has no whole stride through {num_timesteps} steps; use steps={count}")
+            raise ValueError(f"steps={spec!r} has no integer stride through {num_timesteps} steps; use steps={count}")
         return list(range(0, num_timesteps, strides[0]))
     counts = [_positive(part, spec) for part in spec.split(",")]
     kept, start = [], 0
@@ -29,7 +29,7 @@ def respaced(spec: str | int, num_timesteps: int = NUM_TIMESTEPS) -> list[int]:
         if count > size:
             raise ValueError(f"steps={spec!r}: a section of {size} steps cannot keep {count}; use at most {size}")
         stride = (size - 1) / max(count - 1, 1)
-        # summed, not multiplied: a tie such as 49.5 then rounds as in the released code
+        # accumulated, not multiplied, so that ties such as 49.5 round as in the released code
         kept += [start + round(offset) for offset in accumulate([0.0] + [stride] * (count - 1))]
         start += size
     return kept
@@ -50,26 +50,26 @@ def logit_normal(u, mean, scale):
 
 
 def mode(u, mean, scale):
-    """Esser et al. 2024, eq. 20, from u to 1 - u so that t grows with it; scale > 0 favours the middle."""
+    """Esser et al. 2024, eq. 20, with 1 - u for u so that t increases with u; scale > 0 favors the middle."""
     return u - scale * (torch.sin(math.pi / 2 * u) ** 2 - u)
 
 
 def cosmap(u, mean, scale):
-    """The times at which `linear` passes the log-SNRs of the cosine schedule (Esser et al. 2024, eq. 21)."""
+    """The times at which `linear` has the log-SNRs of the cosine schedule (Esser et al. 2024, eq. 21)."""
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """The resolution shift (Esser et al. 2024, eq. 23): shift > 1 moves times towards the noise, 1 leaves them."""
+    """The resolution shift (Esser et al. 2024, eq. 23): shift > 1 moves times toward noise, 1 is the identity."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 class LossAwareTimes:
-    """Times of a discrete schedule in proportion to sqrt(E[loss^2]), the loss weighted back (Nichol & Dhariwal 2021).
+    """Importance sampling of discrete timesteps, p proportional to sqrt(E[loss^2]) (Nichol & Dhariwal 2021).
 
-    Meant for loss_type=kl, whose terms differ by orders of magnitude. `sample`, then `update` with the losses of the
-    *global* batch: the history is state, the same on every process, and belongs in the checkpoint (`state_dict`).
-    Until every index has been seen `history` times, sampling is uniform.
+    Intended for loss_type=kl, whose terms differ by orders of magnitude. Call `sample`, then `update` with the losses
+    of the *global* batch, so that the loss history is the same on every process; checkpoints store it (`state_dict`).
+    Sampling is uniform until every index has `history` losses.
     """
 
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS, history: int = 10, uniform_share: float = 1e-3):
@@ -78,7 +78,7 @@ class LossAwareTimes:
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
-        """Of each index (T,), on the CPU."""
+        """The probability of each index (T,), on the CPU."""
         steps, history = self.losses.shape
         even = torch.full((steps,), 1 / steps, dtype=torch.float64)
         if (self.counts < history).any():
@@ -87,13 +87,13 @@ class LossAwareTimes:
         return (1 - self.uniform_share) * root / root.sum() + self.uniform_share * even
 
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniforms (N,) in [0, 1) -> times (N,), float64, and the factors (N,) that keep the mean loss unbiased."""
+        """Uniforms (N,) in [0, 1) -> timesteps (N,), float64, and importance weights (N,) for an unbiased mean loss."""
         p = self.probabilities().to(u.device)
         i = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=len(p) - 1)
         return (i + 1).double() / len(p), 1 / (len(p) * p[i])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Record the unweighted losses (N,) seen at times t (N,); the oldest of an index make room."""
+        """Records the unweighted losses (N,) at timesteps t (N,), replacing the oldest ones of each index."""
         indices = (t * len(self.counts)).round().long().cpu() - 1
         for i, loss in zip(indices.tolist(), losses.detach().double().cpu().tolist(), strict=True):
             self.losses[i, self.counts[i] % self.losses.shape[1]] = loss

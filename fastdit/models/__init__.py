@@ -1,1 +1,1 @@
-"""Networks: DiT and its layers, the VAE, conversion between checkpoint formats."""
+"""Networks: DiT and its layers."""

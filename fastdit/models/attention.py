@@ -1,10 +1,10 @@
-"""Attention by name: non-causal softmax(q k^T / sqrt(d)) v, from q, k, v or from the packed projection.
+"""Attention backends by name: non-causal softmax(q k^T / sqrt(d)) v, from q, k, v or from the packed projection.
 
-No backend copies q, k, v out of the packed projection; those in PACKED write its gradient packed too, where the three
-of the others are copied into one. `auto` takes what `bench/attention.py` measured as fastest for this GPU and shape
-(attention.json beside this file), and where nothing was measured FlashAttention on Ampere, on Hopper and newer cuDNN
-for whole 128s of tokens, PyTorch's own choice elsewhere. cuDNN and FlashAttention know half precision alone: fp32 is
-left to PyTorch's choice.
+No backend copies q, k, v out of the packed projection. Backends in PACKED also write its gradient in one piece; the
+others return three gradients, which autograd copies into one tensor. `auto` picks the backend that
+`bench/kernels/attention.py` measured as fastest for this GPU and shape (attention.json beside this file). Without a
+measurement it picks FlashAttention on Ampere, cuDNN on Hopper and newer if the number of tokens is a multiple of 128,
+and PyTorch's default otherwise. cuDNN and FlashAttention support only half precision; fp32 uses PyTorch's default.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdit import kernels
-from fastdit.config import lookup
+from fastdit.registry import check
 
 Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MEASURED = Path(__file__).with_name("attention.json")  # {"<GPU> d<head_dim> t<tokens>": backend}
@@ -31,54 +31,54 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
 
 
 def packed_attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
-    """The same from the packed projection (N, T, 3, heads, d) -> (N, T, heads, d)."""
+    """`attention` on the packed projection: (N, T, 3, heads, d) -> (N, T, heads, d)."""
     if backend in PACKED:
         return PACKED[backend](qkv)
     return ATTENTION[backend](*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
 
 
 def resolve(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str:
-    """The backend that `name`, a key of ATTENTION or "auto", means here; ValueError where it cannot or must not run."""
-    lookup({"auto": None, **ATTENTION}, name, "model.attention")
+    """Return the backend for `name`, a key of ATTENTION or "auto"; ValueError if it does not work here."""
+    check(name, ["auto", *ATTENTION], "model.attention")
     if name == "auto":
         return _fastest(device, head_dim, tokens)
     reason = obstacle(name, device=device, head_dim=head_dim, tokens=tokens)
     if reason:
-        raise ValueError(f"model.attention={name!r} is impossible here: {reason}; use auto or sdpa")
+        raise ValueError(f"model.attention={name!r} does not work here: {reason}; use auto or sdpa")
     return name
 
 
 def obstacle(name: str, *, device: torch.device, head_dim: int, tokens: int) -> str | None:
-    """Why a backend cannot run on this device, or gives wrong numbers there; None where it works."""
+    """Why a backend cannot run or gives wrong results on this device; None if it works."""
     if name in ("sdpa", "eager"):
         return None
     if name == "cpu":
-        return None if device.type == "cpu" else f"it is for a CPU, this is {device.type}"
+        return None if device.type == "cpu" else f"it runs only on a CPU, not on {device.type}"
     if device.type != "cuda":
-        return f"it needs a GPU, this is {device.type}"
+        return f"it needs a GPU, but the device is {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        return f"it needs compute capability 8.0, but this GPU has {capability[0]}.{capability[1]}"
     if name == "triton" and os.environ.get("FASTDIT_KERNELS") == "eager":
         return "FASTDIT_KERNELS=eager"
     if name == "triton" and tokens > kernels.LONGEST:
-        return f"it is for at most {kernels.LONGEST} tokens, not {tokens}"
+        return f"it supports at most {kernels.LONGEST} tokens, not {tokens}"
     if name == "sdpa-cudnn" and (head_dim % 8 or head_dim > 128):
-        return f"it needs a head_dim that is a multiple of 8 and at most 128, not {head_dim}"
+        return f"head_dim must be a multiple of 8 and at most 128, not {head_dim}"
     module = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
     if name in module:
         try:
             found = importlib.util.find_spec(module[name])
-        except ModuleNotFoundError:  # of a submodule whose package is missing
+        except ModuleNotFoundError:  # raised for a submodule if its package is missing
             found = None
         if found is None:
             return f"{module[name]} is not installed"
     if name == "flash-attn-3" and capability[0] != 9:
-        return "it is for Hopper"
+        return "it supports only Hopper"
     if name == "flash-attn-4":
         if capability[0] < 9:
             return "its backward pass rejects GPUs before Hopper"
-        if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths: open upstream
+        if capability[0] == 9 and head_dim % 32:  # kernel and interface pad to different widths; open bug upstream
             return f"its gradient of q is silently wrong at head_dim={head_dim} on Hopper"
     return None
 
@@ -93,7 +93,7 @@ def _fastest(device: torch.device, head_dim: int, tokens: int) -> str:
     major, _ = torch.cuda.get_device_capability(device)
     if major == 8:
         return "sdpa-flash"
-    # PyTorch itself avoids cuDNN at lengths that are no multiple of 128, where some versions are wrong (#169849)
+    # like PyTorch, avoid cuDNN unless tokens is a multiple of 128: some versions give wrong results (pytorch#169849)
     suits = tokens % 128 == 0 and not obstacle("sdpa-cudnn", device=device, head_dim=head_dim, tokens=tokens)
     return "sdpa-cudnn" if major >= 9 and suits else "sdpa"
 
@@ -108,9 +108,9 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's bf16 kernel takes 9 ms, forward and backward, where two products take 2 (16 x 6 heads, 64 tokens)."""
-    few = q.dtype == torch.bfloat16 and q.shape[-2] <= 128
-    return _eager(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
+    """Short bf16 sequences: with backward, two matmuls take 2 ms, PyTorch's kernel 9 ms (16 x 6 heads, 64 tokens)."""
+    short = q.dtype == torch.bfloat16 and q.shape[-2] <= 128
+    return _eager(q, k, v) if short else F.scaled_dot_product_attention(q, k, v)
 
 
 def _in_half_precision(backend: Backend) -> Backend:
@@ -142,7 +142,7 @@ def _pinned(backend: SDPBackend) -> Backend:
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # it wants (N, T, heads, d)
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # expects (N, T, heads, d)
 
 
 @_packed_in_half_precision
@@ -177,7 +177,7 @@ def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 ATTENTION: dict[str, Backend] = {
-    "sdpa": F.scaled_dot_product_attention,  # PyTorch's own choice
+    "sdpa": F.scaled_dot_product_attention,  # PyTorch's default
     "sdpa-flash": _pinned(SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": _pinned(SDPBackend.CUDNN_ATTENTION),
     "flash-attn": _flash_attn,

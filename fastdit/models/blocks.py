@@ -1,11 +1,12 @@
-"""DiT's block in its four designs (Peebles & Xie 2023, arXiv 2212.09748, section 3.2), and the final layer.
+"""The four DiT block designs (Peebles & Xie 2023, arXiv 2212.09748, section 3.2), and the final layer.
 
-A block is branches (self-attention, for `cross_attention` also attention to the condition, MLP), each behind a norm
-with shift and scale, each entering the residual through a gate. The designs differ in where those rows come from:
-  adaln_zero       shift, scale and gate regressed from the condition, all zero at the start
-  adaln            shift and scale regressed from the condition, no gate
-  in_context       learned, the same for all images; time and label are two more tokens of the sequence
-  cross_attention  learned, the same for all images; time and label are two tokens that a third branch attends to
+A block has two or three branches: self-attention, cross-attention to the condition (`cross_attention` only), and MLP.
+Each branch starts with a norm with shift and scale, and is added to the residual through a gate. The designs differ in
+where these modulation vectors come from:
+  adaln_zero       shift, scale and gate are regressed from the condition and initialized to zero
+  adaln            shift and scale are regressed from the condition; no gate
+  in_context       shift and scale are learned and equal for all samples; time and label are appended as tokens
+  cross_attention  shift and scale are learned and equal for all samples; a third branch attends to time and label
 """
 
 import functools
@@ -15,106 +16,90 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.dropout import dropout
 from fastdit.models.layers import NORMS, Attention, CrossAttention, Mlp, Rope, learned_shift_and_scale
 
-BLOCKS = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}  # rows a branch regressed from c
+BLOCKS = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}  # modulation vectors per branch
 
-Row = Tensor | None
-Pending = tuple[Tensor, Row, Row]  # a branch (N, T, D) not yet in the residual, its gate (N, D), its bias (D,)
+# a branch output (N, T, D) that is not yet added to the residual, its gate (N, D), its bias (D,)
+Pending = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class DiTBlock(nn.Module):
-    """One transformer block over (N, T, D); c conditions: (N, D), tokens (N, K, D) to attend to, or None in context.
+    """One transformer block over (N, T, D); the condition c is (N, D), tokens (N, K, D) to attend to, or None.
 
-    A branch enters the residual in the op that also normalises and modulates for the next branch, so a block hands its
-    MLP branch on as `pending`: the next block, or the final layer, adds it.
+    One fused op adds a branch to the residual, then normalizes and modulates the input of the next branch. A block
+    therefore returns its MLP branch as `pending`, and the next block or the final layer adds it.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        attention_backend: str = "sdpa",
-        *,
-        design: str = "adaln_zero",
-        norm: str = "layer",
-        qk_norm: str = "none",
-        mlp: str = "gelu_tanh",
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        self.rows_of_c = lookup(BLOCKS, design, "model.block")
-        own_norm = lookup(NORMS, norm, "model.norm")
-        self.norm, self.dropout = norm, dropout
-        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias}
-        self.attn = Attention(hidden_size, num_heads, attention_backend, qk_norm, **biases)
+        self.modulations = BLOCKS[options.block]
+        self.norm, self.dropout = options.norm, options.dropout
+        self.attn = Attention(hidden_size, num_heads, options, backend)
         self.cross = None
-        if design == "cross_attention":
-            self.cross = CrossAttention(hidden_size, num_heads, attention_backend, **biases)
-        self.mlp = Mlp(hidden_size, mlp, mlp_ratio, mlp_bias)
-        if self.rows_of_c:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * self.rows_of_c * hidden_size))
+        if options.block == "cross_attention":
+            self.cross = CrossAttention(hidden_size, num_heads, options, backend)
+        self.mlp = Mlp(hidden_size, options)
+        if self.modulations:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * self.modulations * hidden_size))
         else:
-            self.norms = nn.ModuleList(own_norm(hidden_size) for _ in range(2 + (self.cross is not None)))
-        self.joint = False  # c comes as this block's rows, made with all the others' (DiT.join_modulations)
+            self.norms = nn.ModuleList(NORMS[self.norm](hidden_size) for _ in range(2 + (self.cross is not None)))
+        self.joint = False  # c holds this block's modulation vectors (see DiT.join_modulations)
         self.checkpointing = "none"  # activation checkpointing, a key of RECOMPUTE
 
     def forward(
-        self, x: Tensor, pending: Pending | None, c: Row, rope: Rope | None = None, keys: Tensor | None = None
+        self, x: Tensor, pending: Pending | None, c: Tensor | None, rope: Rope | None = None, keys: Tensor | None = None
     ) -> tuple[Tensor, Pending]:
-        """keys (branches, N) of `dropout_keys`, where values are to be dropped."""
+        """`keys` (branches, N) from `dropout_keys`; None disables dropout."""
         arguments = (x, pending, c, rope, keys)
         options = RECOMPUTE[self.checkpointing]
         if options is None or not torch.is_grad_enabled():
             return self._forward(*arguments)
-        # inside the compiled region, so that the compiler sees it
+        # inside the compiled region, so that the compiler sees the checkpointing
         return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
     def _forward(
-        self, x: Tensor, pending: Pending | None, c: Row, rope: Rope | None, keys: Tensor | None
+        self, x: Tensor, pending: Pending | None, c: Tensor | None, rope: Rope | None, keys: Tensor | None
     ) -> tuple[Tensor, Pending]:
         branches = [(self.attn, rope), (self.cross, c), (self.mlp, None)]
         if self.cross is None:
             del branches[1]
-        for i, (shift, scale, gate) in enumerate(self._rows(c, x.shape[0])):
+        for i, (shift, scale, gate) in enumerate(self._vectors(c, x.shape[0])):
             x, h = add_and_modulate(x, pending, shift, scale, self.norm)
             branch, context = branches[i]
             h, bias = branch(h, context)
             if keys is not None:
                 h, bias = dropout(h if bias is None else h + bias, keys[i], self.dropout), None
             pending = h, gate, bias
-        # a copy of the bias: ZeRO-3 takes a block's parameters back when the block returns
+        # clone the bias: ZeRO-3 releases the parameters of a block when the block returns
         return x, (h, gate, None if bias is None else bias.clone())
 
-    def _rows(self, c: Row, n: int) -> list[tuple[Tensor, Tensor, Row]]:
-        """Shift, scale and gate (N, D) of each branch; no gate is a gate of one."""
-        if self.rows_of_c == 0:
+    def _vectors(self, c: Tensor | None, n: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Shift, scale and gate (N, D) of each branch; a gate of None means 1."""
+        if self.modulations == 0:
             return [(*learned_shift_and_scale(norm, n), None) for norm in self.norms]
-        rows = (c if self.joint else self.adaLN_modulation(c)).chunk(2 * self.rows_of_c, dim=-1)
-        if self.rows_of_c == 2:
-            return [(*rows[:2], None), (*rows[2:], None)]
-        return [rows[:3], rows[3:]]
+        vectors = (c if self.joint else self.adaLN_modulation(c)).chunk(2 * self.modulations, dim=-1)
+        if self.modulations == 2:
+            return [(*vectors[:2], None), (*vectors[2:], None)]
+        return [vectors[:3], vectors[3:]]
 
 
-def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    room, kept = op.name().split(".")[0].split("::")
-    product = kept in ("mm", "addmm", "bmm", "_scaled_mm")
-    attends = "scaled_dot_product" in kept or "flash_attn" in room or (room == "fastdit" and "attention" in kept)
-    return CheckpointPolicy.MUST_SAVE if product or attends else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    namespace, name = op.name().split(".")[0].split("::")
+    matmul = name in ("mm", "addmm", "bmm", "_scaled_mm")
+    attention = "scaled_dot_product" in name or (namespace == "fastdit" and "attention" in name)
+    attention = attention or "flash_attn" in namespace
+    return CheckpointPolicy.MUST_SAVE if matmul or attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# What backward runs again instead of keeping: nothing; GELU; the cheap ops (norms, gates, GELU); the whole block.
+# What the backward pass recomputes: nothing; the activation; norms, gates and activation; the whole block.
 RECOMPUTE: dict[str, dict | None] = {
     "none": None,
-    "activation": None,  # Mlp.recompute does it
-    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_products)},
+    "activation": None,  # see Mlp.recompute
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _save_matmuls)},
     "full": {},
 }
 
@@ -122,7 +107,7 @@ RECOMPUTE: dict[str, dict | None] = {
 def add_and_modulate(
     x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: str = "layer"
 ) -> tuple[Tensor, Tensor]:
-    """x + gate (branch + bias), and norm(that) (1 + scale) + shift: both (N, T, D)."""
+    """Return r = x + gate (branch + bias) and norm(r) (1 + scale) + shift, both (N, T, D)."""
     if pending is None:
         return x, adaln(x, shift, scale, norm=norm)
     branch, gate, bias = pending
@@ -131,43 +116,30 @@ def add_and_modulate(
     return gate_residual_adaln(x, branch, gate, shift, scale, bias, norm=norm)
 
 
-UNPATCHIFY = dict.fromkeys(("linear", "transposed_conv"))
-
-
 class FinalLayer(nn.Module):
-    """Norm with shift and scale as in the blocks, and p p C_out values a token: (N, T, D) -> (N, T, p p C_out).
+    """Modulated norm as in the blocks, then a linear to p p C_out values per token: (N, T, D) -> (N, T, p p C_out).
 
-    unpatchify: linear, as released; transposed_conv, of stride p, which is the same linear with its weights in another
-    order and one bias a channel.
+    `unpatchify`: "linear" is the released design; "transposed_conv", of stride p, is the same linear with its weights
+    in another order and one bias per channel.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        patch_size: int,
-        out_channels: int,
-        *,
-        modulated: bool = True,
-        norm: str = "layer",
-        unpatchify: str = "linear",
-    ):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, options: NetworkOptions):
         super().__init__()
-        lookup(UNPATCHIFY, unpatchify, "model.unpatchify")
-        self.norm, self.modulated, self.unpatchify = norm, modulated, unpatchify
-        if unpatchify == "linear":
+        self.norm, self.unpatchify, self.modulated = options.norm, options.unpatchify, BLOCKS[options.block] > 0
+        if self.unpatchify == "linear":
             self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         else:
             self.conv = nn.ConvTranspose2d(hidden_size, out_channels, patch_size, stride=patch_size)
-        if modulated:
+        if self.modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         else:
-            self.own_norm = NORMS[norm](hidden_size)
+            self.own_norm = NORMS[self.norm](hidden_size)
 
     @property
     def head(self) -> nn.Module:
         return self.linear if self.unpatchify == "linear" else self.conv
 
-    def forward(self, x: Tensor, pending: Pending, c: Row) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, c: Tensor | None) -> Tensor:
         if self.modulated:
             shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         else:
@@ -175,6 +147,6 @@ class FinalLayer(nn.Module):
         h = add_and_modulate(x, pending, shift, scale, self.norm)[1]
         if self.unpatchify == "linear":
             return self.linear(h)
-        # the linear's weight in another order, (D, C, p, p) -> (p p C, D) with channels fastest, and one bias a channel
+        # as a linear: (D, C, p, p) -> (p p C, D) with channels fastest, and one bias per channel
         weight = self.conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
         return F.linear(h, weight, self.conv.bias.repeat(weight.shape[0] // len(self.conv.bias)))

@@ -1,6 +1,6 @@
-"""The diffusion transformer, DiT (Peebles & Xie 2023, arXiv 2212.09748), and its options; SiT uses the same network.
+"""The diffusion transformer DiT (Peebles & Xie 2023, arXiv 2212.09748) and its options; SiT uses the same network.
 
-docs/variants.md lists the options with what each costs. The default of every one is the official design.
+docs/variants.md lists the options and their costs. All defaults are the official design.
 """
 
 import re
@@ -9,33 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
 from fastdit.models.dropout import dropout_keys
 from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding
-
-POSITIONS = dict.fromkeys(("sincos", "rope", "sincos_rope"))
+from fastdit.registry import check, lookup
 
 
 class DiT(nn.Module):
-    """Latents (N, C, H, W), time (N,) on the model's clock and labels (N,) -> (N, C or 2C, H, W).
+    """Latents (N, C, H, W), the objective's model time (N,) and labels (N,) -> (N, C or 2C, H, W).
 
-    `input_size` is a side, or (height, width). `learn_sigma` doubles the output channels. `num_classes=0` makes an
-    unconditional network. The null label for classifier-free guidance is `num_classes`; its row exists only when
-    `class_dropout > 0` (`null_label` is None otherwise). Who trains the network replaces labels by the null label.
-
-    block        adaln_zero | adaln | in_context | cross_attention: how time and label act (models/blocks.py)
-    norm         layer | rms (Zhang & Sennrich 2019), of every block and the final layer
-    qk_norm      none | rms | layer: of each head's queries and keys, with learned weights
-    mlp          gelu_tanh | gelu (exact) | swiglu (Shazeer 2020: three products, two thirds as wide)
-    mlp_ratio    width of the MLP over hidden_size
-    position     sincos, a fixed table added to the patches | rope, 2-D rotary (Su et al. 2021) | sincos_rope, both
-    registers    learned tokens beside the patches, dropped before the final layer (Darcet et al. 2023)
-    qkv_bias, proj_bias, mlp_bias  biases of attention's two linears and of the MLP's
-    dropout      share of every branch's values dropped in training; no random state (models/dropout.py)
-    unpatchify   linear | transposed_conv
+    `input_size` is the side of a square latent, or (height, width). `learn_sigma` doubles the output channels.
+    `num_classes=0` makes the network unconditional. The null label for classifier-free guidance is `num_classes`; the
+    label table has a row for it only if `class_dropout > 0`, else `null_label` is None. Labels are dropped by the
+    training step (`drop_labels`), not by the network. `attention` is a key of `models.attention.ATTENTION`; `options`
+    are the fields of `NetworkOptions`. Raises ValueError for inconsistent sizes.
     """
 
     def __init__(
@@ -50,19 +40,7 @@ class DiT(nn.Module):
         class_dropout: float = 0.1,
         learn_sigma: bool = True,
         attention: str = "sdpa",
-        *,
-        block: str = "adaln_zero",
-        norm: str = "layer",
-        qk_norm: str = "none",
-        mlp: str = "gelu_tanh",
-        mlp_ratio: float = 4.0,
-        position: str = "sincos",
-        registers: int = 0,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        dropout: float = 0.0,
-        unpatchify: str = "linear",
+        **options,
     ):
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -75,24 +53,23 @@ class DiT(nn.Module):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4")
         head_dim = hidden_size // num_heads
-        lookup(ATTENTION, attention, "model.attention")
-        lookup(POSITIONS, position, "model.position")
+        check(attention, ATTENTION, "model.attention")
+        options = NetworkOptions(**options)
+        position, registers = options.position, options.registers
         if "rope" in position and head_dim % 4:
             raise ValueError(
-                f"model.position={position!r} turns pairs along two axes and needs head_dim a multiple of 4, not "
-                f"{hidden_size} / {num_heads} = {head_dim}; use another num_heads, or position=sincos"
+                f"model.position={position!r} rotates pairs along two axes and needs head_dim to be a multiple of 4, "
+                f"not {hidden_size} / {num_heads} = {head_dim}; use another num_heads, or position=sincos"
             )
-        if registers < 0 or not 0 <= dropout < 1:
-            raise ValueError(f"registers={registers}, dropout={dropout}: use 0 or more registers, a dropout in [0, 1)")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.hidden_size, self.num_classes, self.block, self.dropout = hidden_size, num_classes, block, dropout
+        self.hidden_size, self.num_classes, self.options = hidden_size, num_classes, options
         self.grid = height // patch_size, width // patch_size
         self.patches = self.grid[0] * self.grid[1]
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.residual_dtype: torch.dtype | None = None  # None: that of the weights, fp32
+        self.residual_dtype: torch.dtype | None = None  # None: the dtype of the weights, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
-        conditions = 2 if num_classes else 1  # time, and label
-        self.tokens = self.patches + registers + (conditions if block == "in_context" else 0)  # of a block's sequence
+        in_context = (2 if num_classes else 1) if options.block == "in_context" else 0  # tokens for time and label
+        self.tokens = self.patches + registers + in_context  # sequence length in the blocks
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -101,42 +78,24 @@ class DiT(nn.Module):
         table = position_embedding(hidden_size, *self.grid)[None] if "sincos" in position else None
         self.register_buffer("pos_embed", table)  # (1, T, D), frozen
         rope = None
-        if "rope" in position:  # (2, tokens, head_dim / 2): cos, sin; tokens beside the patches stay unturned
+        if "rope" in position:  # (2, tokens, head_dim / 2): cos, sin; extra tokens are not rotated
             rope = torch.stack([torch.ones(self.tokens, head_dim // 2), torch.zeros(self.tokens, head_dim // 2)])
             rope[:, : self.patches] = torch.stack(rope_2d(*self.grid, head_dim))
         self.register_buffer("rope", rope)
         self.registers = nn.Parameter(torch.empty(1, registers, hidden_size)) if registers else None
-        self.blocks = nn.ModuleList(
-            DiTBlock(
-                hidden_size,
-                num_heads,
-                attention,
-                design=block,
-                norm=norm,
-                qk_norm=qk_norm,
-                mlp=mlp,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                mlp_bias=mlp_bias,
-                dropout=dropout,
-            )
-            for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(
-            hidden_size, patch_size, self.out_channels, modulated=BLOCKS[block] > 0, norm=norm, unpatchify=unpatchify
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, options, attention) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options)
         self.initialize()
 
     def initialize(self) -> None:
-        """Official start: linears Xavier uniform with zero bias; embedders N(0, 0.02); modulations and head zero."""
+        """Official initialization: linears Xavier uniform, bias zero; embedders N(0, 0.02); modulations, head zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         patch_weight = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as the linear that it is
+        nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as a linear
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -152,40 +111,40 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         keys = [None] * len(self.blocks)
-        if self.dropout and self.training:
-            keys = dropout_keys(x, len(self.blocks), 3)  # a block has at most three branches
+        if self.options.dropout and self.training:
+            keys = dropout_keys(x, len(self.blocks), 3)  # at most three branches per block
         c = self.condition(t, y)
         x = self.x_embedder(x)  # (N, T, D), T = (H / p)(W / p)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        if self.block == "in_context":
+        if self.options.block == "in_context":
             x, c = torch.cat([x, c], dim=1), None
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
         x = x.to(self.residual_dtype or self.x_embedder.proj.weight.dtype)
-        pending = None  # the last block's MLP branch, on its way into the residual x
+        pending = None  # the previous block's MLP branch, not yet added to the residual x
         rope = None if self.rope is None else tuple(self.rope)
-        rows = self.joint_modulations(c) if self.blocks[0].joint else [c] * len(self.blocks)
-        for block, key, condition in zip(self.blocks, keys, rows, strict=True):
+        conditions = self.joint_modulations(c) if self.blocks[0].joint else [c] * len(self.blocks)
+        for block, key, condition in zip(self.blocks, keys, conditions, strict=True):
             x, pending = block(x, pending, condition, rope, key)
-        if self.tokens > self.patches:  # what stands beside the patches has done its work
-            branch, *rows = pending
-            x, pending = x[:, : self.patches], (branch[:, : self.patches], *rows)
+        if self.tokens > self.patches:  # drop the extra tokens
+            branch, *gate_and_bias = pending
+            x, pending = x[:, : self.patches], (branch[:, : self.patches], *gate_and_bias)
         return self.unpatchify(self.final_layer(x, pending, c))
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Time and label embedded: their sum (N, D) where it modulates, else as tokens (N, 1 or 2, D)."""
+        """Embeddings of time and label: their sum (N, D) for adaLN blocks, else tokens (N, 1 or 2, D)."""
         c = self.t_embedder(t)
-        if BLOCKS[self.block]:
+        if BLOCKS[self.options.block]:
             return c + self.y_embedder(y) if self.num_classes else c
         return torch.stack([c, self.y_embedder(y)] if self.num_classes else [c], dim=1)
 
     def joint_modulations(self, c: Tensor) -> tuple[Tensor, ...]:
-        """What every block's adaLN_modulation makes of c (N, D), as one product."""
+        """The outputs of all blocks' adaLN_modulation on c (N, D), as one matmul."""
         linears = [block.adaLN_modulation[1] for block in self.blocks]
         device = c.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c.dtype
-        # cast before they are joined: compiled, that is the one pass over the weights which autocast makes anyway
+        # cast before concatenating: when compiled, both take the one pass over the weights that autocast needs anyway
         weight = torch.cat([linear.weight.to(dtype) for linear in linears])
         bias = torch.cat([linear.bias.to(dtype) for linear in linears])
         return F.linear(F.silu(c), weight, bias).chunk(len(self.blocks), dim=-1)
@@ -197,53 +156,57 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, height * p, width * p)
 
     def set_activation_checkpointing(self, policy: str) -> None:
-        """none; activation: backward makes GELU's (SwiGLU's) output again, from what it reads anyway; selective: norms,
-        gates and GELU; full: the whole block, a third more FLOPs. ValueError where nothing makes it again."""
+        """What the backward pass recomputes. none; activation: the output of GELU or SwiGLU, from saved inputs;
+        selective: norms, gates and activation; full: the whole block, a third more FLOPs. ValueError if unsupported."""
         if policy == "activation" and self.blocks[0].mlp.kind == "gelu":
             raise ValueError("activation_checkpointing='activation' has no kernel for model.mlp=gelu; use selective")
         for block in self.blocks:
             block.checkpointing, block.mlp.recompute = policy, policy == "activation"
 
     def set_attention(self, backend: str) -> None:
-        """Use another key of ATTENTION in every block."""
+        """Set the attention backend, a key of ATTENTION, in all blocks."""
         for block in self.blocks:
-            block.attn.backend = backend
+            for layer in (block.attn, block.cross):
+                if layer is not None:
+                    layer.backend = backend
 
     def join_modulations(self) -> None:
-        """Regress the modulations of all blocks in one product, for small batches; ValueError where there are none."""
-        if not BLOCKS[self.block]:
-            raise ValueError(f"training.joint_adaln=true needs modulations, block={self.block!r} has none; use false")
+        """Compute the modulations of all blocks in one matmul, for small batches; ValueError if there are none."""
+        if not BLOCKS[self.options.block]:
+            raise ValueError(
+                f"training.joint_adaln=true needs modulations, but block={self.options.block!r} has none; use false"
+            )
         for block in self.blocks:
             block.joint = True
 
     def compile_blocks(self) -> None:
-        """torch.compile one block, reused by all of them: seconds to the first step, and the same parameter names."""
+        """Compile each block with torch.compile. They share the code, so compiling takes seconds."""
         for block in self.blocks:
             block.compile(fullgraph=True)
         if self.blocks[0].joint:
             self.joint_modulations = torch.compile(self.joint_modulations, fullgraph=True)
 
     def parameter_count(self) -> int:
-        """Parameters as published, the frozen `pos_embed` included."""
+        """Number of parameters as published, including the frozen `pos_embed`."""
         table = 0 if self.pos_embed is None else self.pos_embed.numel()
         return sum(p.numel() for p in self.parameters()) + table
 
     def flops_per_image(self) -> int:
-        """FLOPs (2 x multiply-adds) of one image's forward pass in matrix products; training takes three times that."""
+        """FLOPs (2 x multiply-adds) of the matmuls in the forward pass per image; training takes 3x as many."""
         d, tokens, conditions = self.hidden_size, self.tokens, 2 if self.num_classes else 1
         mlp = self.blocks[0].mlp
         per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
-        per_image = 2 * BLOCKS[self.block] * d * d
-        if self.block == "cross_attention":
+        per_image = 2 * BLOCKS[self.options.block] * d * d
+        if self.options.block == "cross_attention":
             per_token += 2 * d * d + 2 * conditions * d
             per_image += conditions * 2 * d * d
-        ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # patches in and out
-        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.block] else 0)  # time; the final modulation
+        ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # embedding and head
+        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.options.block] else 0)  # time embedding; final modulation
         return 2 * (len(self.blocks) * (tokens * per_token + per_image) + ends)
 
 
 def drop_labels(y: Tensor, u: Tensor, class_dropout: float, null_label: int | None) -> Tensor:
-    """Replace each label by the null label where its uniform number u (N,) falls below `class_dropout`."""
+    """Replace each label by the null label where u (N,), uniform in [0, 1), is below `class_dropout`."""
     return y if null_label is None else torch.where(u < class_dropout, null_label, y)
 
 
@@ -264,13 +227,13 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
 
 
 def variant_shape(variant: str) -> dict[str, int]:
-    """Depth, hidden size, heads and patch of "DiT-XL/2", or of a size spelt out in that order: "DiT-6x384x6/2"."""
-    spelt = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
-    if spelt:
-        return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, spelt.groups()), strict=True))
+    """Depth, hidden size, heads and patch size of a name such as "DiT-XL/2" or "DiT-6x384x6/2" (in that order)."""
+    custom = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
+    if custom:
+        return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, custom.groups()), strict=True))
     return lookup(DIT_VARIANTS, variant, "model.variant")
 
 
 def create_dit(variant: str, **arguments) -> DiT:
-    """DiT of a size that `variant_shape` knows, e.g. `create_dit("DiT-XL/2", input_size=32)`; the rest as DiT's."""
+    """A DiT of a size known to `variant_shape`, e.g. `create_dit("DiT-XL/2", input_size=32)`; arguments as for DiT."""
     return DiT(**variant_shape(variant), **arguments)

@@ -1,12 +1,12 @@
-"""Dropout without a generator: whether a value is kept is a hash of the noisy latent that the network was given.
+"""Deterministic dropout without a generator: the mask is a hash of the noisy latent that the network receives.
 
-A training step's noise is drawn from (seed, step, row of the global batch) outside the network, and differs for every
-image and step; so does a hash of its bits. Masks are therefore new in each step and the same whenever that step is
-repeated: after a resume, on another number of processes, in another micro-batch, in a block that activation
-checkpointing runs again, and inside compiled regions, where no generator can be handed in. Nothing reads or moves a
-random state. The price is some integer arithmetic per value, which a compiler fuses with its neighbours.
+The noise of a training step is drawn outside the network from (seed, step, index in the global batch). It differs for
+every image and step, and so does a hash of the noisy latent. Masks are therefore new in each step, and equal when the
+step is repeated: after a resume, with another number of processes or micro-batch size, in a block recomputed by
+activation checkpointing, and in compiled regions, which accept no generator. No random state is read or changed. The
+cost is a few integer operations per value, which a compiler fuses into neighboring ops.
 
-The hash is a 32-bit multiply-xorshift, done in int64 and masked, so that no product overflows.
+The hash is a 32-bit multiply-xorshift, computed in int64 and masked so that no product overflows.
 """
 
 import torch
@@ -23,16 +23,16 @@ def mix(x: Tensor) -> Tensor:
 
 
 def dropout_keys(x: Tensor, *shape: int) -> Tensor:
-    """Keys (*shape, N), one per place and image, each a function of that image's bits x (N, ...) and its place."""
+    """Keys (*shape, N), one per position in `shape` and image; a hash of the position and the bits of x (N, ...)."""
     bits = x.detach().float().contiguous().view(torch.int32).flatten(1).long() & MASK  # (N, values)
-    position = mix(torch.arange(bits.shape[1], device=x.device))
-    image = mix(mix(bits ^ position).sum(1) & MASK)  # (N,)
-    places = torch.arange(1, 1 + torch.Size(shape).numel(), device=x.device).view(*shape, 1)
-    return mix(image ^ mix(places))
+    index = mix(torch.arange(bits.shape[1], device=x.device))
+    image = mix(mix(bits ^ index).sum(1) & MASK)  # (N,)
+    positions = torch.arange(1, 1 + torch.Size(shape).numel(), device=x.device).view(*shape, 1)
+    return mix(image ^ mix(positions))
 
 
 def dropout(x: Tensor, key: Tensor, share: float) -> Tensor:
-    """x (N, T, D) with `share` of its values zero and the others divided by 1 - share; key (N,) of `dropout_keys`."""
+    """Zero a fraction `share` of x (N, T, D) and divide the rest by 1 - share; `key` (N,) is from `dropout_keys`."""
     values = torch.arange(x.shape[1] * x.shape[2], device=x.device).view(x.shape[1:])
     kept = mix(mix(values) ^ key[:, None, None]) >= int(share * 2**32)  # (N, T, D)
     return x * kept.to(x.dtype) / (1 - share)

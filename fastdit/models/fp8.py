@@ -1,8 +1,8 @@
-"""FP8 products for the linears of the blocks (Micikevicius et al. 2022, arXiv 2209.05433), by torchao.
+"""FP8 matmuls in the linears of the blocks (Micikevicius et al. 2022, arXiv 2209.05433), using torchao.
 
-Inputs and weights are rounded to e4m3 and gradients to e5m2, each tensor scaled by its largest value at that moment.
-Weights, their gradients and moments stay fp32, so a checkpoint does not show it. A CPU emulates the rounding, slowly:
-for a look at the losses.
+Inputs and weights are rounded to e4m3 and gradients to e5m2, with dynamic scaling per tensor. Weights, their gradients
+and the optimizer state stay fp32, so checkpoints do not change. On CPU the rounding is emulated, slowly, to check the
+losses.
 """
 
 import functools
@@ -15,9 +15,9 @@ from fastdit.models.layers import Linear
 
 
 def use_fp8(model: DiT) -> None:
-    """Let attention's and the MLP's linears multiply in FP8; ValueError where that cannot be.
+    """Use FP8 matmuls in the linears of attention and MLP, in place; ValueError if that is not possible.
 
-    Modulations, embedders and the final layer stay as they are: small, and worth their digits.
+    Modulations, embedders and the final layer do not change: they are small and need the precision.
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -30,13 +30,13 @@ def use_fp8(model: DiT) -> None:
     config = Float8LinearConfig(emulate=device.type != "cuda", pad_inner_dim=True)
     with torch.device("meta"):
         settings = Float8Linear(16, 16, bias=False, config=config)
-    # one object for all linears: equal blocks share what the compiler makes of them
+    # one object for all linears, so that equal blocks share compiled code
     multiply = functools.partial(_multiply, settings.linear_mm_config, config)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            rows, columns = module.weight.shape
-            if rows % 16 or columns % 16:
-                raise ValueError(f"training.fp8=true needs multiples of 16; {name} is {columns} x {rows}; use false")
+            d_out, d_in = module.weight.shape
+            if d_out % 16 or d_in % 16:
+                raise ValueError(f"training.fp8=true needs multiples of 16, but {name} is {d_in} x {d_out}; use false")
             module.multiply = multiply
 
 

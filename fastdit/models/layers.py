@@ -1,7 +1,7 @@
-"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), under the official parameter names.
+"""Layers of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3), with the official parameter names.
 
-The default of every option is the official design. The last bias of a branch is not added here: it is returned, and
-joins where the branch's gate meets the residual, in one fused op.
+All defaults are the official design. A branch returns its last bias instead of adding it: one fused op adds the bias,
+applies the gate, and adds the branch to the residual.
 """
 
 import math
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import lookup
+from fastdit.config import NetworkOptions
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention, packed_attention
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) of kernels.rope_2d
-Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,) still to be added
+Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) from kernels.rope_2d
+Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,), not yet added
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -36,9 +36,9 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear over tokens, whose product can be had without its bias, for a fused op to add.
+    """A linear whose matmul is also available without the bias (`product`), for a fused op to add it.
 
-    `multiply`, (x, W) -> x W^T, is `models/fp8.py`'s to set.
+    `models/fp8.py` sets `multiply`, (x, W) -> x W^T.
     """
 
     multiply: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep (N,) on the model's clock -> (N, D)."""
+    """The objective's model time (N,) -> (N, D)."""
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256):
         super().__init__()
@@ -80,7 +80,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) int64 -> (N, D); one more row for the null label when it is ever dropped."""
+    """Class labels (N,) int64 -> (N, D); `null_row` adds a row for the null label to the table."""
 
     def __init__(self, num_classes: int, hidden_size: int, null_row: bool):
         super().__init__()
@@ -90,19 +90,19 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # hold weights; fused ops normalise
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # hold the weights; fused ops normalize
 
 
 def learned_shift_and_scale(norm: nn.Module, n: int) -> tuple[Tensor, Tensor]:
-    """A norm's own affine in the form of a modulation norm(x) (1 + scale) + shift: the same (D,) for n images."""
+    """The affine weights of a norm as a modulation norm(x) (1 + scale) + shift: (D,), expanded to n samples."""
     bias = getattr(norm, "bias", None)  # RMSNorm has none
-    # copies: ZeRO-3 takes a module's parameters back when it returns
+    # copies: ZeRO-3 releases the parameters of a module when the module returns
     shift = torch.zeros_like(norm.weight) if bias is None else bias.clone()
     return shift.expand(n, -1), (norm.weight - 1).expand(n, -1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (2i, 2i + 1) of x (N, heads, T, head_dim) turned by the angles of cos and sin (T, head_dim / 2)."""
+    """Rotate the pairs (2i, 2i + 1) of x (N, heads, T, head_dim) by angles given as cos, sin (T, head_dim / 2)."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
@@ -110,24 +110,16 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim).
 
-    `qk_norm` (none, rms, layer) normalises each head's queries and keys, with learned weights (Dehghani et al. 2023).
+    Options: `qk_norm` normalizes each head's queries and keys, with learned weights (Dehghani et al. 2023); `qkv_bias`
+    and `proj_bias`. `backend` is a key of `models.attention.ATTENTION`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        backend: str = "sdpa",
-        qk_norm: str = "none",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        lookup({"none": None, **NORMS}, qk_norm, "model.qk_norm")
-        self.num_heads, self.backend, self.qk_norm = num_heads, backend, qk_norm
-        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
-        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
-        if qk_norm != "none":
+        self.num_heads, self.backend, self.qk_norm = num_heads, backend, options.qk_norm
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=options.qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=options.proj_bias)
+        if self.qk_norm != "none":
             self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads) for _ in range(2))  # hold the weights
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
@@ -146,17 +138,17 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens (N, T, D) attend to the condition's tokens (N, K, D); kv laid out as (2, heads, head_dim)."""
+    """Image tokens (N, T, D) attend to the condition tokens (N, K, D); kv laid out as (2, heads, head_dim).
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, backend: str = "sdpa", qkv_bias: bool = True, proj_bias: bool = True
-    ):
+    `backend="eager"` is honored. All other backends use `sdpa`: the kernels are chosen for the self-attention shape.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
-        self.num_heads = num_heads
-        self.backend = "eager" if backend == "eager" else "sdpa"  # pinned kernels are chosen for self-attention
-        self.q = Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.kv = Linear(hidden_size, 2 * hidden_size, bias=qkv_bias)
-        self.proj = Linear(hidden_size, hidden_size, bias=proj_bias)
+        self.num_heads, self.backend = num_heads, backend
+        self.q = Linear(hidden_size, hidden_size, bias=options.qkv_bias)
+        self.kv = Linear(hidden_size, 2 * hidden_size, bias=options.qkv_bias)
+        self.proj = Linear(hidden_size, hidden_size, bias=options.proj_bias)
 
     def forward(self, x: Tensor, context: Tensor) -> Branch:
         n, tokens, dim = x.shape
@@ -164,12 +156,12 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(n, tokens, self.num_heads, head_dim).transpose(1, 2)  # (N, heads, T, head_dim)
         kv = self.kv(context).view(n, context.shape[1], 2, self.num_heads, head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (N, heads, K, head_dim) each
-        x = attention(q, k, v, self.backend)
+        x = attention(q, k, v, "eager" if self.backend == "eager" else "sdpa")
         return self.proj.product(x.transpose(1, 2).reshape(n, tokens, dim)), self.proj.bias
 
 
 def exact_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x Phi(x), Phi by the error function."""
+    """x Phi(x), with Phi computed from the error function."""
     return F.gelu(x if bias is None else x + bias)
 
 
@@ -177,7 +169,7 @@ def exact_gelu_linear(x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     return F.linear(exact_gelu(x, bias), weight)
 
 
-# activation(x, bias of the linear that made x), and the same with the linear after it, which keeps x alone for backward
+# activation(x, bias of the preceding linear), and the same fused with the next linear, which saves only x for backward
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "gelu_tanh": (gelu, gelu_linear),
     "gelu": (exact_gelu, exact_gelu_linear),
@@ -185,22 +177,21 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def mlp_width(hidden_size: int, ratio: float, kind: str) -> int:
-    """Values between the two linears: ratio D, and for SwiGLU, which has three, two thirds of it, in whole eights."""
-    wide = int(hidden_size * ratio)
-    return -(-(2 * wide // 3) // 8) * 8 if kind == "swiglu" else wide
-
-
 class Mlp(nn.Module):
-    """Two linears with `kind`, a key of ACTIVATIONS, between, over (N, T, D). SwiGLU's fc1 holds gates, then values."""
+    """Two linears with the activation `options.mlp` between, over (N, T, D). SwiGLU's fc1 holds gates, then values.
 
-    def __init__(self, hidden_size: int, kind: str = "gelu_tanh", ratio: float = 4.0, bias: bool = True):
+    The hidden width is `mlp_ratio` D. SwiGLU has three matmuls, so its width is two thirds of that, rounded up to a
+    multiple of 8 (Shazeer 2020).
+    """
+
+    def __init__(self, hidden_size: int, options: NetworkOptions):
         super().__init__()
-        lookup(ACTIVATIONS, kind, "model.mlp")
-        self.kind, self.recompute = kind, False  # recompute: the activation's output is made again in backward
-        wide = mlp_width(hidden_size, ratio, kind)
-        self.fc1 = Linear(hidden_size, 2 * wide if kind == "swiglu" else wide, bias=bias)
-        self.fc2 = Linear(wide, hidden_size, bias=bias)
+        self.kind, self.recompute = options.mlp, False  # recompute: the backward pass recomputes the activation
+        gated, width = self.kind == "swiglu", int(hidden_size * options.mlp_ratio)
+        if gated:
+            width = -(-(2 * width // 3) // 8) * 8
+        self.fc1 = Linear(hidden_size, 2 * width if gated else width, bias=options.mlp_bias)
+        self.fc2 = Linear(width, hidden_size, bias=options.mlp_bias)
 
     def forward(self, x: Tensor, _: None = None) -> Branch:
         x = self.fc1.product(x)

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: engines, EMA, checkpoints, logs."""
+"""The training loop and its parts: step, engines, EMA, checkpoints, logs."""

@@ -1,30 +1,34 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: a checkpoint is complete, or it does not exist. training/state.py says what is in one.
 
-    run_dir/checkpoints/step-0000500/    model.safetensors  ema.safetensors  (fp32, official names)
-                                         optimizer.pt or deepspeed/  training.pt
-                                         checkpoint.json    written last: step, world, engine, file sizes
-
-Everything is written into `step-0000500.partial`, flushed to the disk and renamed; only the rename makes it count.
+Everything is written into `step-0000500.partial`, flushed to disk and renamed; only the rename makes it count.
+checkpoint.json lists the size and the SHA-256 of every file, and its own; whoever reads a file checks it first.
 """
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastdit.distributed import Ranks
 
 META = "checkpoint.json"
-FULL = 1 << 20  # bytes: with less left than this, a failed write is the disk's
+NAME = re.compile(r"step-(\d{7,})")  # anything else in the folder is the user's own and is left alone
+PARTIAL = re.compile(NAME.pattern + r"(\.replaced)?\.partial")
+FULL = 1 << 20  # bytes: with less free space than this, a failed write means a full disk
 
 
 def save(
     run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], ranks: Ranks, keep: int
 ) -> Path:
-    """Let every process `write(folder)` its files, then commit them all at once; keep the `keep` newest (0: all)."""
+    """Have every process `write(folder)` its files, then commit them together; keep the `keep` newest (0: all)."""
     final = run_dir / "checkpoints" / f"step-{step:07d}"
     partial = final.with_suffix(".partial")
     if ranks.is_main:
@@ -34,10 +38,10 @@ def save(
     error = None
     try:
         write(partial)
-    except Exception as failure:  # a full disk, most often, which torch and safetensors put into words of their own
+    except Exception as failure:  # usually a full disk, which torch and safetensors report in their own words
         full = shutil.disk_usage(partial).free < FULL
         error = OSError(errno.ENOSPC, "No space left on device", str(final)) if full else failure
-    if ranks.any(error is not None):  # also the barrier: a rename before every file is there would be a lie
+    if ranks.any(error is not None):  # also the barrier: no rename before every file is there
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise error or OSError(f"another process could not write {partial}")
@@ -47,48 +51,129 @@ def save(
     if ranks.is_main:
         commit(partial, final, {"step": step, **meta})
         for old in checkpoints(run_dir)[:-keep] if keep else []:
-            shutil.rmtree(old)
+            old.rename(old.with_suffix(".partial"))  # a kill from here on leaves nothing that looks like a checkpoint
+        for path in final.parent.iterdir():
+            if PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
     ranks.barrier()
     return final
 
 
 def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Flush what is in a folder, add checkpoint.json, and give it its name."""
+    """Flush a folder to disk, add checkpoint.json, and rename it to its final name."""
     for path in partial.rglob("*"):
         _flush(path)
-    sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-    (partial / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
+    write_meta(partial, meta)
     _flush(partial / META)
     _flush(partial)
     replaced = final.with_suffix(".replaced.partial")
-    if final.exists():  # the same step again: the old one goes only when the new one is whole
+    if final.exists():  # the same step again: the old one is removed only when the new one is complete
         final.rename(replaced)
     partial.rename(final)
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write checkpoint.json: `meta`, the size and SHA-256 of every file in the folder, and its own digest."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != META)
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: sha256(folder / name), names)
+    sizes = ((folder / name).stat().st_size for name in names)
+    files = {n: {"bytes": size, "sha256": digest} for n, size, digest in zip(names, sizes, digests, strict=True)}
+    meta = {**meta, "files": files}
+    (folder / META).write_text(json.dumps({**meta, "sha256": _own_digest(meta)}, indent=1))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_digest(meta: dict[str, Any]) -> str:
+    """Of checkpoint.json itself, without this entry."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All whole checkpoints of a run, oldest first, by step number."""
-    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-    return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
+    """All complete checkpoints of a run, sorted by step."""
+    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(NAME.fullmatch(p.name)[1]))
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, after checking that every file that it lists is there in its full size."""
-    if not (folder / META).is_file():
-        raise ValueError(f"checkpoint {folder} has no {META}; it is not a whole checkpoint, use another step")
-    meta = json.loads((folder / META).read_text())
-    for name, size in meta["files"].items():
-        path = folder / name
-        actual = path.stat().st_size if path.is_file() else 0
-        if actual != size:
-            raise ValueError(f"checkpoint file {path} has {actual} bytes, not {size}; delete {folder} and resume again")
+def read_meta(folder: Path, contents: Iterable[str] | None = ()) -> dict[str, Any]:
+    """checkpoint.json, after checking its own digest and that every listed file exists with its full size.
+
+    `contents` names the files whose SHA-256 is checked as well (None: all). ValueError that names the bad file.
+    """
+    meta, faults = inspect(folder, contents)
+    if faults:
+        raise ValueError(f"checkpoint file {faults[0]}; use another step")
     return meta
 
 
+def inspect(folder: Path, contents: Iterable[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """checkpoint.json ({} where it cannot be read) and every damaged or missing file, in words; see `read_meta`.
+
+    Checkpoints of fastdit 0.1.0 list sizes only, so their contents cannot be checked.
+    """
+    path = folder / META
+    try:
+        meta = json.loads(path.read_text())
+        listed = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in meta["files"].items()}
+        sizes = {name: int(entry["bytes"]) for name, entry in listed.items()}
+    except OSError as error:
+        return {}, [f"{path} cannot be read ({error.strerror})"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{path} is damaged ({type(error).__name__}: {error})"]
+    if "sha256" in meta and meta.pop("sha256") != _own_digest(meta):
+        return {}, [f"{path} is damaged: its SHA-256 is not the recorded one"]
+    wanted = {name for name in (listed if contents is None else contents) if "sha256" in listed.get(name, {})}
+
+    def fault(name: str) -> str | None:
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != sizes[name]:
+            return f"{file} is missing" if actual is None else f"{file} has {actual} bytes instead of {sizes[name]}"
+        if name in wanted and sha256(file) != listed[name]["sha256"]:
+            return f"{file} is damaged: its SHA-256 is not the recorded one"
+
+    with ThreadPoolExecutor(4) as pool:
+        return meta, [found for found in pool.map(fault, sizes) if found]
+
+
+def newest_good(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every file is as it was written, None for a run without any; a collective call.
+
+    `say` hears about the damaged ones that are passed over. ValueError when there are only damaged ones.
+    """
+    found, good = checkpoints(run_dir)[::-1], 0
+    while ranks.is_main and good < len(found) and (faults := inspect(found[good])[1]):
+        say(f"checkpoint file {faults[0]}; trying the checkpoint before it")
+        good += 1
+    good = int(ranks.gather(torch.tensor([good], device=ranks.device))[0])  # what the main process found
+    if found and good == len(found):
+        raise ValueError(f"run_dir={run_dir} holds only damaged checkpoints; see fastdit verify {found[0]}")
+    return found[good] if found else None
+
+
+def check_run_dir(run_dir: Path, resume: bool) -> None:
+    """ValueError unless a run may write here: into a new or empty folder, or, to resume, into one that a run began."""
+    if (run_dir / META).is_file():
+        raise ValueError(
+            f"run_dir={run_dir} is a checkpoint, not a run, and training would overwrite it; choose another run_dir, "
+            f"with training.init_from={run_dir} to start from its weights"
+        )
+    if not run_dir.is_dir() or not any(path.name != "lock" for path in run_dir.iterdir()):
+        return
+    if not resume:
+        raise ValueError(f"run_dir={run_dir} is not empty; continue with --resume, or choose another run_dir=...")
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"run_dir={run_dir} holds files, but no run that could be resumed; choose another run_dir=...")
+
+
 def find(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest one of a run folder."""
+    """The checkpoint folder at `path`: itself, or the newest one of a run folder."""
     path = Path(path)
     if (path / META).is_file():
         return path
@@ -96,7 +181,7 @@ def find(path: Path) -> Path:
         raise ValueError(f"checkpoint {path} does not exist; give a run folder or one of its checkpoints/step-*")
     found = checkpoints(path)
     if not found:
-        raise ValueError(f"{path} holds no whole checkpoint; give a run folder or one of its checkpoints/step-*")
+        raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its checkpoints/step-*")
     return found[-1]
 
 

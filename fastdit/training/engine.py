@@ -1,19 +1,56 @@
-"""What turns a loss into a step: plain PyTorch (with DDP when there are several processes), or DeepSpeed's ZeRO.
+"""Engines turn a loss into an update: plain PyTorch (with DDP for several processes), or DeepSpeed's ZeRO.
 
-Both offer the same: call it like the model, `boundary(last)`, `backward(loss)`, `step(lr) -> grad_norm`,
-`master_parameters()`, `full_state(tensors)`, `save(folder)`, `load(folder)`. Weights, gradients, moments are fp32;
-`precision="bf16"` computes under autocast.
+Weights, gradients and Adam's state are fp32. `precision="bf16"` computes under autocast.
 """
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdit.build import uses_zero
+from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
+
+
+class Engine(Protocol):
+    """What the training step and the checkpoints ask of an engine; it is called like the model."""
+
+    name: str
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's output in fp32, computed in the engine's precision."""
+
+    def boundary(self, last: bool) -> None:
+        """Before each micro-batch: gradients are exchanged only in the `last` one of a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """One AdamW step, skipped on all processes where `bad` (0-dim bool, agreed) or the gradient is not finite.
+
+        Returns the gradient norm before clipping, and whether the step was skipped; 0-dim, on the device.
+        """
+
+    def master_parameters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer updates: this process's part of them under ZeRO."""
+
+    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The model's state dict with `tensors` (shaped like `master_parameters()`) as weights; a collective call."""
+
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        """The reverse of `full_state`: tensors shaped like `master_parameters()`; a collective call."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a resume needs beside weights and EMA; every process calls it."""
+
+    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
 
 
 class TorchEngine:
@@ -31,7 +68,7 @@ class TorchEngine:
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # on a GPU the learning rate lives there: a replayed CUDA graph reads its new value
+        # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
         lr = torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else 0.0
         self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
 
@@ -43,56 +80,53 @@ class TorchEngine:
                 group["lr"] = lr
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The model's output in fp32, computed in the engine's precision."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.forward(x, t, y).float()
 
     def boundary(self, last: bool) -> None:
-        """Before a micro-batch: gradients are exchanged only in the `last` one of a step."""
         if self.ranks.world > 1:
             self.forward.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss."""
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float) -> Tensor:
-        """One AdamW step; returns the gradient norm before clipping, on the device."""
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)  # the same on all processes, as the gradients are
+        skipped = bad | ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.set_lr(lr)  # a captured step reads what `set_lr` writes before its replay
+            self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, skipped
 
     def master_parameters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimiser moves."""
         return self.parameters
 
     def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """Model's state dict with `tensors` (shaped as `master_parameters()`) for weights; a collective call."""
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
 
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        return [state[name] for name, p in self.module.named_parameters() if p.requires_grad]
+
     def save(self, folder: Path) -> None:
-        """Write what a resume needs beyond weights and EMA; every process calls it."""
         if self.ranks.is_main:
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
         self.module.load_state_dict(state)
-        places = [group["lr"] for group in self.optimizer.param_groups]
+        settings = settings_of(self.optimizer)
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, lr in zip(self.optimizer.param_groups, places, strict=True):
-            group["lr"] = lr  # our own tensor, on the device
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with their moments."""
+    """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with Adam's state."""
 
     name = "deepspeed"
 
@@ -114,12 +148,12 @@ class DeepSpeedEngine:
             import deepspeed
         except ImportError as error:
             raise ValueError("training.engine=deepspeed needs DeepSpeed: pip install 'fastdit[deepspeed]'") from error
-        if ranks.device.type == "cpu":  # its shared-memory collectives would build C++ for a minute; gloo does
+        if ranks.device.type == "cpu":  # its own collectives would compile C++ for a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():  # plain `python`: a group of one, without asking for MPI
+        if not dist.is_initialized():  # plain `python`: a group of one process, without MPI
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # required by DeepSpeed
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.module, self.ranks, self.zero_stage = model, ranks, zero_stage
         own = {
@@ -127,7 +161,7 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip,
             "zero_optimization": {"stage": zero_stage},
-            "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's own would be built on the spot
+            "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's would be compiled
             "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 60,
@@ -145,12 +179,14 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        before = self.engine.skipped_steps
+        self.engine.step()  # DeepSpeed itself skips a step whose gradient is not finite, as that of a bad loss is
         norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm if norm is not None else float("nan"))
+        norm = torch.as_tensor(norm if norm is not None else float("nan"), device=self.ranks.device)
+        return norm, torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
 
     def master_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
@@ -165,7 +201,7 @@ class DeepSpeedEngine:
         masters = self.master_parameters()
         kept = [master.clone() for master in masters]
         for master, tensor in zip(masters, tensors, strict=True):
-            master.copy_(tensor)  # DeepSpeed gathers a parameter from the partitions: lend it ours
+            master.copy_(tensor)  # DeepSpeed gathers parameters from these partitions: put our tensors there
         state = dict(self.module.named_buffers())
         for name, parameter in self.module.named_parameters():
             state[name] = safe_get_full_fp32_param(parameter).cpu()
@@ -173,17 +209,41 @@ class DeepSpeedEngine:
             master.copy_(own)
         return state
 
+    @torch.no_grad()
+    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        named = dict(self.module.named_parameters())
+        kept = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, state[name])  # DeepSpeed scatters a tensor into its partitions
+        own = [master.clone() for master in self.master_parameters()]
+        for name, parameter in named.items():
+            safe_set_full_fp32_param(parameter, kept[name])
+        return own
+
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        settings = settings_of(self.engine.optimizer)
         path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
+        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+
+def settings_of(optimizer) -> list[dict]:
+    """What the config says about each parameter group, and what a checkpoint must not replace on resume."""
+    return [{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
 
 
 def merge_deepspeed(own: dict, extra: dict) -> dict:
-    """DeepSpeed's JSON: ours, with the user's `training.deepspeed` merged in; keys that we own are refused."""
+    """DeepSpeed's JSON: our settings with the user's `training.deepspeed` merged in.
+
+    ValueError for keys that fastdit sets itself and for unknown ones, which DeepSpeed would silently ignore.
+    """
     from deepspeed.runtime import constants
 
     known = {v for k, v in vars(constants).items() if k.isupper() and isinstance(v, str)} | {"zero_optimization"}
@@ -193,8 +253,23 @@ def merge_deepspeed(own: dict, extra: dict) -> dict:
             merged[key] = {**own[key], **value}
         elif key in own:
             raise ValueError(f"training.deepspeed.{key}={value!r} is set by fastdit; use the keys of training:")
-        elif key not in known:  # DeepSpeed itself ignores a misspelt key silently
+        elif key not in known:
             raise ValueError(f"training.deepspeed.{key}={value!r} is not a key that DeepSpeed knows")
         else:
             merged[key] = value
     return merged
+
+
+def build_engine(model: nn.Module, settings: TrainingConfig, ranks: Ranks, micro: int, accumulation: int) -> Engine:
+    """The engine that the settings ask for; under `auto`, the one of the launcher."""
+    shared = dict(
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        accumulation=accumulation,
+        grad_clip=settings.grad_clip,
+    )
+    if uses_zero(settings):
+        zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
+        return DeepSpeedEngine(model, ranks, **shared, **zero)
+    return TorchEngine(model, ranks, **shared)

@@ -1,19 +1,19 @@
-"""The whole training step as one CUDA graph: loss, backward, optimiser and EMA replayed, no launch from Python."""
+"""The whole training step as one CUDA graph: loss, backward, optimizer and EMA, with no launches from Python."""
 
 import torch
 from torch import Tensor
 
 from fastdit.distributed import seed_of
-from fastdit.training.step import TrainStep
+from fastdit.training.step import StepResult, TrainStep
 
-WARMUP = 3  # real steps before the capture: they compile the blocks and create the optimiser's state
+WARMUP = 3  # ordinary steps before the capture: they compile the blocks and create the optimizer's state
 
 
 class GraphedStep:
-    """Call it as the TrainStep that it wraps: the first steps run as they are, later ones are replays.
+    """Called like the TrainStep that it wraps: the first steps run normally, later ones are replays.
 
-    Every step draws from a generator reseeded from (seed, step) before the replay, as without a graph: the numbers
-    are the same. One process, the torch engine, an EMA with a fixed decay; ValueError otherwise.
+    Before each replay the generator is reseeded from (seed, step), so the random numbers are the same as without a
+    graph. ValueError unless there is one process, the torch engine, and an EMA with a fixed decay.
     """
 
     def __init__(self, step: TrainStep):
@@ -28,15 +28,15 @@ class GraphedStep:
             if not met:
                 raise ValueError(f"training.cuda_graph=true needs {need}; set training.cuda_graph=false")
         for group in step.engine.optimizer.param_groups:
-            group["capturable"] = True  # as fused AdamW is: PyTorch refuses to capture its step without the flag
+            group["capturable"] = True  # fused AdamW is, but PyTorch wants the flag
         self.step, self.calls = step, 0
         self.stream = torch.cuda.Stream(step.ranks.device)
         self.generator = torch.Generator(step.ranks.device)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[Tensor, Tensor]:
-        """As TrainStep; the returned tensors are overwritten by the next call."""
+    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> StepResult:
+        """Like TrainStep; the next call overwrites the returned tensors."""
         self.calls += 1
         self.generator.manual_seed(seed_of(self.step.seed, step))
         if self.calls <= WARMUP:
@@ -47,7 +47,7 @@ class GraphedStep:
             return out
         if self.calls == WARMUP + 1:
             self.moments, self.y = moments.clone(), y.clone()
-            # thread_local: the loader's thread pins memory meanwhile, which would end a global capture
+            # thread_local: the loader's thread pins memory meanwhile, which would abort a global capture
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.step.run(self.moments, self.y, self.generator, step, lr)
             self.generator.manual_seed(seed_of(self.step.seed, step))

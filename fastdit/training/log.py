@@ -1,6 +1,7 @@
-"""What a run says: one line on the terminal, one JSON line in metrics.jsonl, TensorBoard scalars, a progress bar."""
+"""What a run reports: a line on the terminal, a JSON line in metrics.jsonl, TensorBoard scalars, a progress bar."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -8,60 +9,127 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-# dense bf16 TFLOP/s by datasheet; other devices are measured once with a matrix product
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+from fastdit.distributed import Ranks
+from fastdit.memory import card_of
+
+
+class LossWindow:
+    """The loss, and its parts where there are several, summed on the device since the last log line."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.sums = device, {"loss": torch.zeros(2, device=device)}  # name -> sum, number of steps
+
+    def add(self, losses: dict[str, Tensor], skipped: Tensor) -> None:
+        """The mean losses of one step, 0-dim; a skipped step does not count. Nothing waits for the device."""
+        for name, loss in losses.items():
+            total = self.sums.setdefault(name, torch.zeros(2, device=self.device))
+            total += torch.stack([loss, torch.ones_like(loss)]).where(~skipped, 0)
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Over the steps and all processes, nan where every step was skipped; waits for the device."""
+        return {name: (ranks.mean(total[0]) / total[1]).item() for name, total in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums = {"loss": torch.zeros(2, device=self.device)}
+
+    def state(self, ranks: Ranks | None) -> dict:
+        """For a checkpoint; with `ranks`, averaged, so that every process can resume from the same file."""
+        sums = self.sums if ranks is None else {name: ranks.mean(total) for name, total in self.sums.items()}
+        return {"window": sums["loss"], "parts": {name: total for name, total in sums.items() if name != "loss"}}
+
+    def load(self, state: dict) -> None:
+        sums = {"loss": state["window"], **state.get("parts", {})}
+        self.sums = {name: total.to(self.device) for name, total in sums.items()}
 
 
 class Log:
-    """Writes records on the main process; `flops_per_image` is a whole training step's."""
+    """Writes records on the main process, nothing elsewhere; `flops_per_image` is for a whole training step."""
 
-    def __init__(self, run_dir: Path, start_step: int, steps: int, *, flops_per_image: float, peak_flops: float):
+    def __init__(self, run_dir: Path, ranks: Ranks, start_step: int, steps: int, *, flops_per_image: float):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.ranks, self.device = ranks, ranks.device
+        if not ranks.is_main:
+            return
+        peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops, self.start_step = flops_per_image, peak_flops, start_step
         rewind(run_dir / "metrics.jsonl", start_step)
+        rewind(run_dir / "skipped.jsonl", start_step)
+        self.skipped_path = run_dir / "skipped.jsonl"
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
 
     def step(self) -> None:
-        self.bar.update(1)
+        if self.ranks.is_main:
+            self.bar.update(1)
 
-    def write(self, step: int, *, loss: float, grad_norm: float, lr: float, seconds: float, steps: int, images: int,
-              device: torch.device) -> None:  # fmt: skip
-        """One record over the last `steps` steps, which took `seconds` for `images` images of all processes."""
+    def write(self, step: int, losses: dict[str, float], *, grad_norm: float, lr: float, seconds: float, steps: int,
+              images: int) -> None:  # fmt: skip
+        """One record over the last `steps` steps, which took `seconds` for `images` images of all processes.
+
+        `losses`: `loss`, and its parts where there are several.
+        """
+        if not self.ranks.is_main:
+            return
         record = {
             "step": step,
-            "loss": loss,
+            **losses,
             "grad_norm": grad_norm,
             "lr": lr,
             "steps_per_s": steps / seconds,
             "images_per_s": images / seconds,
             "mfu": images / seconds * self.flops_per_image / self.peak_flops,
-            "peak_gib": peak_gib(device),
+            "peak_gib": peak_gib(self.device),
         }
-        self.file.write(json.dumps({**record, "time": time.time()}) + "\n")
+        self.file.write(as_json({**record, "time": time.time()}))
         for key, value in record.items():
             if key != "step":
                 self.board.add_scalar(key, value, step)
         self.say(
-            f"step {step}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {record['images_per_s']:.1f} images/s"
+            f"step {step}  "
+            + "".join(f"{name} {value:.4f}  " for name, value in losses.items())
+            + f"grad {grad_norm:.3f}  lr {lr:.2e}  {record['images_per_s']:.1f} images/s"
             f"  {record['steps_per_s']:.2f} steps/s  mfu {record['mfu']:.1%}  peak {record['peak_gib']:.2f} GiB"
         )
 
+    def skip(self, step: int, keys: list[int], times: list[float]) -> None:
+        """A step that was not finite and changed nothing: the keys of its samples and their times."""
+        if not self.ranks.is_main:
+            return
+        with self.skipped_path.open("a") as file:
+            file.write(as_json({"step": step, "keys": keys, "times": times}))
+        self.say(f"step {step}  skipped: its loss or gradient is not finite; see {self.skipped_path}")
+
     def say(self, line: str) -> None:
+        if not self.ranks.is_main or not line:
+            return
         tqdm.write(line) if not self.bar.disable else print(line, flush=True)
 
     def close(self) -> None:
+        if not self.ranks.is_main:
+            return
         self.bar.close()
         self.board.close()
         self.file.close()
 
 
+def as_json(record: dict) -> str:
+    """One line of JSON; nan and infinities, which JSON does not have, become null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The records of metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
 def rewind(path: Path, step: int) -> None:
-    """Drop records after `step`: a resumed run writes them again."""
+    """Drop the records after `step`: a resumed run writes them again."""
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         lines = [line for line in whole if json.loads(line)["step"] <= step]
@@ -71,19 +139,17 @@ def rewind(path: Path, step: int) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the GPU's allocator's, or the resident set on a CPU."""
+    """Peak memory of this process in GiB: of the GPU's allocator, or of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s that MFU counts against: the datasheet's dense bf16 rate, or on other devices a product timed here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12
+def peak_flops_of(device: torch.device) -> float:
+    """FLOP/s that MFU is relative to: the datasheet's dense bf16 rate; for other devices, one product timed here."""
+    card = card_of(device)
+    if card is not None:
+        return card.tflops * 1e12
     size = 4096 if device.type == "cuda" else 512
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype).uniform_(generator=torch.Generator(device).manual_seed(0))

@@ -1,32 +1,40 @@
-"""One training step, from moments to moved weights: noise, loss, backward, optimiser, EMA."""
+"""One training step, from posterior moments to updated weights: noise, loss, backward, optimizer, EMA."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdit.data.latents import sample_latents
+from fastdit.data.latents import LatentSpec, sample_latents
+from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.models.dit import drop_labels
 from fastdit.training.ema import EMA
-from fastdit.training.engine import DeepSpeedEngine, TorchEngine
+from fastdit.training.engine import Engine
+
+
+class StepResult(NamedTuple):
+    """0-dim tensors on the device; the losses are `loss` and, where it has several parts, each of these by name."""
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    skipped: Tensor  # bool: loss or gradient were not finite, so nothing was changed
 
 
 @dataclass
 class TrainStep:
-    """A step over this process's `accumulation * micro_batch` images of the global batch; nothing waits for the device.
+    """One step over this process's `accumulation * micro_batch` images of the global batch; never waits for the device.
 
-    All its random numbers come from (seed, step), so the step number alone is enough to repeat it.
+    All random numbers come from (seed, step), so a step can be repeated exactly.
     """
 
-    engine: TorchEngine | DeepSpeedEngine
+    engine: Engine
     ema: EMA
-    objective: object
+    objective: Objective
     ranks: Ranks
-    latent_shape: tuple[int, int, int]  # (C, h, w)
-    scale: float
-    shift: float
+    latents: LatentSpec
     class_dropout: float
     null_label: int | None
     micro_batch: int
@@ -34,32 +42,50 @@ class TrainStep:
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> tuple[Tensor, Tensor]:
-        """moments (n, 2C, h, w), y (n,) on the device, step from 0 -> mean loss and gradient norm, on the device."""
+    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
+        """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
         return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr)
 
-    def run(self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor):
-        """The same from a generator that is already at this step's seed."""
+    def run(
+        self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor
+    ) -> "StepResult":
+        """The same, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
         rows = slice(self.ranks.rank * own, (self.ranks.rank + 1) * own)
-        random = StepRandom(generator, rows, self.ranks.world * own)
-        x_0 = sample_latents(moments, random.randn(*self.latent_shape), self.scale, self.shift)  # (n, C, h, w)
+        random, shape = StepRandom(generator, rows, self.ranks.world * own), self.latents.shape
+        x_0 = sample_latents(moments, random.randn(*shape), self.latents.scale, self.latents.shift)  # (n, C, h, w)
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
-        u, noise = random.rand(), random.randn(*self.latent_shape)
+        u, noise = random.rand(), random.randn(*shape)
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
-        losses = []
+        losses: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {}
         for i in range(self.accumulation):
             part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
             self.engine.boundary(last=i == self.accumulation - 1)
-            per_sample = self.objective.loss(self.engine, x_0[part], y[part], t[part], noise[part]).per_sample
+            loss = self.objective.loss(self.engine, x_0[part], y[part], t[part], noise[part])
+            per_sample = loss.per_sample
             weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
             self.engine.backward(weighted.mean())
             losses.append(per_sample.detach() if factors is None else torch.stack([per_sample, weighted]).detach())
+            for name, values in loss.parts.items() if len(loss.parts) > 1 else ():
+                parts.setdefault(name, []).append(values.detach())
         losses = torch.cat(losses, dim=-1)
         if self.times is not None:
             seen = torch.stack([t, losses[0].to(t)], 1)
-            self.times.update(*self.ranks.gather(seen).unbind(1))  # of the global batch, in one order on any world size
+            seen = self.ranks.gather(seen)  # of the global batch, in one order for any world size
+            self.times.update(*seen[seen.isfinite().all(1)].unbind(1))
             losses = losses[1]
-        grad_norm = self.engine.step(lr)
-        self.ema.update(self.engine.master_parameters(), step + 1)
-        return losses.mean(), grad_norm
+        means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
+        bad = self.ranks.all_reduce_any(~means["loss"].isfinite())
+        grad_norm, skipped = self.engine.step(lr, bad)
+        self.ema.update(self.engine.master_parameters(), step + 1, skipped)
+        return StepResult(means, grad_norm, skipped)
+
+    def times_of(self, step: int) -> list[float]:
+        """t of the samples of a step's global batch; [] for loss-aware times, which depend on their history."""
+        if self.times is not None:
+            return []
+        count = self.ranks.world * self.accumulation * self.micro_batch
+        random = StepRandom(step_generator(self.seed, step, self.ranks.device), slice(None), count)
+        random.randn(*self.latents.shape), random.rand()  # drawn first, as in `run`
+        return self.objective.sample_t(random.rand()).tolist()

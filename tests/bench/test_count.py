@@ -1,4 +1,4 @@
-"""What is counted of a step without a GPU: waits of the host, and the code that the compiler would write for one."""
+"""What is counted of a step without a GPU: host synchronizations, and the code that the compiler generates for one."""
 
 import json
 import os
@@ -8,14 +8,11 @@ import sys
 import pytest
 import torch
 
+from bench.static import count
+from bench.step.cases import SIZES, Size
 from helpers import ROOT
 
-sys.path.append(str(ROOT / "bench"))
-
-import contestants  # noqa: E402
-import count  # noqa: E402
-
-SMALLEST = contestants.Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
+SMALLEST = Size(depth=2, hidden=64, heads=4, latent=8, batch=2, classes=10)
 
 
 @pytest.mark.parametrize("overrides", [(), ("training.activation_checkpointing=full",), ("training.grad_clip=1",)])
@@ -33,23 +30,22 @@ WAITS = {
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_every_wait_is_noticed(wait):
-    with count.HostWaits() as waits:
+    with count.waits_counted() as found:
         x = torch.linspace(-1, 1, 2, requires_grad=False)
         (x * 2).to(torch.float64).sum()
-        assert not waits.found
+        assert not found
         wait(x)
-    assert waits.found
+    assert found
 
 
-BLOCK = contestants.Size(depth=2, hidden=128, heads=2, latent=32, batch=16, classes=10)
+BLOCK = Size(depth=2, hidden=128, heads=2, latent=32, batch=16, classes=10)
 COUNT = """
-import json, sys
-sys.path.append({bench!r})
-import contestants, count, cuda_target
+import json
+from bench.static import count, cuda_target
+from bench.step.cases import Size
 
-bf16 = "training.residual=bf16"
-for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.fp8=true"]:
-    graphs, breaks = count.graphs_of(contestants.{size}, tuple(overrides))
+for overrides in {variants}:
+    graphs, breaks = count.graphs_of({size}, tuple(overrides))
     kernels = {{kernel.source: kernel for graph in graphs for kernel in graph.kernels}}.values()
     if "training.fp8=true" in overrides:
         kernels = []  # 50 more, ten seconds
@@ -61,15 +57,22 @@ for overrides in [], [bf16], [bf16, "model.attention=triton"], [bf16, "training.
 
 
 @pytest.fixture(scope="module")
-def counted():
-    """What a block is on a GPU: as it stands, with a bf16 stream, and with our attention or FP8 too; in a process of
-    its own, since this one's kernels are interpreted."""
+def counted(tmp_path_factory):
+    """A block on a GPU: with the defaults, with a bf16 residual stream, and with our attention or FP8 in addition.
+
+    In other processes, two at a time, because the kernels of this one are interpreted.
+    """
     pytest.importorskip("torchao")
-    program = COUNT.format(bench=str(ROOT / "bench"), size=BLOCK)
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "0"},
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    bf16, folder = "training.residual=bf16", tmp_path_factory.mktemp("count")
+    processes = []
+    for i, variants in enumerate(([[], [bf16]], [[bf16, "model.attention=triton"], [bf16, "training.fp8=true"]])):
+        command = [sys.executable, "-c", COUNT.format(size=BLOCK, variants=variants)]
+        files = {"stdout": open(folder / f"{i}.out", "w"), "stderr": open(folder / f"{i}.err", "w")}
+        processes.append(subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=ROOT, **files))
+    codes = [process.wait() for process in processes]
+    assert codes == [0, 0], [(folder / f"{i}.err").read_text() for i in range(2)]
+    lines = [line for i in range(2) for line in (folder / f"{i}.out").read_text().splitlines()]
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 UNIT = BLOCK.batch * 256 * BLOCK.hidden * 2  # bytes of one activation (N, T, D)
@@ -136,7 +139,7 @@ def test_a_block_moves_little_more_than_it_must(counted):
 
 
 def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
-    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(contestants.SIZES["XL/2"]).items()}
+    xl = {name: 28 * value / 1e6 for name, value in count.least_bytes(SIZES["XL/2"]).items()}
     assert xl["attention"] == pytest.approx(198, rel=0.01) and xl["GELU"] == pytest.approx(132 + 198, rel=0.01)
     assert xl["gate, residual, norm, modulate"] == pytest.approx(132 + 198, rel=0.01)
     a, b = torch.ones(100), torch.ones(100)
@@ -149,5 +152,5 @@ def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
 
 
 def test_the_optimiser_reads_the_gradients_and_leaves_them(one_thread):
-    bytes_, parameters = count.optimiser_bytes(SMALLEST)
+    bytes_, parameters = count.optimizer_bytes(SMALLEST)
     assert round(bytes_ / parameters) == 44  # weight, moments and gradient: 28; weight read again, average: 12; norm: 4

@@ -1,20 +1,16 @@
 """The table of variants: every value that an option can take has a row, and a row is trained, sampled and judged."""
 
-import sys
 import typing
 
 import pytest
 import torch
 
-from fastdit.config import ModelConfig, build, load_config, shipped_config
+from bench.quality import variants
+from fastdit.config import ModelConfig, load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
-from fastdit.evaluation.judge import Judge
-from fastdit.quickstart import read_folder
-from helpers import ROOT
-
-sys.path.append(str(ROOT / "bench"))
-
-import variants  # noqa: E402
+from fastdit.quickstart.digits import read_folder
+from fastdit.quickstart.judge import Judge
+from fastdit.registry import build
 
 
 def overrides_of(rows) -> set[str]:

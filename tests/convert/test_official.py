@@ -11,12 +11,12 @@ import torch
 
 from fastdit import cli
 from fastdit.config import load_config
-from fastdit.conversion import convert
+from fastdit.convert import convert
+from fastdit.convert.official import architecture
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.models.convert import architecture
 from fastdit.models.dit import DIT_VARIANTS, create_dit
-from fastdit.sampling import load_generator, sample
+from fastdit.sampling import load_pipeline, sample
 from fastdit.training import checkpoint
 from helpers.checkpoints import (
     SIZE,
@@ -39,14 +39,14 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("convert"))
 
 
-def test_a_plain_file_goes_there_and_back_bit_for_bit(place, tmp_path):
+def test_a_plain_file_survives_the_round_trip_bit_for_bit(place, tmp_path):
     assert_same(weights(place / "ddpm"), golden_weights())
     assert_same(weights(place / "ddpm", "model"), golden_weights())
     convert(place / "ddpm", "official", tmp_path / "back.pt", say=quiet)
     assert_same(torch.load(tmp_path / "back.pt", weights_only=True), golden_weights())
 
 
-def test_a_training_file_keeps_both_sets_and_tells_its_objective(place, tmp_path):
+def test_a_training_file_keeps_model_and_ema_and_names_its_objective(place, tmp_path):
     wrapped = "_orig_mod.module."
     path = training_file(tmp_path / "0400000.pt", wrapped, model="DiT-XL/2", num_classes=10, vae="mse", lr=1e-4)
     heard = []
@@ -67,7 +67,7 @@ def test_a_training_file_keeps_both_sets_and_tells_its_objective(place, tmp_path
     assert_same(weights(tmp_path / "again", "model"), weights(tmp_path / "run", "model"))
 
 
-def test_a_sit_file_tells_path_prediction_and_weight(tmp_path):
+def test_a_sit_file_names_path_prediction_and_weight(tmp_path):
     args = {"model": "SiT-XL/2", "path_type": "GVP", "prediction": "noise", "loss_weight": "likelihood",
             "train_eps": 0.01, "sample_eps": None}  # fmt: skip
     path = training_file(tmp_path / "sit.pt", **args)
@@ -93,17 +93,17 @@ def test_the_architecture_of_every_known_size_is_read_off_its_shapes(variant):
 
 
 def test_a_converted_network_gives_the_recorded_outputs(place):
-    z, model = golden("dit"), load_generator(place / "ddpm").model
+    z, model = golden("dit"), load_pipeline(place / "ddpm").model
     with torch.no_grad():
         torch.testing.assert_close(model(z["x"], z["t"], z["y"]), z["out"], atol=1e-5, rtol=1e-5)
-    sit, generator = golden("sit"), load_generator(place / "flow")
+    sit, generator = golden("sit"), load_pipeline(place / "flow")
     x, t = sit["x1"], 1 - sit["sit_forward/t"].double()
     velocity = generator.objective.predict(generator.model, x, t, sit["sit_forward/y"]).velocity.detach()
     torch.testing.assert_close(-velocity, sit["sit_forward/out"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_converted_checkpoint_samples_the_recorded_trajectory_and_images(place, tmp_path):
-    z, generator = golden("ddpm"), load_generator(place / "ddpm")
+    z, generator = golden("ddpm"), load_pipeline(place / "ddpm")
     objective = generator.objective
     denoise = guided(objective, generator.model, z["loop/y"])
     final = SAMPLERS["ddim"](denoise, z["x_T"], objective.timesteps(int(z["loop/steps"])), objective.path)
@@ -146,7 +146,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(place, tmp_path, monkeyp
 
 HEAD = {"weight": (48,), "bias": ()}
 MISTAKES = {
-    "no objective": (golden_weights, [], ["cannot be told from its weights", "objective=flow"]),
+    "no objective": (golden_weights, [], ["do not show the objective", "objective=flow"]),
     "unknown width": (golden_weights, ["objective=ddpm"], ["hidden size 48, not one of 64,", "with --heads"]),
     "no heads": (golden_weights, ["objective=ddpm", "--heads", "0"], ["--heads=0 does not divide"]),
     "heads": (golden_weights, ["objective=ddpm", "--heads", "5"], ["--heads=5 does not divide the hidden size 48"]),
@@ -154,7 +154,7 @@ MISTAKES = {
     "an option": (golden_weights, ["objective=flow", "objective.path=gvp"], ["objective.path='gvp'", "did you mean"]),
     "classes": (golden_weights, ["objective=ddpm", "data.num_classes=7"], ["num_classes=7", "11 rows", "use 10"]),
     "pixels": (golden_weights, ["objective=ddpm", "data.image_size=64"], ["image_size=64", "16 px images"]),
-    "variant": (golden_weights, ["objective=ddpm", "model.variant=DiT-S/2"], ["DiT-S/2", "holds DiT-2x48x4/2"]),
+    "variant": (golden_weights, ["objective=ddpm", "model.variant=DiT-S/2"], ["DiT-S/2", "contains DiT-2x48x4/2"]),
     "target": (golden_weights, ["objective=ddpm", "--to", "onnx"], ["--to='onnx'", "fastdit, official, diffusers"]),
     "a missing tensor": (
         lambda: without(golden_weights(), "blocks.1.mlp.fc2.bias"),
@@ -167,7 +167,7 @@ MISTAKES = {
         ["blocks.0.attn.q_norm.weight has no place"],
     ),
     "no DiT": (lambda: {"conv.weight": torch.zeros(3)}, ["objective=ddpm"], ["x_embedder.proj.weight", "conv.weight"]),
-    "no state dict": (lambda: {"epoch": 3, "lr": 1e-4}, ["objective=ddpm"], ["holds epoch, lr", "{model, ema, opt"]),
+    "no state dict": (lambda: {"epoch": 3, "lr": 1e-4}, ["objective=ddpm"], ["contains epoch, lr", "{model, ema, opt"]),
     "narrow head": (
         lambda: golden_weights() | {f"final_layer.linear.{k}": torch.zeros(16, *s) for k, s in HEAD.items()},
         ["objective=ddpm"],
@@ -176,7 +176,7 @@ MISTAKES = {
     "channels": (
         lambda: golden_weights() | {"x_embedder.proj.weight": torch.zeros(48, 8, 2, 2)},
         ["objective=flow"],
-        ["4 latent channels, the network 8", "data.vae=FOLDER"],
+        ["4 latent channels, but the network has 8", "data.vae=FOLDER"],
     ),
 }  # fmt: skip
 
@@ -196,18 +196,18 @@ def test_mistakes_end_in_one_line_and_leave_nothing(place, tmp_path, capsys, mon
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 
 
-def test_files_that_are_none_of_ours(place, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(place, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "cut.pt").write_bytes((place / "plain.pt").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "empty").mkdir()
     for name, word in [("text.pt", "damaged"), ("cut.pt", "damaged"), ("cut.safetensors", "damaged"),
-                       ("empty", "holds no whole checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
+                       ("empty", "holds no complete checkpoint"), ("gone.pt", "does not exist")]:  # fmt: skip
         with pytest.raises(ValueError, match=word):
             convert(tmp_path / name, "fastdit", tmp_path / "out", overrides=["objective=ddpm"], say=quiet)
     with pytest.raises(ValueError, match="exists; choose another name"):
         convert(place / "plain.pt", "fastdit", place / "ddpm", say=quiet)
-    with pytest.raises(ValueError, match="brings its own config"):
+    with pytest.raises(ValueError, match="has its own config"):
         convert(place / "ddpm", "official", tmp_path / "out.pt", config=place / "ddpm" / "config.yaml", say=quiet)
     with pytest.raises(ValueError, match=r"objective.name='flow', but .* was trained with ddpm"):
         path = training_file(tmp_path / "dit.pt", model="DiT-XL/2")

@@ -20,9 +20,10 @@ import torch
 from fastdit.data import extract, writer
 from fastdit.data.images import list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
-from fastdit.data.shards import Manifest, latent_batches
+from fastdit.data.loader import latent_batches
+from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
-from helpers import ROOT
+from helpers import ROOT, runs
 from helpers.data import tiny_vae, write_digits
 
 COUNT = 90
@@ -50,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_each_latent_is_the_one_of_its_image_and_label(made):
     manifest = Manifest.load(made / "out")
-    manifest.check(image_size=32, num_classes=10, in_channels=4, codec=LatentCodec(tiny_vae()).fingerprint)
+    manifest.check(image_size=32, num_classes=10, codec=LatentCodec(tiny_vae()).fingerprint)
     assert manifest.class_names == tuple("0123456789") and len(manifest) == COUNT and len(manifest.shards) == 5
     folder, codec = list_images(made / "images"), LatentCodec(tiny_vae())
     index = manifest.index()
@@ -81,7 +82,7 @@ class ThreadRanks(Ranks):
     meeting: threading.Barrier
 
     def barrier(self) -> None:
-        self.meeting.wait(timeout=60)
+        self.meeting.wait()
 
 
 def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
@@ -100,14 +101,10 @@ def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_processes_under_torchrun(made, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", str(ROOT / "extract_features.py"), "--images", str(made / "images")]
-    command += ["--vae", str(made / "vae"), "--out", str(tmp_path / "out"), "--image-size", "32", "--batch-size", "8"]
-    command += ["--shard-size", "20", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert f"{COUNT} images in 5 shards" in done.stderr
+def test_two_processes_of_the_command_write_the_same_bytes(made, tmp_path):
+    arguments = ["--images", made / "images", "--vae", made / "vae", "--out", tmp_path / "out", "--image-size", "32"]
+    arguments += ["--batch-size", "8", "--shard-size", "20", "--device", "cpu"]
+    assert f"{COUNT} images in 5 shards" in runs.run("extract_features.py", *map(str, arguments), processes=2)
     assert files_of(tmp_path / "out") == files_of(made / "out")
 
 
@@ -192,23 +189,23 @@ def spoil(base: Path, how: str) -> dict:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no images", "images=.*nowhere is not a folder; name the folder that holds one subfolder of images per class"),
+        ("no images", "images=.*nowhere is not a folder; give a folder with one subfolder of images per class"),
         ("empty images", "images=.* is empty; it needs one subfolder of images per class"),
         (
             "no classes",
-            "images=.* holds 1 images outside any class subfolder .*; move them into one subfolder per class",
+            "images=.* has 1 images outside any class subfolder .*; move them into one subfolder per class",
         ),
         ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
-        ("unreadable", r"more than 1 of 90 images cannot be read \(0/.*Error: .*; repair or remove them"),
+        ("unreadable", r"more than 1 of 90 images cannot be read \(the last is 0/.*Error: .*; repair or remove them"),
         ("none readable", "none of the 1 images could be read"),
         ("exists", "out=.* exists; choose another folder, or replace it with --overwrite"),
-        ("foreign", "out=.* exists and holds no manifest.json, so it is not replaced; choose another folder"),
-        ("file", "out=.*file/out cannot be made .*; choose another folder"),
-        ("odd size", "image_size=33 is not divisible by 2, the factor of vae=.*; use 32 or 34"),
+        ("foreign", "out=.* exists and has no manifest.json, so it is not replaced; choose another folder"),
+        ("file", "out=.*file/out cannot be created .*; choose another folder"),
+        ("odd size", "image_size=33 is not divisible by 2, the downsampling factor of vae=.*; use 32 or 34"),
         ("no vae", "vae=.*nowhere is not a folder"),
-        ("wrong vae", "vae=.* holds no config.json"),
-        ("dtype", "dtype='float8' is unknown; use one of float16, float32"),
-        ("precision", "precision='fp64' is unknown; use one of float32"),
+        ("wrong vae", "vae=.* has no config.json"),
+        ("dtype", r"dtype='float8' is unknown; did you mean 'float32'\? Known: float16, float32"),
+        ("precision", "precision='fp64' is unknown; did you mean"),
         ("batch", "batch_size=0 must be at least 1"),
         ("inside", "out=.* lies inside images=.*; write it elsewhere"),
         ("space", "out=.* needs about 0.00 GiB, but .* has 0.00 GiB free; free some or write elsewhere"),
@@ -250,7 +247,7 @@ def test_overwrite_replaces_latents(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_killed_run_leaves_no_output_and_the_next_one_is_whole(made, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_next_one_is_complete(made, tmp_path):
     script = f"""
 import os, signal
 from fastdit.data import extract, writer

@@ -1,5 +1,6 @@
 """Image folders, ADM's crop, the way to pixels and back."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdit.data.images import Skipped, center_crop, list_images, load_crop, to_pixels, to_uint8
+from fastdit.data.images import Skipped, center_crop, list_images, load_crop, remarks, to_pixels, to_uint8
 from helpers import GOLDEN
 
 ARRAYS = np.load(GOLDEN / "center_crop.npz", allow_pickle=False)
@@ -20,7 +21,7 @@ def test_center_crop_gives_the_recorded_bytes(key):
     np.testing.assert_array_equal(np.asarray(crop), ARRAYS[key])
 
 
-def test_every_grey_level_survives_the_way_to_pixels_and_back():
+def test_every_gray_level_survives_the_conversion_to_pixels_and_back():
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     pixels = to_pixels(image)
     assert pixels.shape == (1, 3, 16, 16) and pixels.min() == -1 and pixels.max() == 1
@@ -32,22 +33,76 @@ def test_uint8_is_clamped_and_truncated():
     assert to_uint8(pixels)[0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]
 
 
-def test_every_mode_becomes_rgb_and_the_orientation_tag_is_ignored(tmp_path):
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    image = Image.fromarray(grey)
+GRAY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "I;16", "I;16B", "big I"])
+def test_opaque_images_of_every_mode_become_their_rgb(tmp_path, mode):
+    image = Image.fromarray(GRAY)
+    path, wanted = tmp_path / "x.png", GRAY
+    if mode == "L":
+        image.save(path)
+    elif mode == "P":
+        image.convert("RGB").quantize(256).save(path)
+    elif mode == "1":
+        wanted = (GRAY > 127).astype(np.uint8) * 255
+        image.point(lambda v: 255 * (v > 127)).convert("1").save(path)
+    elif mode == "CMYK":
+        path = tmp_path / "x.tif"
+        image.convert("RGB").convert("CMYK").save(path)
+    elif mode == "big I":
+        path = tmp_path / "x.tif"
+        Image.fromarray(GRAY.astype(np.int32) * 257).save(path)
+    else:
+        path = tmp_path / ("x.png" if mode == "I;16" else "x.tif")
+        Image.fromarray(GRAY.astype(np.uint16) * 257 + (GRAY > 9)).save(path)
+    np.testing.assert_array_equal(load_crop(path, 8), np.stack([wanted] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P with a transparent color", "L with a transparent gray"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    alpha = Image.fromarray(np.tile(np.array([0, 255, 0, 255, 51, 255, 255, 255], np.uint8), (8, 1)))
+    image, wanted = Image.fromarray(GRAY), GRAY.astype(float)
+    if mode == "RGBA":
+        Image.merge("RGBA", (image, image, image, alpha)).save(tmp_path / "x.png")
+    elif mode == "LA":
+        Image.merge("LA", (image, alpha)).save(tmp_path / "x.png")
+    elif mode.startswith("P"):
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(tmp_path / "x.png", transparency=0)
+    else:
+        image.save(tmp_path / "x.png", transparency=8)
+    if mode in ("RGBA", "LA"):
+        share = np.asarray(alpha) / 255
+        wanted = wanted * share + 255 * (1 - share)
+    else:
+        with Image.open(tmp_path / "x.png") as stored:
+            hidden = np.asarray(stored) == stored.info["transparency"]
+        assert hidden.sum() == 1
+        wanted = np.where(hidden, 255, wanted)
+    crop = load_crop(tmp_path / "x.png", 8)
+    assert np.abs(crop - wanted[..., None]).max() <= 1
+
+
+def test_the_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees": ADM does not
-    variants = {
-        "L": image,
-        "P": image.convert("RGB").quantize(256),
-        "RGBA": Image.merge("RGBA", (image, image, image, Image.new("L", (8, 8), 7))),
-        "LA": Image.merge("LA", (image, Image.new("L", (8, 8), 7))),
-    }
-    for mode, variant in variants.items():
-        assert variant.mode == mode
-        variant.save(tmp_path / f"{mode}.png", exif=exif)
-        crop = load_crop(tmp_path / f"{mode}.png", 8)
-        np.testing.assert_array_equal(crop, np.stack([grey] * 3, axis=-1))
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    Image.fromarray(GRAY).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(load_crop(tmp_path / "x.png", 8)[..., 0], np.rot90(GRAY, -1))
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 70_000, np.int32), np.full((8, 8), 0.5, np.float32)])
+def test_values_without_a_known_white_point_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="70000 are not those of a 16-bit image|floating-point values"):
+        load_crop(tmp_path / "x.tif", 8)
+
+
+def test_only_raster_decoders_are_started(tmp_path, monkeypatch):
+    (tmp_path / "e.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match="UnidentifiedImageError"):
+        load_crop(tmp_path / "e.jpg", 8)
 
 
 def write(path: Path) -> None:
@@ -65,6 +120,53 @@ def test_classes_and_paths_are_sorted_and_hidden_files_ignored(tmp_path):
     assert folder.labels == (0, 1, 1, 1) and len(folder) == 4
 
 
+def test_what_is_not_read_is_named_and_nothing_is_read_twice(tmp_path):
+    for name in ("a/1.png", "a/deep/2.png", "b/3.png"):
+        write(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    (tmp_path / "a" / "photo.heic").write_text("x")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "broken.png").symlink_to("nowhere.png")
+    (tmp_path / "a" / "deep" / "up").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "b" / "across").symlink_to(tmp_path / "a" / "deep", target_is_directory=True)
+    folder = list_images(tmp_path)
+    assert folder.paths == ("a/1.png", "a/deep/2.png", "b/3.png")
+    assert dict(line.split("\t") for line in folder.ignored) == {
+        "a/notes.txt": "name ends in .txt",
+        "a/photo.heic": "name ends in .heic",
+        "a/pipe.png": "not a regular file",
+        "a/broken.png": "not a regular file",
+        "a/deep/up": "a second path to a folder that was already read",
+        "b/across": "a second path to a folder that was already read",
+    }
+    [line] = remarks(folder)
+    assert line.startswith("ignored 6 files that are not images (") and "1 x name ends in .heic" in line
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "deep" / "1.png")
+    write(tmp_path / "a" / "2.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ValueError, match="deep cannot be read .Permission denied.; make it readable, or remove it"):
+        list_images(tmp_path)
+
+
+def test_numbered_classes_in_the_order_of_text_are_remarked_upon(tmp_path):
+    for name in ("0", "1", "2", "10"):
+        write(tmp_path / name / "1.png")
+    [line] = remarks(list_images(tmp_path))
+    assert "label 0, 1, 2, ... are 0, 1, 10, 2, ...; pad them with zeros" in line
+    (tmp_path / "10").rename(tmp_path / "3")
+    assert remarks(list_images(tmp_path)) == []
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -74,7 +176,7 @@ def test_classes_and_paths_are_sorted_and_hidden_files_ignored(tmp_path):
         (["a/1.png", "b/.keep.png"], "class subfolder 'b' without images"),
     ],
 )
-def test_folders_that_are_no_image_folder(tmp_path, files, message):
+def test_folders_that_are_not_image_folders_are_refused(tmp_path, files, message):
     root = tmp_path / "images"
     if files is not None:
         root.mkdir()

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.data.shards import Manifest, latent_batches, mirrors, on_device, permutation
+from fastdit.data.latents import LatentSpec
+from fastdit.data.loader import latent_batches, mirrors, on_device, permutation
+from fastdit.data.manifest import Manifest
 from fastdit.data.writer import write_shards
+from fastdit.verify import verify
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
-ABOUT = Manifest(
-    vae="toy", codec="f" * 64, scale=0.3, shift=0.7, image_size=40, latent_shape=SHAPE, dtype="float16",
-    class_names=("ant", "bee", "cat"), images=0,
-)  # fmt: skip
+LATENTS = LatentSpec(SHAPE, scale=0.3, shift=0.7, vae="toy", codec="f" * 64, image_size=40)
+ABOUT = Manifest(LATENTS, "float16", class_names=("ant", "bee", "cat"), images=0)
 
 
 def toy_samples(count: int = COUNT) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +61,7 @@ def test_batches_are_the_samples_in_the_stated_order(stored):
             np.testing.assert_array_equal(each.moments[row].numpy(), moments[image, mirrored].astype(np.float32))
 
 
-def test_without_mirrors_only_the_images_as_they_are(stored):
+def test_without_hflip_no_image_is_mirrored(stored):
     moments, _ = toy_samples()
     [batch] = take(stored, 1, global_batch=COUNT, seed=0, hflip=False)
     np.testing.assert_array_equal(batch.moments.numpy(), moments[permutation(0, 0, COUNT), 0].astype(np.float32))
@@ -81,7 +83,7 @@ def test_world_size_and_resume_do_not_change_the_global_batches(stored):
             assert torch.equal(torch.cat([part[k].y for part in parts]), expected.y)
 
 
-def test_an_epoch_holds_every_image_once_and_is_unlike_the_others():
+def test_an_epoch_holds_every_image_once_and_differs_from_the_others():
     orders = [permutation(3, epoch, 1000) for epoch in range(200)]
     assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
     places = np.array([np.argsort(order)[:5] for order in orders])  # where images 0..4 come, by epoch
@@ -124,7 +126,7 @@ def test_manifest_says_what_is_there(stored):
     for shard in stored.shards:
         data = (stored.folder / shard.name).read_bytes()
         assert len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256
-    stored.verify()
+    assert all("far from the 1 that diffusion assumes" in line for line in verify(stored.folder, lambda line: None))
     written = json.loads((stored.folder / "manifest.json").read_text())
     assert written["samples"] == COUNT and written["num_classes"] == 3 and "folder" not in written
     assert sorted(os.listdir(stored.folder)) == ["index.npy", "manifest.json", *(shard.name for shard in stored.shards)]
@@ -167,7 +169,7 @@ def test_every_flipped_bit_of_a_latent_is_caught_and_named(copy):
         flip_bit(path, int(row["offset"]) * 8 + bit)
         mirrored = bit // 8 >= size // 2
         seed = next(s for s in range(99) if mirrors(s, 0, np.array([sample]))[0] == mirrored)
-        with pytest.raises(ValueError, match=f"{path.name} is damaged at sample {sample:09d}: .* crc32"):
+        with pytest.raises(ValueError, match=f"sample {sample:09d} of .*{path.name} is damaged: .* crc32"):
             take(copy, 1, global_batch=COUNT, seed=seed)
         assert len(take(copy, 1, global_batch=COUNT, seed=seed, verify=False)) == 1
         flip_bit(path, int(row["offset"]) * 8 + bit)
@@ -195,7 +197,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no manifest", "holds no manifest.json; write latents there with extract_features.py"),
+        ("no manifest", "has no manifest.json; write latents there with extract_features.py"),
         ("cut manifest", r"manifest.json is damaged \(JSONDecodeError"),
         ("format", "manifest.json has format 9, this version reads 1"),
         ("index", "index.npy is damaged: its SHA-256"),
@@ -211,10 +213,58 @@ def test_damaged_folders_are_named_before_the_first_batch(copy, how, message):
     assert "\n" not in str(error.value)
 
 
+def spoil(folder: Path, sample: int) -> Manifest:
+    """A NaN in both orientations of a sample, with checksums that agree."""
+    manifest, index = Manifest.load(folder), Manifest.load(folder).index()
+    path, start = folder / manifest.shards[index["shard"][sample]].name, int(index["offset"][sample])
+    data, size = bytearray(path.read_bytes()), 2 * 2 * int(np.prod(SHAPE))
+    for view in range(2):
+        part = slice(start + view * size, start + (view + 1) * size)
+        data[part.start : part.start + 2] = np.array([np.nan], "<f2").tobytes()
+        index["crc32"][sample, view] = zlib.crc32(data[part])
+    path.write_bytes(data)
+    np.save(folder / "index.npy", index)
+    digest = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    text = (folder / "manifest.json").read_text().replace(manifest.index_sha256, digest)
+    (folder / "manifest.json").write_text(text)
+    return Manifest.load(folder)
+
+
+def test_a_sample_that_is_not_finite_is_named(copy):
+    manifest = spoil(copy.folder, 7)
+    key = int(manifest.index()["key"][7])
+    with pytest.raises(ValueError, match=f"sample {key:09d} of .* has values that are not finite; .*skip_damaged=true"):
+        take(manifest, COUNT, global_batch=1, seed=0)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_damaged_samples_are_replaced_by_the_next_good_one_and_said_once(stored, copy, processes):
+    flip_bit(copy.folder / copy.shards[0].name, 8 * (int(copy.index()["offset"][4]) + 3))
+    flip_bit(copy.folder / copy.shards[0].name, 8 * (int(copy.index()["offset"][4]) + 3 + 2 * 2 * int(np.prod(SHAPE))))
+    manifest = spoil(copy.folder, 5)
+    heard, whole = [], take(stored, 40, global_batch=6, seed=3, hflip=False)
+    options = {"global_batch": 6, "seed": 3, "hflip": False, "skip_damaged": heard.append}
+    own = 6 // processes
+    parts = [take(manifest, 40, rows=slice(own * r, own * (r + 1)), **options) for r in range(processes)]
+    index, samples = stored.index(), toy_samples()[0]
+    for step, batch in enumerate(whole):
+        moments, y = (torch.cat([getattr(part[step], name) for part in parts]) for name in ("moments", "y"))
+        for i in range(6):
+            epoch, position = divmod(step * 6 + i, COUNT)
+            chosen = permutation(3, epoch, COUNT)[position]
+            wanted = {4: 6, 5: 6}.get(chosen, chosen)
+            np.testing.assert_array_equal(moments[i], samples[int(index["key"][wanted]), 0].astype(np.float32))
+            assert y[i] == index["label"][wanted]
+            assert chosen in (4, 5) or torch.equal(moments[i], batch.moments[i])
+    assert sorted({line.split(" of ")[0] for line in heard}) == sorted(
+        f"sample {int(index['key'][i]):09d}" for i in (4, 5)
+    )
+    assert processes == 3 or len(heard) == 2
+
+
 def test_verify_finds_damage_outside_the_latents(copy):
     flip_bit(copy.folder / "shard-00003.tar", 8 * 20)  # in a member's name
-    with pytest.raises(ValueError, match="shard-00003.tar is damaged: its SHA-256"):
-        copy.verify()
+    assert any("shard-00003.tar is damaged: its SHA-256" in line for line in verify(copy.folder, lambda line: None))
 
 
 @pytest.mark.parametrize(
@@ -222,13 +272,12 @@ def test_verify_finds_damage_outside_the_latents(copy):
     [
         (dict(image_size=256), "image_size=256, but .* 40 px images; set 40 or extract again"),
         (dict(num_classes=2), "num_classes=2, but .* labels 0 to 2; set 3, or 0"),
-        (dict(in_channels=16), "in_channels=16, but .* 4 channels; set 4"),
-        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that made .* toy"),
-        (dict(global_batch=54), "global_batch=54, but .* fewer images than that; use at most 53"),
+        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that encoded .* toy"),
+        (dict(global_batch=54), "global_batch=54, but .* only 53 images; use at most 53"),
     ],
 )
 def test_latents_that_do_not_fit_a_run(stored, settings, message):
-    stored.check(image_size=40, num_classes=3, in_channels=4, codec="f" * 64, global_batch=53)
+    stored.check(image_size=40, num_classes=3, codec="f" * 64, global_batch=53)
     stored.check(num_classes=0)
     stored.check(num_classes=1000)
     with pytest.raises(ValueError, match=message) as error:
@@ -241,38 +290,51 @@ def test_more_than_an_epoch_in_a_batch_fails_at_once(stored):
         latent_batches(stored, global_batch=54, seed=0)
 
 
+def open_shards(manifest: Manifest) -> int:
+    """How many files of the folder this process has open."""
+    folder = os.path.realpath(manifest.folder)
+    return sum(os.path.realpath(file).startswith(f"{folder}/") for file in Path("/proc/self/fd").iterdir())
+
+
+def readers() -> int:
+    return sum(thread.name.startswith("latents") for thread in threading.enumerate())
+
+
 def test_closing_ends_the_thread_and_the_files(stored):
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     batches = latent_batches(stored, global_batch=40, seed=0)
     next(batches)
-    assert len(os.listdir("/proc/self/fd")) > files
+    assert open_shards(stored) > 0 and readers() == 1
     batches.close()
-    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+    assert open_shards(stored) == readers() == 0
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
 def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, name):
     expected = take(stored, 3, global_batch=40, seed=0)
-    threads = threading.active_count()
     batches = on_device(latent_batches(stored, global_batch=40, seed=0, pin_memory=name == "cuda"), torch.device(name))
     for batch in expected:
         step, moments, y = next(batches)
         assert step == batch.step and moments.device.type == y.device.type == name
         assert torch.equal(moments.cpu(), batch.moments) and torch.equal(y.cpu(), batch.y)
     batches.close()
-    assert threading.active_count() == threads
+    assert readers() == 0
 
 
 def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):
-    monkeypatch.setattr("fastdit.data.shards.OPEN_FILES", 2)
     expected = take(stored, 3, global_batch=COUNT, seed=0)
-    files = len(os.listdir("/proc/self/fd"))
-    batches = latent_batches(stored, global_batch=COUNT, seed=0)
-    for batch in expected:
-        assert torch.equal(next(batches).moments, batch.moments)
-        assert len(os.listdir("/proc/self/fd")) <= files + 3
-    batches.close()
+    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
+    opened, real_open = [], os.open
+
+    def counting(*arguments, **options):  # in the reader's thread, the only one that opens and closes shards
+        file = real_open(*arguments, **options)
+        opened.append(open_shards(stored))
+        return file
+
+    monkeypatch.setattr(os, "open", counting)
+    for ours, theirs in zip(take(stored, 3, global_batch=COUNT, seed=0), expected, strict=True):
+        assert torch.equal(ours.moments, theirs.moments)
+    assert max(opened) == 2
 
 
 def test_infinite_latents_are_refused(tmp_path):

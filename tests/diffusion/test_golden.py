@@ -11,7 +11,7 @@ from fastdit.diffusion.guidance import clip, guided
 from fastdit.diffusion.likelihood import log_likelihood
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.diffusion.paths import PATHS, broadcast
-from fastdit.diffusion.prediction import reverse_moments, target, with_x_0
+from fastdit.diffusion.prediction import reverse_step, target, with_x_0
 from fastdit.diffusion.samplers import DIFFUSION_FORMS, SAMPLERS
 from fastdit.diffusion.timesteps import respaced
 from fastdit.models.dit import DiT
@@ -86,7 +86,7 @@ def ddpm_rows() -> dict:
             prediction = objective.predict(model, x_t, t, None)
             if clipped:
                 prediction = with_x_0(prediction, clip(prediction.x_0), x_t, t, objective.path)
-            mean, log_variance = reverse_moments(prediction, x_t, t, s, objective.path)
+            mean, log_variance = reverse_step(prediction, x_t, t, s, objective.path)
             variance = log_variance.exp()
             if objective.variance == "fixed_small":  # recorded apart: 0 for the first step, but its log clipped
                 variance = broadcast(objective.path.posterior(t, s)[2], x_t)

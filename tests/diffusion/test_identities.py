@@ -102,7 +102,7 @@ def oracle(objective, x_0, eps, t, error=0.0):
 
 
 @pytest.mark.parametrize(("interpolant", "prediction"), FLOWS)
-def test_the_velocity_weight_makes_any_loss_the_velocitys(interpolant, prediction):
+def test_the_velocity_weight_turns_any_loss_into_the_velocity_loss(interpolant, prediction):
     objective = FlowMatching(interpolant, prediction, weight="velocity")
     x_0, eps = batch()
     model = oracle(objective, x_0, eps, INSIDE, error=draws(*x_0.shape, seed=3))
@@ -162,7 +162,7 @@ def test_the_cosine_loss_measures_the_angle():
         torch.testing.assert_close(loss.per_sample, loss.parts["mse"] + 2 * angle)
 
 
-def test_the_cosine_loss_lets_a_head_start_at_zero():
+def test_the_cosine_loss_has_a_bounded_gradient_at_a_zero_output():
     """Without a bound its first gradient is 5e7, which Adam's second moment remembers for a thousand steps."""
     x_0, eps = batch(3)
     output = torch.zeros_like(x_0, requires_grad=True)
@@ -170,7 +170,7 @@ def test_the_cosine_loss_lets_a_head_start_at_zero():
     assert output.grad.norm() < 10
 
 
-def test_a_doubled_head_is_halved_by_flow_matching():
+def test_flow_matching_ignores_the_variance_half_of_the_head():
     x_0, eps = batch(3)
     output = draws(3, 4, 3, 3)
     full, half = (
@@ -179,7 +179,7 @@ def test_a_doubled_head_is_halved_by_flow_matching():
     assert torch.equal(full, half)
 
 
-def test_the_model_sees_the_released_clocks():
+def test_the_model_sees_the_time_of_the_released_checkpoints():
     index = torch.tensor([0, 1, 499, 999])
     assert torch.equal(DDPM().model_time((index + 1).double() / 1000), index.float())
     assert torch.equal(FlowMatching().model_time(torch.tensor([0.0, 0.25, 1.0])), torch.tensor([1.0, 0.75, 0.0]))
@@ -219,7 +219,7 @@ def test_the_shift_multiplies_the_noise_to_signal_ratio():
 
 @pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
 @pytest.mark.parametrize("prediction", ["velocity", "eps", "score", "x_0"])
-def test_given_distances_from_the_ends_are_honoured(interpolant, prediction):
+def test_given_distances_from_the_ends_are_honored(interpolant, prediction):
     objective = FlowMatching(interpolant, prediction, train_eps=0.02, sample_eps=0.05)
     top = 0.0 if interpolant == "vp" else 1.0
     t, ts = objective.sample_t(torch.tensor([0.0, 1.0])), objective.timesteps(10)
@@ -283,7 +283,7 @@ def test_the_coupling_pairs_the_training_batch():
 
 MISTAKES = [
     (lambda: DDPM(schedule="cosin"), "schedule='cosin'.*did you mean 'cosine'"),
-    (lambda: DDPM(prediction="velocity"), "prediction='velocity' is unknown, use one of eps, x_0, v"),
+    (lambda: DDPM(prediction="velocity"), "prediction='velocity' is unknown; did you mean 'v'. Known: eps, x_0, v"),
     (lambda: DDPM(variance="learned"), "variance='learned'"),
     (lambda: DDPM(loss_type="mse"), "loss_type='mse'.*learned_range.*use mse_vlb"),
     (lambda: DDPM(variance="fixed_small"), "loss_type='mse_vlb'.*fixed_small.*use mse or kl"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastdit.diffusion.likelihood import bits_per_dim, dequantized, log_likelihood, rademacher, variational_bound
+from fastdit.diffusion.likelihood import log_likelihood, rademacher, variational_bound
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.diffusion.prediction import Prediction, target
 
@@ -50,7 +50,7 @@ def test_a_gaussian_has_its_likelihood_within_the_error_bar(interpolant):
     assert score.abs().mean() < 1.2 and score.abs().max() < 4.5 and score.abs().max() > 1  # a bar, and not too wide
 
 
-def test_an_isotropic_gaussian_needs_no_luck():
+def test_an_isotropic_gaussian_has_no_probe_error():
     objective, std = FlowMatching(), 0.5
 
     def denoise(x_t, t):
@@ -66,15 +66,6 @@ def test_an_isotropic_gaussian_needs_no_luck():
     assert found.standard_error.max() < 1e-9
     torch.testing.assert_close(found.x_1, x_0 / std, atol=1e-3, rtol=1e-3)
     assert torch.isnan(log_likelihood(denoise, x_0, ts[:3], objective.path).standard_error).all()
-
-
-def test_bits_per_dimension_of_a_uniform_image_are_8():
-    pixels = torch.arange(256, dtype=torch.float64).view(1, -1) / 127.5 - 1
-    u = torch.rand(1, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = dequantized(pixels, u)
-    assert torch.equal(((x + 1) * 127.5).round(), torch.arange(256.0).double().view(1, -1))
-    nats = torch.tensor([-256 * math.log(256 * 2 / 255)], dtype=torch.float64)  # uniform over all 256 bins
-    assert bits_per_dim(nats, x, 2 / 255).item() == pytest.approx(8.0)
 
 
 def test_probes_are_signs():

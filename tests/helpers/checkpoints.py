@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from fastdit.conversion import convert
+from fastdit.convert import convert
 from helpers import GOLDEN
 from helpers.data import tiny_vae
 

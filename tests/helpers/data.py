@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdit.data.shards import Manifest
+from fastdit.data.latents import LatentSpec
+from fastdit.data.manifest import Manifest
 from fastdit.data.writer import write_shards
 
 
@@ -44,10 +45,8 @@ def write_digits(root: Path, count: int) -> Path:
 def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
     """Moments whose mean has deviation `spread` and whose posterior has 2, unscaled: sqrt(29) x scale is 0.98."""
     rng = np.random.default_rng(0)
-    about = Manifest(
-        vae="vae", codec="0" * 64, scale=scale, shift=0.0, image_size=16, latent_shape=(4, 8, 8), dtype="float16",
-        class_names=tuple("abc"), images=40,
-    )  # fmt: skip
+    latents = LatentSpec((4, 8, 8), scale, 0.0, vae="vae", codec="0" * 64, image_size=16)
+    about = Manifest(latents, "float16", class_names=tuple("abc"), images=40)
 
     def samples():
         for i in range(40):

@@ -1,21 +1,39 @@
-"""A small world to train in, and how to run the scripts there: digits, an untrained autoencoder, their latents."""
+"""A folder to train in (digits, an untrained autoencoder, their latents), and how tests run the scripts in it.
 
+A new interpreter takes five to ten seconds to import torch, diffusers and DeepSpeed. `run` therefore forks its
+processes from one that has imported them. `run_command` starts new interpreters, where the command itself is tested.
+"""
+
+import multiprocessing
 import os
-import socket
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore
 
 from helpers import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["fastdit.training.loop", "fastdit.sampling", "fastdit.data.extract", "diffusers.models", "torch.utils.tensorboard"]
+    + ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed imports it when a run begins
+)
 
 
 def make_world(root: Path) -> Path:
-    """root/{images,held_out,vae,latents} and root/config.yaml: a two-step-a-second run on a laptop."""
+    """Write root/{images,held_out,vae,latents} and root/config.yaml, for a run of twenty short steps."""
     from fastdit.data.extract import extract_features
-    from fastdit.models.vae import small_vae
-    from fastdit.quickstart import write_digits
+    from fastdit.quickstart.digits import write_digits
+    from fastdit.quickstart.small_vae import small_vae
 
     write_digits(root, 32)
     small_vae(32, seed=1).save_pretrained(root / "vae")
@@ -31,24 +49,80 @@ sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
     return root
 
 
-def command(script: str, *arguments: str, processes: int = 1) -> list[str]:
-    """The command line of a script of the repository, under torchrun when there are several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
-    return [*launcher, str(ROOT / script), *arguments]
+def run_command(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in a new process; the exit code is not checked."""
+    return subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
 
 
-def run(script: str, *arguments: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script to its end; its output is in the failure's message."""
-    done = subprocess.run(
-        command(script, *arguments, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
-    assert not check or done.returncode == 0, f"{script} {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
+def rendezvous() -> tuple[TCPStore, dict[str, str]]:
+    """A TCP store, served while the caller holds a reference, and the environment in which processes use it.
+
+    torchrun does the same for its workers. The port is chosen when it is bound, so no other process can take it first.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> str:
+    """Run a script of the repository in forked processes and return what they printed.
+
+    kill = (step, seconds): the process is killed that many seconds after it has logged that step.
+    """
+    store, world = rendezvous()
+    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(processes)]
+        forks = []
+        for rank, output in enumerate(outputs):
+            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            forks.append(FORKS.Process(target=forked, args=(str(ROOT / script), arguments, environment, output, kill)))
+            forks[-1].start()
+        try:
+            while waiting := [fork.sentinel for fork in forks if fork.exitcode is None]:
+                wait(waiting)
+                if any(fork.exitcode for fork in forks):
+                    break  # the others would wait for the one that failed
+        finally:
+            for fork in forks:
+                fork.kill()
+                fork.join()
+        codes = {fork.exitcode for fork in forks}
+        said = "\n".join(output.read_text() for output in outputs)
+        assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
+        return said
+
+
+def forked(script: str, arguments: tuple, environment: dict, output: Path, kill: tuple | None) -> None:
+    """The body of each process of `run`."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= ENVIRONMENT | environment
+    torch.set_num_threads(1)
+    if kill:
+        kill_after(*kill)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def kill_after(step: int, seconds: float) -> None:
+    """Have SIGKILL end this process `seconds` after it has logged `step`, or at its end if that comes first."""
+    from fastdit.training.log import Log
+
+    write = Log.write
+
+    def die() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def writing(self, at: int, *values, **record) -> None:
+        write(self, at, *values, **record)
+        if at == step:
+            threading.Thread(target=die).start()  # not a daemon: the process cannot end before it
+
+    Log.write = writing

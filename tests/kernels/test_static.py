@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 pytest.importorskip("triton")
-BENCH = ROOT / "bench" / "kernels.py"
+BENCH = [sys.executable, "-m", "bench.static.kernels", "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The static table; in its own process, since this one's kernels are interpreted."""
     out = tmp_path_factory.mktemp("static")
     env = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, BENCH, "--static", "--out", out], env=env, check=True, capture_output=True)
+    subprocess.run([*BENCH, out], env=env, cwd=ROOT, check=True, capture_output=True)
     return [json.loads(line) for line in (out / "kernels_static.jsonl").read_text().splitlines()]
 
 

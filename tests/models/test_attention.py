@@ -1,17 +1,16 @@
 """Attention backends: equal where they run, refused in words where they cannot or must not."""
 
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.kernels.attention import inputs, run
+from fastdit.config import NetworkOptions
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
-from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -28,8 +27,6 @@ def gpu(monkeypatch):
 
 
 def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
-    from attention import inputs, run
-
     for shape in ((3, 2, 41, 72), (1, 3, 64, 64)):
         qkv, grad = inputs(*shape, "cpu")
         qkv, grad = qkv.detach().float().requires_grad_(), grad.float()
@@ -44,7 +41,7 @@ def test_the_networks_attention_runs_our_kernel(monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
     torch.manual_seed(0)
-    layer = Attention(144, 2).to(device)  # two heads of 72
+    layer = Attention(144, 2, NetworkOptions()).to(device)  # two heads of 72
     x = torch.randn(2, 19, 144, device=device, requires_grad=True)
     results = {}
     for layer.backend in ("eager", "triton"):
@@ -65,7 +62,7 @@ def test_our_kernel_is_refused_where_it_cannot_run(gpu, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("sdpa", "cpu", "eager")])
 def test_gpu_backends_are_refused_on_a_cpu(name):
-    with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
+    with pytest.raises(ValueError, match=f"model.attention='{name}' does not work here: .* use auto or sdpa"):
         resolve(name, device=CPU, head_dim=64, tokens=256)
     assert resolve("auto", device=CPU, head_dim=64, tokens=256) == "cpu"
 
@@ -96,7 +93,7 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith(("sdpa-", "flash-"))])
-def test_kernels_of_half_precision_leave_fp32_to_pytorch(name):
+def test_half_precision_kernels_leave_fp32_to_pytorch(name):
     """The quickstart, the likelihood and sampling by default compute in fp32, whatever the training's backend was."""
     q, k, v = torch.randn(3, 2, 3, 41, 72).unbind()
     wanted = F.scaled_dot_product_attention(q, k, v)
@@ -108,7 +105,7 @@ def test_kernels_of_half_precision_leave_fp32_to_pytorch(name):
 @pytest.mark.parametrize(("name", "head_dim"), [("cpu", 64), ("sdpa-cudnn", 36), ("sdpa-cudnn", 144)])
 def test_what_a_gpu_has_no_kernel_for_is_refused_there(gpu, name, head_dim):
     gpu("NVIDIA H200", (9, 0))
-    with pytest.raises(ValueError, match=f"model.attention='{name}' is impossible here: .* use auto or sdpa"):
+    with pytest.raises(ValueError, match=f"model.attention='{name}' does not work here: .* use auto or sdpa"):
         resolve(name, device=CUDA, head_dim=head_dim, tokens=256)
 
 

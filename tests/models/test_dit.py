@@ -49,12 +49,21 @@ def test_gradients_equal_the_official_network(recompute):
         torch.testing.assert_close(parameters[name].grad, expected, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_compiled_blocks_give_the_same_output_and_keep_the_official_names():
+def test_compiled_blocks_give_the_same_output_and_gradients_and_keep_the_official_names():
     model, golden = golden_dit()
     names = list(model.state_dict())
+
+    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = model(golden["x"], golden["t"], golden["y"])
+        return out, torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
+
+    _, wanted = gradients()
+    model.join_modulations()
     model.compile_blocks()
-    with torch.no_grad():
-        torch.testing.assert_close(model(golden["x"], golden["t"], golden["y"]), golden["out"], **CLOSE)
+    out, found = gradients()
+    torch.testing.assert_close(out, golden["out"], **CLOSE)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
     assert list(model.state_dict()) == names
 
 
@@ -87,7 +96,7 @@ def test_every_variant_has_integral_heads_and_starts_at_zero():
     assert model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10])).abs().max() == 0
 
 
-def test_label_dropout_has_its_rate_and_its_row():
+def test_label_dropout_has_its_rate_and_needs_a_null_label():
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     dropped = drop_labels(torch.zeros(100_000, dtype=torch.long), u, 0.1, 1000) == 1000
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.004)

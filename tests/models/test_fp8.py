@@ -10,7 +10,8 @@ from torch import nn
 from fastdit.config import load_config
 from fastdit.models.dit import create_dit
 from fastdit.models.layers import Linear
-from fastdit.training.loop import read_metrics, train
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
 pytest.importorskip("torchao", reason="training.fp8 needs torchao")
 from fastdit.models.fp8 import use_fp8  # noqa: E402
@@ -75,7 +76,7 @@ def test_losses_on_digits_stay_beside_bf16s(world, tmp_path, one_thread):
 @pytest.mark.parametrize("wrong", [
     ("training.fp8=true training.precision=fp32", "use training.precision=bf16 with it"),
     ("training.fp8=true training.zero_stage=3", "use training.zero_stage=1 or 2 with it"),
-    ("training.fp8=true model.variant=DiT-2x40x2/2", "multiples of 16; blocks.0.attn.qkv is 40 x 120; use false"),
+    ("training.fp8=true model.variant=DiT-2x40x2/2", "multiples of 16, but blocks.0.attn.qkv is 40 x 120; use false"),
 ])  # fmt: skip
 def test_what_fp8_cannot_do_is_refused(world, tmp_path, wrong):
     overrides, message = wrong

@@ -1,15 +1,17 @@
 """Positions, norms of queries and keys, dropout and the smaller options of DiT, each against its definition."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.dit import DiT
 from fastdit.models.dropout import dropout, dropout_keys
-from fastdit.models.layers import NORMS, Attention, Mlp, mlp_width, rotated
+from fastdit.models.layers import NORMS, Attention, Mlp, rotated
 from helpers.networks import batch, gradients, small
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -32,7 +34,7 @@ def test_rotated_logits_depend_on_relative_positions_alone():
     assert min(b - a for a, b in zip(means, means[1:], strict=False)) > 1e-6  # and no two offsets look alike
 
 
-def test_rope_leaves_tokens_beside_the_patches_unturned_and_adds_no_table():
+def test_rope_rotates_patches_only_and_adds_no_table():
     model = small(position="rope", registers=2, block="in_context")
     assert "pos_embed" not in model.state_dict() and model.rope.shape == (2, 9 + 2 + 2, 4)
     assert torch.equal(model.rope[:, 9:], torch.tensor([1.0, 0.0])[:, None, None].expand(2, 4, 4))
@@ -52,7 +54,7 @@ def test_the_residual_stays_fp32_under_autocast(position):
 @pytest.mark.parametrize("norm", NORMS)
 def test_query_key_norm_then_rotation_equals_its_definition(norm):
     torch.manual_seed(0)
-    attention = Attention(24, 3, "eager", qk_norm=norm)
+    attention = Attention(24, 3, NetworkOptions(qk_norm=norm), "eager")
     torch.nn.init.normal_(attention.q_norm.weight)
     torch.nn.init.normal_(attention.k_norm.weight)
     x, rope = torch.randn(3, 6, 24), rope_2d(2, 3, 8)
@@ -69,7 +71,7 @@ def test_query_key_norm_then_rotation_equals_its_definition(norm):
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
 def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
-    attention = Attention(24, 3, "eager", qk_norm=norm or "none", qkv_bias=False)
+    attention = Attention(24, 3, NetworkOptions(qk_norm=norm or "none", qkv_bias=False), "eager")
     x = torch.randn(3, 9, 24, generator=torch.Generator().manual_seed(0))
     before = attention(x)[0]
     with torch.no_grad():
@@ -81,11 +83,13 @@ def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
 
 @pytest.mark.parametrize("options", [{}, {"block": "adaln"}], ids=["adaln_zero", "adaln"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_joint_modulations_change_neither_values_nor_names(options, compiled):
+def test_joint_modulations_change_neither_values_nor_names(options, compiled, monkeypatch):
+    """Compiled without Inductor, which test_dit.py runs on joint modulations."""
     model = small(**options)
     names, (out, wanted) = list(model.state_dict()), gradients(model)
     model.join_modulations()
     if compiled:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         model.compile_blocks()
     joint, found = gradients(model)
     torch.testing.assert_close(joint, out, **CLOSE)
@@ -94,7 +98,7 @@ def test_joint_modulations_change_neither_values_nor_names(options, compiled):
     assert list(model.state_dict()) == names
 
 
-def test_modulations_that_are_not_there_are_not_joined():
+def test_joint_modulations_are_refused_without_modulations():
     with pytest.raises(ValueError, match="training.joint_adaln=true needs modulations.* use false"):
         small(block="in_context").join_modulations()
 
@@ -112,7 +116,7 @@ def test_latents_may_be_rectangular():
     assert torch.equal(model.pos_embed[0, 7], square[1, 2])
 
 
-def test_transposed_convolution_is_one():
+def test_the_transposed_convolution_equals_pytorchs():
     model = small(unpatchify="transposed_conv")
     final, x = model.final_layer, torch.randn(3, 9, 24)
     out = model.unpatchify(final(x, (torch.zeros_like(x), None, None), torch.zeros(3, 24)))
@@ -126,7 +130,7 @@ def test_transposed_convolution_is_one():
 # ---- the MLP
 
 
-def test_activations_are_what_they_are_called():
+def test_activations_equal_their_definitions():
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     wanted = {
         "gelu": lambda u: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
@@ -135,10 +139,15 @@ def test_activations_are_what_they_are_called():
     }
     for kind, definition in wanted.items():
         torch.manual_seed(0)
-        mlp = Mlp(24, kind)
+        mlp = Mlp(24, NetworkOptions(mlp=kind))
         out, bias = mlp(x)
         torch.testing.assert_close(out + bias, mlp.fc2(definition(mlp.fc1(x))), **CLOSE)
-    assert [mlp_width(d, 4.0, "swiglu") for d in (24, 384, 768, 1024, 1152, 2048)] == [64, 1024, 2048, 2736, 3072, 5464]
+
+    def swiglu_width(hidden_size: int) -> int:
+        with torch.device("meta"):
+            return Mlp(hidden_size, NetworkOptions(mlp="swiglu")).fc2.weight.shape[1]
+
+    assert [swiglu_width(d) for d in (24, 384, 768, 1024, 1152, 2048)] == [64, 1024, 2048, 2736, 3072, 5464]
 
 
 def test_bias_switches_remove_their_biases():
@@ -154,7 +163,7 @@ def test_bias_switches_remove_their_biases():
 # ---- dropout
 
 
-def test_dropout_keeps_its_share_and_the_mean():
+def test_dropout_drops_its_share_and_keeps_the_mean():
     x = torch.ones(16, 64, 96)
     keys = dropout_keys(torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 2, 3)
     assert keys.shape == (2, 3, 16) and len(keys.unique()) == keys.numel()

@@ -157,16 +157,16 @@ def plain_block(block, x: Tensor, c: Tensor | None) -> Tensor:
         cross = block.cross
         branches.append(lambda h: attend(cross.q(h), *cross.kv(c).chunk(2, -1), cross.proj))
     branches.append(lambda h: block.mlp.fc2(F.gelu(block.mlp.fc1(h), approximate="tanh")))
-    if block.rows_of_c:
-        rows = block.adaLN_modulation(c).view(n, 2, block.rows_of_c, 1, d)
+    if block.modulations:
+        rows = block.adaLN_modulation(c).view(n, 2, block.modulations, 1, d)
     for i, branch in enumerate(branches):
         h = F.layer_norm(x, (d,), eps=1e-6) if block.norm == "layer" else F.rms_norm(x, (d,), eps=1e-6)
-        if block.rows_of_c:
+        if block.modulations:
             h = h * (1 + rows[:, i, 1]) + rows[:, i, 0]
         else:
             norm = block.norms[i]
             h = h * norm.weight + getattr(norm, "bias", 0)
-        x = x + (rows[:, i, 2] if block.rows_of_c == 3 else 1) * branch(h)
+        x = x + (rows[:, i, 2] if block.modulations == 3 else 1) * branch(h)
     return x
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import fastdit.quickstart as main_job
-from fastdit.evaluation.judge import Judge, thumbnails
+import fastdit.quickstart.job as main_job
+from fastdit.quickstart.judge import Judge, thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def shortened(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(main_job.VAE, "steps", 60)
         patch.setattr(main_job, "SAMPLES", 40)
-        changes = ["training.steps=60", "training.log_every=20", "sampling.steps=4"]
+        changes = ["training.steps=30", "training.log_every=10", "sampling.steps=4"]
         report = main_job.quickstart(out, seed=1, overrides=changes, say=lambda _: None)
     return out, report
 
@@ -29,9 +29,9 @@ def test_the_report_holds_every_figure(shortened):
     assert report["judge_accuracy_on_real"] > 0.9 and report["reconstruction_psnr_db"] > 15
     assert 0 < report["frechet_distance_real"] < report["frechet_distance"]
     assert set(report["seconds"]) == {"images", "autoencoder", "extract", "train", "sample", "judge", "total"}
-    assert report["config"]["training"]["steps"] == 60 and report["config"]["seed"] == 1
+    assert report["config"]["training"]["steps"] == 30 and report["config"]["seed"] == 1
     page = (out / "report.html").read_text()
-    assert all(name in page for name in ("grid.png", "denoising.gif", "loss.png", "training.steps = 60"))
+    assert all(name in page for name in ("grid.png", "denoising.gif", "loss.png", "training.steps = 30"))
 
 
 def test_the_pictures_show_what_they_say(shortened):

@@ -6,10 +6,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
+from fastdit.build import prepare_for_training
 from fastdit.config import TrainingConfig, load_config
+from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.dit import DiT
-from fastdit.sampling import load_generator
-from fastdit.training.loop import read_metrics, set_up, train
+from fastdit.sampling import load_pipeline
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 
 EVERYTHING = [
     "model.norm=rms", "model.qk_norm=layer", "model.mlp=swiglu", "model.position=rope", "model.registers=2",
@@ -39,7 +42,7 @@ def test_a_resume_is_exact_and_a_checkpoint_keeps_every_name(world, tmp_path, bl
     for name in ("model", "ema"):
         ours, theirs = load_file(whole / f"{name}.safetensors"), load_file(halves / f"{name}.safetensors")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    generator = load_generator(whole)
+    generator = load_pipeline(whole)
     ema, loaded = load_file(whole / "ema.safetensors"), generator.model.state_dict()
     assert ema.keys() == loaded.keys() and all(torch.equal(ema[k], loaded[k]) for k in ema)
     assert generator.latents([0, 1], torch.tensor([3, 4]), seed=0).isfinite().all()
@@ -65,17 +68,18 @@ def test_micro_batches_and_recomputation_draw_the_same_dropout(world, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("model.dropout=1", "model.dropout=1.0 is out of range; use a share in [0, 1)"),
+        ("model.dropout=1", "model.dropout=1.0 is out of range; use a probability in [0, 1)"),
         ("model.registers=-1", "model.registers=-1 is out of range; use 0 for none"),
         ("model.mlp_ratio=0", "model.mlp_ratio=0.0 is out of range; use a positive factor"),
-        ("model.block=zero", "model.block='zero' is not one of adaln_zero, adaln, in_context, cross_attention"),
+        ("model.block=zero",
+         "model.block='zero' is unknown; did you mean 'adaln_zero'? Known: adaln_zero, adaln, in_context, cross_att"),
         ("model.variant=DiT-4x64x7/4", "hidden_size=64 must be a multiple of num_heads=7"),
         ("model.variant=DiT-XL/3", "model.variant='DiT-XL/3' is unknown; did you mean 'DiT-XL/"),
         ("objective.variance=learned_range", "objective.variance='learned_range' is an option of ddpm, not of flow"),
         ("objective={name: ddpm, weight: velocity}", "objective.weight='velocity' is an option of flow, not of ddpm"),
         ("sampling.sampler={name: heun, eta: 1}", "sampling.sampler.eta=1 is an option of ddim"),
         ("model.class_dropout=0", "sampling.cfg_scale=1.5 needs a null label; this model has class_dropout=0.0"),
-        ("sampling.steps=ddim50", "steps='ddim50' respaces a discrete schedule; use a positive count"),
+        ("sampling.steps=ddim50", "steps='ddim50' needs a discrete schedule; use a positive count"),
         (["objective=ddpm", "sampling.steps=ddim300"], "ddim300"),
         (["model.position=rope", "model.variant=DiT-2x60x10/4"], "use another num_heads, or position=sincos"),
     ],
@@ -98,7 +102,7 @@ def test_the_compiler_leaves_blocks_whole_under_ddp(monkeypatch):
             torch._dynamo.reset()
             counters.clear()
             model = DiT(input_size=8, hidden_size=256, depth=3, num_heads=4, num_classes=10)
-            set_up(model, TrainingConfig(precision="fp32"), "none")
+            prepare_for_training(model, FlowMatching(), TrainingConfig(precision="fp32"), "none")
             wrap(model)(*inputs).sum().backward()
             graphs.append(counters["aot_autograd"]["total"])
         assert graphs[0] == graphs[1] > 0

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import cli
-from fastdit.conversion import convert
-from fastdit.data.shards import Manifest
+from fastdit.convert import convert
+from fastdit.data.manifest import Manifest
 from fastdit.training import checkpoint
 from fastdit.verify import verify
 from helpers.checkpoints import golden_weights, moved
@@ -42,11 +42,11 @@ def copy(healthy, tmp_path, name):
     return tmp_path / name
 
 
-def test_what_is_well_is_said_to_be_well(healthy, world, capsys, monkeypatch):
+def test_a_healthy_checkpoint_and_shard_set_pass(healthy, world, capsys, monkeypatch):
     heard = []
     assert verify(healthy / "run", heard.append) == [] and verify(healthy / "latents", heard.append) == []
     text = "\n".join(heard)
-    assert "fp32 EMA" in text and "within 0.0e+00 of the recorded one" in text
+    assert "fp32 EMA" in text and "within 0.0e+00 of the recorded output" in text
     assert "40 images of 3 classes in 2 shards" in text
     for name, code in (("run", 0), ("latents", 0)):
         monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(healthy / name)])
@@ -54,7 +54,7 @@ def test_what_is_well_is_said_to_be_well(healthy, world, capsys, monkeypatch):
         assert "all is well" in capsys.readouterr().out
 
 
-def test_a_trained_run_and_its_shards_are_well(world, tmp_path):
+def test_a_trained_run_and_its_shards_pass(world, tmp_path):
     from fastdit.config import load_config
     from fastdit.training.loop import train
 
@@ -72,15 +72,14 @@ def edit(folder, name, change):
 
 
 def relist(folder):
-    meta = json.loads((folder / checkpoint.META).read_text())
-    meta["files"] = {key: (folder / key).stat().st_size for key in meta["files"]}
-    (folder / checkpoint.META).write_text(json.dumps(meta))
+    """As if the files had been written so: digests and sizes are those of the files that lie there."""
+    change_meta(folder, lambda meta: None)
 
 
 def change_meta(folder, change):
     meta = json.loads((folder / checkpoint.META).read_text())
     change(meta)
-    (folder / checkpoint.META).write_text(json.dumps(meta))
+    checkpoint.write_meta(folder, {key: value for key, value in meta.items() if key != "sha256"})
 
 
 def poked(state, name, value):
@@ -121,7 +120,7 @@ CHECKPOINT_FAULTS = {
     ),
     "bf16": (
         lambda folder: edit(folder, "ema", lambda s: {k: v.bfloat16() for k, v in s.items()}),
-        ["is BF16, not F32", "an average must live in fp32", "more: precision"],
+        ["is BF16, not F32", "weights and EMA must be fp32", "more: precision"],
     ),
     "no EMA": (lambda folder: (folder / "ema.safetensors").unlink(), ["ema.safetensors is missing"]),
     "cut short": (
@@ -131,7 +130,7 @@ CHECKPOINT_FAULTS = {
     "no config": (lambda folder: (folder / "config.yaml").unlink(), ["config.yaml does not exist"]),
     "another model": (
         lambda folder: written(folder, "2x48x4", "3x48x4"),
-        ["checkpoint.json says model='DiT-2x48x4/2', config.yaml 'DiT-3x48x4/2'",
+        ["checkpoint.json says model='DiT-2x48x4/2', but config.yaml says 'DiT-3x48x4/2'",
          "blocks.2.attn.qkv.weight is missing", "more: weights"],
     ),
     "a config key": (
@@ -141,15 +140,15 @@ CHECKPOINT_FAULTS = {
     "no facts": (lambda folder: change_meta(folder, lambda m: m.pop("latents")), ["has no 'latents'"]),
     "a scale": (
         lambda folder: change_meta(folder, lambda m: m["latents"].update(scale=1.0)),
-        ["latents have scale 1.0", "has 0.18215"],
+        ["the latents in the checkpoint have scale 1.0", "0.18215"],
     ),
     "another autoencoder": (
         lambda folder: change_meta(folder, lambda m: m["latents"].update(codec="ab")),
-        ["another autoencoder"],
+        ["the latents in the checkpoint have codec ab"],
     ),
     "another network's weights": (
         lambda folder: edit(folder, "ema", lambda s: moved(s, 0.1)),
-        ["differs from the recorded one by"],
+        ["differs from the recorded output by"],
     ),
     "a run without optimiser": (
         lambda folder: change_meta(folder, lambda m: m.update(engine="torch")),
@@ -210,7 +209,7 @@ SHARD = "shard-00000.tar"  # 4,096 bytes a sample: 512 + 128 + 2 x 1,024 + paddi
 SHARD_FAULTS = {
     "one bit of a latent": (
         lambda folder: flip(folder / SHARD, 1000),
-        ["SHA-256 is not the manifest's", "sample 000000000 is damaged"],
+        ["SHA-256 is not the one in the manifest", "sample 000000000 is damaged"],
     ),
     "one bit of a label": (
         lambda folder: flip(folder / SHARD, 3584),
@@ -237,7 +236,7 @@ SHARD_FAULTS = {
     ),
     "another label": (
         lambda folder: write_index(folder, lambda index: put(index, "label", 0)),
-        ["sample 000000007 has label 1 in the tar, 0 in the index", "classes' counts"],
+        ["sample 000000007 has label 1 in the tar, 0 in the index", "class counts in the manifest differ"],
     ),
     "an offset": (
         lambda folder: write_index(folder, lambda index: put(index, "offset", 1000)),
@@ -245,15 +244,15 @@ SHARD_FAULTS = {
     ),
     "a key twice": (
         lambda folder: write_index(folder, lambda index: put(index, "key", 3)),
-        ["names a key twice"],
+        ["has a duplicate key"],
     ),
     "a shard's number": (
         lambda folder: write_index(folder, lambda index: put(index, "shard", 1)),
-        ["other numbers of samples per shard"],
+        ["different numbers of samples per shard"],
     ),
     "a statistic": (
         lambda folder: change_manifest(folder, lambda m: m.update(channel_std=[1.0] * 4)),
-        ["the channels' deviations are 0.9", "the manifest says 1.00"],
+        ["the channel standard deviations are 0.9", "but the manifest says 1.00"],
     ),
     "no manifest to read": (
         lambda folder: (folder / "manifest.json").write_text("{"),
@@ -274,7 +273,7 @@ def test_every_fault_of_a_shard_set_is_named(healthy, tmp_path, name):
 def test_latents_far_from_unit_variance_name_the_scale_that_suits(tmp_path):
     make_shards(tmp_path / "latents", scale=1.0)
     [line] = verify(tmp_path / "latents", quiet)
-    assert "deviations are 5." in line and "scale=1 does not suit them, 0.18" in line
+    assert "standard deviations of the scaled latents are 5." in line and "scale=1 is wrong; use 0.18" in line
 
 
 def test_a_checkpoint_is_held_against_the_shards_it_names(healthy, tmp_path):
@@ -289,7 +288,8 @@ def test_a_checkpoint_is_held_against_the_shards_it_names(healthy, tmp_path):
 def test_the_command_ends_with_exit_code_2(healthy, tmp_path, capsys, monkeypatch):
     folder = copy(healthy, tmp_path, "latents")
     flip(folder / SHARD, 3000)
-    for path, words in [(folder, "wrong: "), (tmp_path / "gone", "error: "), (tmp_path, "holds no whole checkpoint")]:
+    gone = tmp_path / "gone"
+    for path, words in [(folder, "wrong: "), (gone, "error: "), (tmp_path, "holds no complete checkpoint")]:
         monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(path)])
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -1,0 +1,1 @@
+"""Kernels timed on a GPU: `python -m bench.kernels`, `python -m bench.kernels.attention`."""

@@ -1,0 +1,1 @@
+"""Sampled images per second: `python -m bench.sample`."""

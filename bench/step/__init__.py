@@ -1,0 +1,1 @@
+"""Training steps per second: `python -m bench.step`."""

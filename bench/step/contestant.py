@@ -1,0 +1,105 @@
+"""One contestant in its own process: `python -m bench.step.contestant` reads a job from stdin and writes one file.
+
+The job, in JSON: case (the fields of Case), gate (whether to run the gate's steps), warmup and steps (0: no timing),
+profile (steps to profile), trace (a file for the timeline, or ""), file (where the result goes).
+
+The result, in JSON: losses, moved, precision, first_step_s of the gate; seconds of each timed step, peak_gib of the
+tensors, reserved_gib (with a CUDA graph's own memory), product_tflops; profile_ms by kind of kernel; or else
+{failed: traceback, out_of_memory: bool}.
+"""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from bench.record import product_tflops, synchronize
+from bench.step.cases import Case
+from bench.step.profiles import breakdown
+from bench.step.stacks import Fastdit, Reference, build_case
+from fastdit.errors import is_out_of_memory
+from fastdit.training.log import peak_gib
+
+
+def perform(job: dict) -> dict:
+    """Build the case and do the job; the result as above."""
+    case = Case(**{**job["case"], "overrides": tuple(job["case"]["overrides"])})
+    device = torch.device(case.device)
+    # a batch that was halved in an earlier process must not make the compiler expect dynamic shapes
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    result = {}
+    try:
+        begin = time.perf_counter()
+        contestant = build_case(case)
+        if job["gate"]:
+            verdict = contestant.gate()
+            result = {"losses": verdict.losses.tolist(), "moved": verdict.moved.tolist(),
+                      "precision": verdict.precision, "first_step_s": verdict.first_done - begin}  # fmt: skip
+        if job["steps"]:
+            result["seconds"] = time_steps(contestant, device, job["warmup"], job["steps"])
+            result["peak_gib"] = result["reserved_gib"] = peak_gib(device)
+            if device.type == "cuda":
+                result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    except Exception as error:
+        return {"failed": traceback.format_exc(), "out_of_memory": is_out_of_memory(error)}
+    try:
+        if job["steps"]:
+            result["product_tflops"] = product_tflops(device)  # while the device is as warm as it gets
+        if job["profile"]:
+            result["profile_ms"] = profile(contestant, device, job["profile"], job["trace"])
+    except Exception as error:  # the times are valid nevertheless
+        print(f"{case.name}: not measured: {error}", file=sys.stderr)
+    return result
+
+
+def time_steps(contestant: Reference | Fastdit, device: torch.device, warmup: int, steps: int) -> list[float]:
+    """Seconds of each step, without waiting for the device in between."""
+
+    def mark():
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    for i in range(warmup):
+        contestant.step(i)
+    synchronize(device)
+    marks, losses = [mark()], []
+    for i in range(steps):
+        losses.append(contestant.step(i))
+        marks.append(mark())
+    synchronize(device)
+    if not torch.isfinite(torch.stack([loss.detach().float() for loss in losses])).all():
+        raise ValueError(f"a loss is not finite: {losses}")
+    pairs = zip(marks, marks[1:], strict=False)
+    return [a.elapsed_time(b) / 1000 if device.type == "cuda" else b - a for a, b in pairs]
+
+
+def profile(contestant: Reference | Fastdit, device: torch.device, steps: int, trace: str) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel; `trace` gets the timeline for a trace viewer."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    contestant.step(0)
+    synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for i in range(steps):
+            contestant.step(i)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    if trace:
+        profiler.export_chrome_trace(trace)
+    return {kind: 1000 * s / steps for kind, s in breakdown(profiler.events(), seconds, device.type).items()}
+
+
+if __name__ == "__main__":
+    if text := sys.stdin.read():  # empty when a process that was started ahead is not needed
+        job = json.loads(text)
+        partial = Path(job["file"]).with_suffix(".partial")
+        partial.write_text(json.dumps(perform(job)))
+        partial.rename(job["file"])

@@ -1,0 +1,66 @@
+"""A step's time by kind of kernel, from torch.profiler's events."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+# the first match wins; names of kernels on a GPU, of operators on a CPU
+OURS = [  # kernels/*.py; the compiler may append a number
+    ("attention", r"_attention_(forward|backward_q|backward_kv)"),
+    ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
+             r"|_qk_norm_rope_(forward|backward)"),
+    ("activation", r"_(gelu|swiglu)_(forward|backward)"),
+    ("optimizer", r"_adamw_ema"),
+]  # fmt: skip
+FUSED = [  # Inductor's, named after the fused operators; products and attention are never among them
+    ("optimizer", r"adam|lerp"),
+    ("norm", r"layer_norm|rms_norm|rsqrt|welford"),
+    ("activation", r"gelu|tanh|sigmoid|silu"),
+    ("random", r"rand|philox|seed"),
+]
+KINDS = [
+    ("attention", r"flash|fmha|attention|sdpa|cudnn.*(mha|attn)"),
+    ("optimizer", r"adam|multi_tensor|lerp|optimizer"),
+    ("GEMM", r"gemm|gemv|nvjet|cutlass|wgmma|xmma|cublas|\bmm\b|addmm|\bbmm\b|linear|conv|matmul|splitk|triton_tem"),
+    ("norm", r"layer_norm|welford|rms_norm"),
+    ("activation", r"gelu|silu"),
+    ("copy", r"memcpy|memset|copy_|_to_copy|direct_copy"),
+    ("random", r"distribution|philox|randn?_|normal_|uniform_|random_"),
+]
+OTHER, GAP = "elementwise", "gap"
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel. What matches nothing is elementwise, or a reduction fused with elementwise operators."""
+    fused = re.match(r"triton_(poi|red|per|for)_", name)  # pointwise, reductions, foreach
+    if fused is None and re.fullmatch(rf"({'|'.join(pattern for _, pattern in OURS)})(_\d+)*", name):
+        kinds = OURS
+    else:
+        kinds = FUSED if fused else KINDS
+    return next((kind for kind, pattern in kinds if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]:
+    """Seconds by kind, largest first; `gap` is the rest of `seconds`: an idle device, or the host's own code."""
+    kinds: dict[str, float] = defaultdict(float)
+    spans = []
+    for event in events:
+        if device == "cuda":
+            marked = event.is_user_annotation or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
+            if str(event.device_type).endswith("CUDA") and not marked:
+                kinds[kind_of(event.name)] += event.time_range.elapsed_us() / 1e6
+                spans.append((event.time_range.start, event.time_range.end))
+        else:
+            kinds[kind_of(event.name)] += event.self_cpu_time_total / 1e6
+    busy = covered(spans) / 1e6 if device == "cuda" else sum(kinds.values())
+    kinds[GAP] = max(seconds - busy, 0.0)
+    return dict(sorted(kinds.items(), key=lambda pair: -pair[1]))
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of the intervals: kernels on several streams overlap."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

@@ -1,0 +1,82 @@
+"""From a config to what it names: objective and network, and the checks that concern several sections at once."""
+
+import torch
+
+from fastdit import distributed
+from fastdit.config import Config, TrainingConfig
+from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.models.attention import resolve
+from fastdit.models.dit import DiT, create_dit
+from fastdit.models.fp8 import use_fp8
+from fastdit.registry import bind, build
+
+
+def build_objective(config: Config) -> Objective:
+    if config.training.loss_aware_times and config.objective.name != "ddpm":
+        raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
+    return build(OBJECTIVES, config.objective, "objective")
+
+
+def build_network(
+    config: Config, latent_shape: tuple[int, int, int], objective: Objective, device: torch.device | str = "cpu"
+) -> DiT:
+    """The config's network for latents (C, h, w), on the CPU; its attention backend is the one to use on `device`."""
+    channels, *sides = latent_shape
+    learn_sigma = objective.out_channels(channels) == 2 * channels
+    if learn_sigma and config.model.learn_sigma is False:
+        raise ValueError("model.learn_sigma=False leaves no channels for the objective's variance; use null")
+    model = create_dit(
+        config.model.variant,
+        input_size=tuple(sides),
+        in_channels=channels,
+        num_classes=config.data.num_classes,
+        class_dropout=config.model.class_dropout,
+        learn_sigma=learn_sigma or bool(config.model.learn_sigma),
+        **vars(config.model.options),
+    )
+    head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
+    model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
+    return model
+
+
+def prepare_for_training(model: DiT, objective: Objective, settings: TrainingConfig, policy: str) -> Objective:
+    """Set the network up, in place on its device, as training computes it; returns the objective to train with.
+
+    `policy` is that of activation checkpointing. On a GPU the arithmetic of the loss is compiled as well.
+    """
+    model.set_activation_checkpointing(policy)
+    if settings.residual_bytes == 2:
+        model.residual_dtype = torch.bfloat16
+    if settings.joint_adaln:
+        model.join_modulations()
+    if settings.fp8:
+        use_fp8(model)
+    if not settings.compile:
+        return objective
+    if uses_zero(settings) and settings.zero_stage == 3:
+        raise ValueError(
+            f"training.compile={settings.compile} cannot trace ZeRO-3's gathering of weights; "
+            "use compile=false, or zero_stage=2"
+        )
+    # DDP would have the compiler split each block at its buckets; separate blocks produce gradients early enough
+    torch._dynamo.config.optimize_ddp = settings.compile == "whole"
+    model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
+    return compiled(objective) if next(model.parameters()).is_cuda else objective
+
+
+def uses_zero(settings: TrainingConfig) -> bool:
+    """Whether training runs under DeepSpeed's ZeRO: by setting, or by the launcher where the engine is auto."""
+    return settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
+
+
+def check_sampling(config: Config, objective: Objective, null_label: int | None) -> None:
+    """ValueError where a network with this null label could not be sampled as `config.sampling` says."""
+    settings = config.sampling
+    bind(SAMPLERS, settings.sampler, "sampling.sampler")
+    objective.timesteps(settings.steps)  # a count that the objective cannot make fails here
+    if settings.cfg_scale != 1 and null_label is None and not settings.weak_checkpoint:
+        raise ValueError(
+            f"sampling.cfg_scale={settings.cfg_scale} needs a null label; this model has class_dropout="
+            f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"
+        )

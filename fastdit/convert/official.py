@@ -1,0 +1,205 @@
+"""Released checkpoint files of DiT, SiT and fast-DiT, read without executing code in them.
+
+fastdit uses the official parameter names. A released file is a plain state dict, or a training file
+{model, ema, opt, args} with args an argparse.Namespace; its names may have prefixes from DDP and torch.compile. The
+architecture is inferred from the shapes.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.models.dit import DIT_VARIANTS, variant_shape
+from fastdit.training.state import read_weights
+
+WRAPPERS = ("module", "_orig_mod")  # added to parameter names by DDP and torch.compile
+HEADS = {shape["hidden_size"]: shape["num_heads"] for shape in DIT_VARIANTS.values()}
+
+
+@dataclass(frozen=True)
+class Released:
+    """fp32 weights with the official names, their EMA (the same if the file has one set), and the args of the run."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    args: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a network, inferred from the shapes in its state dict."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int  # of the latents
+    in_channels: int
+    num_classes: int
+    null_row: bool
+    learn_sigma: bool
+
+    @property
+    def variant(self) -> str:
+        """The name for `create_dit`."""
+        custom = f"DiT-{self.depth}x{self.hidden_size}x{self.num_heads}/{self.patch_size}"
+        return next((name for name, shape in DIT_VARIANTS.items() if shape == variant_shape(custom)), custom)
+
+
+def read_released(path: str | Path) -> Released:
+    """Read a .pt or .safetensors file of the official DiT, SiT or fast-DiT; ValueError for anything else."""
+    path = Path(path)
+    content = read_weights(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise ValueError(f"{path} contains a {kind}; expected a state dict or {{model, ema, opt, args}}")
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else {}
+    sets = {name: content[name] for name in ("model", "ema") if isinstance(content.get(name), Mapping)}
+    notes = []
+    if not sets:
+        if not any(isinstance(value, Tensor) for value in content.values()):
+            keys = ", ".join(map(str, list(content)[:5])) or "nothing"
+            raise ValueError(f"{path} contains {keys}; expected a state dict or {{model, ema, opt, args}}")
+        sets = {"ema": content}
+    weights = {name: official_names(state, path) for name, state in sets.items()}
+    if len(weights) == 1:
+        [(name, only)] = weights.items()
+        weights = {"model": only, "ema": only}
+        notes.append(f"{path.name} has one set of weights{'' if name == 'ema' else ', without EMA'}; it is used as "
+                     "both the weights and the EMA")  # fmt: skip
+    if any(t.dtype != torch.float32 for state in sets.values() for t in state.values() if isinstance(t, Tensor)):
+        notes.append(f"{path.name} is not all float32; converted to float32")
+    return Released(weights["model"], weights["ema"], args, tuple(notes))
+
+
+def read_pickle(path: Path) -> Any:
+    """torch.load that executes no code: it allows only tensors, plain containers and argparse.Namespace."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a .pt file or a folder")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # mmap: the optimizer state of a training file is never read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name is None:
+            raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
+        raise ValueError(
+            f"{path} needs {name[1]}, which could execute code and was not loaded; "
+            "if you trust the file, save it again as a plain state dict"
+        ) from error
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
+
+
+def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """fp32 tensors with the official parameter names."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor; expected a state dict")
+    return {".".join(p for p in name.split(".") if p not in WRAPPERS): t.float() for name, t in state.items()}
+
+
+def write_official(path: Path, model: dict[str, Tensor], ema: dict[str, Tensor], args: dict[str, Any]) -> None:
+    """Write a .pt file for the official scripts, atomically: a plain state dict, as released, if EMA and weights are
+    equal, else {model, ema, args}, of which the scripts read `ema`."""
+    same = all(torch.equal(tensor, ema[name]) for name, tensor in model.items())
+    content = dict(ema) if same else {"model": dict(model), "ema": dict(ema), "args": args}
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def architecture(
+    state: Mapping[str, Tensor], where: str | Path, *, heads: int | None = None, num_classes: int | None = None
+) -> Architecture:
+    """Infer the architecture from a state dict with the official names; ValueError if the shapes are not enough.
+
+    `heads` is needed if no known variant has the hidden size; `num_classes` if the label table has no null label.
+    """
+
+    def shape(name: str, rank: int) -> torch.Size:
+        if name not in state:
+            raise ValueError(f"{where} has no {name}; it is not a DiT or SiT checkpoint ({some_names(state)})")
+        if state[name].ndim != rank:
+            raise ValueError(f"{where}: {name} has shape {tuple(state[name].shape)}; expected {rank} dimensions")
+        return state[name].shape
+
+    hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    _, tokens, _ = shape("pos_embed", 3)
+    outputs, _ = shape("final_layer.linear.weight", 2)
+    depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    if depth == 0:
+        raise ValueError(f"{where} has no blocks.0.*; it is not a DiT or SiT checkpoint ({some_names(state)})")
+    if isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"{where}: pos_embed has {tokens} positions, not a square; only square latents convert")
+    if outputs not in (channels * patch**2, 2 * channels * patch**2):
+        raise ValueError(
+            f"{where}: the head has {outputs} outputs per patch; a DiT has {channels * patch**2} or twice as many, "
+            "so this is another network"
+        )
+    heads = HEADS.get(hidden) if heads is None else heads
+    if heads is None:
+        known = ", ".join(map(str, sorted(HEADS)))
+        raise ValueError(f"{where} has hidden size {hidden}, not one of {known}; set its number of heads with --heads")
+    if heads < 1 or hidden % heads:
+        raise ValueError(f"--heads={heads} does not divide the hidden size {hidden} of {where}; use a divisor")
+    rows = len(state.get("y_embedder.embedding_table.weight", ()))
+    if num_classes is None:
+        num_classes = max(rows - 1, 0)
+    if num_classes not in (rows, rows - 1) or (rows and not num_classes):
+        raise ValueError(
+            f"data.num_classes={num_classes}, but the label table of {where} has {rows} rows; "
+            + (f"use {rows - 1} with a null label, or {rows} without" if rows else "use 0, because it is unconditional")
+        )
+    return Architecture(
+        depth=depth,
+        hidden_size=hidden,
+        num_heads=heads,
+        patch_size=patch,
+        input_size=isqrt(tokens) * patch,
+        in_channels=channels,
+        num_classes=num_classes,
+        null_row=rows > num_classes,
+        learn_sigma=outputs == 2 * channels * patch**2,
+    )
+
+
+def some_names(state: Mapping[str, Any]) -> str:
+    return "it contains " + (", ".join(map(str, list(state)[:3])) + ", ..." if state else "nothing")
+
+
+def args_of_official(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The args of a training file as fastdit config keys: `objective` {name, ...}, `vae`, `num_classes`."""
+    said: dict[str, Any] = {}
+    if "path_type" in args:  # only SiT has it
+        names = {"Linear": "linear", "GVP": "gvp", "VP": "vp", "velocity": "velocity", "noise": "eps", "score": "score"}
+        try:
+            flow = {"interpolant": names[args["path_type"]], "prediction": names[args.get("prediction", "velocity")]}
+        except KeyError as error:
+            raise ValueError(f"the args contain {error.args[0]!r}; expected one of {', '.join(names)}") from None
+        if args.get("loss_weight"):
+            flow["weight"] = args["loss_weight"]
+        said["objective"] = {"name": "flow", **flow, **{k: args[k] for k in ("train_eps", "sample_eps") if args.get(k)}}
+    elif "model" in args and str(args["model"]).startswith("DiT"):
+        said["objective"] = {"name": "ddpm"}
+    if args.get("vae") in ("ema", "mse"):
+        said["vae"] = f"stabilityai/sd-vae-ft-{args['vae']}"
+    if isinstance(args.get("num_classes"), int):
+        said["num_classes"] = args["num_classes"]
+    return said

@@ -1,0 +1,197 @@
+"""Batches of latents in an order that is a pure function of (seed, position).
+
+Every process can read every sample, so the images in a batch depend neither on the number of processes nor on the step
+at which a run resumes.
+"""
+
+import os
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.data.manifest import AGAIN, DTYPES, Manifest
+
+OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
+
+
+class Batch(NamedTuple):
+    """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64."""
+
+    step: int
+    moments: Tensor
+    y: Tensor
+
+
+def latent_batches(
+    manifest: Manifest,
+    *,
+    global_batch: int,
+    rows: slice = slice(None),
+    seed: int,
+    start_step: int = 0,
+    hflip: bool = True,
+    verify: bool = True,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+    skip_damaged: Callable[[str], None] | None = None,
+) -> Iterator[Batch]:
+    """Infinite iterator over batches from `start_step` on; a background thread reads `prefetch` batches ahead.
+
+    Step k uses positions k * global_batch to (k + 1) * global_batch - 1; `rows` selects this process's part of them.
+    Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
+    choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
+    Raises a ValueError immediately if latents are missing or fewer than `global_batch`, and during iteration if
+    `verify` is set and a sample's bytes do not match its crc32.
+    """
+    manifest.check(global_batch=global_batch)
+    if global_batch < 1 or start_step < 0:
+        raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
+    reader = _Reader(manifest, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
+    return _read_ahead(reader, start_step, prefetch)
+
+
+def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[Batch]:
+    steps = count(start_step)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
+    try:
+        pending = deque(pool.submit(reader.batch, next(steps)) for _ in range(prefetch + 1))
+        while True:
+            batch = pending.popleft().result()  # re-raises the thread's exceptions
+            pending.append(pool.submit(reader.batch, next(steps)))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the batch that is being read
+        reader.close()
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
+    if device.type != "cuda":
+        return (yield from batches)
+    stream = torch.cuda.Stream(device)
+
+    def moved() -> Batch:
+        step, *tensors = next(batches)
+        with torch.cuda.stream(stream):
+            return Batch(step, *(t.to(device, non_blocking=True) for t in tensors))
+
+    try:
+        ahead = moved()
+        while True:
+            batch, current = ahead, torch.cuda.current_stream(device)
+            current.wait_stream(stream)  # before the next copy starts, so that it waits for this batch only
+            for tensor in batch[1:]:
+                tensor.record_stream(current)
+            ahead = moved()
+            yield batch
+    finally:
+        batches.close()
+
+
+class _Reader:
+    """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
+
+    def __init__(
+        self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory, skip_damaged
+    ):
+        self.manifest, self.seed, self.skip_damaged, self.damaged = manifest, seed, skip_damaged, set()
+        self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
+        self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
+        self.index = manifest.index()
+        channels, height, width = manifest.latents.shape
+        self.shape = (2 * channels, height, width)
+        self.dtype = DTYPES[manifest.dtype]
+        self.orders: dict[int, np.ndarray] = {}
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+
+    def batch(self, step: int) -> Batch:
+        epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
+        images = np.empty_like(positions)
+        mirrored = np.zeros_like(positions)
+        for epoch in np.unique(epochs).tolist():  # at most two, since a batch is not larger than an epoch
+            mask = epochs == epoch
+            images[mask] = self.order(epoch)[positions[mask]]
+            if self.hflip:
+                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
+        array = np.empty((len(images), *self.shape), self.dtype)
+        for i in range(len(images)):
+            while fault := self.read(self.index[images[i]], int(mirrored[i]), array[i : i + 1]):
+                if self.skip_damaged is None or len(self.damaged) == len(self.index):
+                    raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
+                if images[i] not in self.damaged:
+                    self.damaged.add(images[i])
+                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
+                images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
+        y = torch.from_numpy(self.index["label"][images].astype(np.int64))
+        moments = torch.from_numpy(array).float()
+        return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in (moments, y)))
+
+    def order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.orders:
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
+        return self.orders[epoch]
+
+    def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
+        """Fill out (1, 2C, h, w) with one orientation of a sample; returns what is wrong with it, if anything is."""
+        data = memoryview(out.reshape(-1).view(np.uint8))
+        shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
+        complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
+        reason = ""
+        if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
+            reason = "is damaged: its bytes do not match its crc32"
+        elif not np.isfinite(out).all():
+            reason = "has values that are not finite"
+        if reason:
+            path = self.manifest.folder / self.manifest.shards[shard].name
+            return f"sample {int(sample['key']):09d} of {path} {reason}"
+
+    def file(self, shard: int) -> int:
+        if shard in self.files:
+            self.files.move_to_end(shard)
+        else:
+            if len(self.files) == OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+            self.files[shard] = os.open(self.manifest.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+        return self.files[shard]
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.popitem()[1])
+
+
+def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:
+    """The keys of the samples in the global batch of a step, in its order."""
+    index = manifest.index()
+    epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
+    orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
+    return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order (n,) of an epoch's images, sorted by a hash: independent of any library's shuffle."""
+    return np.argsort(_hash(seed, epoch, 0, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def mirrors(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """The orientation of each image (n,) in an epoch: 0 original, 1 mirrored."""
+    return (_hash(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
+
+
+def _hash(*words: int | np.ndarray) -> np.ndarray:
+    """64-bit hash: splitmix64's finalizer (Steele et al. 2014) after each integer; one-to-one in the last one."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)
+        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state

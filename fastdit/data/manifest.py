@@ -1,0 +1,146 @@
+"""The manifest of a folder of latent shards.
+
+<folder>/shard-00000.tar   <key>.moments.npy (2, 2C, h, w): mean and std of the image and of its mirror image; <key>.cls
+<folder>/index.npy         one SAMPLE row per image: shard, byte offset of the array, one crc32 per orientation, ...
+<folder>/manifest.json     the kind of latents, the codec that encoded them, the shards with their sizes and SHA-256
+<folder>/skipped.txt       the images that could not be read, with the reason
+
+The tar files are in WebDataset format. The index lets every process read every sample directly.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastdit.data.latents import LatentSpec
+
+FORMAT = 1
+DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
+AGAIN = "copy it again or extract again"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: its name, number of samples, size in bytes and SHA-256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a folder of latents. Channel statistics are of the scaled latents, including mirror images."""
+
+    latents: LatentSpec
+    dtype: str  # of the stored moments, a key of DTYPES
+    class_names: tuple[str, ...]
+    images: int  # in the source folder, including skipped ones
+    skipped: int = 0
+    class_counts: tuple[int, ...] = ()
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    index_sha256: str = ""
+    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        try:
+            stored = json.loads(path.read_text())
+            version = stored.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
+            for derived in ("samples", "num_classes"):  # stored for people and other tools
+                del stored[derived]
+            shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
+            stored["shape"] = stored.pop("latent_shape")
+            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+            latents = LatentSpec(**{name: fields.pop(name) for name in LatentSpec.names()})
+            return cls(latents, **fields, shards=shards, folder=folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
+        stored |= stored.pop("latents")
+        stored["latent_shape"] = stored.pop("shape")
+        del stored["folder"]
+        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
+
+    def index(self) -> np.ndarray:
+        """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
+        path = self.folder / "index.npy"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
+        if hashlib.sha256(data).hexdigest() != self.index_sha256:
+            raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+
+    def check(
+        self,
+        *,
+        image_size: int | None = None,
+        num_classes: int | None = None,
+        codec: str | None = None,
+        global_batch: int | None = None,
+    ) -> None:
+        """Raises a ValueError if the latents do not match the settings (None: not checked) or a shard is incomplete.
+
+        `num_classes=0` (unconditional) matches any labels. `codec` is the autoencoder's LatentCodec.fingerprint.
+        """
+        own = self.latents
+        if image_size is not None and image_size != own.image_size:
+            raise ValueError(
+                f"image_size={image_size}, but the latents in {self.folder} are from {own.image_size} px images; "
+                f"set {own.image_size} or extract again"
+            )
+        if num_classes and num_classes < self.num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
+                f"set {self.num_classes}, or 0 to train without labels"
+            )
+        if codec is not None and codec != own.codec:
+            raise ValueError(
+                f"the vae (fingerprint {codec[:12]}) is not the one that encoded the latents in {self.folder}: "
+                f"{own.vae} ({own.codec[:12]}); use that one or extract again"
+            )
+        if global_batch is not None and global_batch > len(self):
+            raise ValueError(
+                f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
+            )
+        for shard in self.shards:
+            path = self.folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+                raise ValueError(f"{path} {state}; {AGAIN}")
+
+    def verify(self) -> None:
+        """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
+        for shard in self.shards:
+            path = self.folder / shard.name
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")

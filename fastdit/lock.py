@@ -1,0 +1,125 @@
+"""A lock on a folder that several machines may share: one writer at a time, and a dead one's lock is taken over.
+
+The lock is a file that only one process can create. It names the host and the process, and its holder rewrites a
+counter in it every few seconds. On the same host a holder is alive if its process is. From another host it is alive if
+the counter moves: clocks and cached file times of a network file system are not trusted.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fastdit.errors import make_folder
+
+BEAT_S, PATIENCE_S = 5.0, 30.0
+
+
+class FolderLock:
+    """Held inside `with`, in <folder>/lock; ValueError that names host and process where another one holds it.
+
+    The folder is made where it does not exist, and removed again if nothing was written. `key` is its name in messages.
+    """
+
+    def __init__(self, folder: Path, key: str, say: Callable[[str], None] = print):
+        self.folder, self.path, self.what, self.say = folder, folder / "lock", f"{key}={folder}", say
+        self.own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "FolderLock":
+        make_folder(self.folder, self.what.partition("=")[0])
+        while not self._create():
+            holder = self._read()
+            if not holder:  # just created, and not written yet
+                time.sleep(1)
+                holder = self._read()
+            if holder and self._alive(holder):
+                raise ValueError(
+                    f"{self.what} is in use by process {holder.get('pid')} on {holder.get('host')}; stop it first "
+                    f"(or remove {self.path} if it does not exist any more)"
+                )
+            if self._remove(holder) and holder:
+                self.say(f"{self.what}: took over the lock of process {holder.get('pid')} on {holder.get('host')}, "
+                         "which is gone")  # fmt: skip
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.thread.join()
+        if {k: self._read().get(k) for k in self.own} == self.own:
+            self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _create(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({**self.own, "beat": 0}, file)
+        return True
+
+    def _remove(self, holder: dict) -> bool:
+        """Remove the lock if it is still that of `holder`; of several processes that found it stale, one at a time."""
+        turn = self.path.with_name("lock.takeover")
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            time.sleep(0.1)
+            with suppress(FileNotFoundError):
+                if time.time() - turn.stat().st_mtime > 60:  # its process died in here
+                    turn.unlink()
+            return False
+        try:
+            mine = self._read() == holder
+            if mine:
+                self.path.unlink(missing_ok=True)
+            return mine
+        finally:
+            turn.unlink(missing_ok=True)
+
+    def _read(self) -> dict:
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError):  # gone, or being written
+            return {}
+
+    def _alive(self, holder: dict) -> bool:
+        if holder.get("host") == self.own["host"]:
+            return holder.get("started") == _started(holder.get("pid", -1))
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            time.sleep(min(1.0, PATIENCE_S / 10))
+            if self._read() != holder:
+                return True
+        return False
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self.ended.wait(BEAT_S):
+            beat += 1
+            if {k: self._read().get(k) for k in self.own} != self.own:
+                return  # taken over while this process was suspended
+            temporary = self.path.with_name(f"{self.path.name}.new")
+            temporary.write_text(json.dumps({**self.own, "beat": beat}))
+            os.replace(temporary, self.path)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's own words; None for one that does not exist."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)  # without /proc: that it exists has to do
+        return "unknown"
+    except (OSError, OverflowError):
+        return None

@@ -1,0 +1,141 @@
+"""The full pipeline on real images in minutes: scikit-learn's digits, with the same code that trains on ImageNet.
+
+digits -> image folder -> small autoencoder -> extract_features -> train -> sample -> judge -> report.
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastdit
+from fastdit.config import Config, load_config, shipped_config, to_tree
+from fastdit.data.extract import extract_features
+from fastdit.data.images import to_pixels, to_uint8
+from fastdit.errors import make_folder
+from fastdit.evaluation.frechet import frechet_distance
+from fastdit.quickstart.digits import read_folder, write_digits
+from fastdit.quickstart.judge import Judge
+from fastdit.quickstart.report import denoising_gif, loss_curve, write_html
+from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
+from fastdit.sampling import load_pipeline, sample
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
+
+VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
+SAMPLES = 500
+
+
+def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), say: Callable = print) -> dict:
+    """Run the full pipeline, write to `out` (new or empty), and return the contents of report.json."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty; choose another --out or remove it")
+    places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}"]
+    config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *overrides])
+    make_folder(out, "--out")
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str, what: str):
+        say(f"[{len(seconds) + 1}/6] {what}")
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    with stage("images", f"writing scikit-learn's digits as PNG folders to {out}"):
+        counts = write_digits(out, config.data.image_size)
+        train_images, train_labels = read_folder(out / "images", config.data.image_size)
+        held_images, held_labels = read_folder(out / "held_out", config.data.image_size)
+
+    with stage("autoencoder", f"training a small autoencoder on {len(train_images)} images"):
+        vae = small_vae(config.data.image_size, seed=seed)
+        train_vae(vae, pixels(train_images), **VAE, seed=seed)
+        reconstruction_psnr = psnr(vae, pixels(held_images))
+        vae.save_pretrained(out / "vae")
+
+    with stage("extract", "encoding the images as shards of latents"):
+        manifest = extract_features(
+            images=out / "images", out=out / "latents", vae=str(out / "vae"), image_size=config.data.image_size
+        )
+
+    with stage("train", f"training {config.model.variant} for {config.training.steps} steps"):
+        checkpoint = train(config)
+
+    with stage("sample", f"sampling {SAMPLES} images"):
+        sample(checkpoint, out / "samples", SAMPLES, seed=seed)
+        shutil.copy(out / "samples" / "grid.png", out / "grid.png")
+        frames = denoising_frames(checkpoint, seed)
+
+    with stage("judge", "scoring the samples with a judge fitted on held-out real images"):
+        images = np.load(out / "samples" / "samples.npz")["arr_0"]
+        labels = np.arange(SAMPLES) % config.data.num_classes
+        judge = Judge(held_images, held_labels)
+        held_features = judge.features(held_images)
+        real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as samples
+        scores = {
+            "class_accuracy": judge.accuracy(images, labels),
+            "judge_accuracy_on_real": judge.accuracy(train_images, train_labels),
+            "frechet_distance": frechet_distance(judge.features(images), held_features),
+            "frechet_distance_real": frechet_distance(judge.features(train_images[real]), held_features),
+        }
+
+    metrics = read_metrics(config.run_dir)
+    loss_curve(metrics, out / "loss.png")
+    denoising_gif(frames, out / "denoising.gif")
+    report = {
+        **{key: round(value, 4) for key, value in scores.items()},
+        "reconstruction_psnr_db": round(reconstruction_psnr, 2),
+        "images": counts,
+        "parameters": {
+            "dit": load_pipeline(checkpoint).model.parameter_count(),
+            "autoencoder": sum(p.numel() for p in vae.parameters()),
+        },
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
+        "train_images_per_s": metrics[-1]["images_per_s"],
+        "final_loss": metrics[-1]["loss"],
+        "seed": seed,
+        "config": to_tree(config),
+        "autoencoder": {**VAE, "latent_shape": list(manifest.latents.shape), "scale": manifest.latents.scale},
+        "samples": SAMPLES,
+        "versions": {"fastdit": fastdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    write_html(report, out / "report.html")
+    say(closing_words(report, out, config))
+    return report
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    return to_pixels(torch.from_numpy(images))
+
+
+def denoising_frames(checkpoint: Path, seed: int, count: int = 20) -> np.ndarray:
+    """Decoded x_t at every step, for two images per class: uint8 (steps + 1, count, H, W, 3)."""
+    pipeline = load_pipeline(checkpoint, ["sampling.sampler=euler", "sampling.steps=40"])
+    seen = []
+    labels = torch.arange(count) % pipeline.config.data.num_classes
+    final = pipeline.latents(list(range(count)), labels, seed, on_step=lambda t, x_t, _: seen.append(x_t))
+    return np.stack([to_uint8(pipeline.codec.decode(x)).numpy() for x in [*seen, final]])
+
+
+def closing_words(report: dict, out: Path, config: Config) -> str:
+    """The results, and the next commands for your own images."""
+    return f"""
+samples recognized   {report["class_accuracy"]:.1%}   (the judge on real images: {report["judge_accuracy_on_real"]:.1%})
+Frechet distance     {report["frechet_distance"]:.2f}   (real vs. real: {report["frechet_distance_real"]:.2f})
+time                 {report["seconds"]["total"]:.0f} s
+report               {out / "report.html"}
+
+Next, with your own images in my_images/<class>/*.jpg:
+  python extract_features.py --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256
+  python train.py --config configs/sit_s_2.yaml data.shards=latents data.num_classes=<classes> run_dir=runs/mine
+  python sample_ddp.py --checkpoint runs/mine --out samples --num-samples 64 sampling.cfg_scale=4"""

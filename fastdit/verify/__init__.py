@@ -1,0 +1,24 @@
+"""`fastdit verify`: check a checkpoint or a folder of latent shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastdit.training import checkpoint
+from fastdit.verify.checkpoints import verify_checkpoint
+from fastdit.verify.findings import Findings
+from fastdit.verify.shards import verify_shards
+
+
+def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
+    """Check the newest checkpoint of a run, one checkpoint, or a folder of latents. Returns the problems found.
+
+    `say` receives a summary of what was checked. Raises ValueError if `path` is none of these.
+    """
+    path, found = Path(path), Findings()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; use a run, one of its checkpoints/step-*, or a folder of latents")
+    if (path / "manifest.json").exists():
+        verify_shards(path, found, say)
+    else:
+        verify_checkpoint(checkpoint.find(path), found, say)
+    return found.all()

@@ -1,0 +1,159 @@
+"""Checks of a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdit.build import build_network, build_objective
+from fastdit.config import Config, load_config
+from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.data.manifest import Manifest
+from fastdit.models.dit import DiT
+from fastdit.training import checkpoint
+from fastdit.training.state import CONFIG, GOLDEN, latents_of, mismatches
+from fastdit.verify.findings import Findings
+
+CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding, also on other hardware
+
+
+def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
+    meta, faults = checkpoint.inspect(folder)
+    for fault in faults:
+        found.add("files", fault)
+    if not meta:
+        return
+    try:
+        latents, config = latents_of(meta), load_config(folder / CONFIG)
+        objective = build_objective(config)
+        with torch.device("meta"):
+            model = build_network(config, latents.shape, objective).eval()
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        return found.add("description", f"{folder}: {reason}")
+    for key, value in (("model", config.model.variant), ("num_classes", config.data.num_classes)):
+        if meta.get(key) != value:
+            found.add("description", f"{checkpoint.META} says {key}={meta.get(key)!r}, but config.yaml says {value!r}")
+    if meta.get("engine") != "none":  # "none": converted, not trained by fastdit
+        for name in ("optimizer.pt" if meta.get("engine") == "torch" else "deepspeed", "ema-00000.pt"):
+            if not (folder / name).exists():
+                found.add("resume", f"{folder / name} is missing: the run cannot resume from here")
+    for path in sorted(folder.glob("*.pt")):
+        check_state(path, found)
+    check_latents(config, latents, found, say)
+
+    states = {name: check_weights(folder / f"{name}.safetensors", model, found) for name in ("model", "ema")}
+    if all(states.values()):
+        check_average(states["model"], states["ema"], meta, found)
+    if found.counts["weights"] or not states["ema"]:
+        return
+    say(f"{folder}: {config.model.variant}, step {meta.get('step')}, {model.parameter_count():,} parameters, fp32 EMA")
+    model.load_state_dict({name: tensor.float() for name, tensor in states["ema"].items()}, assign=True)
+    check_forward(model, objective, latents.shape, folder / GOLDEN, found, say)
+
+
+def check_state(path: Path, found: Findings) -> None:
+    """That a file of optimizer or EMA state holds nothing but finite tensors, and nothing that would run code."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch errors have no common base
+        return found.add("resume", f"{path} cannot be read without running what is in it: {type(error).__name__}")
+    stack = [stored]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and not value.isfinite().all():
+                found.add("finiteness", f"{path.name}: holds values that are not finite")
+        elif isinstance(value, dict | list | tuple):
+            stack += value.values() if isinstance(value, dict) else value
+
+
+def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
+    """Check the tensors of a file against the network; returns them, or {} if the file cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        state = load_file(path)
+    except FileNotFoundError:
+        found.add("weights", f"{path} is missing")
+        return {}
+    except SafetensorError as error:
+        found.add("weights", f"{path} is damaged: {error}")
+        return {}
+    expected = model.state_dict()
+    for line in mismatches(expected, state):
+        found.add("weights", f"{path.name}: {line}")
+    for name, tensor in state.items():
+        if types[name] != "F32":
+            found.add("precision", f"{path.name}: {name} is {types[name]}, not F32; weights and EMA must be fp32")
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            found.add("finiteness", f"{path.name}: {name} has {bad} of {tensor.numel()} values that are not finite")
+    return state
+
+
+def check_average(weights: dict[str, Tensor], ema: dict[str, Tensor], meta: dict, found: Findings) -> None:
+    """Check that the EMA of a run has moved from its initial value and differs from the weights."""
+    if meta.get("engine") == "none" or meta.get("step", 0) < 100:
+        return
+    trained = [name for name in weights if name in ema and name != "pos_embed"]
+    still = [name for name in trained if not ema[name].any() and weights[name].any()]
+    if still:  # tensors that start at zero
+        found.add(
+            "average",
+            f"the EMA never moved: {still[0]} is all zero, but not in the weights ({len(still)} such tensors)",
+        )
+    if all(torch.equal(weights[name], ema[name]) for name in trained):
+        found.add("average", "the EMA equals the weights bit for bit, so nothing was averaged")
+
+
+def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Callable[[str], None]) -> None:
+    """Compare the latents recorded in the checkpoint with the autoencoder and the shards, if these are available."""
+    if not 0 < latents.scale < float("inf"):
+        found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
+    vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
+    if vae.is_dir():
+        try:
+            codec = LatentCodec.load(vae)
+        except ValueError as error:
+            return found.add("latents", str(error))
+        for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
+            line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"
+            found.add("latents", line)
+    else:
+        say(f"not checked: the autoencoder {vae} is not a local folder")
+    if (shards / "manifest.json").is_file():
+        try:
+            manifest = Manifest.load(shards)
+        except ValueError as error:
+            return found.add("latents", str(error))
+        for key, own, other in latents.differences(manifest.latents):
+            found.add("latents", f"the latents in {shards} have {key} {other}, but the checkpoint says {own}")
+
+
+@torch.no_grad()
+def check_forward(model: DiT, objective, shape, golden: Path, found: Findings, say: Callable[[str], None]) -> None:
+    """Check that the output is finite and deterministic, and that it matches golden.npz if there is one."""
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    t = objective.model_time(torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64))
+    y = torch.tensor([0, max(model.num_classes - 1, 0), model.null_label or 0])
+    out = model(x, t, y)
+    if not out.isfinite().all():
+        return found.add("forward", "the network's output on random input is not finite")
+    if not torch.equal(out, model(x, t, y)):
+        found.add("forward", "the network is not deterministic: two outputs for one input")
+    if not golden.is_file():
+        return say("forward: finite, deterministic (no golden.npz to compare with)")
+    with np.load(golden, allow_pickle=False) as file:
+        recorded = {name: torch.from_numpy(file[name]) for name in ("x", "t", "y", "out")}
+    out = model(recorded["x"], recorded["t"], recorded["y"])
+    if out.shape != recorded["out"].shape:
+        return found.add("forward", f"{golden.name} has outputs of another shape: {tuple(recorded['out'].shape)}")
+    gap, largest = (out - recorded["out"]).abs().max().item(), recorded["out"].abs().max().item()
+    say(f"forward: finite, deterministic, within {gap:.1e} of the recorded output (largest value {largest:.2g})")
+    if not gap <= CLOSE * largest:
+        found.add("forward", f"the output differs from the recorded output by {gap:.2g} of {largest:.2g}")

@@ -1,0 +1,166 @@
+"""Checks of a folder of latent shards."""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdit.data.manifest import DTYPES, Manifest, Shard
+from fastdit.verify.findings import Findings, rounded
+
+
+class ChannelStatistics:
+    """Mean and standard deviation of the scaled latents per channel, as the manifest stores them."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest, self.images, self.sums = manifest, 0, np.zeros((3, manifest.latents.shape[0]))
+
+    def add(self, array: np.ndarray) -> None:
+        mean, std = np.split(array, 2, axis=1)  # (2, C, h, w) each
+        self.sums += np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
+        self.images += 1
+
+    @property
+    def mean(self) -> np.ndarray:
+        return (self.sums[0] / self.images - self.manifest.latents.shift) * self.manifest.latents.scale
+
+    @property
+    def std(self) -> np.ndarray:
+        mean, square, variance = self.sums / self.images
+        return np.sqrt(square - mean**2 + variance) * abs(self.manifest.latents.scale)
+
+    def compare(self, found: Findings) -> None:
+        for name, own, stored in (
+            ("means", self.mean, "channel_mean"),
+            ("standard deviations", self.std, "channel_std"),
+        ):
+            if not np.allclose(own, getattr(self.manifest, stored), rtol=1e-5, atol=1e-6):
+                said = rounded(getattr(self.manifest, stored))
+                found.add("statistics", f"the channel {name} are {rounded(own)}, but the manifest says {said}")
+        scale = self.manifest.latents.scale
+        overall = float(np.sqrt((self.std**2).mean()))
+        if not 0.5 <= overall <= 2 or not (self.std <= 4).all():
+            found.add(
+                "scale",
+                f"the standard deviations of the scaled latents are {rounded(self.std)}, far from the 1 that diffusion "
+                f"assumes: scale={scale:g} is wrong; use {scale / overall:.3g}",
+            )
+        if (np.abs(self.mean) > 3).any():
+            found.add(
+                "scale", f"the means of the scaled latents are {rounded(self.mean)}, far from 0; a shift is missing"
+            )
+
+
+def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
+    try:
+        manifest = Manifest.load(folder)
+    except ValueError as error:
+        return found.add("manifest", str(error))
+    for path in sorted(set(folder.glob("*.tar")) - {folder / shard.name for shard in manifest.shards}):
+        found.add("files", f"{path} is not in the manifest")
+    try:
+        index = manifest.index()
+    except ValueError as error:
+        found.add("index", str(error))
+        index = None
+    if index is not None and check_index(manifest, index, found):
+        index = None  # its offsets cannot be trusted
+    statistics = ChannelStatistics(manifest)
+    for number, shard in enumerate(tqdm(manifest.shards, unit="shard", disable=None)):
+        data = check_shard(folder, shard, found)
+        if data is not None and index is not None:
+            check_samples(manifest, index[index["shard"] == number], data, shard, found, statistics)
+    if statistics.images == len(manifest) and not found.counts["sample"]:
+        statistics.compare(found)
+        size = sum(shard.bytes for shard in manifest.shards) / 2**20
+        say(
+            f"{folder}: {len(manifest)} images of {manifest.num_classes} classes in {len(manifest.shards)} shards, "
+            f"{size:.1f} MiB, latents {'x'.join(map(str, manifest.latents.shape))}, mean "
+            f"{rounded(statistics.mean)}, standard deviation {rounded(statistics.std)}"
+        )
+
+
+def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:
+    """Return True if the index does not match the shards."""
+    before = found.counts["index"]
+    counts = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
+    if counts != [shard.samples for shard in manifest.shards]:
+        found.add("index", "index.npy and the manifest have different numbers of samples per shard")
+    if len(np.unique(index["key"])) != len(index):
+        found.add("index", "index.npy has a duplicate key")
+    labels = index["label"]
+    for row in index[(labels < 0) | (labels >= manifest.num_classes)]:
+        found.add(
+            "labels", f"sample {row['key']:09d} has label {row['label']}, not one of 0..{manifest.num_classes - 1}"
+        )
+    if not found.counts["labels"]:
+        classes = np.bincount(labels, minlength=manifest.num_classes).tolist()
+        if classes != list(manifest.class_counts):
+            found.add("labels", "the class counts in the manifest differ from the index")
+    return found.counts["index"] > before
+
+
+def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | None:
+    """The memory-mapped bytes of the shard, or None if it has the wrong size."""
+    path = folder / shard.name
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+        found.add("files", f"{path} {state}")
+        return None
+    data = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        found.add("files", f"{path} is damaged: its SHA-256 is not the one in the manifest")
+    return data
+
+
+def check_samples(
+    manifest: Manifest, rows: np.ndarray, data: np.ndarray, shard: Shard, found: Findings, statistics: ChannelStatistics
+) -> None:
+    """Check all samples of a shard: the tar structure, checksums, finite values, standard deviations >= 0."""
+    labels = tar_labels(data, shard, found)
+    dtype, (channels, height, width) = DTYPES[manifest.dtype], manifest.latents.shape
+    size = dtype.itemsize * 2 * channels * height * width
+    for row in rows:
+        key = f"{int(row['key']):09d}"
+        if labels is not None and labels.get(key) != row["label"]:
+            line = f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index"
+            found.add("sample", line)
+        start = int(row["offset"])
+        both = data[start : start + 2 * size]
+        if [zlib.crc32(both[:size]), zlib.crc32(both[size:])] != row["crc32"].tolist() or len(both) != 2 * size:
+            found.add("sample", f"{shard.name}: sample {key} is damaged: its bytes do not match their CRC-32")
+            continue
+        array = both.view(dtype).reshape(2, 2 * channels, height, width).astype(np.float64)
+        if not np.isfinite(array).all():
+            found.add("sample", f"{shard.name}: sample {key} has values that are not finite")
+        elif (array[:, channels:] < 0).any():
+            found.add("sample", f"{shard.name}: sample {key} has negative standard deviations")
+        else:
+            statistics.add(array)
+
+
+def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int] | None:
+    """Key -> label as webdataset reads them; None if the tar cannot be read."""
+    labels, arrays = {}, set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                if kind == "cls":
+                    labels[key] = int(tar.extractfile(member).read())
+                else:
+                    arrays.add(key)
+    except (tarfile.TarError, ValueError) as error:
+        found.add("files", f"{shard.name} is not a complete tar: {error}")
+        return None
+    if len(labels) == len(arrays & labels.keys()) == shard.samples:
+        return labels
+    found.add("files", f"{shard.name}: a tar reader finds {len(arrays)} samples and {len(labels)} labels, not "
+              f"{shard.samples} of each; a header is damaged")  # fmt: skip
+    return None

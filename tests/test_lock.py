@@ -1,0 +1,79 @@
+"""One writer per folder: a living one is named, a dead one's lock is taken over."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastdit import lock
+from fastdit.lock import FolderLock
+
+
+def write(folder, **holder):
+    folder.mkdir(exist_ok=True)
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": lock._started(os.getpid()), "beat": 0}
+    (folder / "lock").write_text(json.dumps({**own, **holder}))
+
+
+def test_a_living_holder_is_named_and_keeps_its_lock(tmp_path):
+    with FolderLock(tmp_path / "run", "run_dir"):
+        before = (tmp_path / "run" / "lock").read_text()
+        with pytest.raises(
+            ValueError, match=rf"run_dir=.*run is in use by process {os.getpid()} on {socket.gethostname()}"
+        ):
+            FolderLock(tmp_path / "run", "run_dir").__enter__()
+        assert (tmp_path / "run" / "lock").read_text() == before
+    assert not (tmp_path / "run").exists()  # nothing was written there
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_with_a_message(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    started = lock._started(done.pid)
+    done.wait()
+    for holder in ({"pid": done.pid, "started": started}, {"started": "another process of this number"}):
+        heard = []
+        write(tmp_path / "run", **holder)
+        with FolderLock(tmp_path / "run", "run_dir", heard.append):
+            assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+        assert len(heard) == 1 and "took over the lock of process" in heard[0]
+
+
+def test_on_another_host_a_moving_counter_is_a_living_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
+    write(tmp_path / "run", host="elsewhere")
+    heard = []
+    with FolderLock(tmp_path / "run", "run_dir", heard.append):
+        assert "on elsewhere, which is gone" in heard[0]
+    monkeypatch.setattr(lock, "PATIENCE_S", 60)
+    write(tmp_path / "run", host="elsewhere")
+    beat = threading.Timer(0.3, write, [tmp_path / "run"], {"host": "elsewhere", "beat": 1})
+    beat.start()
+    with pytest.raises(ValueError, match="in use by process .* on elsewhere"):
+        FolderLock(tmp_path / "run", "run_dir").__enter__()
+    beat.join()
+
+
+def test_of_many_at_once_one_gets_the_lock(tmp_path):
+    write(tmp_path / "run", started="long ago")  # stale, so that they also compete for taking it over
+    held, refused, hold = [], [], threading.Event()
+
+    def compete():
+        try:
+            with FolderLock(tmp_path / "run", "run_dir", lambda line: None):
+                held.append(1)
+                hold.wait(10)
+        except ValueError:
+            refused.append(1)
+        if len(refused) == 7:
+            hold.set()
+
+    threads = [threading.Thread(target=compete) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 7

@@ -1,0 +1,162 @@
+"""Steps that are not finite change nothing, and whatever asks a run to stop leaves a checkpoint to continue from."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastdit.training.step
+from fastdit.config import load_config
+from fastdit.data.manifest import Manifest
+from fastdit.training import checkpoint
+from fastdit.training.guard import EXIT_STOPPED
+from fastdit.training.log import Log, read_metrics
+from fastdit.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = ["training.steps=8", "training.checkpoint_every=1", "training.keep_checkpoints=0", "training.precision=fp32"]
+
+
+def config_of(world, run_dir, *overrides):
+    return load_config(world / "config.yaml", [f"run_dir={run_dir}", *SHORT, *overrides])
+
+
+def poison(monkeypatch, *steps: int) -> None:
+    """One NaN in the latents of these steps, counted from 1."""
+    original, calls = fastdit.training.step.sample_latents, iter(range(1, 10_000))
+
+    def sample_latents(*arguments):
+        x_0 = original(*arguments)
+        if next(calls) in steps:
+            x_0[3, 0, 1, 1] = torch.nan
+        return x_0
+
+    monkeypatch.setattr(fastdit.training.step, "sample_latents", sample_latents)
+
+
+def state(run_dir, step):
+    folder = run_dir / "checkpoints" / f"step-{step:07d}"
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    own = torch.load(folder / "ema-00000.pt", weights_only=True)["average"]
+    return {
+        **{f"model.{k}": v for k, v in load_file(folder / "model.safetensors").items()},
+        **{f"ema.{k}": v for k, v in load_file(folder / "ema.safetensors").items()},
+        **{f"adam.{i}.{k}": v for i, values in optimizer.items() for k, v in values.items()},
+        **{f"own.{i}": v for i, v in enumerate(own)},
+    }
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(world, tmp_path, monkeypatch):
+    poison(monkeypatch, 3, 6)
+    run = tmp_path / "run"
+    train(config_of(world, run, "training.ema_decay=0.5"), device="cpu")
+    for bad in (3, 6):
+        assert_equal(state(run, bad), state(run, bad - 1))
+        assert not torch.equal(state(run, bad + 1)["ema.final_layer.linear.weight"],
+                               state(run, bad)["ema.final_layer.linear.weight"])  # fmt: skip
+    records = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 6]
+    manifest = Manifest.load(world / "latents")
+    for record in records:
+        assert len(record["keys"]) == len(set(record["keys"])) == 12 and set(record["keys"]) <= set(
+            range(len(manifest) * 2)
+        )
+        assert all(0 <= t <= 1 for t in record["times"]) and len(record["times"]) == 12
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 6]
+
+
+def test_the_named_times_and_keys_are_those_of_the_step(world, tmp_path, monkeypatch):
+    seen = {}
+    original = fastdit.training.step.TrainStep.run
+
+    def run(self, moments, y, generator, step, lr):
+        sample_t = type(self.objective).sample_t
+        with monkeypatch.context() as patch:
+            patch.setattr(type(self.objective), "sample_t", lambda own, u: seen.setdefault(step, sample_t(own, u)))
+            return original(self, moments, y, generator, step, lr)
+
+    monkeypatch.setattr(fastdit.training.step.TrainStep, "run", run)
+    poison(monkeypatch, 2)
+    train(config_of(world, tmp_path / "run", "training.steps=3"), device="cpu")
+    [record] = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert record["times"] == pytest.approx(seen[1].tolist(), abs=0)
+
+
+def test_a_run_of_bad_steps_ends_with_every_checkpoint_finite_and_resumes(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poison(patch, 4, 5, 6)
+        with pytest.raises(ValueError, match="not finite in 3 steps in a row .* up to step 6; .* training.lr"):
+            train(config_of(world, run), device="cpu")
+    assert [c.name for c in checkpoint.checkpoints(run)][-1] == "step-0000005"
+    for step in range(1, 6):
+        assert all(value.isfinite().all() for value in state(run, step).values())
+    train(config_of(world, run), resume=True, device="cpu")
+    assert [m["step"] for m in read_metrics(run)] == list(range(1, 9))
+
+
+def test_a_diverging_run_stores_nothing_that_is_not_finite(world, tmp_path):
+    wild = ["training.lr=1e30", "training.warmup_steps=0", "training.steps=20"]
+    with pytest.raises(ValueError, match="not finite in 3 steps in a row"):
+        train(config_of(world, tmp_path / "run", *wild), device="cpu")
+    for folder in checkpoint.checkpoints(tmp_path / "run"):
+        assert all(value.isfinite().all() for value in state(tmp_path / "run", int(folder.name[5:])).values())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "stop file", "time limit"])
+def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(world, tmp_path, monkeypatch, name):
+    train(config_of(world, tmp_path / "whole", "training.checkpoint_every=8"), device="cpu")
+    run, original, steps = tmp_path / "run", Log.step, iter(range(1, 100))
+
+    def step(self):
+        original(self)
+        if next(steps) == 3:
+            if name == "stop file":
+                (run / "stop").touch()
+                monkeypatch.setattr("fastdit.training.guard.time.monotonic", lambda: 1e9)
+            elif name == "time limit":
+                monkeypatch.setattr("fastdit.training.guard.time.monotonic", lambda: 1e9)
+            else:
+                os.kill(os.getpid(), getattr(signal, name))
+
+    limit = ["training.time_limit=1:30"] if name == "time limit" else []
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "step", step)
+        with pytest.raises(SystemExit) as stopped:
+            train(config_of(world, run, "training.checkpoint_every=100", *limit), device="cpu")
+    assert stopped.value.code == EXIT_STOPPED == 75
+    assert [c.name for c in checkpoint.checkpoints(run)] == ["step-0000004"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not (run / "stop").exists()
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    train(config_of(world, run, "training.checkpoint_every=8"), resume=True, device="cpu")
+    assert_equal(state(run, 8), state(tmp_path / "whole", 8))
+
+
+def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 31))  # seconds: half a minute passes between any two looks
+    monkeypatch.setattr("fastdit.training.guard.time.monotonic", lambda: float(next(clock)))
+    overrides = ["training.checkpoint_every=100", "training.checkpoint_minutes=1"]
+    train(config_of(world, tmp_path / "run", *overrides), device="cpu")
+    names = [c.name for c in checkpoint.checkpoints(tmp_path / "run")]
+    assert 3 <= len(names) < 8 and names[-1] == "step-0000008"
+
+
+@pytest.mark.parametrize("value", ["1:5h", "1:75", "soon", "-3"])
+def test_a_time_limit_is_hours_and_minutes(world, tmp_path, value):
+    with pytest.raises(ValueError, match="training.time_limit='.*' is out of range; use HH:MM, or minutes"):
+        config_of(world, tmp_path, f"training.time_limit='{value}'")
+    for text, seconds in (("1:30", 5400), ("01:30", 5400), ("90", 5400), ("0:02", 120), ("''", 0)):
+        assert config_of(world, tmp_path, f"training.time_limit={text}").training.time_limit_s == seconds

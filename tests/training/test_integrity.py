@@ -1,0 +1,219 @@
+"""Checkpoints are checked before they are believed: damage is named, a resume falls back, nothing in them runs."""
+
+import json
+import os
+import random
+import shutil
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdit.config import load_config
+from fastdit.data.manifest import Manifest
+from fastdit.distributed import Ranks
+from fastdit.sampling import load_pipeline, sample
+from fastdit.training import checkpoint
+from fastdit.training.loop import train
+from fastdit.verify import verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ONE = Ranks(0, 0, 1, torch.device("cpu"))
+SHORT = ["training.steps=4", "training.checkpoint_every=2", "training.precision=fp32", "training.loss_aware_times=true",
+         "objective={name: ddpm}", "sampling.sampler=ddpm"]  # fmt: skip
+FILES = [
+    "checkpoint.json",
+    "config.yaml",
+    "model.safetensors",
+    "ema.safetensors",
+    "ema-00000.pt",
+    "optimizer.pt",
+    "times.pt",
+]
+
+
+def run_in(world, run_dir, *overrides, resume=False):
+    return train(
+        load_config(world / "config.yaml", [f"run_dir={run_dir}", *SHORT, *overrides]), resume=resume, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("integrity") / "run"
+    run_in(world, run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def newest(run_dir):
+    return run_dir / "checkpoints" / "step-0000004"
+
+
+def test_every_file_of_a_checkpoint_is_listed_in_the_docstring_and_here(trained):
+    from fastdit.training import state
+
+    assert sorted(path.name for path in newest(trained).iterdir()) == sorted(FILES)
+    assert all(name in state.__doc__ for name in [*FILES, "golden.npz", "deepspeed/"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_and_every_cut_is_found_and_named(world, copy, name):
+    path, draw = newest(copy) / name, random.Random(name)
+    whole = path.read_bytes()
+    for _ in range(12):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        assert name in checkpoint.inspect(newest(copy))[1][0]
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert name in checkpoint.inspect(newest(copy))[1][0]
+    heard = []
+    assert checkpoint.newest_good(copy, ONE, heard.append).name == "step-0000002"
+    assert len(heard) == 1 and name in heard[0] and "trying the checkpoint before it" in heard[0]
+    assert any(name in line for line in verify(copy, lambda line: None))
+    if name in ("checkpoint.json", "config.yaml", "ema.safetensors"):
+        with pytest.raises(ValueError, match=f"checkpoint file .*{name}"):
+            load_pipeline(copy)
+
+
+def test_a_resume_falls_back_to_the_checkpoint_before_and_ends_the_same(world, trained, copy, capsys):
+    for path in (newest(copy) / "optimizer.pt",):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    run_in(world, copy, resume=True)
+    assert "optimizer.pt is damaged" in capsys.readouterr().out
+    ours, theirs = (load_file(newest(run) / "ema.safetensors") for run in (copy, trained))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and not checkpoint.inspect(newest(copy))[1]
+    for folder in checkpoint.checkpoints(copy):
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds only damaged checkpoints; see fastdit verify"):
+        run_in(world, copy, resume=True)
+
+
+def test_other_names_in_the_folder_are_left_alone_and_remains_are_cleared(world, copy):
+    for name in ("step-0000004.best", "step-4", "step-abc", "notes"):
+        shutil.copytree(newest(copy), copy / "checkpoints" / name)
+    for name in ("step-0000002.partial", "step-0000009.partial", "step-0000003.replaced.partial"):
+        (copy / "checkpoints" / name).mkdir()
+    assert [c.name for c in checkpoint.checkpoints(copy)] == ["step-0000002", "step-0000004"]
+    run_in(world, copy, "training.steps=6", "training.keep_checkpoints=2", resume=True)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == [
+        "notes", "step-0000004", "step-0000004.best", "step-0000006", "step-4", "step-abc",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_of_the_version_before_is_still_read(world, trained, copy):
+    for folder in checkpoint.checkpoints(copy):
+        meta = json.loads((folder / checkpoint.META).read_text())
+        meta["files"] = {name: entry["bytes"] for name, entry in meta["files"].items()}
+        del meta["sha256"], meta["class_names"]
+        (folder / checkpoint.META).write_text(json.dumps(meta))
+    shutil.rmtree(newest(copy))
+    run_in(world, copy, resume=True)
+    ours, theirs = (load_file(newest(run) / "ema.safetensors") for run in (copy, trained))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "ema-00000.pt", "times.pt"])
+def test_nothing_in_a_checkpoint_is_run_and_nan_in_its_state_is_found(world, copy, tmp_path, name):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = newest(copy) / name
+    stored = torch.load(path, weights_only=True)
+    meta = {key: value for key, value in checkpoint.read_meta(newest(copy)).items()}
+    torch.save({**stored, "payload": Payload()}, path)
+    checkpoint.write_meta(newest(copy), meta)
+    assert any(
+        f"{name} cannot be read without running what is in it" in line for line in verify(copy, lambda line: None)
+    )
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        run_in(world, copy, "training.steps=6", resume=True)
+    assert not (tmp_path / "executed").exists()
+    torch.save({**stored, "more": torch.tensor([1.0, torch.nan])}, path)
+    checkpoint.write_meta(newest(copy), meta)
+    assert any(f"{name}: holds values that are not finite" in line for line in verify(copy, lambda line: None))
+
+
+def test_weights_that_are_not_finite_are_never_committed(world, copy, monkeypatch):
+    original = checkpoint.save
+
+    def spoil(run_dir, step, write, *rest):
+        next(iter(write.__self__.engine.module.parameters())).data.view(-1)[0] = torch.inf
+        return original(run_dir, step, write, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", spoil)
+    with pytest.raises(ValueError, match="has values that are not finite .* model.safetensors is not written"):
+        run_in(world, copy, "training.steps=6", resume=True)
+    assert [c.name for c in checkpoint.checkpoints(copy)] == ["step-0000002", "step-0000004"]
+
+
+def test_a_resume_applies_the_optimizer_settings_of_its_own_config(world, copy):
+    run_in(world, copy, "training.steps=6", "training.betas=[0.8, 0.95]", "training.weight_decay=0.25", resume=True)
+    folder = copy / "checkpoints" / "step-0000006"
+    [group] = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]
+    assert tuple(group["betas"]) == (0.8, 0.95) and group["weight_decay"] == 0.25
+
+
+def test_files_have_the_permissions_of_the_umask(world, copy):
+    before = os.umask(0o027)
+    try:
+        run_in(world, copy, "training.steps=6", resume=True)
+    finally:
+        os.umask(before)
+    for path in (copy / "checkpoints" / "step-0000006").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_classes_in_another_order_are_not_resumed(world, copy, tmp_path):
+    shutil.copytree(world / "latents", tmp_path / "latents")
+    names = Manifest.load(world / "latents").class_names
+    text = (tmp_path / "latents" / "manifest.json").read_text()
+    swapped = (
+        text.replace(f'"{names[0]}",', '"x",')
+        .replace(f'"{names[1]}",', f'"{names[0]}",')
+        .replace('"x",', f'"{names[1]}",')
+    )
+    assert swapped != text
+    (tmp_path / "latents" / "manifest.json").write_text(swapped)
+    with pytest.raises(ValueError, match="class_names=.* make them equal to resume"):
+        run_in(world, copy, "training.steps=6", f"data.shards={tmp_path}/latents", resume=True)
+
+
+def test_samples_of_other_weights_under_the_same_path_are_not_taken_for_new(world, copy, tmp_path):
+    quick = ["sampling.steps=2"]
+    sample(copy, tmp_path / "out", 2, overrides=quick, device="cpu")
+    shutil.rmtree(copy)
+    run_in(world, copy, "training.lr=1e-2")
+    with pytest.raises(ValueError, match="holds samples with sha256='.*; choose another --out"):
+        sample(copy, tmp_path / "out", 2, overrides=quick, device="cpu")
+
+
+def test_a_young_average_is_warned_of(world, copy, capsys):
+    run_in(world, copy, "training.steps=6", resume=True)
+    assert "after 6 steps at training.ema_decay=0.9999 the EMA is still 100% random weights" in capsys.readouterr().out
+    load_pipeline(copy)
+    assert "sample with --weights model" in capsys.readouterr().err
+    load_pipeline(copy, weights="model")
+    assert "random weights" not in capsys.readouterr().err
+
+
+def test_classes_may_be_named_and_only_trained_ones_are_drawn():
+    from fastdit.sampling import image_labels
+
+    names = ["ant", "bee", "cat"]
+    assert image_labels("cat,0,bee", 4, 1000, 0, names) == [2, 0, 1, 2]
+    assert image_labels("balanced", 4, 1000, 0, names) == [0, 1, 2, 0]
+    assert max(image_labels("random", 50, 1000, 0, names)) == 2 and max(image_labels("random", 50, 1000, 0)) > 2
+    with pytest.raises(ValueError, match="'bea' is no class of this model; did you mean 'bee'"):
+        image_labels("bea", 1, 1000, 0, names)
