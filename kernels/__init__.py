@@ -24,7 +24,7 @@ else:
     from .gate_residual_adaln import GATE_RESIDUAL_ADALN, gate_residual_adaln
     from .gelu import GELU, GELU_LINEAR, gelu, gelu_linear
     from .qk_norm_rope import QK_NORM_ROPE, qk_norm_rope, rope_2d
-    from .runtime import Op
+    from .runtime import Op, choice
     from .swiglu import SWIGLU, SWIGLU_LINEAR, swiglu, swiglu_linear
 
     OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
