@@ -23,18 +23,15 @@ def _silu(a):
 
 
 @triton.jit
-def _swiglu_forward(
-    x, bias, y, M, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def _swiglu_forward(x, bias, y, M, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+                    ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     activation_forward(_silu, x, bias, y, M, x_row, BIAS, HALVES, D, C, ROWS, STEPS, STAGES)
 
 
 @triton.jit
-def _swiglu_backward(
-    d_y, x, bias, d_x, y, partial, M, dy_row, x_row, BIAS: tl.constexpr, KEEP: tl.constexpr, HALVES: tl.constexpr,
-    D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def _swiglu_backward(d_y, x, bias, d_x, y, partial, M, dy_row, x_row, BIAS: tl.constexpr, KEEP: tl.constexpr,
+                     HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
     activation_backward(_silu, d_y, x, bias, d_x, y, partial, M, dy_row, x_row,
                         BIAS, KEEP, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
 

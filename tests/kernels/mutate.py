@@ -45,7 +45,7 @@ class Plant:
     fast: bool = False
 
 
-TALL, WIDE = (2, 37, 24), (2, 5, 88)  # three chunks of tokens, the last cut; a tail of columns under a mask
+TALL, WIDE = (2, 37, 24), (2, 5, 88)  # three chunks of tokens, the last one partial; masked columns
 PLANTS = [
     Plant("wrong sample", "adaln", TALL, "adaln.py", "shift + n * shift_n, D", "shift, D", fast=True),
     Plant("wrong sample", "adaln", TALL, "adaln.py", "load_tiles(x + n * x_n", "load_tiles(x"),

@@ -1,4 +1,4 @@
-"""Every kernel, built for sm_80, sm_90 and sm_100 without a GPU: no spills, wide accesses, few bytes too many."""
+"""Every kernel, built for sm_80, sm_90 and sm_100 without a GPU: no spills, wide accesses, close to the minimum of bytes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ BENCH = [sys.executable, "-m", "bench.static.kernels", "--out"]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The static table; in its own process, since this one's kernels are interpreted."""
+    """The static table, from another process, because kernels are interpreted in this one."""
     out = tmp_path_factory.mktemp("static")
     env = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([*BENCH, out], env=env, cwd=ROOT, check=True, capture_output=True)
@@ -35,10 +35,10 @@ def test_nothing_spills(rows: list[dict]) -> None:
 
 
 def test_accesses_are_wide(rows: list[dict]) -> None:
-    """16 bytes a thread for the bulk of the bytes (a width like 1152 = 1024 + 128 leaves a ninth to narrower ones)."""
+    """16 bytes per thread for most of the bytes (of a row of 1152 = 1024 + 128, a ninth moves in narrower accesses)."""
     limits = {"sum_chunks": 0.75}
     narrow = [r for r in rows if r["wide"] < limits.get(r["kernel"], 0.83)]
-    split = [r for r in rows if r["wide_found"] < r["wide_expected"]]  # the layout promised, the SASS did not keep
+    split = [r for r in rows if r["wide_found"] < r["wide_expected"]]  # in the layout, but not in the SASS
     assert (narrow, split) == ([], [])
 
 
