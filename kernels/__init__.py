@@ -1,6 +1,8 @@
 """Fused Triton kernels, imported as `fastdit.kernels` (setup.py maps this folder)."""
+# ruff: noqa: F401
 
-if __name__ == "kernels":  # found from the repository root by a library that means Hugging Face's package: step aside
+if __name__ == "kernels":
+    # Imported from the repository root by a library that means Hugging Face's package `kernels`: load that one instead.
     import sys
     from importlib import machinery, util
     from pathlib import Path
@@ -10,59 +12,19 @@ if __name__ == "kernels":  # found from the repository root by a library that me
     if _spec is not None and _spec.loader is not None:
         sys.modules["kernels"] = util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
-    else:  # not installed: look like an empty namespace package, which Hugging Face's checks count as absent
+    else:  # not installed: look like an empty namespace package, which Hugging Face's checks treat as absent
         __file__, __path__ = None, []
 
 else:
-    from .activation_linear import GELU_LINEAR, SWIGLU_LINEAR, gelu_linear, swiglu_linear
-    from .adaln import OP as _adaln
-    from .adaln import adaln
-    from .adamw_ema import OP as _adamw_ema
-    from .adamw_ema import adamw_ema
+    # One line per op file; OPS collects the ops that are imported here.
+    from .adaln import ADALN, adaln
+    from .adamw_ema import ADAMW_EMA, adamw_ema
     from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
-    from .gate_residual import OP as _gate_residual
-    from .gate_residual import gate_residual
-    from .gate_residual_adaln import OP as _gate_residual_adaln
-    from .gate_residual_adaln import gate_residual_adaln
-    from .gelu import OP as _gelu
-    from .gelu import gelu
-    from .qk_norm_rope import OP as _qk_norm_rope
-    from .qk_norm_rope import qk_norm_rope, rope_2d
-    from .runtime import Op
-    from .swiglu import OP as _swiglu
-    from .swiglu import swiglu
+    from .gate_residual import GATE_RESIDUAL, gate_residual
+    from .gate_residual_adaln import GATE_RESIDUAL_ADALN, gate_residual_adaln
+    from .gelu import GELU, GELU_LINEAR, gelu, gelu_linear
+    from .qk_norm_rope import QK_NORM_ROPE, qk_norm_rope, rope_2d
+    from .runtime import Op, choice
+    from .swiglu import SWIGLU, SWIGLU_LINEAR, swiglu, swiglu_linear
 
-    OPS: dict[str, Op] = {
-        op.name: op
-        for op in (
-            _adaln,
-            _gate_residual_adaln,
-            _gate_residual,
-            _gelu,
-            _swiglu,
-            GELU_LINEAR,
-            SWIGLU_LINEAR,
-            _adamw_ema,
-            _qk_norm_rope,
-            ATTENTION,
-            ATTENTION_PACKED,
-        )
-    }
-
-    __all__ = [
-        "LONGEST",
-        "OPS",
-        "Op",
-        "adamw_ema",
-        "adaln",
-        "attention",
-        "attention_packed",
-        "gate_residual",
-        "gate_residual_adaln",
-        "gelu",
-        "gelu_linear",
-        "qk_norm_rope",
-        "rope_2d",
-        "swiglu",
-        "swiglu_linear",
-    ]
+    OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

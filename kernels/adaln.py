@@ -1,8 +1,8 @@
-"""adaln: LayerNorm or RMSNorm without affine, then modulate: h = norm(x) (1 + scale) + shift (Peebles & Xie 2022).
+"""adaln: LayerNorm or RMSNorm without affine, then modulation: h = norm(x) (1 + scale) + shift (Peebles & Xie 2022).
 
-Forward reads x and writes h; backward reads d_h and x and writes d_x. Mean and rstd travel in fp32. d_shift and d_scale
-are summed in fp32 registers per (sample, chunk of tokens), written as (N, chunks, 2, D) and finished by a second pass
-in a fixed order: no atomics, the same bits every time.
+The forward pass reads x and writes h; the backward pass reads d_h and x and writes d_x. Mean and rstd are saved in
+fp32. d_shift and d_scale are summed in fp32 registers per (sample, chunk of tokens), written as partial sums
+(N, chunks, 2, D) and added up by a second pass in a fixed order: no atomics, so results are deterministic.
 """
 
 from typing import Any
@@ -11,33 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import (
-    Op,
-    cdiv,
-    check,
-    on_device,
-    random_inputs,
-    rows_per_program,
-    split_columns,
-    tl,
-    triton,
-    triton_op,
-    unit_stride,
-    use_triton,
-    warps_for,
-    wrap_triton,
+from .runtime import Op, check, random_inputs, tl, triton, triton_op, unit_stride, use_triton, wrap_triton
+from .tiles import (
+    add_rows,
+    load_normalized,
+    load_tiles,
+    load_vector,
+    norm_backward,
+    normalize_modulate,
+    row_programs,
+    store_sums,
+    store_tiles,
+    sum_chunks,
+    zero_sums,
 )
-from .tiles import a_to_b, b_to_a, load, load_columns, moments, store, sum_chunks
 
 NORMS = ("layer", "rms")
-# Rows a program holds at once and its cp.async stages: 2 rows keep forward under 80 and backward under 128 registers;
-# either pass has over 64 kB a multiprocessor under way, twice what hides an H200's latency.
-FORWARD = {"ROWS": 2, "STAGES": 4}
-BACKWARD = {"ROWS": 2, "STAGES": 3}
+# See row_programs. At width 1152, 2 rows take fewer than 80 registers forward and 128 backward. Both passes keep more
+# than 64 kB of loads in flight per multiprocessor, twice what hides the latency of an H200.
+FORWARD = {"programs": 2048, "most": 32, "rows": 2, "stages": 4}
+BACKWARD = {"programs": 512, "most": 128, "rows": 2, "stages": 3}
 
 
 def adaln_eager(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: str = "layer") -> Tensor:
-    """The definition: norm(x) (1 + scale) + shift, shift and scale one row a sample."""
+    """The definition: norm(x) (1 + scale) + shift, shift and scale (N, D)."""
     normed = F.layer_norm(x, x.shape[-1:], eps=eps) if norm == "layer" else F.rms_norm(x, x.shape[-1:], eps=eps)
     return (normed * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
@@ -50,33 +47,13 @@ def _adaln_forward(
 ):  # fmt: skip
     n = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * ROWS * STEPS
-    cols_a = tl.arange(0, A)
-    all_a = cols_a < A
-    shift_a = load_columns(shift + n * shift_n, cols_a, all_a)
-    scale_a = 1.0 + load_columns(scale + n * scale_n, cols_a, all_a)
-    if B > 0:
-        cols_b = A + tl.arange(0, B)
-        in_b = cols_b < D
-        shift_b = load_columns(shift + n * shift_n, cols_b, in_b)
-        scale_b = 1.0 + load_columns(scale + n * scale_n, cols_b, in_b)
-    else:
-        in_b = all_a
+    shift_a, shift_b = load_vector(shift + n * shift_n, D, A, B)
+    scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS + tl.arange(0, ROWS)
-        live = rows < T
-        if B > 0:
-            x_b = load(x + n * x_n, rows, x_t, cols_b, live[:, None] & in_b[None, :])
-        x_a = load(x + n * x_n, rows, x_t, cols_a, live[:, None])
-        if B == 0:
-            x_b = x_a
-        mu, r = moments(x_a, x_b, in_b, EPS, D, B, RMS, ROWS)
-        h_a = (x_a - mu[:, None]) * r[:, None] * scale_a[None, :] + shift_a[None, :]
-        store(h + n * T * D, rows, D, cols_a, live[:, None], h_a)
-        if B > 0:
-            h_b = (x_b - a_to_b(mu, ROWS)[:, None]) * a_to_b(r, ROWS)[:, None] * scale_b[None, :] + shift_b[None, :]
-            store(h + n * T * D, rows, D, cols_b, live[:, None] & in_b[None, :], h_b)
-        tl.store(stats + n * 2 * T + rows, mu, mask=live)
-        tl.store(stats + n * 2 * T + T + rows, r, mask=live)
+        x_a, x_b = load_tiles(x + n * x_n, rows, x_t, T, D, A, B)
+        normalize_modulate(x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T, rows, T,
+                           EPS, RMS, D, A, B, ROWS)  # fmt: skip
 
 
 @triton.jit
@@ -87,51 +64,21 @@ def _adaln_backward(
 ):  # fmt: skip
     n = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * ROWS * STEPS
-    cols_a = tl.arange(0, A)
-    scale_a = 1.0 + load_columns(scale + n * scale_n, cols_a, cols_a < A)
-    shift_sum_a = tl.zeros([A], tl.float32)
-    scale_sum_a = tl.zeros([A], tl.float32)
-    if B > 0:
-        cols_b = A + tl.arange(0, B)
-        in_b = cols_b < D
-        scale_b = 1.0 + load_columns(scale + n * scale_n, cols_b, in_b)
-        shift_sum_b = tl.zeros([ROWS, B], tl.float32)  # b's rows lie in several warps: add them once, at the end
-        scale_sum_b = tl.zeros([ROWS, B], tl.float32)
+    scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
+    shift_sum_a, shift_sum_b = zero_sums(ROWS, A, B)
+    scale_sum_a, scale_sum_b = zero_sums(ROWS, A, B)
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS + tl.arange(0, ROWS)
-        live = rows < T
-        mu = tl.load(stats + n * 2 * T + rows, mask=live, other=0.0)
-        r = tl.load(stats + n * 2 * T + T + rows, mask=live, other=0.0)
-        if B > 0:
-            in_tile = live[:, None] & in_b[None, :]
-            dh_b = load(d_h + n * dh_n, rows, dh_t, cols_b, in_tile)
-            xhat_b = (load(x + n * x_n, rows, x_t, cols_b, in_tile) - mu[:, None]) * r[:, None]
-        dh_a = load(d_h + n * dh_n, rows, dh_t, cols_a, live[:, None])
-        xhat_a = (load(x + n * x_n, rows, x_t, cols_a, live[:, None]) - mu[:, None]) * r[:, None]
-        g_a = dh_a * scale_a[None, :]
-        g_mean = tl.sum(g_a, axis=1)
-        g_xhat = tl.sum(g_a * xhat_a, axis=1)
-        if B > 0:
-            g_b = dh_b * scale_b[None, :]
-            g_mean += b_to_a(tl.sum(g_b, axis=1), ROWS)
-            g_xhat += b_to_a(tl.sum(g_b * xhat_b, axis=1), ROWS)
-            shift_sum_b += dh_b
-            scale_sum_b += dh_b * xhat_b
-        g_mean *= 0.0 if RMS else 1.0 / D
-        g_xhat *= 1.0 / D
-        dx_a = (g_a - g_mean[:, None] - xhat_a * g_xhat[:, None]) * r[:, None]
-        store(d_x + n * T * D, rows, D, cols_a, live[:, None], dx_a)
-        if B > 0:
-            dx_b = (g_b - a_to_b(g_mean, ROWS)[:, None] - xhat_b * a_to_b(g_xhat, ROWS)[:, None]) * r[:, None]
-            store(d_x + n * T * D, rows, D, cols_b, in_tile, dx_b)
-        shift_sum_a += tl.sum(dh_a, axis=0)
-        scale_sum_a += tl.sum(dh_a * xhat_a, axis=0)
+        xhat_a, xhat_b, rstd = load_normalized(x + n * x_n, rows, x_t, stats + n * 2 * T, T, D, A, B)
+        dh_a, dh_b = load_tiles(d_h + n * dh_n, rows, dh_t, T, D, A, B)
+        scale_sum_a, scale_sum_b = add_rows(scale_sum_a, scale_sum_b, dh_a * xhat_a, dh_b * xhat_b, B)
+        shift_sum_a, shift_sum_b = add_rows(shift_sum_a, shift_sum_b, dh_a, dh_b, B)
+        g_a, g_b = dh_a * (1.0 + scale_a)[None, :], dh_b * (1.0 + scale_b)[None, :]
+        dx_a, dx_b = norm_backward(g_a, g_b, xhat_a, xhat_b, rstd, RMS, D, B, ROWS)
+        store_tiles(d_x + n * T * D, rows, D, T, dx_a, dx_b, D, A, B)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * D
-    tl.store(out + cols_a, shift_sum_a)
-    tl.store(out + D + cols_a, scale_sum_a)
-    if B > 0:
-        tl.store(out + cols_b, tl.sum(shift_sum_b, axis=0), mask=in_b)
-        tl.store(out + D + cols_b, tl.sum(scale_sum_b, axis=0), mask=in_b)
+    store_sums(out, shift_sum_a, shift_sum_b, D, A, B)
+    store_sums(out + D, scale_sum_a, scale_sum_b, D, A, B)
 
 
 @triton_op("fastdit::adaln")
@@ -141,15 +88,11 @@ def _op(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rms: bool) -> tuple
     n, t, d = x.shape
     h = torch.empty((n, t, d), dtype=x.dtype, device=x.device)
     stats = torch.empty((n, 2, t), dtype=torch.float32, device=x.device)
-    if x.numel():
-        a, b = split_columns(d)
-        rows = rows_per_program(n, t, programs=2048, most=32)
-        chunks = cdiv(t, rows)
-        with on_device(x):
-            wrap_triton(_adaln_forward)[(n * chunks,)](
-                x, shift, scale, h, stats, t, chunks, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-                EPS=eps, RMS=rms, D=d, A=a, B=b, STEPS=rows // FORWARD["ROWS"], **FORWARD, num_warps=warps_for(a),
-            )  # fmt: skip
+    chunks, constants = row_programs(x, **FORWARD)
+    wrap_triton(_adaln_forward)[(n * chunks,)](
+        x, shift, scale, h, stats, t, chunks, *x.stride()[:2], shift.stride(0), scale.stride(0),
+        EPS=eps, RMS=rms, **constants,
+    )  # fmt: skip
     return h, stats
 
 
@@ -158,18 +101,13 @@ def _op_backward(d_h: Tensor, x: Tensor, scale: Tensor, stats: Tensor, rms: bool
     """-> d_x (N, T, D) and (N, chunks, 2, D) fp32 partial sums of d_shift and d_scale."""
     d_h, x, scale = unit_stride(d_h), unit_stride(x), unit_stride(scale)
     n, t, d = x.shape
-    rows = rows_per_program(n, t, programs=512, most=128)
-    chunks = cdiv(t, rows)
+    chunks, constants = row_programs(x, **BACKWARD)
     d_x = torch.empty((n, t, d), dtype=x.dtype, device=x.device)
     partial = torch.empty((n, chunks, 2, d), dtype=torch.float32, device=x.device)
-    if x.numel():
-        a, b = split_columns(d)
-        with on_device(x):
-            wrap_triton(_adaln_backward)[(n * chunks,)](
-                d_h, x, scale, stats, d_x, partial, t, chunks,
-                d_h.stride(0), d_h.stride(1), x.stride(0), x.stride(1), scale.stride(0),
-                RMS=rms, D=d, A=a, B=b, STEPS=rows // BACKWARD["ROWS"], **BACKWARD, num_warps=warps_for(a),
-            )  # fmt: skip
+    wrap_triton(_adaln_backward)[(n * chunks,)](
+        d_h, x, scale, stats, d_x, partial, t, chunks, *d_h.stride()[:2], *x.stride()[:2], scale.stride(0),
+        RMS=rms, **constants,
+    )  # fmt: skip
     return d_x, partial
 
 
@@ -197,8 +135,8 @@ def adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, nor
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: str = "layer") -> Tensor:
     """norm(x) (1 + scale) + shift.
 
-    x (N, T, D); shift, scale (N, D), any strides (a chunk of a (N, 6D) projection is read in place) -> (N, T, D), x's
-    dtype. norm: "layer" or "rms", over D, without affine. ValueError where shapes or the norm's name do not fit.
+    x (N, T, D); shift, scale (N, D), any strides: chunks of an (N, 6D) projection are read in place -> (N, T, D), x's
+    dtype. norm: "layer" or "rms", over D, without affine. ValueError if a shape or the norm's name is wrong.
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
@@ -221,9 +159,10 @@ def minimum_bytes(shape: tuple[int, int, int], size: int) -> tuple[int, int]:
     return 2 * tokens + 2 * vectors + stats, 3 * tokens + 3 * vectors + stats
 
 
-OP = Op(
+ADALN = Op(
     "adaln", adaln_eager, adaln_triton, adaln, inputs,
-    tiny=(2, 3, 5), shapes=((3, 41, 72), (1, 64, 384), (3, 41, 1152), (1, 256, 72), (1, 9, 2048)),
+    tiny=(2, 3, 5), shapes=((2, 19, 72), (1, 16, 384), (1, 19, 1152), (1, 9, 2048)),
     real=((256, 256, 384), (256, 256, 768), (256, 256, 1024), (256, 256, 1152)),
     minimum_bytes=minimum_bytes,
+    writes=(("h", "stats"), ("d_x", "partial"), ("out",)), variants=({"norm": "rms", "eps": 1e-2},),
 )  # fmt: skip

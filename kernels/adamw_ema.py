@@ -1,7 +1,8 @@
 """adamw_ema: AdamW (Loshchilov & Hutter 2019), the EMA of the weights and their low-precision copy, in one pass.
 
-Reads gradient, weights, both moments and EMA once and writes the last four and the copy once: 36 bytes a parameter with
-bf16 gradients. Step, learning rate and EMA decay are device tensors, so a CUDA graph of the step stays valid.
+Reads gradient, weights, Adam's two averages and the EMA once and writes the last four and the copy once: 36 bytes per
+parameter with bf16 gradients. Step, learning rate and EMA decay are device tensors, so a CUDA graph of the step stays
+valid.
 """
 
 import math
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime import Op, cdiv, on_device, random_inputs, tl, triton, triton_op, use_triton, wrap_triton
+from .runtime import Op, cdiv, random_inputs, tl, triton, triton_op, use_triton, wrap_triton
 
-BLOCK = 1024  # in 4 warps: 8 elements a thread, 16-byte accesses
+BLOCK = 1024  # in 4 warps: 8 elements per thread, 16-byte accesses
 
 
 def adamw_ema_eager(
@@ -36,7 +37,7 @@ def adamw_ema_eager(
 
 @triton.jit
 def _one_minus_exp(z):
-    """1 - exp(-z), by its series where the difference would cancel: the bias correction of the first steps."""
+    """1 - exp(-z), as a series where the difference would cancel: the bias correction of the first steps."""
     z = tl.minimum(z, 100.0)
     series = z * (1 - z / 2 * (1 - z / 3 * (1 - z / 4 * (1 - z / 5 * (1 - z / 6 * (1 - z / 7 * (1 - z / 8)))))))
     return tl.where(z < 0.5, series, 1.0 - tl.exp(-z))
@@ -79,14 +80,12 @@ def _op(
     beta_1: float, beta_2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     m = param.numel()
-    if m:
-        logs = [-math.log(beta) if beta else 1e30 for beta in (beta_1, beta_2)]
-        with on_device(param):
-            wrap_triton(_adamw_ema)[(cdiv(m, BLOCK),)](
-                param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, m,
-                BETA_1=beta_1, BETA_2=beta_2, LOG_1=logs[0], LOG_2=logs[1], EPS=eps, DECAY=weight_decay,
-                COPY=int(copy is not None), SCALE=int(grad_scale is not None), BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+    logs = [-math.log(beta) if beta else 1e30 for beta in (beta_1, beta_2)]
+    wrap_triton(_adamw_ema)[(cdiv(m, BLOCK),)](
+        param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, m,
+        BETA_1=beta_1, BETA_2=beta_2, LOG_1=logs[0], LOG_2=logs[1], EPS=eps, DECAY=weight_decay,
+        COPY=int(copy is not None), SCALE=int(grad_scale is not None), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def adamw_ema_triton(
@@ -105,9 +104,10 @@ def adamw_ema(
     """One AdamW step, then ema += (1 - ema_decay)(param - ema) and copy = param, in place.
 
     param, exp_avg, exp_avg_sq, ema: flat (M,) fp32 buffers; grad (M,) of any float dtype, multiplied by grad_scale (the
-    clipping factor) if given; copy (M,), the weights that the model computes with, or None. step (this step's number,
-    from 1), lr, ema_decay, grad_scale: one-element tensors on the same device; ema_decay best in fp64, since fp32 puts
-    1 - 0.9999 off by 1e-5. ValueError unless the buffers are flat, contiguous and equally long, the states fp32.
+    clipping factor) if given; copy (M,), the weights that the model computes with, or None. step (the number of this
+    step, from 1), lr, ema_decay, grad_scale: one-element tensors on the same device. Use fp64 for ema_decay: in fp32,
+    1 - 0.9999 has a relative error of 2e-4. ValueError unless the buffers are flat, contiguous, equally long and fp32
+    (grad and copy: any float dtype).
     """
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "copy": copy}
     for name, buffer in buffers.items():
@@ -122,7 +122,7 @@ def adamw_ema(
 
 
 def _functional(fn: Any) -> Any:
-    """fn on clones, returning the five buffers it writes: what tests compare."""
+    """fn on clones, returning the five buffers that it writes, for the tests to compare."""
 
     def call(**kwargs: Any) -> tuple[Tensor, ...]:
         written = ("param", "exp_avg", "exp_avg_sq", "ema", "copy")
@@ -134,7 +134,7 @@ def _functional(fn: Any) -> Any:
 
 
 def inputs(shape: tuple[int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """States in fp32; dtype is that of gradient and copy. A large step, so that the update shows beside the weights."""
+    """States in fp32; dtype is that of gradient and copy. The learning rate is large so that the update is visible."""
     names = ("param", "exp_avg", "exp_avg_sq", "ema")
     states = random_inputs(seed, torch.float32, device, **dict.fromkeys(names, shape))
     values = {name: value.detach() for name, value in states.items()}
@@ -150,7 +150,9 @@ def minimum_bytes(shape: tuple[int], size: int) -> tuple[int, int]:
     return shape[0] * (4 * 4 + 4 * 4 + 2 * size), 0
 
 
-OP = Op(
+ADAMW_EMA = Op(
     "adamw_ema", _functional(adamw_ema_eager), _functional(adamw_ema_triton), adamw_ema, inputs,
     tiny=(7,), shapes=((5000,), (1024,)), real=((675_129_600,),), minimum_bytes=minimum_bytes,
+    writes=(("param", "exp_avg", "exp_avg_sq", "ema", "copy"),),
+    variants=({"grad_scale": None, "betas": (0.0, 0.9), "eps": 1e-3, "weight_decay": 0.0},),
 )  # fmt: skip

@@ -1,16 +1,16 @@
-"""What every op here shares: the choice between Triton and eager, registration, launch shapes.
+"""What every op shares: the choice between Triton and eager PyTorch, registration, launches and test inputs.
 
-`FASTDIT_KERNELS=auto` (default) takes Triton on NVIDIA GPUs of compute capability 8.0 and up, eager PyTorch elsewhere;
-`eager` takes the definitions; `triton` insists and raises where that is impossible. On CPU, `triton` works under
-Triton's interpreter (TRITON_INTERPRET=1 set before the import), which is how the tests run the kernels.
+`FASTDIT_KERNELS=auto` (default) uses Triton on NVIDIA GPUs of compute capability 8.0 and higher, and eager PyTorch
+elsewhere. `eager` always uses eager PyTorch. `triton` raises a ValueError where Triton cannot run. On CPU, `triton`
+needs Triton's interpreter (TRITON_INTERPRET=1 set before the import), which is how the tests run the kernels.
 """
 
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: the definitions in eager PyTorch still work
+except ImportError:  # the definitions in eager PyTorch work without Triton
 
-    class triton:  # noqa: N801
+    class triton:
         @staticmethod
         def jit(fn: Callable) -> Callable:
             return fn
 
-    class tl:  # noqa: N801
+    class tl:
         constexpr = None
 
     HAS_TRITON = False
@@ -37,18 +37,21 @@ else:
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = ("auto", "triton", "eager")
-log = logging.getLogger("fastdit.kernels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One fused op: what tests and benchmarks loop over. All callables take the keywords that `inputs` makes.
+    """One fused op: what tests and benchmarks loop over.
 
-    eager: the definition and oracle. triton: the same through the kernels. public: chooses between the two.
-    inputs(shape, dtype, device, seed): the keyword arguments; floating tensors that require grad are differentiated.
-    shapes: awkward ones for the tests, `tiny` for gradcheck, `real` those of DiT models (batch 256) for benchmarks and
-    static proofs.
+    eager: the definition in eager PyTorch and the tests' reference. triton: the same through the kernels. public:
+    chooses between the two. All three take the keyword arguments that `inputs` returns.
+    inputs(shape, dtype, device, seed): keyword arguments; floating-point tensors that require grad are differentiated.
+    tiny: shape for gradcheck. shapes: shapes for the tests, of awkward sizes. real: shapes of DiT models at batch 256,
+    for benchmarks and static checks.
     minimum_bytes(shape, itemsize) -> (forward, backward): each input read once, each output written once.
+    most_bytes: how many times the minimum the kernels may move.
+    writes: for each launch, forward and then backward, the kernel arguments that it writes.
+    variants: changes to the keyword arguments that select other options, for the tests.
     """
 
     name: str
@@ -60,14 +63,12 @@ class Op:
     shapes: tuple[tuple[int, ...], ...]
     real: tuple[tuple[int, ...], ...]
     minimum_bytes: Callable[[tuple[int, ...], int], tuple[int, int]]
+    writes: tuple[tuple[str, ...], ...]
+    variants: tuple[dict[str, Any], ...] = ()
+    most_bytes: float = 1.05
 
 
 # ---- choice
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
 
 def _obstacle(mode: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why Triton cannot (or, on CPU, should not) run, or None."""
@@ -77,34 +78,40 @@ def _obstacle(mode: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | 
     if wrong:
         return f"no kernel for {wrong[0]}"
     if device == "cuda":
-        capability = _capability(torch.cuda.current_device())
+        capability = torch.cuda.get_device_capability()
         return None if capability >= (8, 0) else f"compute capability {capability} is below (8, 0)"
     if device == "cpu" and mode == "triton":
-        return None if INTERPRET else "tensors are on cpu and TRITON_INTERPRET=1 was not set before the import"
-    return f"tensors are on {device}"
+        return None if INTERPRET else "no GPU, and TRITON_INTERPRET=1 was not set before the import"
+    return "no GPU" if device == "cpu" else f"no kernels for {device}"
 
 
 @functools.cache
-def _decide(op: str, mode: str, device: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _decide(op: str, mode: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """"triton" or "eager (reason)"; ValueError where Triton was asked for and cannot run."""
     if mode not in MODES:
         raise ValueError(f"FASTDIT_KERNELS={mode!r} is unknown; use one of {', '.join(MODES)}")
     obstacle = "FASTDIT_KERNELS=eager" if mode == "eager" else _obstacle(mode, device, dtypes)
     if mode == "triton" and obstacle:
         raise ValueError(f"FASTDIT_KERNELS=triton is impossible for {op}: {obstacle}; use auto or eager")
-    log.info("kernel %s on %s: %s", op, device, f"eager ({obstacle})" if obstacle else "triton")
-    return obstacle is None
+    return f"eager ({obstacle})" if obstacle else "triton"
 
 
 @torch.compiler.assume_constant_result
 def use_triton(op: str, device: str, *dtypes: torch.dtype) -> bool:
-    """The choice for one op, logged when first made; torch.compile takes it as a constant of the graph."""
-    return _decide(op, os.environ.get("FASTDIT_KERNELS", "auto"), device, dtypes)
+    """The choice for one op; a constant of the graph under torch.compile."""
+    return _decide(op, os.environ.get("FASTDIT_KERNELS", "auto"), device, dtypes) == "triton"
+
+
+def choice() -> str:
+    """What runs on the current device, for a log line: "triton", or "eager" with the reason, as in "eager (no GPU)"."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _decide("the kernels", os.environ.get("FASTDIT_KERNELS", "auto"), device, ())
 
 
 # ---- registration and launch
 
 class _State(threading.local):
-    dry: bool = False  # shapes only: no launch
+    dry: bool = False  # in a fake implementation: shapes only, no launch
     launches: list[tuple] | None = None
 
 
@@ -121,111 +128,70 @@ def record_launches() -> Iterator[list[tuple]]:
         _state.launches = None
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """torch.library.wrap_triton, and under a fake or meta tensor a launcher that launches nothing."""
-    if _state.dry:
-        return _DryKernel(kernel)
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+class wrap_triton:  # torch.library looks for this name in the source of an op to find its kernels
+    """wrap_triton(kernel)[grid](...) launches on the device of the first tensor; an empty grid launches nothing."""
 
-
-class _DryKernel:
     def __init__(self, kernel: Any):
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        def launch(*args: Any, **kwargs: Any) -> None:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        if 0 in grid:
+            return
+        if _state.dry:
             if _state.launches is not None:
                 _state.launches.append((self.kernel, grid, args, kwargs))
+            return
+        kernel = self.kernel if INTERPRET else torch.library.wrap_triton(self.kernel)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[grid](*args, **kwargs)
 
-        return launch
 
+def triton_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
+    """torch.library.triton_op whose fake implementation is the same body with its launches left out.
 
-def triton_op(name: str, body: Callable | None = None, *, mutates_args: tuple[str, ...] = ()) -> Any:
-    """torch.library.triton_op whose fake is the same body with its launches left out.
-
-    The compiler sees into such an op; interpreted kernels it cannot see, so there the op is an opaque custom_op.
+    torch.compile traces into such an op and sees its kernels. It cannot see interpreted kernels, so under the
+    interpreter the op is an opaque custom_op.
     """
-    if body is None:
-        return functools.partial(triton_op, name, mutates_args=mutates_args)
-    if not HAS_TRITON:
-        return _Absent()
-    register = torch.library.custom_op if INTERPRET else torch.library.triton_op
-    op = register(name, mutates_args=mutates_args)(body)
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        _state.dry = True
-        try:
-            return body(*args, **kwargs)
-        finally:
-            _state.dry = False
+    def register(body: Callable) -> Any:
+        if not HAS_TRITON:
+            return types.SimpleNamespace(register_autograd=lambda *_, **__: None)  # never called
+        op = (torch.library.custom_op if INTERPRET else torch.library.triton_op)(name, mutates_args=mutates_args)(body)
 
-    op.register_fake(fake)
-    return op
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            _state.dry = True
+            try:
+                return body(*args, **kwargs)
+            finally:
+                _state.dry = False
 
+        op.register_fake(fake)
+        return op
 
-class _Absent:
-    """Stands for a registered op where there is no Triton; never called."""
-
-    def register_autograd(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    return register
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; make that the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-# ---- launch shapes: functions of the sizes alone, so that a sum's order, and its bits, never depend on the machine
-
-def split_columns(d: int) -> tuple[int, int]:
-    """Cover d columns by two powers of two (a, b): 1152 = 1024 + 128 idles no lane, a block of 2048 would idle 44%."""
-    a = 1 << (d.bit_length() - 1)
-    return a, (1 << (d - a - 1).bit_length() if d > a else 0)
-
-
-def warps_for(a: int) -> int:
-    """Warps such that each thread owns 8 of the a columns: 16-byte accesses, column sums inside the thread."""
-    return min(max(a // 256, 1), 8)
-
-
-def rows_per_program(n: int, t: int, programs: int, most: int) -> int:
-    """Rows of one (sample, chunk) program: enough programs to fill the chip, few enough to spare re-reads.
-
-    A power of two in [16, most]; `programs` are wanted, fewer are made where the batch is small.
-    """
-    wanted = n * t // programs
-    return min(max(1 << max(wanted.bit_length() - 1, 0), 16), most)
-
-
-def column_block(d: int) -> int:
-    """Columns a program of an elementwise op takes: a power of two that divides d where one of 64..512 does."""
-    return next((c for c in (512, 256, 128, 64) if d % c == 0), min(1 << (d - 1).bit_length(), 512))
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(..., D) -> (rows, D), last stride 1; a view where the memory allows one."""
-    return unit_stride(x.reshape(-1, x.shape[-1]))
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """The kernels read any strides but the last; that one must be 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def unit_stride(x: Tensor | None) -> Tensor | None:
+    """The kernels accept any strides but the last, which must be 1."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check(name: str, x: Tensor, *shape: int) -> None:
-    """ValueError unless x has this shape."""
-    if tuple(x.shape) != shape:
+def check(name: str, x: Tensor | None, *shape: int) -> None:
+    """ValueError unless x is None or has this shape."""
+    if x is not None and tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give it {shape}")
 
 
-def random_inputs(
-    seed: int, dtype: torch.dtype, device: str, **shapes: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """Normal tensors that require grad, drawn in fp64, so that every dtype sees the same values but for rounding."""
+def random_inputs(seed: int, dtype: torch.dtype, device: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Normal tensors that require grad, drawn in fp64, so that every dtype sees the same values up to rounding."""
     rng = torch.Generator().manual_seed(seed)
     out = {}
     for name, shape in shapes.items():

@@ -19,9 +19,10 @@ ADDED = {  # what each diff adds: how many tests, at least, must run it
     "parabola": 30,
     "huber_flow": 4,
     "relu2": 4,
+    "silu": 8,
 }
 SUITE = ["diffusion/test_objectives.py", "diffusion/test_identities.py", "diffusion/test_samplers.py",
-         "models/test_variants.py"]  # fmt: skip
+         "models/test_variants.py", "kernels/test_kernels.py"]  # fmt: skip
 
 
 def apply(diff: str, root: Path) -> None:
@@ -44,15 +45,16 @@ def test_the_diffs_are_short_and_the_suite_takes_them_up(tmp_path):
     shutil.copytree(ROOT / "fastdit", tmp_path / "fastdit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "kernels", tmp_path / "fastdit" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "kernels").symlink_to(tmp_path / "fastdit" / "kernels")
     for diff in DIFFS:
-        assert len(re.findall(r"^[+-](?!--)", diff, re.MULTILINE)) < 40
+        assert len(re.findall(r"^[+-](?!--)", diff, re.MULTILINE)) < 42
         apply(diff, tmp_path)
     options = ["addopts=--import-mode=importlib", "pythonpath=."]
     command = [sys.executable, "-m", "pytest", "-v", "--rootdir=.", "-p", "no:cacheprovider", *SUITE]
     command += [word for option in options for word in ("-o", option)]
     done = subprocess.run(
-        [*command, "-k", "parabola or huber_flow or (midpoint and linear and not ddpm) or relu2"],
+        [*command, "-k", "parabola or huber_flow or (midpoint and linear and not ddpm) or relu2 or silu"],
         cwd=tmp_path / "tests", capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import re
 import subprocess
@@ -289,6 +290,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return number["REG"], number["STACK"] + number["LOCAL"]
 
 
+@functools.cache  # kernels that several ops share
 def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 

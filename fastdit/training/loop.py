@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastdit import distributed
+from fastdit import distributed, kernels
 from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training
 from fastdit.config import Config, save_config
 from fastdit.data.latents import LatentCodec
@@ -103,7 +103,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     log.say(
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
         f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
-        f"checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
+        f"kernels {kernels.choice()}, checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
         + (f"resumed at step {start}" if start else origin)
     )
     order, own = seed_of(config.seed, ORDER), micro * accumulation

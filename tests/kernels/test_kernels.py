@@ -1,7 +1,6 @@
-"""Every fused op against its definition, under Triton's interpreter on CPU or on a GPU where there is one."""
+"""Every fused op against its definition: on a GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 
 from fastdit import kernels
 from fastdit.kernels import OPS, rope_2d, runtime
+from fastdit.kernels.tiles import sum_chunks
 from helpers.kernels import DEVICE, DTYPES, cast, compare, run, strided
 
-# the interpreter is slow: there, further shapes in fp32 alone
+# the interpreter is slow: there, all shapes but the first run in fp32 only
 CASES = [
     (name, shape, dtype)
     for name, op in OPS.items()
@@ -35,24 +35,21 @@ def test_reads_views(name: str, how: str) -> None:
     assert not compare(op, strided(op.inputs(op.shapes[0], torch.float32, DEVICE), how))
 
 
-VARIANTS = [
-    ("adaln", {"norm": "rms", "eps": 1e-2}),
-    ("gate_residual_adaln", {"norm": "rms", "eps": 1e-2}),
-    ("gate_residual_adaln", {"bias": None}),
-    ("gate_residual", {"bias": None}),
-    ("gelu", {"bias": None}),
-    ("swiglu", {"bias": None}),
-    ("gelu_linear", {"bias": None, "out_bias": None}),
-    ("qk_norm_rope", {"norm": "layer", "eps": 1e-2}),
-    ("qk_norm_rope", {"q_weight": None, "k_weight": None, "cos": None, "sin": None}),
-    ("adamw_ema", {"grad_scale": None, "betas": (0.0, 0.9), "eps": 1e-3, "weight_decay": 0.0}),
-]
+VARIANTS = [(name, changes) for name, op in OPS.items() for changes in op.variants]
 
 
 @pytest.mark.parametrize("name, changes", VARIANTS, ids=[f"{n}-{'-'.join(c)}" for n, c in VARIANTS])
 def test_options(name: str, changes: dict) -> None:
     op = OPS[name]
     assert not compare(op, op.inputs(op.shapes[0], torch.float32, DEVICE) | changes)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3, 16, 130])
+def test_partial_sums_add_up(chunks: int) -> None:
+    """One tile of chunks or several (130 = 64 + 64 + 2), in wide and in narrow blocks of columns."""
+    partial = torch.randn(2, chunks, 2, 145, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for dtype in DTYPES:
+        torch.testing.assert_close(sum_chunks(partial, dtype), partial.double().sum(1).to(dtype), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -62,13 +59,13 @@ def test_one_of_two_outputs_unused(used: int) -> None:
         op, eager=lambda **kw: op.eager(**kw)[used] * 2, triton=lambda **kw: op.triton(**kw)[used] * 2
     )
     kwargs = op.inputs(op.shapes[0], torch.float32, DEVICE)
-    if used == 0:  # shift and scale play no part
+    if used == 0:  # shift and scale are not used
         kwargs |= {name: kwargs[name].detach() for name in ("shift", "scale")}
     assert not compare(only, kwargs)
 
 
 def test_residual_stream_wider_than_the_branch() -> None:
-    """Autocast's mixture: x and x' in fp32, the branch, h and the gradients of both in fp16."""
+    """As under autocast: x and x' in fp32; the branch, h and their gradients in fp16."""
     op = OPS["gate_residual_adaln"]
     kwargs = op.inputs(op.shapes[0], torch.float16, DEVICE)
     kwargs["x"] = kwargs["x"].detach().float().requires_grad_()
@@ -77,8 +74,8 @@ def test_residual_stream_wider_than_the_branch() -> None:
     assert not compare(op, kwargs)
 
 
-def test_rotation_sees_only_the_way_between_two_places() -> None:
-    """The rotary table in closed form: a turned query times a turned key depends on the difference of their places."""
+def test_rotated_products_depend_only_on_the_distance() -> None:
+    """The rotary table in closed form: a rotated query times a rotated key depends on the difference of positions."""
     cos, sin = rope_2d(5, 7, 16)
     qkv = torch.randn(16, generator=torch.Generator().manual_seed(0)).expand(1, 35, 3, 1, 16)
     q, k, _ = OPS["qk_norm_rope"].eager(qkv, cos=cos, sin=sin)
@@ -147,18 +144,24 @@ def test_registration(name: str) -> None:
 # ---- the choice
 
 
-def test_eager_on_cpu_unless_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    runtime._decide.cache_clear()
-    with caplog.at_level(logging.INFO, "fastdit.kernels"):
-        assert not runtime.use_triton("adaln", "cpu", torch.float32)
-        runtime.use_triton("adaln", "cpu", torch.float32)
-    assert [r.getMessage() for r in caplog.records] == ["kernel adaln on cpu: eager (tensors are on cpu)"]
+def test_eager_on_cpu_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not runtime.use_triton("adaln", "cpu", torch.float32)
     monkeypatch.setenv("FASTDIT_KERNELS", "fast")
     with pytest.raises(ValueError, match="FASTDIT_KERNELS='fast' is unknown; use one of auto, triton, eager"):
         runtime.use_triton("adaln", "cpu", torch.float32)
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
     with pytest.raises(ValueError, match="triton is impossible for adaln: no kernel for torch.float64"):
         runtime.use_triton("adaln", "cpu", torch.float64)
+
+
+def test_the_choice_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    assert runtime.choice() == "eager (FASTDIT_KERNELS=eager)"
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    assert runtime.choice() == "triton"
+    monkeypatch.delenv("FASTDIT_KERNELS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.choice() == "eager (no GPU)"
 
 
 def test_triton_on_cpu_raises_without_the_interpreter() -> None:
@@ -169,7 +172,7 @@ def test_triton_on_cpu_raises_without_the_interpreter() -> None:
     )
     env = os.environ | {"FASTDIT_KERNELS": "triton", "TRITON_INTERPRET": "0"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.startswith("FASTDIT_KERNELS=triton is impossible for adaln: tensors are on cpu")
+    assert out.startswith("FASTDIT_KERNELS=triton is impossible for adaln: no GPU, and TRITON_INTERPRET=1 was not set")
 
 
 def test_imports_and_computes_without_triton() -> None:
@@ -228,7 +231,7 @@ def test_adamw_ema_follows_torch(monkeypatch: pytest.MonkeyPatch, mode: str) -> 
         average.lerp_(theirs.detach(), 0.1)
         torch.testing.assert_close(param, theirs.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ema, average, rtol=1e-5, atol=1e-6)
-    if DEVICE == "cuda" or mode == "eager":  # the interpreter truncates to bf16
+    if DEVICE == "cuda" or mode == "eager":  # the interpreter truncates when it converts to bf16
         assert torch.equal(copy, param.bfloat16())
     with pytest.raises(ValueError, match="ema has dtype torch.bfloat16"):
         OPS["adamw_ema"].public(
@@ -240,7 +243,7 @@ def test_adamw_ema_follows_torch(monkeypatch: pytest.MonkeyPatch, mode: str) -> 
 
 
 def block(x, modulation, qkv, q_weight, k_weight, cos, sin, proj, fc1, fc1_bias, fc2, bias, gates):
-    """A block out of all the ops, each of them used where a model would."""
+    """A block that uses each op where a model would."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
     n, t, d = x.shape
     h = kernels.adaln(x, shift_a, scale_a)
@@ -263,7 +266,7 @@ def block_arguments() -> list[torch.Tensor]:
     return [*made[:5], cos, sin, *made[5:]]
 
 
-BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"  # interpreted kernels are no business of Inductor's
+BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"  # Inductor cannot compile interpreted kernels
 
 
 @pytest.mark.parametrize("mode, backend", [("auto", "inductor"), ("triton", BACKEND)])
@@ -298,7 +301,7 @@ def test_adamw_ema_compiles_whole(monkeypatch: pytest.MonkeyPatch, mode: str) ->
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
 def test_adamw_ema_in_a_cuda_graph() -> None:
-    """Captured once, replayed with another step, rate and decay: the same as called anew."""
+    """Captured once and replayed with another step, rate and decay: equal to a new call."""
     ours, theirs = (OPS["adamw_ema"].inputs((5000,), torch.float32, DEVICE) for _ in range(2))
     for kwargs in (ours, theirs):
         kernels.adamw_ema(**kwargs)
@@ -315,7 +318,7 @@ def test_adamw_ema_in_a_cuda_graph() -> None:
 
 
 def test_planted_bugs_are_caught() -> None:
-    """One of each sort here; `python tests/kernels/mutate.py` plants them all."""
+    """One of each sort; `python tests/kernels/mutate.py` plants all of them."""
     script = os.path.join(os.path.dirname(__file__), "mutate.py")
     done = subprocess.run([sys.executable, script, "--fast"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,7 +1,7 @@
-"""Compiles every op, on CPU tensors, up to the graph that Inductor would get; prints one JSON line an op.
+"""Compiles every op on CPU tensors up to the graph that Inductor would get, and prints one JSON line per op.
 
-Triton itself runs here (not its interpreter), behind a driver that only names a target, so that the compiler's view of
-the kernels is the real one: the launches it sees, and which tensors it finds them to write.
+Triton itself runs here, not its interpreter, with a driver that only names a target. So this is the compiler's real
+view of the kernels: the launches that it sees, and the tensors that they write according to its analysis.
 """
 
 import json
@@ -31,7 +31,7 @@ def main() -> None:
         graphs = []
 
         def compiler(graph: torch.fx.GraphModule, _: list, graphs: list = graphs):
-            """Keeps the graph and returns empty outputs in place of running it."""
+            """Keeps the graph; returns empty outputs instead of running it."""
             graphs.append(graph)
             metas = [getattr(node, "meta", {}).get("val", node) for node in graph.graph.output_node().args[0]]
             return lambda *_: [
