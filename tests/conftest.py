@@ -42,7 +42,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """For comparisons with files that another process has written on one thread."""
+    """One CPU thread, for comparisons with files that another process wrote with one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -76,7 +76,7 @@ def test_a_missing_file_says_where_the_shipped_ones_are():
 @dataclass(frozen=True)
 class Ball:
     radius: float = 1.0
-    colour: str = "red"
+    color: str = "red"
 
 
 def throw(ball: Ball, *, speed: float = 1.0, wind=None) -> float:

@@ -26,7 +26,7 @@ SUITE = ["diffusion/test_objectives.py", "diffusion/test_identities.py", "diffus
 
 
 def apply(diff: str, root: Path) -> None:
-    """Put each run of + lines in place of the - lines before it, or in front of the line of the file after it."""
+    """Replace the - lines before each run of + lines, or insert the run before the context line after it."""
     for header, lines in re.findall(r"^--- a/(.*)\n((?:(?!---).*\n)+)", diff, re.MULTILINE):
         path = root / header
         text = path.read_text() if path.is_file() else "\n"

@@ -1,4 +1,4 @@
-"""Randomness by (seed, step) and by image: independent of processes, micro-batches and neighbours."""
+"""Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch."""
 
 import torch
 

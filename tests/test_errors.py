@@ -1,4 +1,4 @@
-"""A mistake is one line and exit code 2; what is no mistake keeps its traceback."""
+"""A user's mistake is one line and exit code 2; other errors keep their traceback."""
 
 import errno
 

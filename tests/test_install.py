@@ -13,7 +13,7 @@ from helpers import ROOT
 
 
 def python(code: str, cwd: Path, *path: Path) -> str:
-    """Runs `python -c code`, which has `cwd` first on the import path and `path` after it; returns what it prints."""
+    """Run `python -c code` with `cwd` first on the import path and `path` after it, and return what it prints."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -22,7 +22,7 @@ def python(code: str, cwd: Path, *path: Path) -> str:
 
 @pytest.mark.parametrize("place", ["repository", "elsewhere"])
 def test_diffusers_and_the_kernels_import_together(tmp_path, place):
-    """And without Hugging Face's package, the folder does not count as it."""
+    """transformers does not take the folder `kernels/` for Hugging Face's package."""
     code = """
 import importlib.metadata, fastdit.kernels
 from diffusers import AutoencoderKL

@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 
 
 class Gaussian(torch.nn.Module):
-    """What a perfect training on N(0, STD^2) would end in: eps (and a variance) of DDPM, or SiT's velocity."""
+    """The ideal network for data N(0, STD^2): it returns DDPM's eps (and a variance), or SiT's velocity."""
 
     null_label = None
 

@@ -1,4 +1,4 @@
-"""The plan: counted parameters, FLOPs and saved bytes; what fits where; the printed report."""
+"""The plan: parameters, FLOPs and saved bytes are counted; what fits on which GPU; the printed report."""
 
 import json
 import re
@@ -48,7 +48,7 @@ OPTIONS = [{"mlp": "swiglu"}, {"mlp": "gelu"}, {"qk_norm": "rms"}, {"position": 
     [(policy, {}) for policy in POLICIES] + [("none", options) for options in OPTIONS],
 )
 def test_predicted_activations_are_those_that_autograd_keeps(policy, options, monkeypatch):
-    """Counted on fake tensors, which have sizes and no values: the fused kernels save what they save on a GPU."""
+    """Counted on fake tensors, which have sizes but no values. The fused kernels save the same tensors as on a GPU."""
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
 
     def kept(images: int) -> int:

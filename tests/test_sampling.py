@@ -23,7 +23,7 @@ COUNT = 10  # three batches of 4, the last one padded
 
 @pytest.fixture(scope="session")
 def trained(world):
-    """A short run whose network says something: its gates are zero at the start."""
+    """A run long enough for an output that is not zero, as it is at initialization."""
     config = load_config(world / "config.yaml", [f"run_dir={world}/trained", "training.ema_decay=0.5"])
     train(config)
     return world / "trained"
@@ -31,7 +31,7 @@ def trained(world):
 
 @pytest.fixture(scope="session")
 def reference(trained, tmp_path_factory):
-    """What one process makes."""
+    """The samples of one process."""
     out = tmp_path_factory.mktemp("samples") / "one"
     command = [ROOT / "sample_ddp.py", "--checkpoint", trained, "--out", out, "--num-samples", str(COUNT)]
     done = run_command(sys.executable, *command)

@@ -1,4 +1,4 @@
-"""The house's rules: imports go only downwards, one-line registries, files that are one thing."""
+"""The rules of the code base: imports go only downwards, and a file has one topic and a docstring."""
 
 import ast
 from pathlib import Path

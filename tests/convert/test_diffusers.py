@@ -1,4 +1,4 @@
-"""diffusers folders: the networks agree at error 0.0, the pipelines run and make the same images, bits come back."""
+"""diffusers folders: the networks agree, the pipelines make the same images, and converting back restores every bit."""
 
 import json
 import re
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exported(place, name, **arguments):
-    """What the code block of an exported folder's README.md makes: `pipe`."""
+    """`pipe`, as the code block in the README.md of an exported folder makes it."""
     code = re.search(r"```python\n(.*?)```", (place / f"{name}_pipe" / "README.md").read_text(), re.S)[1]
     scope = {}
     exec(code, scope)
@@ -70,7 +70,7 @@ def test_in_float64_the_two_networks_agree_far_below_fp32(place):
 
 
 def test_the_readme_of_an_export_is_true(place):
-    """Without the README's line the frequencies are diffusers' own, and the output is off by what it says."""
+    """Without the line in the README, diffusers uses its own frequencies: the output is off by as much as it says."""
     from diffusers import DiTTransformer2DModel
 
     text = (place / "ddpm_pipe" / "README.md").read_text()
@@ -127,7 +127,7 @@ def test_a_flow_folder_comes_back_as_the_same_function(place, tmp_path):
 
 
 def strip(folder):
-    """The folder as diffusers' own users have it: without fastdit's files, classes filling the label table."""
+    """Remove fastdit's own files, which folders written by others do not have."""
     for path in folder.glob("fastdit.*"):
         path.unlink()
 
@@ -193,7 +193,7 @@ def test_an_autoencoder_that_is_no_local_folder_is_passed_by_the_user(place, tmp
 
 
 def odd_checkpoint(place, tmp_path, shape=(4, 8, 8), **options):
-    """A small network with options, as training would leave it."""
+    """A checkpoint of a small network with options."""
     config = load_config(place / "ddpm" / "config.yaml", ["model.variant=DiT-2x32x2/4", "data.num_classes=5"])
     config = replace(config, model=replace(config.model, **options))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Conversion of official files: every bit arrives, wrong ones are named, nothing in a file is executed."""
+"""Conversion of official files: every bit is kept, mistakes are named, nothing in a file is executed."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Extraction: the latents of the images, the same bytes on any number of processes, and one line for every mistake."""
+"""Extraction: latents match their images, any number of processes writes the same bytes, a mistake is one line."""
 
 import errno
 import importlib.util
@@ -31,7 +31,7 @@ COUNT = 90
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with images/ and vae/ in it, and out/: what one process extracts from them."""
+    """A folder with images/, vae/, and out/ with the latents that one process extracts."""
     base = tmp_path_factory.mktemp("extract")
     write_digits(base / "images", COUNT)
     tiny_vae().save_pretrained(base / "vae")
@@ -45,7 +45,7 @@ def run(base: Path, out: Path, **options) -> Manifest:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Name and content of everything in a folder."""
+    """The contents of a folder by file name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -77,7 +77,7 @@ def test_extraction_is_readable_as_batches(made):
 
 @dataclass(frozen=True)
 class ThreadRanks(Ranks):
-    """Processes played by threads."""
+    """Threads in place of processes."""
 
     meeting: threading.Barrier
 
@@ -148,7 +148,7 @@ def load_command():
 
 
 def spoil(base: Path, how: str) -> dict:
-    """Prepares one mistake; returns the arguments that differ from the good ones."""
+    """Prepare one mistake and return the arguments that cause it."""
     images = base / "images"
     if how == "no images":
         return {"images": base / "nowhere"}

@@ -1,4 +1,4 @@
-"""Image folders, ADM's crop, the way to pixels and back."""
+"""Image folders, ADM's center crop, conversion to pixels and back."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The codec agrees with diffusers, knows its autoencoder again, and says what is wrong with one."""
+"""The codec agrees with diffusers, recognizes its autoencoder, and reports what is wrong with one."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Latent shards: what is written is what is read, in an order that world size, resume and prefetching do not change."""
+"""Latent shards: samples are read as written, in an order that world size, resuming and prefetching do not change."""
 
 import hashlib
 import itertools

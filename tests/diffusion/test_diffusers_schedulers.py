@@ -1,4 +1,4 @@
-"""diffusers' schedulers as an outside judge, step for step, with the same noise."""
+"""Samplers agree with diffusers' schedulers at every step, given the same noise."""
 
 import pytest
 import torch

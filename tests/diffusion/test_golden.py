@@ -1,4 +1,4 @@
-"""Every row of ddpm.npz and sit.npz, recorded from the official DiT and SiT; one computed value per recorded key."""
+"""Every array of ddpm.npz and sit.npz, recorded from the official DiT and SiT, against a value computed here."""
 
 import functools
 

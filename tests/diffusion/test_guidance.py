@@ -1,4 +1,4 @@
-"""Guidance and the other denoiser wrappers, against what the official DiT recorded and against their definitions."""
+"""Guidance and the other denoiser wrappers, against recorded outputs of the official DiT and their definitions."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def test_zero_terminal_snr_keeps_no_signal_and_its_start():
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_posterior_is_bayes_rule(name):
-    """From x_s given x_0, and x_t given x_s: the joint normal's conditional, by the formula for two variables."""
+    """x_s given x_0 and x_t given x_s are normal, so x_s given both follows from the formula for two variables."""
     path, s, t = PATHS[name], INSIDE[:-1], INSIDE[1:]
     ratio = path.alpha(t) / path.alpha(s)
     prior, noise = path.sigma(s) ** 2, path.sigma(t) ** 2 - (ratio * path.sigma(s)) ** 2
@@ -96,7 +96,7 @@ FLOWS = list(itertools.product(("linear", "gvp", "vp"), ("eps", "score", "x_0"))
 
 
 def oracle(objective, x_0, eps, t, error=0.0):
-    """A network that errs by `error` from what it should say, in its own clock and sign."""
+    """A network whose output differs from the target by `error`, with the time and sign that it uses."""
     sign = -1 if objective.prediction == "velocity" else 1
     return lambda x_t, time, y: sign * (target(objective.prediction, x_0, eps, t, objective.path) + error)
 
@@ -163,7 +163,7 @@ def test_the_cosine_loss_measures_the_angle():
 
 
 def test_the_cosine_loss_has_a_bounded_gradient_at_a_zero_output():
-    """Without a bound its first gradient is 5e7, which Adam's second moment remembers for a thousand steps."""
+    """Without the bound the first gradient is 5e7, which stays in Adam's second moment for a thousand steps."""
     x_0, eps = batch(3)
     output = torch.zeros_like(x_0, requires_grad=True)
     FlowMatching(cosine_weight=1.0).loss(lambda *_: output, x_0, None, INSIDE[:3], eps).per_sample.sum().backward()

@@ -92,7 +92,7 @@ def test_the_bound_of_a_perfect_network_is_its_ends():
 
 
 def test_the_bound_exceeds_the_entropy_of_the_data():
-    """Gaussian data and its exact denoiser: the chain's bits can only be more than those of the data itself."""
+    """Gaussian data and its exact denoiser: the bound cannot be below the entropy."""
     objective, std = DDPM("linear", "x_0", "fixed_large", "mse"), 0.3
     x_0 = std * torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

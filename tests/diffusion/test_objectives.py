@@ -1,4 +1,4 @@
-"""What every entry of OBJECTIVES owes the rest, new ones included: fitted to data, it says what the data are."""
+"""Properties of every entry of OBJECTIVES, new ones included: the network that minimizes the loss predicts the data."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def normal_grid(n: int = 61) -> torch.Tensor:
 
 
 class Affine:
-    """A network of two numbers, out = a x + b, whatever the time; zeros in the channels beyond the latents'."""
+    """A network with two parameters, out = a x + b at any time; further channels are zero."""
 
     null_label = None
 
@@ -105,7 +105,7 @@ def test_a_yaml_section_can_describe_it(name):
 
 @every_objective
 def test_a_loss_compiles_to_one_graph_that_copies_no_table(name, options, monkeypatch):
-    """On a GPU the loss is fused; what stood outside the graph, or was copied inside it, would wait at every step."""
+    """On a GPU the loss is fused; a graph break, or a table copied to the device, would cost time in every step."""
     torch._dynamo.reset()  # many objectives are compiled in one process here
     objective = build(OBJECTIVES, Choice(name, options), "objective")
     graphs = []

@@ -1,4 +1,4 @@
-"""Samplers against distributions whose denoiser is known in closed form, on every path there is."""
+"""Samplers against distributions whose denoiser is known in closed form, on every path."""
 
 import inspect
 import math
@@ -29,7 +29,7 @@ def gaussian(path, mean=MEAN, std=STD):
 
 
 def mixture(path):
-    """The exact denoiser of data from two normals: each component's, weighted by its responsibility for x_t."""
+    """The exact denoiser of a mixture of two normals: each component's, weighted by its responsibility for x_t."""
 
     def denoise(x_t, t):
         alpha, sigma, d_alpha, d_sigma = path.at(torch.as_tensor(t, dtype=torch.float64), x_t)
@@ -69,7 +69,7 @@ def times(name, steps):
 
 
 def fine(sampler):
-    """Options for a small error: a noiseless last step from t = 0.04 would blur what a tenth of noise hides."""
+    """Options for a small error: the default last step, without noise from t = 0.04, is too coarse for this test."""
     return {"last_step_size": 0.01} if "last_step_size" in inspect.signature(SAMPLERS[sampler]).parameters else {}
 
 

@@ -1,4 +1,4 @@
-"""What tests share: recorded arrays, small networks, images, runs and checkpoints made on the spot."""
+"""What tests share: recorded arrays, small networks, images, runs and checkpoints."""
 
 from pathlib import Path
 

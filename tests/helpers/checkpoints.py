@@ -73,7 +73,7 @@ def weights(folder: Path, name: str = "ema") -> dict[str, torch.Tensor]:
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
+    """The same names and the same bits."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name

@@ -1,4 +1,4 @@
-"""What several tests of the latent pipeline start from: a small autoencoder and a folder of real images."""
+"""A small autoencoder, a folder of images and a set of latents."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def tiny_vae(seed: int = 0, **options):
 
 
 def write_digits(root: Path, count: int) -> Path:
-    """scikit-learn's first `count` digits as 40 x 36 RGB PNGs in a subfolder per class."""
+    """The first `count` digits of scikit-learn as 40 x 36 RGB PNGs, in one subfolder per class."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -43,7 +43,10 @@ def write_digits(root: Path, count: int) -> Path:
 
 
 def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
-    """Moments whose mean has deviation `spread` and whose posterior has 2, unscaled: sqrt(29) x scale is 0.98."""
+    """Latents whose posterior means have standard deviation `spread` and whose posteriors have 2.
+
+    By default the scaled latents have sqrt(5^2 + 2^2) x 0.18215 = 0.98.
+    """
     rng = np.random.default_rng(0)
     latents = LatentSpec((4, 8, 8), scale, 0.0, vae="vae", codec="0" * 64, image_size=16)
     about = Manifest(latents, "float16", class_names=tuple("abc"), images=40)

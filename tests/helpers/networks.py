@@ -1,4 +1,4 @@
-"""Small DiTs with each option, and what they are fed."""
+"""Small DiTs with each option, and inputs for them."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def small(**options) -> DiT:
-    """Two blocks, three heads of 8, every weight moved away from its start."""
+    """Two blocks, three heads of 8, every weight perturbed after its initialization."""
     torch.manual_seed(0)
     arguments = {"input_size": 6, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     model = DiT(**arguments | options)

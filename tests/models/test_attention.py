@@ -1,4 +1,4 @@
-"""Attention backends: equal where they run, refused in words where they cannot or must not."""
+"""Attention backends agree where they run, and are refused with a reason where they cannot."""
 
 
 import pytest
@@ -16,7 +16,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends to be a GPU of a given name and compute capability, with every package installed."""
+    """Pretend to be a GPU with a given name and compute capability, and every package installed."""
 
     def pretend(name, capability, installed=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -36,7 +36,7 @@ def test_backends_agree_with_eager_in_output_and_gradient_on_packed_views():
 
 
 def test_the_networks_attention_runs_our_kernel(monkeypatch):
-    """Through the interpreter where there is no GPU; the packed gradient among the others."""
+    """In Triton's interpreter if there is no GPU. The gradient of the packed q, k, v is compared too."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
@@ -94,7 +94,7 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith(("sdpa-", "flash-"))])
 def test_half_precision_kernels_leave_fp32_to_pytorch(name):
-    """The quickstart, the likelihood and sampling by default compute in fp32, whatever the training's backend was."""
+    """Sampling and the likelihood compute in fp32 by default, whatever backend was used in training."""
     q, k, v = torch.randn(3, 2, 3, 41, 72).unbind()
     wanted = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention(q, k, v, name), wanted)

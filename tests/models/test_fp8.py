@@ -1,4 +1,4 @@
-"""FP8 products: torchao's rounding where it should be, and losses that stay beside bf16's."""
+"""FP8 matrix products: operands are rounded as expected, and losses stay close to those of bf16."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from fastdit.models.fp8 import use_fp8  # noqa: E402
 
 
 def rounded(x, dtype=torch.float8_e4m3fn):
-    """x as an FP8 tensor with one scale holds it."""
+    """x rounded to FP8 with one scale for the tensor."""
     scale = torch.finfo(dtype).max / x.abs().max()
     return (x * scale).to(dtype).to(x.dtype) / scale
 
@@ -54,7 +54,7 @@ def test_the_blocks_linears_and_no_other_multiply_in_fp8(model):
 
 
 def test_blocks_compile_whole_and_are_as_exact_as_eager(model):
-    """Element by element they differ: bf16 rounds elsewhere, then FP8 too. One block without Inductor: it is slow."""
+    """Single elements differ, since bf16 and FP8 round in other places. Only one block uses Inductor, which is slow."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
     plain = create_dit("DiT-2x64x4/2", input_size=8, num_classes=10)
     plain.load_state_dict(model.state_dict())

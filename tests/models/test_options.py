@@ -1,4 +1,4 @@
-"""Positions, norms of queries and keys, dropout and the smaller options of DiT, each against its definition."""
+"""Positions, query and key norms, dropout and the smaller options of DiT, each against its definition."""
 
 import math
 from functools import partial
@@ -77,14 +77,14 @@ def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
     with torch.no_grad():
         attention.qkv.weight[:48] *= 1000  # queries and keys
     after = attention(x)[0]
-    # normalised, |q| = |k| = sqrt(head_dim), so logits stay within sqrt(head_dim) and the scale is forgotten
+    # normalized, |q| = |k| = sqrt(head_dim), so logits stay within sqrt(head_dim) and the scale is forgotten
     assert ((after - before).abs().max() < 1e-3) == (norm is not None)
 
 
 @pytest.mark.parametrize("options", [{}, {"block": "adaln"}], ids=["adaln_zero", "adaln"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_joint_modulations_change_neither_values_nor_names(options, compiled, monkeypatch):
-    """Compiled without Inductor, which test_dit.py runs on joint modulations."""
+    """Compiled without Inductor; test_dit.py compiles joint modulations with it."""
     model = small(**options)
     names, (out, wanted) = list(model.state_dict()), gradients(model)
     model.join_modulations()

@@ -1,4 +1,4 @@
-"""Each option of DiT does what it says and nothing else: plain definitions, published counts, known invariances."""
+"""Each option of DiT against a plain definition, published counts and known invariances."""
 
 import dataclasses
 import inspect
@@ -142,7 +142,7 @@ def test_the_configs_defaults_are_the_networks():
 
 
 def plain_block(block, x: Tensor, c: Tensor | None) -> Tensor:
-    """x (N, T, D) through a block as the paper draws it: nothing fused, nothing handed on."""
+    """x (N, T, D) through a block as the paper defines it, without fusion."""
     n, _, d = x.shape
 
     def heads(z):

@@ -1,4 +1,4 @@
-"""The main job, shortened: every stage runs, every picture and figure is there, and the digits are real."""
+"""The quickstart, shortened: every stage runs, every picture and number is there, and the digits are real."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Loss-aware times in training: exact through a resume, the same on two processes, and off by default."""
+"""Loss-aware times in training: exact after resuming, the same on two processes, and off by default."""
 
 import json
 
@@ -22,7 +22,7 @@ def history(folder):
 
 @pytest.fixture(scope="module")
 def warm(world):
-    """Step 5 of a run whose every index has been seen ten times: index i with losses of about (i + 1) / 100."""
+    """Step 5 of a run that has seen every index ten times, index i with losses of about (i + 1) / 100."""
     folder = train_here(world, world / "loss_aware", *ON, "training.steps=5")
     assert int(history(folder)["counts"].sum()) == 5 * 12  # every loss of the global batch is on record
     grown = torch.linspace(0.01, 10, 1000, dtype=torch.float64)[:, None].expand(1000, 10).clone()
@@ -52,7 +52,7 @@ def test_a_resume_is_exact_with_its_history(world, warm, tmp_path):
 
 
 def test_times_follow_the_losses_of_the_past(world, warm, tmp_path):
-    """Index i is drawn in proportion to i + 1, so the mean index of what is new lies near two thirds of the range."""
+    """Index i has a probability proportional to i + 1, so the mean of the new indices is near 2 / 3 of the range."""
     place = copy(warm, tmp_path / "run")
     folder = train_here(world, place, *ON, "training.steps=25", resume=True)
     seen = history(folder)["counts"].double() - 10

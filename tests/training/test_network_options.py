@@ -1,4 +1,4 @@
-"""Options of the network in a run: exact resume, names through checkpoints, mistakes before anything is written."""
+"""Network options in a run: resuming is exact, checkpoints keep every name, mistakes are found before anything is written."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_wrong_combinations_fail_before_a_run_begins(world, tmp_path, change, wo
 
 
 def test_the_compiler_leaves_blocks_whole_under_ddp(monkeypatch):
-    """At DDP's buckets, which a block of this width overflows, it would cut them, and fuse nothing across."""
+    """It would split a block that is larger than one of DDP's buckets, and fuse nothing across the split."""
     counters, compile_module = torch._dynamo.utils.counters, nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager"))
     inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long)

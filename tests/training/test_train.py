@@ -42,7 +42,7 @@ def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, 
 
 
 def test_compiled_blocks_and_a_compiled_model_give_the_same_losses(world, tmp_path, monkeypatch):
-    """The blocks without Inductor, which test_dit.py runs on them."""
+    """The blocks without Inductor; test_dit.py compiles blocks with it."""
     few = ["model.variant=DiT-2x64x4/4", "training.steps=4", "training.precision=fp32"]
     for name in ("false", "whole", "true"):
         if name == "true":
@@ -53,7 +53,7 @@ def test_compiled_blocks_and_a_compiled_model_give_the_same_losses(world, tmp_pa
 
 
 def test_fused_kernels_give_the_eager_definitions_losses(world, tmp_path, monkeypatch):
-    """Through Triton's interpreter where there is no GPU, forward and backward, three steps of moving weights."""
+    """Forward and backward in three training steps; in Triton's interpreter if there is no GPU."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for mode in ("triton", "eager"):
@@ -175,7 +175,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(world, tmp_path, ov
 
 
 def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, tmp_path, monkeypatch):
-    """By the GPU's own error, at the third step; the checkpoint of the second is there to go on from."""
+    """The GPU's own error, at the third step; the run resumes from the checkpoint of the second."""
     step, calls = TorchEngine.step, []
 
     def full(self, lr, bad):

@@ -1,4 +1,4 @@
-"""verify: silent about what is well, and naming every fault that was put in."""
+"""verify accepts healthy folders and names every fault that is planted."""
 
 import json
 import shutil
@@ -46,14 +46,14 @@ def test_a_trained_run_and_its_shards_pass(world, tmp_path):
 
 
 def edit(folder, name, change):
-    """Change a safetensors file's tensors, and the size that checkpoint.json lists."""
+    """Change the tensors of a safetensors file, and its entry in checkpoint.json."""
     state = load_file(folder / f"{name}.safetensors")
     save_file(change(dict(state)), folder / f"{name}.safetensors")
     relist(folder)
 
 
 def relist(folder):
-    """As if the files had been written so: digests and sizes are those of the files that lie there."""
+    """List the files in checkpoint.json as they are now."""
     change_meta(folder, lambda meta: None)
 
 
@@ -131,7 +131,7 @@ CHECKPOINT_FAULTS = {
         lambda folder: edit(folder, "ema", lambda s: moved(s, 0.1)),
         ["differs from the recorded output by"],
     ),
-    "a run without optimiser": (
+    "a run without optimizer": (
         lambda folder: change_meta(folder, lambda m: m.update(engine="torch")),
         ["optimizer.pt is missing: the run cannot resume"],
     ),
@@ -160,7 +160,7 @@ def test_every_fault_of_a_checkpoint_is_named(place, tmp_path, name):
 
 
 def write_index(folder, change):
-    """Another index.npy, with its hash in the manifest."""
+    """Change index.npy, and its hash in the manifest."""
     import hashlib
 
     index = np.load(folder / "index.npy")
