@@ -98,8 +98,8 @@ class ImagePipeline:
     objective: Objective
     codec: LatentCodec
     spec: LatentSpec
-    identity: str  # SHA-256 of the weights' file
-    class_names: tuple[str, ...]  # () where they are not known
+    identity: str = ""  # SHA-256 of the weights' file
+    class_names: tuple[str, ...] = ()  # where they are known
 
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:

@@ -32,6 +32,14 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with converted checkpoints, their autoencoder and latents (helpers/checkpoints.py)."""
+    from helpers.checkpoints import make_place
+
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
 @pytest.fixture
 def one_thread():
     """For comparisons with files that another process has written on one thread."""

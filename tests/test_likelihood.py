@@ -15,7 +15,7 @@ from fastdit.diffusion.likelihood import variational_bound
 from fastdit.distributed import ImageRandom, seed_of
 from fastdit.likelihood import batches, likelihood, mean_and_error
 from fastdit.training import state
-from helpers.checkpoints import golden_weights
+from helpers.checkpoints import golden_weights, quiet
 from helpers.data import make_shards, tiny_vae
 
 D, SCALE = 256, 0.18215
@@ -23,10 +23,6 @@ STD = math.sqrt(29) * SCALE  # of make_shards' latents: posterior means of devia
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

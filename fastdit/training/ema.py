@@ -21,14 +21,9 @@ class EMA:
     def update(self, masters: list[Tensor], step: int, skipped: Tensor) -> None:
         """Move toward `masters` after step number `step` (1 for the first), unless it was `skipped` (0-dim bool)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        masters = [tensor.detach().float() for tensor in masters]
-        if not skipped.is_cuda:
-            if not skipped:
-                torch._foreach_lerp_(self.average, masters, 1 - decay)
-            return
-        weight = (1 - decay) * (~skipped).float()  # stays on the device: reading `skipped` would wait for it
+        weight = (1 - decay) * (~skipped).float()  # on the device: the host does not wait for `skipped`
         for own, master in zip(self.average, masters, strict=True):
-            own.lerp_(master, weight)
+            own.lerp_(master.detach().float(), weight)
 
     @torch.no_grad()
     def load(self, tensors: list[Tensor]) -> None:

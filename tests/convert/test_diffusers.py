@@ -25,7 +25,6 @@ from helpers.checkpoints import (
     assert_same,
     golden,
     golden_weights,
-    make_place,
     quiet,
     weights,
     without,
@@ -34,11 +33,6 @@ from helpers.data import tiny_vae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("convert"))
 
 
 def exported(place, name, **arguments):

@@ -23,7 +23,6 @@ from helpers.checkpoints import (
     assert_same,
     golden,
     golden_weights,
-    make_place,
     moved,
     quiet,
     training_file,
@@ -32,11 +31,6 @@ from helpers.checkpoints import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("convert"))
 
 
 def test_a_plain_file_survives_the_round_trip_bit_for_bit(place, tmp_path):

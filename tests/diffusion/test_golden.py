@@ -1,9 +1,7 @@
 """Every row of ddpm.npz and sit.npz, recorded from the official DiT and SiT; one computed value per recorded key."""
 
 import functools
-import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from fastdit.diffusion.prediction import reverse_step, target, with_x_0
 from fastdit.diffusion.samplers import DIFFUSION_FORMS, SAMPLERS
 from fastdit.diffusion.timesteps import respaced
 from fastdit.models.dit import DiT
-from helpers import GOLDEN
+from helpers.checkpoints import golden, golden_dit
 
 SCHEDULES = {"linear": "ddpm_linear", "squaredcos_cap_v2": "ddpm_cosine"}
 DDPM_CASES = {
@@ -32,17 +30,8 @@ SIT_PREDICTIONS = {"velocity": "velocity", "noise": "eps", "score": "score"}
 
 
 @functools.cache
-def golden(name: str) -> dict[str, torch.Tensor]:
-    arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
-    return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind != "U"}
-
-
-@functools.cache
 def network(dtype: torch.dtype = torch.float32) -> DiT:
-    config = json.loads(str(np.load(GOLDEN / "dit.npz")["config"]))
-    model = DiT(**config).eval()
-    weights = {key: value for key, value in golden("dit").items() if key.startswith("weights/")}
-    model.load_state_dict({key.removeprefix("weights/"): value for key, value in weights.items()})
+    model = golden_dit()
     model.t_embedder.mlp.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
     return model.to(dtype)
 

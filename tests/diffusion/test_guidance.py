@@ -1,16 +1,12 @@
 """Guidance and the other denoiser wrappers, against what the official DiT recorded and against their definitions."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 
 from fastdit.diffusion.guidance import clip, dynamic_threshold, guided, processed, watched
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.models.dit import DiT
-from helpers import GOLDEN
+from helpers.checkpoints import golden, golden_dit
 
 FORMS = ("x_0", "eps", "velocity")
 
@@ -38,12 +34,10 @@ T = torch.tensor(0.6, dtype=torch.float64)
 
 
 def test_guidance_equals_the_official_forward_with_cfg():
-    z = np.load(GOLDEN / "dit.npz")
-    model = DiT(**json.loads(str(z["config"]))).eval()
-    model.load_state_dict({k[8:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("weights/")})
-    x, index, y = (torch.from_numpy(z[k]) for k in ("cfg_x", "cfg_t", "cfg_y"))
+    z, model = golden("dit"), golden_dit()
+    x, index, y = z["cfg_x"], z["cfg_t"], z["cfg_y"]
     n = len(x) // 2  # the second half repeats the first under the null label
-    out = torch.from_numpy(z["cfg_out"])[:n]
+    out = z["cfg_out"][:n]
     assert (y[n:] == model.null_label).all()
     for i in range(n):  # the recorded times differ within the batch
         one = slice(i, i + 1)

@@ -1,6 +1,7 @@
-"""Official-like files made on the spot from the recorded weights of dit.npz, and what they convert to."""
+"""The recorded arrays and network, files like the official ones with its weights, and what they convert to."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from fastdit.convert import convert
+from fastdit.models.dit import DiT
 from helpers import GOLDEN
-from helpers.data import tiny_vae
+from helpers.data import make_shards, tiny_vae
 
-SIZE = ["--heads", "4"]  # of the recorded network: hidden size 48 is no known one
+SIZE = ["--heads", "4"]  # the hidden size 48 of the recorded network does not imply it
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -25,13 +27,21 @@ def golden_weights() -> dict[str, torch.Tensor]:
     return {key.removeprefix("weights/"): v for key, v in golden("dit").items() if key.startswith("weights/")}
 
 
+def golden_dit(**changes) -> DiT:
+    """The recorded network in eval mode."""
+    with np.load(GOLDEN / "dit.npz", allow_pickle=False) as file:
+        model = DiT(**json.loads(str(file["config"])), **changes).eval()
+    model.load_state_dict(golden_weights(), strict=True)
+    return model
+
+
 def moved(state: dict[str, torch.Tensor], by: float) -> dict[str, torch.Tensor]:
-    """Other weights of the same network; the fixed table stays."""
+    """Other weights for the same network; the position table is fixed."""
     return {name: tensor if name == "pos_embed" else tensor + by for name, tensor in state.items()}
 
 
 def training_file(path: Path, prefix: str = "module.", **args) -> Path:
-    """{model, ema, opt, args} as the official scripts leave it; the EMA is the recorded network."""
+    """{model, ema, opt, args} as the official scripts write it; the EMA is the recorded network."""
     ema = golden_weights()
     model = {prefix + name: tensor for name, tensor in moved(ema, 0.25).items()}
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 1e-4}]}
@@ -40,12 +50,16 @@ def training_file(path: Path, prefix: str = "module.", **args) -> Path:
 
 
 def quiet(line: str) -> None:
-    """For `say`."""
+    """A `say` that prints nothing."""
 
 
 def make_place(root: Path) -> Path:
-    """vae/, plain.pt, ddpm/ and flow/ (converted to fastdit), ddpm_pipe/ and flow_pipe/ (from these to diffusers)."""
+    """vae/, latents/ (40, of unit variance, in two shards) and plain.pt.
+
+    From plain.pt ddpm/ and flow/ are converted to fastdit, and from these ddpm_pipe/ and flow_pipe/ to diffusers.
+    """
     tiny_vae().save_pretrained(root / "vae")
+    make_shards(root / "latents")
     torch.save(golden_weights(), root / "plain.pt")
     for name in ("ddpm", "flow"):
         overrides = [f"objective={name}", f"data.vae={root}/vae"]

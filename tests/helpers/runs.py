@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
+from fastdit.config import load_config
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
 from helpers import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -47,6 +50,16 @@ training: {{steps: 20, global_batch: 12, lr: 1e-3, compile: false, log_every: 1,
 sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
 """)
     return root
+
+
+def train_here(world: Path, run_dir: Path, *overrides: str, resume: bool = False) -> Path:
+    """Train in this process, with the world's config; returns the last checkpoint."""
+    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every step."""
+    return [record["loss"] for record in read_metrics(run_dir)]
 
 
 def run_command(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""Every kernel, built for sm_80, sm_90 and sm_100 without a GPU: no spills, wide accesses, almost no excess bytes."""
+"""Every kernel, built for sm_80, sm_90 and sm_100 without a GPU: no spills, wide accesses, near the minimum bytes."""
 
 import json
 import os

@@ -1,8 +1,5 @@
 """DiT against recorded outputs of the official network, published sizes, and counted FLOPs."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,39 +7,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import RECOMPUTE
 from fastdit.models.dit import DIT_VARIANTS, DiT, create_dit, drop_labels
-from helpers import GOLDEN
+from helpers.checkpoints import golden, golden_dit
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def golden_dit(**changes) -> tuple[DiT, dict[str, torch.Tensor]]:
-    """The recorded network in eval mode with its weights loaded strictly, and all recorded arrays."""
-    arrays = dict(np.load(GOLDEN / "dit.npz", allow_pickle=False))
-    config = json.loads(str(arrays.pop("config")))
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    model = DiT(**config, **changes).eval()
-    prefix = "weights/"
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, strict=True)
-    return model, tensors
+GOLDEN = golden("dit")
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_forward_equals_the_official_network(backend):
-    model, golden = golden_dit(attention=backend)
+    model = golden_dit(attention=backend)
     with torch.no_grad():
-        torch.testing.assert_close(model(golden["x"], golden["t"], golden["y"]), golden["out"], **CLOSE)
-        fractional = model(golden["x"], golden["t_fractional"], golden["y"])
-    torch.testing.assert_close(fractional, golden["out_t_fractional"], **CLOSE)
+        torch.testing.assert_close(model(GOLDEN["x"], GOLDEN["t"], GOLDEN["y"]), GOLDEN["out"], **CLOSE)
+        fractional = model(GOLDEN["x"], GOLDEN["t_fractional"], GOLDEN["y"])
+    torch.testing.assert_close(fractional, GOLDEN["out_t_fractional"], **CLOSE)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_gradients_equal_the_official_network(recompute):
-    model, golden = golden_dit()
+    model = golden_dit()
     model.set_activation_checkpointing(recompute)
-    x = golden["x"].clone().requires_grad_()
-    out = model(x, golden["t"], golden["y"])
+    x = GOLDEN["x"].clone().requires_grad_()
+    out = model(x, GOLDEN["t"], GOLDEN["y"])
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    gradients = {k.removeprefix("grad_"): v for k, v in golden.items() if k.startswith("grad_")}
+    gradients = {k.removeprefix("grad_"): v for k, v in GOLDEN.items() if k.startswith("grad_")}
     parameters = dict(model.named_parameters(), x=x)
     assert len(gradients) == 4
     for name, expected in gradients.items():
@@ -50,18 +37,18 @@ def test_gradients_equal_the_official_network(recompute):
 
 
 def test_compiled_blocks_give_the_same_output_and_gradients_and_keep_the_official_names():
-    model, golden = golden_dit()
+    model = golden_dit()
     names = list(model.state_dict())
 
     def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        out = model(golden["x"], golden["t"], golden["y"])
+        out = model(GOLDEN["x"], GOLDEN["t"], GOLDEN["y"])
         return out, torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
 
     _, wanted = gradients()
     model.join_modulations()
     model.compile_blocks()
     out, found = gradients()
-    torch.testing.assert_close(out, golden["out"], **CLOSE)
+    torch.testing.assert_close(out, GOLDEN["out"], **CLOSE)
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
     assert list(model.state_dict()) == names

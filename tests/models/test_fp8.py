@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdit.config import load_config
 from fastdit.models.dit import create_dit
 from fastdit.models.layers import Linear
-from fastdit.training.log import read_metrics
-from fastdit.training.loop import train
+from helpers.runs import losses, train_here
 
 pytest.importorskip("torchao", reason="training.fp8 needs torchao")
 from fastdit.models.fp8 import use_fp8  # noqa: E402
@@ -56,19 +54,20 @@ def test_the_blocks_linears_and_no_other_multiply_in_fp8(model):
 
 
 def test_blocks_compile_whole_to_the_same_values(model):
+    """One of them without Inductor, which takes long."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
     with torch.autocast("cpu", torch.bfloat16):
         eager = model(x, t, y).float()
-        model.compile_blocks()
+        for block, backend in zip(model.blocks, ("inductor", "aot_eager"), strict=True):
+            block.compile(fullgraph=True, backend=backend)
         torch.testing.assert_close(model(x, t, y).float(), eager, atol=0.05, rtol=0.05)
 
 
 def test_losses_on_digits_stay_beside_bf16s(world, tmp_path, one_thread):
     runs = {}
     for fp8 in (False, True):
-        folder = tmp_path / str(fp8)
-        train(load_config(world / "config.yaml", [f"run_dir={folder}", f"training.fp8={fp8}"]))
-        runs[fp8] = [record["loss"] for record in read_metrics(folder)]
+        train_here(world, tmp_path / str(fp8), f"training.fp8={fp8}")
+        runs[fp8] = losses(tmp_path / str(fp8))
     assert runs[True] != runs[False]
     assert runs[True] == pytest.approx(runs[False], rel=0.01)
 
@@ -81,7 +80,7 @@ def test_losses_on_digits_stay_beside_bf16s(world, tmp_path, one_thread):
 def test_what_fp8_cannot_do_is_refused(world, tmp_path, wrong):
     overrides, message = wrong
     with pytest.raises(ValueError, match=message):
-        train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/run", *overrides.split()]))
+        train_here(world, tmp_path / "run", *overrides.split())
 
 
 def test_gpus_before_ada_are_refused(monkeypatch):

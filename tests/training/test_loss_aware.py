@@ -6,25 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdit.config import load_config
 from fastdit.training import checkpoint
-from fastdit.training.log import read_metrics
-from fastdit.training.loop import train
-from helpers.runs import run
+from helpers.runs import losses, run, train_here
 
 BOUND = ["objective={name: ddpm, variance: fixed_small, loss_type: kl}", "training.precision=fp32"]
 ON = [*BOUND, "training.loss_aware_times=true"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def train_here(world, run_dir, *overrides, resume=False):
-    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
-
-
-def losses(run_dir):
-    return [record["loss"] for record in read_metrics(run_dir)]
 
 
 def history(folder):

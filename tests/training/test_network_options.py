@@ -7,12 +7,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdit.build import prepare_for_training
-from fastdit.config import TrainingConfig, load_config
+from fastdit.config import TrainingConfig
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.dit import DiT
 from fastdit.sampling import load_pipeline
-from fastdit.training.log import read_metrics
-from fastdit.training.loop import train
+from helpers.runs import losses, train_here
 
 EVERYTHING = [
     "model.norm=rms", "model.qk_norm=layer", "model.mlp=swiglu", "model.position=rope", "model.registers=2",
@@ -22,14 +21,6 @@ SHORT = ["training.steps=6", "training.checkpoint_every=3", "training.precision=
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def train_here(world, run_dir, *overrides, resume=False):
-    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
-
-
-def losses(run_dir) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir)]
 
 
 @pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention"])

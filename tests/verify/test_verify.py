@@ -11,54 +11,35 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdit import cli
-from fastdit.convert import convert
 from fastdit.data.manifest import Manifest
 from fastdit.training import checkpoint
 from fastdit.verify import verify
-from helpers.checkpoints import golden_weights, moved
-from helpers.data import make_shards, tiny_vae
+from helpers.checkpoints import moved, quiet
+from helpers.data import make_shards
+from helpers.runs import train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def quiet(line: str) -> None:
-    pass
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    """A converted checkpoint and 40 latents of unit variance in two shards."""
-    root = tmp_path_factory.mktemp("verify")
-    tiny_vae().save_pretrained(root / "vae")
-    torch.save(golden_weights(), root / "plain.pt")
-    overrides = ["objective=ddpm", f"data.vae={root}/vae"]
-    convert(root / "plain.pt", "fastdit", root / "run", overrides=overrides, heads=4, say=quiet)
-    make_shards(root / "latents")
-    return root
-
-
-def copy(healthy, tmp_path, name):
-    shutil.copytree(healthy / name, tmp_path / name)
+def copy(place, tmp_path, name):
+    shutil.copytree(place / name, tmp_path / name)
     return tmp_path / name
 
 
-def test_a_healthy_checkpoint_and_shard_set_pass(healthy, world, capsys, monkeypatch):
+def test_a_healthy_checkpoint_and_shard_set_pass(place, world, capsys, monkeypatch):
     heard = []
-    assert verify(healthy / "run", heard.append) == [] and verify(healthy / "latents", heard.append) == []
+    assert verify(place / "ddpm", heard.append) == [] and verify(place / "latents", heard.append) == []
     text = "\n".join(heard)
     assert "fp32 EMA" in text and "within 0.0e+00 of the recorded output" in text
     assert "40 images of 3 classes in 2 shards" in text
-    for name, code in (("run", 0), ("latents", 0)):
-        monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(healthy / name)])
+    for name, code in (("ddpm", 0), ("latents", 0)):
+        monkeypatch.setattr(sys, "argv", ["fastdit", "verify", str(place / name)])
         assert cli.main() is None or code
         assert "all is well" in capsys.readouterr().out
 
 
 def test_a_trained_run_and_its_shards_pass(world, tmp_path):
-    from fastdit.config import load_config
-    from fastdit.training.loop import train
-
-    run = train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/run", "training.steps=3"]))
+    run = train_here(world, tmp_path / "run", "training.steps=3")
     assert verify(tmp_path / "run", quiet) == [] and verify(run, quiet) == []
     [line] = verify(world / "latents", quiet)  # an untrained autoencoder's, with Stable Diffusion's scale
     assert "far from the 1" in line and "scale=0.18215" in line
@@ -169,8 +150,8 @@ CHECKPOINT_FAULTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
-def test_every_fault_of_a_checkpoint_is_named(healthy, tmp_path, name):
-    folder = copy(healthy, tmp_path, "run")
+def test_every_fault_of_a_checkpoint_is_named(place, tmp_path, name):
+    folder = copy(place, tmp_path, "ddpm")
     break_it, words = CHECKPOINT_FAULTS[name]
     break_it(folder)
     lines = verify(folder, quiet)
@@ -262,8 +243,8 @@ SHARD_FAULTS = {
 
 
 @pytest.mark.parametrize("name", SHARD_FAULTS)
-def test_every_fault_of_a_shard_set_is_named(healthy, tmp_path, name):
-    folder = copy(healthy, tmp_path, "latents")
+def test_every_fault_of_a_shard_set_is_named(place, tmp_path, name):
+    folder = copy(place, tmp_path, "latents")
     break_it, words = SHARD_FAULTS[name]
     break_it(folder)
     lines = verify(folder, quiet)
@@ -276,17 +257,17 @@ def test_latents_far_from_unit_variance_name_the_scale_that_suits(tmp_path):
     assert "standard deviations of the scaled latents are 5." in line and "scale=1 is wrong; use 0.18" in line
 
 
-def test_a_checkpoint_is_held_against_the_shards_it_names(healthy, tmp_path):
-    folder = copy(healthy, tmp_path, "run")
-    text = (folder / "config.yaml").read_text().replace("shards: ''", f"shards: {healthy}/latents")
+def test_a_checkpoint_is_held_against_the_shards_it_names(place, tmp_path):
+    folder = copy(place, tmp_path, "ddpm")
+    text = (folder / "config.yaml").read_text().replace("shards: ''", f"shards: {place}/latents")
     (folder / "config.yaml").write_text(text)
     relist(folder)
     [line] = verify(folder, quiet)
-    assert f"the latents in {healthy}/latents have codec 000" in line
+    assert f"the latents in {place}/latents have codec 000" in line
 
 
-def test_the_command_ends_with_exit_code_2(healthy, tmp_path, capsys, monkeypatch):
-    folder = copy(healthy, tmp_path, "latents")
+def test_the_command_ends_with_exit_code_2(place, tmp_path, capsys, monkeypatch):
+    folder = copy(place, tmp_path, "latents")
     flip(folder / SHARD, 3000)
     gone = tmp_path / "gone"
     for path, words in [(folder, "wrong: "), (gone, "error: "), (tmp_path, "holds no complete checkpoint")]:
@@ -295,4 +276,4 @@ def test_the_command_ends_with_exit_code_2(healthy, tmp_path, capsys, monkeypatc
             cli.main()
         output = capsys.readouterr()
         assert stop.value.code == 2 and words in output.out + output.err
-    assert replace(Manifest.load(folder), folder=None) == replace(Manifest.load(healthy / "latents"), folder=None)
+    assert replace(Manifest.load(folder), folder=None) == replace(Manifest.load(place / "latents"), folder=None)
