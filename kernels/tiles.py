@@ -187,9 +187,7 @@ def sum_chunks(partial: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty((n, *partial.shape[2:]), dtype=dtype, device=partial.device)
     rows = min(1 << max(chunks - 1, 0).bit_length(), 64)
     block = 256 if rows <= 4 else 32
-    wrap_triton(_sum_chunks)[(n, cdiv(m, block))](
-        partial, out, m, CHUNKS=chunks, ROWS=rows, BLOCK=block, num_warps=2
-    )  # fmt: skip
+    wrap_triton(_sum_chunks)[(n, cdiv(m, block))](partial, out, m, CHUNKS=chunks, ROWS=rows, BLOCK=block, num_warps=2)
     return out
 
 
