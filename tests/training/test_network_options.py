@@ -1,4 +1,4 @@
-"""Network options in a run: resuming is exact, checkpoints keep every name, mistakes are found before anything is written."""
+"""Network options in a run: exact resuming, names kept in checkpoints, mistakes found before anything is written."""
 
 import pytest
 import torch
