@@ -131,7 +131,10 @@ class ImagePipeline:
 
     def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
-        return to_uint8(self.codec.decode(self.latents(indices, labels, seed))).cpu().numpy()
+        pixels = self.codec.decode(self.latents(indices, labels, seed))
+        if not pixels.isfinite().all():
+            raise ValueError("the sampled images are not finite: check the weights with fastdit verify")
+        return to_uint8(pixels).cpu().numpy()
 
     @property
     def model(self) -> DiT:

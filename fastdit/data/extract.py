@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.writer import SHARD_SIZE, ShardWriter, check_out, discard, part_path, partial_folder, prepare, publish
 from fastdit.distributed import Ranks, one_thread
 from fastdit.errors import is_no_space, out_of_memory_says
+from fastdit.lock import FolderLock
 from fastdit.registry import check
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +77,9 @@ def extract_features(
     _check_space(out, len(folder) * (4 * int(np.prod(latents.shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD))
     about = Manifest(latents, dtype, class_names=folder.class_names, images=len(folder))
     shards = -(-len(folder) // shard_size)
-    partial = partial_folder(out)
+    partial, held = partial_folder(out), ExitStack()
+    if ranks.is_main:
+        held.enter_context(FolderLock(out.with_name(f"{out.name}.writing"), "out"))
     try:
         if ranks.is_main:
             for line in remarks(folder):
@@ -104,6 +108,8 @@ def extract_features(
         if isinstance(error, OSError) and gone and ranks.world > 1:
             raise ValueError(_OTHER_FAILED) from error
         raise
+    finally:
+        held.close()
 
 
 def _extract_share(

@@ -105,6 +105,12 @@ class _Reader:
         self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
         self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
         self.index = manifest.index()
+        labels = self.index["label"]
+        if labels.min() < 0 or labels.max() >= manifest.num_classes:
+            raise ValueError(
+                f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
+                f"{manifest.num_classes} classes; {AGAIN}"
+            )
         channels, height, width = manifest.latents.shape
         self.shape = (2 * channels, height, width)
         self.dtype = DTYPES[manifest.dtype]

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
     """
     ranks, run_dir = distributed.init(device), Path(config.run_dir)
+    if Path(config.data.vae).is_dir():  # so that the run can be sampled from any folder
+        config = replace(config, data=replace(config.data, vae=str(Path(config.data.vae).resolve())))
     checkpoint.check_run_dir(run_dir, resume)
     if config.training.init_from and read_initial is None:
         raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")

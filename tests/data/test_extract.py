@@ -23,6 +23,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.lock import FolderLock
 from helpers import ROOT, runs
 from helpers.data import tiny_vae, write_digits
 
@@ -200,7 +201,7 @@ def spoil(base: Path, how: str) -> dict:
         ("none readable", "none of the 1 images could be read"),
         ("exists", "out=.* exists; choose another folder, or replace it with --overwrite"),
         ("foreign", "out=.* exists and has no manifest.json, so it is not replaced; choose another folder"),
-        ("file", "out=.*file/out cannot be created .*; choose another folder"),
+        ("file", "out=.*file/out.writing cannot be created .*; choose another folder"),
         ("odd size", "image_size=33 is not divisible by 2, the downsampling factor of vae=.*; use 32 or 34"),
         ("no vae", "vae=.*nowhere is not a folder"),
         ("wrong vae", "vae=.* has no config.json"),
@@ -264,7 +265,7 @@ extract.extract_features(images={str(made / "images")!r}, vae={str(made / "vae")
         [sys.executable, "-c", script], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.writing"]
     run(made, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(made / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -285,3 +286,14 @@ def test_a_failing_process_ends_the_others(made, tmp_path, monkeypatch):
     assert "no space left for out=" in str(futures[1].exception())
     assert "another process of this extraction has failed" in str(futures[0].exception())
     assert not list(tmp_path.iterdir())
+
+
+def test_two_extractions_never_write_into_one_folder(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    write_digits(tmp_path / "images", 12)
+    settings = {"images": tmp_path / "images", "vae": tmp_path / "vae", "image_size": 32}
+    with FolderLock(tmp_path / "latents.writing", "out"):
+        with pytest.raises(ValueError, match="out=.*latents.writing is in use by process"):
+            extract.extract_features(out=tmp_path / "latents", **settings)
+    assert len(extract.extract_features(out=tmp_path / "latents", **settings)) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "latents", "vae"]

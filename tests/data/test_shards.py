@@ -230,6 +230,17 @@ def spoil(folder: Path, sample: int) -> Manifest:
     return Manifest.load(folder)
 
 
+def test_labels_that_no_class_has_are_named_before_the_first_batch(copy):
+    index = copy.index()
+    index["label"][9] = 3
+    np.save(copy.folder / "index.npy", index)
+    digest = hashlib.sha256((copy.folder / "index.npy").read_bytes()).hexdigest()
+    text = (copy.folder / "manifest.json").read_text().replace(copy.index_sha256, digest)
+    (copy.folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="index.npy has labels 0 to 3, but the manifest names 3 classes"):
+        latent_batches(Manifest.load(copy.folder), global_batch=4, seed=0)
+
+
 def test_a_sample_that_is_not_finite_is_named(copy):
     manifest = spoil(copy.folder, 7)
     key = int(manifest.index()["key"][7])

@@ -217,3 +217,19 @@ def test_classes_may_be_named_and_only_trained_ones_are_drawn():
     assert max(image_labels("random", 50, 1000, 0, names)) == 2 and max(image_labels("random", 50, 1000, 0)) > 2
     with pytest.raises(ValueError, match="'bea' is no class of this model; did you mean 'bee'"):
         image_labels("bea", 1, 1000, 0, names)
+
+
+def test_a_run_with_a_relative_autoencoder_is_sampled_from_any_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run_in(world, tmp_path / "run", "data.vae=vae")
+    monkeypatch.chdir(tmp_path)
+    assert load_pipeline(tmp_path / "run").config.data.vae == str(world / "vae")
+
+
+def test_a_network_that_is_not_finite_is_not_sampled(copy, tmp_path, monkeypatch):
+    pipeline = load_pipeline(copy)
+    next(pipeline.model.parameters()).data.fill_(torch.nan)
+    monkeypatch.setattr("fastdit.sampling.load_pipeline", lambda *_, **__: pipeline)
+    with pytest.raises(ValueError, match="the sampled images are not finite"):
+        sample(copy, tmp_path / "out", 2, device="cpu")
+    assert not list((tmp_path / "out" / "images").glob("*.png"))
