@@ -34,7 +34,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.image_size > 0, "data.image_size", self.image_size, "use a positive number of pixels")
-        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read in step with the training")
+        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
         _require(self.num_classes >= 0, "data.num_classes", self.num_classes, "use 0 for an unconditional network")
 
 

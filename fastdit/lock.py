@@ -34,13 +34,13 @@ class FolderLock:
         make_folder(self.folder, self.what.partition("=")[0])
         while not self._create():
             holder = self._read()
-            if not holder:  # just created, and not written yet
+            if not holder:  # it may have been created a moment ago, and not written yet
                 time.sleep(1)
                 holder = self._read()
             if holder and self._alive(holder):
                 raise ValueError(
                     f"{self.what} is in use by process {holder.get('pid')} on {holder.get('host')}; stop it first "
-                    f"(or remove {self.path} if it does not exist any more)"
+                    f"(or remove {self.path} if that process no longer exists)"
                 )
             if self._remove(holder) and holder:
                 self.say(f"{self.what}: took over the lock of process {holder.get('pid')} on {holder.get('host')}, "
@@ -113,13 +113,13 @@ class FolderLock:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's own words; None for one that does not exist."""
+    """When a process of this host started, as the kernel reports it; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         pass
     try:
-        os.kill(pid, 0)  # without /proc: that it exists has to do
+        os.kill(pid, 0)  # no /proc, as on macOS: only its existence can be checked
         return "unknown"
     except (OSError, OverflowError):
         return None

@@ -253,8 +253,8 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
             near = difflib.get_close_matches(part, class_names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"--labels={labels!r}: {part!r} is no class of this model; {hint}use balanced, random, or classes by "
-                f"name or by number in 0..{num_classes - 1}, such as 207,360"
+                f"--labels={labels!r}: {part!r} is not a class of this model; {hint}use balanced, random, or classes "
+                f"by name or by number in 0..{num_classes - 1}, such as 207,360"
             )
     return [chosen[i % len(chosen)] for i in range(count)]
 

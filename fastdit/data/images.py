@@ -156,10 +156,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"gray values from {values.min()} to {values.max()} are not those of a 16-bit image")
+            raise ValueError(f"gray values {values.min()} to {values.max()} are outside the range of a 16-bit image")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255, rounded
     if image.mode == "F":
-        raise ValueError("floating-point values have no agreed white; save it as 8 or 16 bits")
+        raise ValueError("floating-point values have no defined white level; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -42,7 +42,7 @@ class Requests:
         return self
 
     def __exit__(self, *_) -> None:
-        self.stop_file.unlink(missing_ok=True)  # honored: the next run is not to stop again
+        self.stop_file.unlink(missing_ok=True)  # otherwise the next run would stop as well
         for number, handler in self.before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
@@ -54,12 +54,12 @@ class Requests:
     def poll(self) -> tuple[bool, bool]:
         """(stop, save), as this process sees it."""
         now = time.monotonic()
-        if now - self.looked >= 1:  # a look at a shared disk may take milliseconds
+        if now - self.looked >= 1:  # a lookup on a shared disk may take milliseconds
             self.looked = now
             if not self.reason and self.stop_file.exists():
                 self.reason = f"the file {self.stop_file}"
             if not self.reason and under_deepspeed() and parent_of(os.getppid()) != self.launcher:
-                self.reason = "the end of the deepspeed launcher"  # which leaves its own child running, and so us
+                self.reason = "the end of the deepspeed launcher"  # which leaves launch.py and its workers running
         if not self.reason and self.time_limit_s and now - self.start >= self.time_limit_s:
             self.reason = "training.time_limit"
         return bool(self.reason), bool(self.checkpoint_s and now - self.saved >= self.checkpoint_s)
@@ -76,7 +76,7 @@ def parent_of(pid: int) -> str:
 class Guard:
     """Reads each step's flags LAG steps later; ends the run after `limit` skipped steps in a row.
 
-    `on_skip(step)` hears about each skipped step.
+    `on_skip(step)` is called for each skipped step.
     """
 
     def __init__(self, limit: int, ranks: Ranks, on_skip: Callable[[int], None]):

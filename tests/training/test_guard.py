@@ -15,6 +15,7 @@ from fastdit.training import checkpoint
 from fastdit.training.guard import EXIT_STOPPED
 from fastdit.training.log import Log, read_metrics
 from fastdit.training.loop import train
+from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.steps=8", "training.checkpoint_every=1", "training.keep_checkpoints=0", "training.precision=fp32"]
@@ -113,6 +114,19 @@ def test_a_diverging_run_stores_nothing_that_is_not_finite(world, tmp_path):
         train(config_of(world, tmp_path / "run", *wild), device="cpu")
     for folder in checkpoint.checkpoints(tmp_path / "run"):
         assert all(value.isfinite().all() for value in state(tmp_path / "run", int(folder.name[5:])).values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_under_zero_too_a_diverging_run_stops_and_stores_nothing_that_is_not_finite(world, tmp_path, stage):
+    wild = ["training.lr=1e30", "training.engine=deepspeed", f"training.zero_stage={stage}"]
+    arguments = [f"run_dir={tmp_path}/run", *SHORT, "training.steps=20", *wild]
+    with pytest.raises(AssertionError, match="not finite in 3 steps in a row"):
+        run("train.py", "--config", str(world / "config.yaml"), *arguments, processes=2)
+    found = checkpoint.checkpoints(tmp_path / "run")
+    assert found
+    for folder in found:
+        for name in ("model", "ema"):
+            assert all(value.isfinite().all() for value in load_file(folder / f"{name}.safetensors").values())
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "stop file", "time limit"])

@@ -84,6 +84,17 @@ def test_every_flipped_bit_and_every_cut_is_found_and_named(world, copy, name):
             load_pipeline(copy)
 
 
+def test_a_checkpoint_that_has_lost_its_own_digest_is_damaged(copy):
+    path = newest(copy) / checkpoint.META
+    for old, new in (('"sha256": "', '"sha25v": "'), ('"files"', '"filfs"')):
+        text = path.read_text()
+        head, found, tail = text.rpartition(old)  # the last entry named so is the file's own
+        assert found
+        path.write_text(head + new + tail)
+        assert "checkpoint.json is damaged" in checkpoint.inspect(newest(copy))[1][0]
+        path.write_text(text)
+
+
 def test_a_resume_falls_back_to_the_checkpoint_before_and_ends_the_same(world, trained, copy, capsys):
     for path in (newest(copy) / "optimizer.pt",):
         data = bytearray(path.read_bytes())
@@ -215,7 +226,7 @@ def test_classes_may_be_named_and_only_trained_ones_are_drawn():
     assert image_labels("cat,0,bee", 4, 1000, 0, names) == [2, 0, 1, 2]
     assert image_labels("balanced", 4, 1000, 0, names) == [0, 1, 2, 0]
     assert max(image_labels("random", 50, 1000, 0, names)) == 2 and max(image_labels("random", 50, 1000, 0)) > 2
-    with pytest.raises(ValueError, match="'bea' is no class of this model; did you mean 'bee'"):
+    with pytest.raises(ValueError, match="'bea' is not a class of this model; did you mean 'bee'"):
         image_labels("bea", 1, 1000, 0, names)
 
 
