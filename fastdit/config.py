@@ -107,6 +107,7 @@ class TrainingConfig:
     checkpoint_every: int = 10_000
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
+    keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
@@ -114,7 +115,7 @@ class TrainingConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
-        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
+        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         _require(

@@ -289,7 +289,7 @@ def write_fastdit(loaded: Loaded, out: Path, weights: str, say) -> None:
             write_weights(getattr(loaded, name), partial / f"{name}.safetensors")
         save_config(config, partial / CONFIG)
         np.savez(partial / GOLDEN, **(loaded.golden or loaded.forward()))
-        meta = describe(config, loaded.latents, loaded.class_names, engine="none", sharded_over=1, zero_stage=0)
+        meta = describe(config, loaded.latents, loaded.class_names)
         checkpoint.commit(partial, out, {"step": loaded.step, **meta})
 
 

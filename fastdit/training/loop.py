@@ -3,6 +3,7 @@
 import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow
-from fastdit.training.state import CONFIG, TrainingState, take_over
+from fastdit.training.state import CONFIG, TrainingState, describe, resumed_weights, take_over, write_snapshot
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -68,7 +69,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     initial, origin = None, "from random weights"
-    if settings.init_from and not last:
+    if last:
+        model.load_state_dict(resumed_weights(last, config, manifest))
+    elif settings.init_from:
         sources = read_initial(settings.init_from, config)
         initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
         model.load_state_dict(initial[0])
@@ -78,7 +81,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window = LossWindow(device)
-    state = TrainingState(config, manifest, ranks, engine, ema, window, times)
+    state = TrainingState(config, ranks, engine, ema, window, times)
     start = state.load(last) if last else 0
     if initial is not None:
         ema.load(engine.partition(initial[1]))
@@ -126,7 +129,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
+    facts = describe(config, latents, manifest.class_names)
     with (
+        checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
         closing(on_device(batches, device)) as batches,
         Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
         out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
@@ -139,27 +144,28 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
             window.add(losses, skipped)
 
             done = step + 1
-            guard.add(done, skipped, *requests.poll())
+            guard.add(done, skipped, *requests.poll(), writer.failed)
             log_due = done % settings.log_every == 0 or done == settings.steps
             save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
             if log_due or save_due:
                 guard.flush()
-                means = window.means(ranks)  # the only wait for the device
+                means = window.means()  # the only wait for the device
             if log_due:
                 seconds, steps = time.perf_counter() - clock, done - clock_step
                 clock, clock_step = time.perf_counter(), done
                 window.clear()
                 log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
                           images=steps * settings.global_batch)  # fmt: skip
-            if save_due or guard.save or guard.stop:
-                before = time.perf_counter()
-                last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
-                clock += time.perf_counter() - before  # writing does not count as training time
+            if save_due or guard.save or guard.stop or guard.failed:
+                writer.wait()  # raises the error of a failed write; the copy below replaces what it reads
+                last = writer.start(done, partial(write_snapshot, state.snapshot(), config), facts)
                 guard.save, requests.saved = False, time.monotonic()
             if guard.stop and done < settings.steps:
+                writer.wait()
                 log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
                 raise SystemExit(EXIT_STOPPED)
+        writer.wait()
     log.say(too_young(settings, settings.steps))
     log.close()
     return last

@@ -16,9 +16,9 @@ from fastdit.training.engine import Engine
 
 
 class StepResult(NamedTuple):
-    """0-dim tensors on the device; the losses are `loss` and, where it has several parts, each of these by name."""
+    """0-dim tensors on the device, equal on all processes."""
 
-    losses: dict[str, Tensor]
+    losses: dict[str, Tensor]  # means over the global batch: `loss` and, where it has several parts, each by its name
     grad_norm: Tensor
     skipped: Tensor  # bool: loss or gradient were not finite, so nothing was changed
 
@@ -76,7 +76,8 @@ class TrainStep:
             self.times.update(*seen[seen.isfinite().all(1)].unbind(1))
             losses = losses[1]
         means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
-        bad = self.ranks.all_reduce_any(~means["loss"].isfinite())
+        means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
+        bad = ~means["loss"].isfinite()
         grad_norm, skipped = self.engine.step(lr, bad)
         self.ema.update(self.engine.master_parameters(), step + 1, skipped)
         return StepResult(means, grad_norm, skipped)
