@@ -24,6 +24,7 @@ from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow
+from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, TrainingState, take_over
 from fastdit.training.step import TrainStep
 
@@ -62,6 +63,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
+    learning_rate = learning_rates(settings)
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
@@ -134,7 +136,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
             _, moments, y = next(batches)
-            lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+            lr = learning_rate(step)
             losses, grad_norm, skipped = train_step(moments, y, step, lr)
             window.add(losses, skipped)
 

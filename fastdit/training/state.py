@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config
+from fastdit.config import Config, load_config, save_config, to_tree
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -43,6 +43,7 @@ LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
 STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
+MUST_STAY = ("init_from", "ema_stds")  # keys of training: that describe a run from its first step
 
 
 @dataclass
@@ -97,12 +98,12 @@ class TrainingState:
         for key, value in self.meta.items():
             if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
                 raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
-        before = vars(load_config(folder / CONFIG).model)
-        for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
-            if before[key] != value and key not in MAY_CHANGE:
-                raise ValueError(
-                    f"{folder} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume"
-                )
+        before = load_config(folder / CONFIG)
+        fixed = [("model", key) for key in vars(self.config.model) if key not in MAY_CHANGE]  # also e.g. the norm
+        for section, key in fixed + [("training", key) for key in MUST_STAY]:
+            old, new = (to_tree(getattr(getattr(config, section), key)) for config in (before, self.config))
+            if old != new:
+                raise ValueError(f"{folder} has {section}.{key}={old!r}, this run {new!r}; make them equal to resume")
         self.engine.load(folder, load_file(folder / "model.safetensors"))
         part = folder / f"ema-{self.ranks.rank % self.sharded_over:05d}.pt"
         own = torch.load(part, map_location="cpu", weights_only=True)
@@ -149,6 +150,7 @@ class Trained:
     identity: str  # SHA-256 of the file that the weights were read from
     class_names: tuple[str, ...]  # () where they are not known
     step: int
+    ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
 
 
 def load_network(
@@ -167,7 +169,8 @@ def load_network(
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
     names = tuple(meta.get("class_names", ()))
-    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"])
+    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"],
+                   meta.get("ema_std"))  # fmt: skip
 
 
 def network_from_state(
