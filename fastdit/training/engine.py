@@ -230,6 +230,7 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
+        self.engine.optimizer.clip_grad = self.engine.gradient_clipping()  # ZeRO-1 and 2 restore that of the checkpoint
         for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
