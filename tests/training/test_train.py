@@ -81,8 +81,12 @@ def test_a_cuda_graph_is_refused_without_a_gpu(world, tmp_path):
 def test_a_cuda_graph_replays_the_very_same_steps(world, tmp_path):
     for name in ("true", "false"):
         change = [f"training.cuda_graph={name}", "training.warmup_steps=10", "training.steps=12"]
+        change += ["training.ema_warmup=true"]  # another decay at each step
         train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{name}", *change]), device="cuda")
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-3)
+    ours, theirs = (load_file(checkpoint.find(tmp_path / name) / "ema.safetensors") for name in ("true", "false"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3)
 
 
 def test_zero_3_is_not_compiled(world, tmp_path):
