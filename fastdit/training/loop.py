@@ -20,12 +20,21 @@ from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA, too_young
+from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow
-from fastdit.training.state import CONFIG, TrainingState, describe, resumed_weights, take_over, write_snapshot
+from fastdit.training.schedule import learning_rates
+from fastdit.training.state import (
+    CONFIG,
+    TrainingState,
+    describe,
+    forget_averages,
+    resumed_weights,
+    take_over,
+    write_snapshot,
+)
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -63,6 +72,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
+    learning_rate = learning_rates(settings)
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
@@ -80,8 +90,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     objective = prepare_for_training(model, objective, settings, policy)
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
+    averages = [PowerAverage(engine.master_parameters(), std) for std in settings.ema_stds]
     window = LossWindow(device)
-    state = TrainingState(config, ranks, engine, ema, window, times)
+    state = TrainingState(config, ranks, engine, ema, averages, window, times)
     start = state.load(last) if last else 0
     if initial is not None:
         ema.load(engine.partition(initial[1]))
@@ -98,6 +109,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         accumulation=accumulation,
         seed=seed_of(config.seed, NOISE),
         times=times,
+        averages=averages,
     )
     plain_step = train_step
     if settings.cuda_graph:
@@ -105,6 +117,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
+        forget_averages(run_dir, start)
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
     log.say(
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
@@ -139,7 +152,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
             _, moments, y = next(batches)
-            lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+            lr = learning_rate(step)
             losses, grad_norm, skipped = train_step(moments, y, step, lr)
             window.add(losses, skipped)
 

@@ -8,6 +8,7 @@ run_dir/checkpoints/step-0000500/
     exp_avg_sq.safetensors   AdamW's running mean of its square, likewise
     progress.safetensors     AdamW's number of updates, the losses since the last log line, and the loss history of
                              training.loss_aware_times, where that is on
+    power-0.050.safetensors  and so on: the averages of training.ema_stds, also kept in run_dir/averages/step-0000500/
     golden.npz               a recorded forward pass, in converted checkpoints only
     checkpoint.json          step, latents, ... and the size and SHA-256 of every file; training/checkpoint.py writes it
 
@@ -16,6 +17,7 @@ processes, the ZeRO stage or the engine, so a run may continue with others. No f
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config
+from fastdit.config import Config, load_config, save_config, to_tree
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -35,7 +37,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA
+from fastdit.training.ema import AVERAGES, EMA, PowerAverage
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
 from fastdit.training.log import LossWindow
 
@@ -44,6 +46,7 @@ LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
 STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
+MUST_STAY = ("init_from", "ema_stds")  # keys of training: that describe a run from its first step
 
 
 @dataclass
@@ -54,6 +57,7 @@ class TrainingState:
     ranks: Ranks
     engine: Engine
     ema: EMA
+    averages: list[PowerAverage]
     window: LossWindow
     times: LossAwareTimes | None
     host: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # buffers of `snapshot`, used again
@@ -64,7 +68,8 @@ class TrainingState:
         The next call overwrites the tensors of this one.
         """
         moments, updates = moments_of(self.engine)
-        sharded = {"model": self.engine.master_parameters(), "ema": self.ema.average, **moments}
+        averages = {"ema": self.ema.average} | {average.name: average.average for average in self.averages}
+        sharded = {"model": self.engine.master_parameters(), **averages, **moments}
         copies: dict[str, dict[str, Tensor]] = {file: {} for file in sharded if self.ranks.is_main}
         for file, tensors in sharded.items():
             for name, tensor in self.engine.full_state(tensors):
@@ -72,7 +77,7 @@ class TrainingState:
                     copies[file][name] = self._to_host((file, name), tensor.detach())
         if not self.ranks.is_main:
             return {}
-        for file in ("model", "ema"):
+        for file in ("model", *averages):
             for name, tensor in self.engine.module.named_buffers():
                 copies[file][name] = self._to_host((file, name), tensor)
         progress = {f"window.{name}": total for name, total in self.window.sums.items()}
@@ -93,7 +98,8 @@ class TrainingState:
         progress = read_weights(folder / "progress.safetensors")
         parts = {name: self.engine.partition(read_weights(folder / f"{name}.safetensors")) for name in MOMENTS}
         set_moments(self.engine, parts, int(progress["updates"]))
-        self.ema.load(self.engine.partition(read_weights(folder / "ema.safetensors")))
+        for name, average in [("ema", self.ema), *((average.name, average) for average in self.averages)]:
+            average.load(self.engine.partition(read_weights(folder / f"{name}.safetensors")))
         self.window.load(below(progress, "window."))
         if self.times is not None and below(progress, "times."):  # absent if the run did not use them before
             self.times.load_state_dict(below(progress, "times."))
@@ -101,10 +107,33 @@ class TrainingState:
 
 
 def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: Config, folder: Path) -> None:
-    """Write the files of a checkpoint, except for checkpoint.json."""
+    """Write the files of a checkpoint, except for checkpoint.json, and keep its averages for `fastdit ema`."""
     for file, state in snapshot.items():
         write_weights(state, folder / f"{file}.safetensors")
     save_config(config, folder / CONFIG)
+    if config.training.ema_stds:
+        run_dir, step = folder.parents[1], folder.with_suffix("")
+        kept = run_dir / AVERAGES / step.name
+        partial = kept.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in folder.glob("power-*"):  # links: both folders together take the space of one
+            link_or_copy(path, partial / path.name)
+        checkpoint.commit(partial, kept, {"step": checkpoint.step_of(step)})
+
+
+def link_or_copy(path: Path, link: Path) -> None:
+    try:
+        os.link(path, link)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(path, link)
+
+
+def forget_averages(run_dir: Path, step: int) -> None:
+    """Delete the averages after `step`, which a resumed run writes again."""
+    for path in (run_dir / AVERAGES).glob("step-*"):
+        if checkpoint.NAME.fullmatch(path.name) and checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def resumed_weights(folder: Path, config: Config, manifest: Manifest) -> dict[str, Tensor]:
@@ -114,10 +143,15 @@ def resumed_weights(folder: Path, config: Config, manifest: Manifest) -> dict[st
     for key, value in describe(config, manifest.latents, manifest.class_names).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
-    before = vars(load_config(folder / CONFIG).model)
-    for key, value in vars(config.model).items():  # some options change no names or shapes, e.g. the norm
-        if before[key] != value and key not in MAY_CHANGE:
-            raise ValueError(f"{folder} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume")
+    before = load_config(folder / CONFIG)
+    fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
+    for section, key in fixed + [("training", key) for key in MUST_STAY]:
+        old, new = (to_tree(getattr(getattr(c, section), key)) for c in (before, config))
+        if old != new:
+            raise ValueError(f"{folder} has {section}.{key}={old!r}, this run {new!r}; make them equal to resume")
+    if build_objective(before) != build_objective(config):
+        old, new = to_tree(before.objective), to_tree(config.objective)
+        raise ValueError(f"{folder} has objective={old}, this run {new}; make them equal to resume")
     if not (folder / "progress.safetensors").is_file():
         raise ValueError(
             f"{folder} holds weights, but no optimizer state that can be read (it was converted, or written by fastdit "
@@ -162,6 +196,7 @@ class Trained:
     identity: str  # SHA-256 of the file that the weights were read from
     class_names: tuple[str, ...]  # () where they are not known
     step: int
+    ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
 
 
 def load_network(
@@ -180,7 +215,8 @@ def load_network(
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
     names = tuple(meta.get("class_names", ()))
-    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"])
+    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"],
+                   meta.get("ema_std"))  # fmt: skip
 
 
 def network_from_state(

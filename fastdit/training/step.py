@@ -1,5 +1,6 @@
 """One training step, from posterior moments to updated weights: noise, loss, backward, optimizer, EMA."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class TrainStep:
     accumulation: int
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
+    averages: Sequence[EMA] = ()  # further averages, updated like `ema`
 
     def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
         """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
@@ -79,7 +81,8 @@ class TrainStep:
         means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
         bad = ~means["loss"].isfinite()
         grad_norm, skipped = self.engine.step(lr, bad)
-        self.ema.update(self.engine.master_parameters(), step + 1, skipped)
+        for average in (self.ema, *self.averages):
+            average.update(self.engine.master_parameters(), step + 1, skipped)
         return StepResult(means, grad_norm, skipped)
 
     def times_of(self, step: int) -> list[float]:

@@ -81,8 +81,14 @@ def test_a_cuda_graph_is_refused_without_a_gpu(world, tmp_path):
 def test_a_cuda_graph_replays_the_very_same_steps(world, tmp_path):
     for name in ("true", "false"):
         change = [f"training.cuda_graph={name}", "training.warmup_steps=10", "training.steps=12"]
+        change += ["training.ema_warmup=true"]  # another decay at each step
         train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/{name}", *change]), device="cuda")
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-3)
+    behind = {}  # how far the EMA is behind the weights: less than half as far at the decay of the captured step
+    for name in ("true", "false"):
+        model, ema = (load_file(checkpoint.find(tmp_path / name) / f"{kind}.safetensors") for kind in ("model", "ema"))
+        behind[name] = sum((model[key] - ema[key]).square().sum() for key in model).sqrt().item()
+    assert behind["true"] == pytest.approx(behind["false"], rel=0.1)
 
 
 def test_zero_3_is_not_compiled(world, tmp_path):
