@@ -113,6 +113,7 @@ class TrainingConfig:
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
+    timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
     def __post_init__(self):
@@ -121,6 +122,7 @@ class TrainingConfig:
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
         for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+        _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
         _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         _require(
             self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"

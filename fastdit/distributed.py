@@ -67,8 +67,11 @@ class Ranks:
         return torch.cat(parts)
 
 
-def init(device: str | None = None) -> Ranks:
-    """Joins the process group if torchrun or the deepspeed launcher started this process."""
+def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
+    """Joins the process group if torchrun or the deepspeed launcher started this process.
+
+    A collective that waits longer than `timeout_s` fails.
+    """
     die_with_parent()
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -82,7 +85,7 @@ def init(device: str | None = None) -> Ranks:
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, local_rank, world, chosen)
 
 

@@ -36,6 +36,7 @@ from fastdit.training.state import (
     write_snapshot,
 )
 from fastdit.training.step import TrainStep
+from fastdit.training.watchdog import Watchdog
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
@@ -45,7 +46,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
 
     `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
     """
-    ranks, run_dir = distributed.init(device), Path(config.run_dir)
+    timeout_s = 2 * config.training.timeout_s  # the watchdog speaks first
+    ranks, run_dir = distributed.init(device, timeout_s), Path(config.run_dir)
     if Path(config.data.vae).is_dir():  # so that the run can be sampled from any folder
         config = replace(config, data=replace(config.data, vae=str(Path(config.data.vae).resolve())))
     checkpoint.check_run_dir(run_dir, resume)
@@ -144,6 +146,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     guard = Guard(settings.max_skipped, ranks, on_skip)
     facts = describe(config, latents, manifest.class_names)
     with (
+        Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
         closing(on_device(batches, device)) as batches,
         Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
@@ -151,7 +154,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     ):
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
+            watchdog.at(step + 1, 0)
             _, moments, y = next(batches)
+            watchdog.at(step + 1, 1)
             lr = learning_rate(step)
             losses, grad_norm, skipped = train_step(moments, y, step, lr)
             window.add(losses, skipped)
@@ -161,6 +166,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
             log_due = done % settings.log_every == 0 or done == settings.steps
             save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
+            watchdog.at(done, 2)
             if log_due or save_due:
                 guard.flush()
                 means = window.means()  # the only wait for the device

@@ -81,10 +81,13 @@ def rendezvous() -> tuple[TCPStore, dict[str, str]]:
     }
 
 
-def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> str:
+def run(
+    script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None, patient: bool = False
+) -> str:
     """Run a script of the repository in forked processes and return what they printed.
 
-    kill = (step, seconds): the process is killed that many seconds after it has logged that step.
+    kill = (step, seconds): the process is killed that many seconds after it has logged that step. patient: after a
+    failure, wait for the end of the others instead of killing them.
     """
     store, world = rendezvous()
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -98,7 +101,7 @@ def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float
         try:
             while waiting := [fork.sentinel for fork in forks if fork.exitcode is None]:
                 wait(waiting)
-                if any(fork.exitcode for fork in forks):
+                if any(fork.exitcode for fork in forks) and not patient:
                     break  # the others would wait for the one that failed
         finally:
             for fork in forks:

@@ -129,6 +129,7 @@ APPLIED = {
         ["max_skipped=2", "lr=1e30", "steps=9"],
         lambda r: "in 2 steps in a row (training.max_skipped), up to step 5" in r.error,
     ),
+    "timeout_s": (["timeout_s=5"], lambda r: r.calls["__init__"] == 5),
     "time_limit": (["time_limit=00:30", "steps=99"], lambda r: r.error == "75" and "by training.time_limit" in r.said),
 }
 # key: an override, and the message
