@@ -206,7 +206,8 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
         raise ValueError(f"--out {out}: the official format is a PyTorch file; use a name with .pt")
     args, _ = official.args_for(loaded.config, loaded.latents.image_size)
     args["fastdit"] = {"config": to_tree(loaded.config), **loaded.facts()}
-    torch.save({"model": loaded.model, "ema": loaded.ema, "args": args}, place)
+    same = all(torch.equal(tensor, loaded.ema[name]) for name, tensor in loaded.model.items())  # then stored once
+    torch.save({"model": loaded.ema if same else loaded.model, "ema": loaded.ema, "args": args}, place)
 
 
 def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) -> list[str]:

@@ -26,16 +26,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # all directed pairs, first the one that keeps both sets of weights
 WALK = ("fastdit", "official", "fastdit", "diffusers", "official", "diffusers", "fastdit")
 NUMBER = 0.25  # another value that every option with a number accepts
-# options of which no value may be refused
+# options of which no value may be refused, and values that may not be
 TRAINING = {
     f"objective.{key}"
     for key in ("variance loss_type min_snr_gamma time_distribution time_mean time_scale shift sample_shift "
                 "cosine_weight coupling train_eps sample_eps").split()
 } | {"model.learn_sigma", "model.dropout", "model.class_dropout"}  # fmt: skip
 KEPT = {
-    "official": TRAINING | {"objective.interpolant", "objective.weight"},
-    "diffusers": TRAINING | {"objective.schedule", "model.qkv_bias", "data.num_classes"},
-}
+    "official": TRAINING | {"objective.interpolant=gvp", "objective.interpolant=vp", "objective.prediction=eps",
+                            "objective.prediction=score", "objective.weight", "objective.schedule=cosine"},
+    "diffusers": TRAINING | {"objective.schedule=cosine", "objective.schedule=scaled_linear", "model.qkv_bias",
+                             "objective.schedule=zero_terminal_snr", "objective.prediction=v", "data.num_classes"},
+}  # fmt: skip
 
 
 def values(cls: type) -> dict[str, list[Any]]:
@@ -113,8 +115,9 @@ def walk(tmp_path, source, settings: dict[str, Any]) -> None:
         try:
             convert(place, to, out, say=quiet)
         except ValueError as error:
-            named = [key for key in settings if re.search(rf"{re.escape(key)}=", str(error))]
-            assert named and not KEPT.get(to, settings.keys()) & set(named) and "\n" not in str(error), error
+            named = {key for key in settings if re.search(rf"{re.escape(key)}=", str(error))}
+            named |= {f"{key}={settings[key]}" for key in named}
+            assert named and not KEPT.get(to, settings.keys()) & named and "\n" not in str(error), error
             assert sorted(tmp_path.iterdir()) == before
             continue
         place, passed = out, [*passed, to]
