@@ -40,6 +40,13 @@ def main() -> None:
     command.add_argument("path", help="a run folder, one of its checkpoints/step-*, or a folder of latents")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("ema", help="rebuild the EMA of any width from the averages of a run")
+    command.add_argument("run_dir", metavar="RUN", help="the folder of a run with training.ema_stds")
+    command.add_argument("--std", required=True, help="relative widths, such as 0.05,0.1")
+    command.add_argument("--out", required=True, help="a new folder; each width becomes a checkpoint OUT/std-0.050")
+    command.add_argument("--step", type=int, help="an earlier step with stored averages (default: the newest)")
+    command.set_defaults(run=_ema)
+
     command = commands.add_parser("likelihood", help="compute the likelihood of latents under a checkpoint")
     command.add_argument("--checkpoint", required=True, help="a run folder, or one of its checkpoints/step-*")
     command.add_argument("--shards", required=True, help="a folder that extract_features.py wrote")
@@ -101,6 +108,16 @@ def _verify(arguments: argparse.Namespace) -> None:
     if findings:
         raise SystemExit(EXIT_CODE)
     print("all is well")
+
+
+def _ema(arguments: argparse.Namespace) -> None:
+    from fastdit.training.posthoc import rebuild
+
+    try:
+        stds = [float(part) for part in arguments.std.split(",")]
+    except ValueError:
+        raise ValueError(f"--std={arguments.std} is not a list of numbers; use for example --std 0.05,0.1") from None
+    rebuild(arguments.run_dir, stds, arguments.out, step=arguments.step)
 
 
 def _likelihood(arguments: argparse.Namespace) -> None:

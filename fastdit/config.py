@@ -17,6 +17,8 @@ import yaml
 
 from fastdit.registry import Choice, check_literals, convert
 
+MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
+
 
 def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
     if not holds:
@@ -89,9 +91,11 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_steps: int = 0  # linear learning-rate warmup
+    lr_schedule: Choice = Choice("constant")  # linear, cosine, inverse_sqrt or wsd, see training/schedule.py
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)), for runs of a few hundred steps
+    ema_stds: tuple[float, ...] = ()  # relative widths of averages to store for `fastdit ema`, such as [0.05, 0.1]
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, optimizer state and EMA are always fp32
     fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; needs Ada, Hopper or newer, and torchao
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream between blocks, if precision is bf16
@@ -108,6 +112,7 @@ class TrainingConfig:
     checkpoint_every: int = 10_000
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
+    keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
@@ -115,7 +120,7 @@ class TrainingConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
-        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints"):
+        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         _require(
@@ -123,8 +128,12 @@ class TrainingConfig:
         )
         limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
         _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
-        _require(self.lr > 0, "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
+        _require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
+        stds, remedy = self.ema_stds, "use two or more different widths, such as [0.05, 0.1]; [] for none"
+        _require(len(stds) != 1 and len(set(stds)) == len(stds), "training.ema_stds", list(stds), remedy)
+        remedy = f"use widths between 0 and {MAX_EMA_STD:.4f}, that of a uniform average"
+        _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")

@@ -20,6 +20,7 @@ RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, w
 GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
 FP8_SPEED = 1.6  # relative to bf16, in the products of the blocks' linears
 OPTIMIZER_BYTES = 44  # per parameter: norm, AdamW, EMA
+AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are read, it is written
 CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32
 ADD_BYTES = 12  # per parameter and further micro-batch: its gradient is added; its weight is also cast again
 MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels should reach 0.85 of that
@@ -92,8 +93,12 @@ def memory_bytes(
     zero_stage: int = 0,
     precision: str = "bf16",
     residual: int = 4,
+    averages: int = 1,
 ) -> dict[str, float]:
-    """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream."""
+    """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream.
+
+    `averages`: the EMA, and one more for each of training.ema_stds.
+    """
     count = sum(p.numel() for p in model.parameters())
     width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual}
     kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
@@ -104,7 +109,7 @@ def memory_bytes(
         "bf16 copies": 2 * count if precision == "bf16" else 0,  # autocast's, kept for the backward pass
         "gradients": 4 * count / gradients_over,
         "optimizer": 8 * count / optimizer_over,
-        "EMA": 4 * count / optimizer_over,
+        "EMA": 4 * averages * count / optimizer_over,
         "activations": images * (kept + recomputed),
     }
 
@@ -161,7 +166,8 @@ def rank(
     in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of one image's forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: twice the bytes per value, half the rate
     casts = CAST_BYTES if wide == 1 else 0
-    weight_bytes = (OPTIMIZER_BYTES / (world if uses_zero(settings) else 1) + casts) * count
+    optimizer_bytes = OPTIMIZER_BYTES + AVERAGE_BYTES * len(settings.ema_stds)
+    weight_bytes = (optimizer_bytes / (world if uses_zero(settings) else 1) + casts) * count
     candidates = []
     for policy in policies:
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in micros}
@@ -229,6 +235,7 @@ def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int
         zero_stage=settings.zero_stage if uses_zero(settings) else 0,
         precision=settings.precision,
         residual=settings.residual_bytes,
+        averages=1 + len(settings.ema_stds),
     )
 
 

@@ -110,8 +110,11 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(hint) or hint
     if origin is tuple:
         parts = typing.get_args(hint)
+        if parts[-1] is ... and isinstance(value, list | tuple):  # tuple[float, ...]
+            parts = parts[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(parts):
-            raise ValueError(f"{key}={value!r} must be a list of {len(parts)} numbers")
+            count = "" if parts[-1] is ... else f"{len(parts)} "
+            raise ValueError(f"{key}={value!r} must be a list of {count}numbers")
         return tuple(convert(part, item, key) for part, item in zip(parts, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return value

@@ -149,7 +149,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     trained = load_network(path, weights, overrides=overrides, device=device)
     config, settings, latents = trained.config, trained.config.sampling, trained.latents
     check_sampling(config, trained.objective, trained.model.null_label)
-    if weights == "ema" and (warning := too_young(config.training, trained.step)):
+    if weights == "ema" and not trained.ema_std and (warning := too_young(config.training, trained.step)):
         print(warning, file=sys.stderr)
     codec = LatentCodec.load(config.data.vae, device=device)
     latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")

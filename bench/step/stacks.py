@@ -261,7 +261,8 @@ class Fastdit(Contestant):
 
     def states(self) -> list[dict[str, Tensor]]:
         """Weights and averages by name."""
-        return [self.engine.full_state(tensors) for tensors in (self.engine.master_parameters(), self.ema.average)]
+        parts = (self.engine.master_parameters(), self.ema.average)
+        return [dict(self.engine.full_state(tensors)) for tensors in parts]
 
 
 class Recorder:

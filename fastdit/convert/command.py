@@ -192,7 +192,7 @@ def write_fastdit(loaded: Loaded, place: Path, out: Path, weights: str = "ema") 
         write_weights(getattr(loaded, name), partial / f"{name}.safetensors")
     save_config(config, partial / CONFIG)
     np.savez(partial / GOLDEN, **loaded.forward())
-    meta = describe(config, loaded.latents, loaded.class_names, engine="none", sharded_over=1, zero_stage=0)
+    meta = describe(config, loaded.latents, loaded.class_names)
     checkpoint.commit(partial, place, {"step": loaded.step, **meta})
 
 

@@ -25,38 +25,68 @@ PARTIAL = re.compile(NAME.pattern + r"(\.replaced)?\.partial")
 FULL = 1 << 20  # bytes: with less free space than this, a failed write means a full disk
 
 
+class Writer:
+    """Writes checkpoints in a thread of the main process, so that a step waits only for the copy into host memory.
+
+    A context manager: leaving it waits for the write in progress.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int):
+        self.run_dir, self.ranks, self.kept = run_dir, ranks, (keep, keep_every)
+        self.pool, self.pending = ThreadPoolExecutor(1), None
+
+    def start(self, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
+        """Begin to write the checkpoint of `step`, as `save` does, and return its path; call `wait` before."""
+        if self.ranks.is_main:
+            self.pending = self.pool.submit(save, self.run_dir, step, write, meta, *self.kept)
+        return path_of(self.run_dir, step)
+
+    @property
+    def failed(self) -> bool:
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the write in progress and raise its error, on every process; a collective call."""
+        error = self.pending.exception() if self.pending else None
+        self.pending = None
+        if self.ranks.any(error is not None):
+            raise error or ValueError("the main process could not write a checkpoint")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown()
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
 def save(
-    run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], ranks: Ranks, keep: int
-) -> Path:
-    """Have every process `write(folder)` its files, then commit them together; keep the `keep` newest (0: all)."""
-    final = run_dir / "checkpoints" / f"step-{step:07d}"
+    run_dir: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], keep: int, keep_every: int = 0
+) -> None:
+    """Commit a checkpoint whose files `write(folder)` writes, then delete the old ones.
+
+    Those kept are the `keep` newest (0: all), and those whose step is a multiple of `keep_every` (0: none).
+    """
+    final = path_of(run_dir, step)
     partial = final.with_suffix(".partial")
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    error = None
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         write(partial)
-    except Exception as failure:  # usually a full disk, which torch and safetensors report in their own words
-        full = shutil.disk_usage(partial).free < FULL
-        error = OSError(errno.ENOSPC, "No space left on device", str(final)) if full else failure
-    if ranks.any(error is not None):  # also the barrier: no rename before every file is there
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise error or OSError(f"another process could not write {partial}")
-    for path in partial.rglob("*"):
-        _flush(path)
-    ranks.barrier()
-    if ranks.is_main:
         commit(partial, final, {"step": step, **meta})
-        for old in checkpoints(run_dir)[:-keep] if keep else []:
+    except Exception as error:  # usually a full disk, which safetensors reports in its own words
+        full = shutil.disk_usage(run_dir).free < FULL
+        shutil.rmtree(partial, ignore_errors=True)
+        raise (OSError(errno.ENOSPC, "No space left on device", str(final)) if full else error) from None
+    for old in checkpoints(run_dir)[:-keep] if keep else []:
+        if not keep_every or step_of(old) % keep_every:
             old.rename(old.with_suffix(".partial"))  # a kill from here on leaves nothing that looks like a checkpoint
-        for path in final.parent.iterdir():
-            if PARTIAL.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-    ranks.barrier()
-    return final
+    for path in final.parent.iterdir():
+        if PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
@@ -98,7 +128,11 @@ def _own_digest(meta: dict[str, Any]) -> str:
 def checkpoints(run_dir: Path) -> list[Path]:
     """All complete checkpoints of a run, sorted by step."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted((p for p in found if (p / META).is_file()), key=lambda p: int(NAME.fullmatch(p.name)[1]))
+    return sorted((path for path in found if (path / META).is_file()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])
 
 
 def read_meta(folder: Path, contents: Iterable[str] | None = ()) -> dict[str, Any]:

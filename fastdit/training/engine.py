@@ -4,7 +4,8 @@ Weights, gradients and Adam's state are fp32. `precision="bf16"` computes under 
 """
 
 import os
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -16,11 +17,14 @@ from fastdit.build import uses_zero
 from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
+
 
 class Engine(Protocol):
     """What the training step and the checkpoints ask of an engine; it is called like the model."""
 
     name: str
+    adam: torch.optim.AdamW  # its state is keyed by the master parameters
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32, computed in the engine's precision."""
@@ -40,17 +44,26 @@ class Engine(Protocol):
     def master_parameters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates: this process's part of them under ZeRO."""
 
-    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """The model's state dict with `tensors` (shaped like `master_parameters()`) as weights; a collective call."""
+    def full_state(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name with its values in `tensors` (shaped like `master_parameters()`), gathered from all
+        processes; a collective call, to be iterated to its end."""
 
-    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+    def partition(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """The reverse of `full_state`: tensors shaped like `master_parameters()`; a collective call."""
 
-    def save(self, folder: Path) -> None:
-        """Write what a resume needs beside weights and EMA; every process calls it."""
 
-    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Take over weights (`state`, the checkpoint's model.safetensors) and what `save` wrote."""
+def moments_of(engine: Engine) -> tuple[dict[str, list[Tensor]], int]:
+    """AdamW's MOMENTS, each shaped like `master_parameters()`, and its number of updates."""
+    states = [engine.adam.state[master] for master in engine.master_parameters()]
+    return {name: [state[name] for state in states] for name in MOMENTS}, int(states[0]["step"])
+
+
+def set_moments(engine: Engine, moments: Mapping[str, list[Tensor]], updates: int) -> None:
+    """The reverse of `moments_of`; the tensors are copied."""
+    for i, master in enumerate(engine.master_parameters()):
+        step = torch.tensor(float(updates), device=master.device if engine.adam.defaults["fused"] else "cpu")
+        copies = {name: tensors[i].to(master, copy=True) for name, tensors in moments.items()}
+        engine.adam.state[master] = {"step": step, **copies}
 
 
 class TorchEngine:
@@ -70,10 +83,10 @@ class TorchEngine:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
         lr = torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else 0.0
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
+        self.adam = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in self.adam.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -94,35 +107,24 @@ class TorchEngine:
         gradients = [p.grad for p in self.parameters]
         norm = nn.utils.get_total_norm(gradients)  # the same on all processes, as the gradients are
         skipped = bad | ~norm.isfinite()
-        self.optimizer.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
+        self.adam.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
         return norm, skipped
 
     def master_parameters(self) -> list[Tensor]:
         return self.parameters
 
-    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+    def full_state(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        return {**dict(self.module.named_buffers()), **dict(zip(names, tensors, strict=True))}
+        return zip(names, tensors, strict=True)
 
-    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
+    def partition(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         return [state[name] for name, p in self.module.named_parameters() if p.requires_grad]
-
-    def save(self, folder: Path) -> None:
-        if self.ranks.is_main:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-
-    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
-        settings = settings_of(self.optimizer)
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
 
 
 class DeepSpeedEngine:
@@ -167,8 +169,9 @@ class DeepSpeedEngine:
             "steps_per_print": 1 << 60,
         }
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=zero_stage < 3)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merge_deepspeed(own, extra))
+        self.adam = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=zero_stage < 3)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.adam, config=merge_deepspeed(own, extra))
+        self._gather_small_parameters()
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.engine(x, t, y).float()
@@ -184,9 +187,20 @@ class DeepSpeedEngine:
             group["lr"] = lr
         before = self.engine.skipped_steps
         self.engine.step()  # DeepSpeed itself skips a step whose gradient is not finite, as that of a bad loss is
+        if self.engine.skipped_steps > before:
+            self._gather_small_parameters()
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(norm if norm is not None else float("nan"), device=self.ranks.device)
         return norm, torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
+
+    def _gather_small_parameters(self) -> None:
+        """Have ZeRO-3 gather the parameters that it keeps whole, in fp32, as it does after each update.
+
+        Otherwise the next forward pass gathers them in bf16: the first step after a resume would round differently
+        than without the interruption, and so would the step after a skipped one.
+        """
+        if self.zero_stage == 3 and (small := self.engine.optimizer.persistent_parameters):
+            small[0].all_gather(small)
 
     def master_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
@@ -195,48 +209,38 @@ class DeepSpeedEngine:
         return list(optimizer.single_partition_of_fp32_groups)
 
     @torch.no_grad()
-    def full_state(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+    def full_state(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters = self.master_parameters()
-        kept = [master.clone() for master in masters]
-        for master, tensor in zip(masters, tensors, strict=True):
-            master.copy_(tensor)  # DeepSpeed gathers parameters from these partitions: put our tensors there
-        state = dict(self.module.named_buffers())
-        for name, parameter in self.module.named_parameters():
-            state[name] = safe_get_full_fp32_param(parameter).cpu()
-        for master, own in zip(masters, kept, strict=True):
-            master.copy_(own)
-        return state
+        with self._borrowed_masters() as masters:
+            for master, tensor in zip(masters, tensors, strict=True):
+                master.copy_(tensor)  # DeepSpeed gathers parameters from these partitions
+            for name, parameter in self.module.named_parameters():
+                yield name, safe_get_full_fp32_param(parameter)
 
     @torch.no_grad()
-    def partition(self, state: dict[str, Tensor]) -> list[Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    def partition(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        named = dict(self.module.named_parameters())
-        kept = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named.items()}
-        for name, parameter in named.items():
-            safe_set_full_fp32_param(parameter, state[name])  # DeepSpeed scatters a tensor into its partitions
-        own = [master.clone() for master in self.master_parameters()]
-        for name, parameter in named.items():
-            safe_set_full_fp32_param(parameter, kept[name])
-        return own
+        with self._borrowed_masters() as masters:
+            for name, parameter in self.module.named_parameters():
+                if self.zero_stage < 3:
+                    safe_set_full_fp32_param(parameter, state[name])
+                else:  # the last partition is padded
+                    own = torch.zeros(parameter.ds_tensor.ds_numel)
+                    part = state[name].flatten()[self.ranks.rank * len(own) :][: len(own)]
+                    own[: len(part)] = part
+                    safe_set_local_fp32_param(parameter, own)
+            return [master.clone() for master in masters]
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-
-    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        settings = settings_of(self.engine.optimizer)
-        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed state; resume with training.engine=torch")
-        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-
-
-def settings_of(optimizer) -> list[dict]:
-    """What the config says about each parameter group, and what a checkpoint must not replace on resume."""
-    return [{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    @contextmanager
+    def _borrowed_masters(self) -> Iterator[list[Tensor]]:
+        """The master parameters, which may be overwritten meanwhile."""
+        masters = self.master_parameters()
+        kept = [master.clone() for master in masters]
+        yield masters
+        for master, own in zip(masters, kept, strict=True):
+            master.copy_(own)
 
 
 def merge_deepspeed(own: dict, extra: dict) -> dict:

@@ -13,7 +13,7 @@ class GraphedStep:
     """Called like the TrainStep that it wraps: the first steps run normally, later ones are replays.
 
     Before each replay the generator is reseeded from (seed, step), so the random numbers are the same as without a
-    graph. ValueError unless there is one process, the torch engine, and an EMA with a fixed decay.
+    graph. ValueError unless there is one process with the torch engine.
     """
 
     def __init__(self, step: TrainStep):
@@ -21,13 +21,12 @@ class GraphedStep:
             "a GPU": step.ranks.device.type == "cuda",
             "one process": step.ranks.world == 1,
             "training.engine=torch": step.engine.name == "torch",
-            "training.ema_warmup=false": not step.ema.warmup,
             "training.loss_aware_times=false": step.times is None,
         }
         for need, met in wrong.items():
             if not met:
                 raise ValueError(f"training.cuda_graph=true needs {need}; set training.cuda_graph=false")
-        for group in step.engine.optimizer.param_groups:
+        for group in step.engine.adam.param_groups:
             group["capturable"] = True  # fused AdamW is, but PyTorch wants the flag
         self.step, self.calls = step, 0
         self.stream = torch.cuda.Stream(step.ranks.device)
@@ -54,5 +53,7 @@ class GraphedStep:
         self.moments.copy_(moments)
         self.y.copy_(y)
         self.step.engine.set_lr(lr)
+        for average in (self.step.ema, *self.step.averages):
+            average.set_step(step + 1)
         self.graph.replay()
         return self.out

@@ -1,7 +1,7 @@
 """What may stop a run: steps that are not finite, signals, a stop file, the clock. All processes agree on it.
 
-Each step reduces three flags over the processes, on the device: skipped, stop and save. The host reads them LAG steps
-later, when they have arrived, so no step waits for the device, and every process acts after the same step.
+Each step reduces four flags over the processes, on the device: skipped, stop, save and failed. The host reads them LAG
+steps later, when they have arrived, so no step waits for the device, and every process acts after the same step.
 """
 
 import os
@@ -83,11 +83,14 @@ class Guard:
         self.limit, self.ranks, self.on_skip = limit, ranks, on_skip
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.in_a_row = 0
-        self.stop = self.save = False
+        self.stop = self.save = self.failed = False
 
-    def add(self, step: int, skipped: Tensor, stop: bool, save: bool) -> None:
-        """`skipped` (0-dim, on the device): step number `step` was not finite and changed nothing."""
-        flags = torch.stack([skipped.float(), skipped.new_full((), stop).float(), skipped.new_full((), save).float()])
+    def add(self, step: int, skipped: Tensor, stop: bool, save: bool, failed: bool) -> None:
+        """`skipped` (0-dim, on the device): step number `step` was not finite and changed nothing.
+
+        `stop`, `save`: see `Requests.poll`; `failed`: this process could not write a checkpoint.
+        """
+        flags = torch.stack([skipped.float()] + [skipped.new_full((), flag).float() for flag in (stop, save, failed)])
         if self.ranks.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         event = None
@@ -108,8 +111,8 @@ class Guard:
         step, flags, event = self.pending.popleft()
         if event is not None:
             event.synchronize()
-        skipped, stop, save = (bool(flag) for flag in flags.tolist())
-        self.stop, self.save = self.stop or stop, self.save or save
+        skipped, stop, save, failed = (bool(flag) for flag in flags.tolist())
+        self.stop, self.save, self.failed = self.stop or stop, self.save or save, self.failed or failed
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if skipped:
             self.on_skip(step)

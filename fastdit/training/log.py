@@ -23,25 +23,19 @@ class LossWindow:
         self.device, self.sums = device, {"loss": torch.zeros(2, device=device)}  # name -> sum, number of steps
 
     def add(self, losses: dict[str, Tensor], skipped: Tensor) -> None:
-        """The mean losses of one step, 0-dim; a skipped step does not count. Nothing waits for the device."""
+        """The global mean losses of one step, 0-dim; a skipped step does not count. Nothing waits for the device."""
         for name, loss in losses.items():
             total = self.sums.setdefault(name, torch.zeros(2, device=self.device))
             total += torch.stack([loss, torch.ones_like(loss)]).where(~skipped, 0)
 
-    def means(self, ranks: Ranks) -> dict[str, float]:
-        """Over the steps and all processes, nan where every step was skipped; waits for the device."""
-        return {name: (ranks.mean(total[0]) / total[1]).item() for name, total in self.sums.items()}
+    def means(self) -> dict[str, float]:
+        """Over the steps, nan where every step was skipped; waits for the device."""
+        return {name: (total[0] / total[1]).item() for name, total in self.sums.items()}
 
     def clear(self) -> None:
         self.sums = {"loss": torch.zeros(2, device=self.device)}
 
-    def state(self, ranks: Ranks | None) -> dict:
-        """For a checkpoint; with `ranks`, averaged, so that every process can resume from the same file."""
-        sums = self.sums if ranks is None else {name: ranks.mean(total) for name, total in self.sums.items()}
-        return {"window": sums["loss"], "parts": {name: total for name, total in sums.items() if name != "loss"}}
-
-    def load(self, state: dict) -> None:
-        sums = {"loss": state["window"], **state.get("parts", {})}
+    def load(self, sums: dict[str, Tensor]) -> None:
         self.sums = {name: total.to(self.device) for name, total in sums.items()}
 
 

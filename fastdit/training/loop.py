@@ -3,6 +3,7 @@
 import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,21 @@ from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA, too_young
+from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow
-from fastdit.training.state import CONFIG, TrainingState, take_over
+from fastdit.training.schedule import learning_rates
+from fastdit.training.state import (
+    CONFIG,
+    TrainingState,
+    describe,
+    forget_averages,
+    resumed_weights,
+    take_over,
+    write_snapshot,
+)
 from fastdit.training.step import TrainStep
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
@@ -62,13 +72,16 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
+    learning_rate = learning_rates(settings)
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     initial, origin = None, "from random weights"
-    if settings.init_from and not last:
+    if last:
+        model.load_state_dict(resumed_weights(last, config, manifest))
+    elif settings.init_from:
         sources = read_initial(settings.init_from, config)
         initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
         model.load_state_dict(initial[0])
@@ -77,8 +90,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     objective = prepare_for_training(model, objective, settings, policy)
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
+    averages = [PowerAverage(engine.master_parameters(), std) for std in settings.ema_stds]
     window = LossWindow(device)
-    state = TrainingState(config, manifest, ranks, engine, ema, window, times)
+    state = TrainingState(config, ranks, engine, ema, averages, window, times)
     start = state.load(last) if last else 0
     if initial is not None:
         ema.load(engine.partition(initial[1]))
@@ -95,6 +109,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         accumulation=accumulation,
         seed=seed_of(config.seed, NOISE),
         times=times,
+        averages=averages,
     )
     plain_step = train_step
     if settings.cuda_graph:
@@ -102,6 +117,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
+        forget_averages(run_dir, start)
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
     log.say(
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
@@ -126,7 +142,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
+    facts = describe(config, latents, manifest.class_names)
     with (
+        checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
         closing(on_device(batches, device)) as batches,
         Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
         out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
@@ -134,32 +152,33 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
             _, moments, y = next(batches)
-            lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+            lr = learning_rate(step)
             losses, grad_norm, skipped = train_step(moments, y, step, lr)
             window.add(losses, skipped)
 
             done = step + 1
-            guard.add(done, skipped, *requests.poll())
+            guard.add(done, skipped, *requests.poll(), writer.failed)
             log_due = done % settings.log_every == 0 or done == settings.steps
             save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
             if log_due or save_due:
                 guard.flush()
-                means = window.means(ranks)  # the only wait for the device
+                means = window.means()  # the only wait for the device
             if log_due:
                 seconds, steps = time.perf_counter() - clock, done - clock_step
                 clock, clock_step = time.perf_counter(), done
                 window.clear()
                 log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
                           images=steps * settings.global_batch)  # fmt: skip
-            if save_due or guard.save or guard.stop:
-                before = time.perf_counter()
-                last = checkpoint.save(run_dir, done, state.save, state.meta, ranks, settings.keep_checkpoints)
-                clock += time.perf_counter() - before  # writing does not count as training time
+            if save_due or guard.save or guard.stop or guard.failed:
+                writer.wait()  # raises the error of a failed write; the copy below replaces what it reads
+                last = writer.start(done, partial(write_snapshot, state.snapshot(), config), facts)
                 guard.save, requests.saved = False, time.monotonic()
             if guard.stop and done < settings.steps:
+                writer.wait()
                 log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
                 raise SystemExit(EXIT_STOPPED)
+        writer.wait()
     log.say(too_young(settings, settings.steps))
     log.close()
     return last

@@ -1,22 +1,25 @@
 """What a checkpoint holds, written and read side by side.
 
 run_dir/checkpoints/step-0000500/
-    config.yaml          the resolved config of the run
-    model.safetensors    weights in fp32, under the official names
-    ema.safetensors      their exponential moving average, likewise
-    ema-00000.pt         one per process that shards the EMA: its part, and the losses since the last log line
-    optimizer.pt         AdamW's state (torch engine), or
-    deepspeed/           one ZeRO partition per process (DeepSpeed engine)
-    times.pt             the loss history of training.loss_aware_times, where that is on
-    golden.npz           a recorded forward pass, in converted checkpoints only
-    checkpoint.json      step, engine, latents, ... and the size of every file; training/checkpoint.py writes it last
+    config.yaml              the resolved config of the run
+    model.safetensors        weights in fp32, under the official names
+    ema.safetensors          their exponential moving average, likewise
+    exp_avg.safetensors      AdamW's running mean of the gradient, likewise
+    exp_avg_sq.safetensors   AdamW's running mean of its square, likewise
+    progress.safetensors     AdamW's number of updates, the losses since the last log line, and the loss history of
+                             training.loss_aware_times, where that is on
+    power-0.050.safetensors  and so on: the averages of training.ema_stds, also kept in run_dir/averages/step-0000500/
+    golden.npz               a recorded forward pass, in converted checkpoints only
+    checkpoint.json          step, latents, ... and the size and SHA-256 of every file; training/checkpoint.py writes it
 
-A run is its config, its seed and its step, so this is all that a resume needs.
+A run is its config, its seed and its step, so this is all that a resume needs. Nothing depends on the number of
+processes, the ZeRO stage or the engine, so a run may continue with others. No file can hold code.
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config
+from fastdit.config import Config, load_config, save_config, to_tree
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -34,8 +37,8 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
-from fastdit.training.ema import EMA
-from fastdit.training.engine import Engine
+from fastdit.training.ema import AVERAGES, EMA, PowerAverage
+from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
 from fastdit.training.log import LossWindow
 
 CONFIG, GOLDEN = "config.yaml", "golden.npz"
@@ -43,87 +46,131 @@ LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
 STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
+MUST_STAY = ("init_from", "ema_stds")  # keys of training: that describe a run from its first step
 
 
 @dataclass
 class TrainingState:
-    """Everything of a run that changes from step to step, and the facts that must be the same on resume."""
+    """Everything of a run that changes from step to step."""
 
     config: Config
-    manifest: Manifest
     ranks: Ranks
     engine: Engine
     ema: EMA
+    averages: list[PowerAverage]
     window: LossWindow
     times: LossAwareTimes | None
+    host: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # buffers of `snapshot`, used again
 
-    @property
-    def sharded_over(self) -> int:
-        """Number of processes that each hold a part of the optimizer's state and of the EMA."""
-        return self.ranks.world if self.engine.name == "deepspeed" else 1
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """A copy in host memory, by file and name, on the main process; {} elsewhere. A collective call.
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The content of checkpoint.json, except for the step and the list of files."""
-        settings = self.config.training
-        return describe(
-            self.config,
-            self.manifest.latents,
-            self.manifest.class_names,
-            engine=self.engine.name,
-            sharded_over=self.sharded_over,
-            zero_stage=settings.zero_stage if self.engine.name == "deepspeed" else 0,
-        )
+        The next call overwrites the tensors of this one.
+        """
+        moments, updates = moments_of(self.engine)
+        averages = {"ema": self.ema.average} | {average.name: average.average for average in self.averages}
+        sharded = {"model": self.engine.master_parameters(), **averages, **moments}
+        copies: dict[str, dict[str, Tensor]] = {file: {} for file in sharded if self.ranks.is_main}
+        for file, tensors in sharded.items():
+            for name, tensor in self.engine.full_state(tensors):
+                if self.ranks.is_main:
+                    copies[file][name] = self._to_host((file, name), tensor.detach())
+        if not self.ranks.is_main:
+            return {}
+        for file in ("model", *averages):
+            for name, tensor in self.engine.module.named_buffers():
+                copies[file][name] = self._to_host((file, name), tensor)
+        progress = {f"window.{name}": total for name, total in self.window.sums.items()}
+        progress |= {f"times.{name}": tensor for name, tensor in self.times.state_dict().items()} if self.times else {}
+        copies["progress"] = {name: tensor.to("cpu", copy=True) for name, tensor in progress.items()}
+        copies["progress"]["updates"] = torch.tensor(updates)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return copies
 
-    def save(self, folder: Path) -> None:
-        """Write this process's files; the main process also writes the full weights and EMA."""
-        masters = self.engine.master_parameters()
-        whole = {"model": self.engine.full_state(masters), "ema": self.engine.full_state(self.ema.average)}
-        kept = self.window.state(None if self.sharded_over > 1 else self.ranks)
-        self.engine.save(folder)
-        if self.ranks.rank < self.sharded_over:
-            torch.save({"average": self.ema.average, **kept}, folder / f"ema-{self.ranks.rank:05d}.pt")
-        if self.ranks.is_main:
-            for name, state in whole.items():
-                write_weights(state, folder / f"{name}.safetensors")
-            save_config(self.config, folder / CONFIG)
-            if self.times is not None:
-                torch.save(self.times.state_dict(), folder / "times.pt")
+    def _to_host(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        if key not in self.host:
+            self.host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.host[key].copy_(tensor, non_blocking=True)
 
     def load(self, folder: Path) -> int:
-        """Restore what `save` wrote and return its step; ValueError where the two runs' settings are incompatible."""
-        meta = checkpoint.read_meta(folder)
-        latents_of(meta).check(self.manifest.latents, str(folder), "this run's shards")
-        for key, value in self.meta.items():
-            if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
-                raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
-        before = vars(load_config(folder / CONFIG).model)
-        for key, value in vars(self.config.model).items():  # some options change no names or shapes, e.g. the norm
-            if before[key] != value and key not in MAY_CHANGE:
-                raise ValueError(
-                    f"{folder} has model.{key}={before[key]!r}, this run {value!r}; make them equal to resume"
-                )
-        self.engine.load(folder, load_file(folder / "model.safetensors"))
-        part = folder / f"ema-{self.ranks.rank % self.sharded_over:05d}.pt"
-        own = torch.load(part, map_location="cpu", weights_only=True)
-        self.ema.load(own["average"])
-        self.window.load(own)
-        if self.times is not None and (folder / "times.pt").is_file():  # absent if the run did not use them before
-            self.times.load_state_dict(torch.load(folder / "times.pt", weights_only=True))
-        return meta["step"]
+        """Restore all but the weights from what `write_snapshot` wrote, and return its step."""
+        progress = read_weights(folder / "progress.safetensors")
+        parts = {name: self.engine.partition(read_weights(folder / f"{name}.safetensors")) for name in MOMENTS}
+        set_moments(self.engine, parts, int(progress["updates"]))
+        for name, average in [("ema", self.ema), *((average.name, average) for average in self.averages)]:
+            average.load(self.engine.partition(read_weights(folder / f"{name}.safetensors")))
+        self.window.load(below(progress, "window."))
+        if self.times is not None and below(progress, "times."):  # absent if the run did not use them before
+            self.times.load_state_dict(below(progress, "times."))
+        return checkpoint.read_meta(folder)["step"]
 
 
-def describe(
-    config: Config, latents: LatentSpec, class_names: Iterable[str], *, engine: str, sharded_over: int, zero_stage: int
-) -> dict[str, Any]:
-    """The facts in checkpoint.json that must match on resume; `engine` is "none" for a converted checkpoint."""
+def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: Config, folder: Path) -> None:
+    """Write the files of a checkpoint, except for checkpoint.json, and keep its averages for `fastdit ema`."""
+    for file, state in snapshot.items():
+        write_weights(state, folder / f"{file}.safetensors")
+    save_config(config, folder / CONFIG)
+    if config.training.ema_stds:
+        run_dir, step = folder.parents[1], folder.with_suffix("")
+        kept = run_dir / AVERAGES / step.name
+        partial = kept.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in folder.glob("power-*"):  # links: both folders together take the space of one
+            link_or_copy(path, partial / path.name)
+        checkpoint.commit(partial, kept, {"step": checkpoint.step_of(step)})
+
+
+def link_or_copy(path: Path, link: Path) -> None:
+    try:
+        os.link(path, link)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(path, link)
+
+
+def forget_averages(run_dir: Path, step: int) -> None:
+    """Delete the averages after `step`, which a resumed run writes again."""
+    for path in (run_dir / AVERAGES).glob("step-*"):
+        if checkpoint.NAME.fullmatch(path.name) and checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def resumed_weights(folder: Path, config: Config, manifest: Manifest) -> dict[str, Tensor]:
+    """The weights that a run continues from; ValueError where its settings do not allow to continue `folder`."""
+    meta = checkpoint.read_meta(folder)
+    latents_of(meta).check(manifest.latents, str(folder), "this run's shards")
+    for key, value in describe(config, manifest.latents, manifest.class_names).items():
+        if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
+            raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+    before = load_config(folder / CONFIG)
+    fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
+    for section, key in fixed + [("training", key) for key in MUST_STAY]:
+        old, new = (to_tree(getattr(getattr(c, section), key)) for c in (before, config))
+        if old != new:
+            raise ValueError(f"{folder} has {section}.{key}={old!r}, this run {new!r}; make them equal to resume")
+    if build_objective(before) != build_objective(config):
+        old, new = to_tree(before.objective), to_tree(config.objective)
+        raise ValueError(f"{folder} has objective={old}, this run {new}; make them equal to resume")
+    if not (folder / "progress.safetensors").is_file():
+        raise ValueError(
+            f"{folder} holds weights, but no optimizer state that can be read (it was converted, or written by fastdit "
+            f"0.1.0); start a new run_dir with training.init_from={folder}"
+        )
+    return read_weights(folder / "model.safetensors")
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) -> dict[str, Any]:
+    """The facts in checkpoint.json that must match on resume."""
     return {
         "model": config.model.variant,
         "num_classes": config.data.num_classes,
         "objective": config.objective.name,
-        "engine": engine,
-        "sharded_over": sharded_over,
-        "zero_stage": zero_stage,
         "global_batch": config.training.global_batch,
         "seed": config.seed,
         "class_names": list(class_names),
@@ -149,6 +196,7 @@ class Trained:
     identity: str  # SHA-256 of the file that the weights were read from
     class_names: tuple[str, ...]  # () where they are not known
     step: int
+    ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
 
 
 def load_network(
@@ -167,7 +215,8 @@ def load_network(
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
     names = tuple(meta.get("class_names", ()))
-    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"])
+    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"],
+                   meta.get("ema_std"))  # fmt: skip
 
 
 def network_from_state(
@@ -224,7 +273,7 @@ def take_over(
 
 def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file with the permissions that the umask asks for; ValueError for values that are not finite."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(

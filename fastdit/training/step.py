@@ -1,5 +1,6 @@
 """One training step, from posterior moments to updated weights: noise, loss, backward, optimizer, EMA."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from fastdit.training.engine import Engine
 
 
 class StepResult(NamedTuple):
-    """0-dim tensors on the device; the losses are `loss` and, where it has several parts, each of these by name."""
+    """0-dim tensors on the device, equal on all processes."""
 
-    losses: dict[str, Tensor]
+    losses: dict[str, Tensor]  # means over the global batch: `loss` and, where it has several parts, each by its name
     grad_norm: Tensor
     skipped: Tensor  # bool: loss or gradient were not finite, so nothing was changed
 
@@ -41,6 +42,7 @@ class TrainStep:
     accumulation: int
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
+    averages: Sequence[EMA] = ()  # further averages, updated like `ema`
 
     def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
         """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
@@ -76,9 +78,11 @@ class TrainStep:
             self.times.update(*seen[seen.isfinite().all(1)].unbind(1))
             losses = losses[1]
         means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
-        bad = self.ranks.all_reduce_any(~means["loss"].isfinite())
+        means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
+        bad = ~means["loss"].isfinite()
         grad_norm, skipped = self.engine.step(lr, bad)
-        self.ema.update(self.engine.master_parameters(), step + 1, skipped)
+        for average in (self.ema, *self.averages):
+            average.update(self.engine.master_parameters(), step + 1, skipped)
         return StepResult(means, grad_norm, skipped)
 
     def times_of(self, step: int) -> list[float]:

@@ -15,6 +15,7 @@ from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
+from fastdit.training.engine import MOMENTS
 from fastdit.training.state import CONFIG, GOLDEN, latents_of, mismatches
 from fastdit.verify.findings import Findings
 
@@ -38,15 +39,12 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
     for key, value in (("model", config.model.variant), ("num_classes", config.data.num_classes)):
         if meta.get(key) != value:
             found.add("description", f"{checkpoint.META} says {key}={meta.get(key)!r}, but config.yaml says {value!r}")
-    if meta.get("engine") != "none":  # "none": converted, not trained by fastdit
-        for name in ("optimizer.pt" if meta.get("engine") == "torch" else "deepspeed", "ema-00000.pt"):
-            if not (folder / name).exists():
-                found.add("resume", f"{folder / name} is missing: the run cannot resume from here")
-    for path in sorted(folder.glob("*.pt")):
-        check_state(path, found)
+    for name in (*MOMENTS, "progress") if "progress.safetensors" in meta["files"] else ():  # converted ones have none
+        check_weights(folder / f"{name}.safetensors", dict(model.named_parameters()) if name in MOMENTS else {}, found)
     check_latents(config, latents, found, say)
 
-    states = {name: check_weights(folder / f"{name}.safetensors", model, found) for name in ("model", "ema")}
+    own = model.state_dict()
+    states = {name: check_weights(folder / f"{name}.safetensors", own, found) for name in ("model", "ema")}
     if all(states.values()):
         check_average(states["model"], states["ema"], meta, found)
     if found.counts["weights"] or not states["ema"]:
@@ -56,24 +54,11 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
     check_forward(model, objective, latents.shape, folder / GOLDEN, found, say)
 
 
-def check_state(path: Path, found: Findings) -> None:
-    """That a file of optimizer or EMA state holds nothing but finite tensors, and nothing that would run code."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and torch errors have no common base
-        return found.add("resume", f"{path} cannot be read without running what is in it: {type(error).__name__}")
-    stack = [stored]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and not value.isfinite().all():
-                found.add("finiteness", f"{path.name}: holds values that are not finite")
-        elif isinstance(value, dict | list | tuple):
-            stack += value.values() if isinstance(value, dict) else value
+def check_weights(path: Path, expected: dict[str, Tensor], found: Findings) -> dict[str, Tensor]:
+    """Check the tensors of a file against the `expected` ones (names and shapes; {}: any, of any dtype).
 
-
-def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
-    """Check the tensors of a file against the network; returns them, or {} if the file cannot be read."""
+    Returns the tensors, or {} if the file cannot be read.
+    """
     try:
         with safe_open(path, "pt") as file:
             types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
@@ -84,11 +69,10 @@ def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
     except SafetensorError as error:
         found.add("weights", f"{path} is damaged: {error}")
         return {}
-    expected = model.state_dict()
-    for line in mismatches(expected, state):
+    for line in mismatches(expected, state) if expected else ():
         found.add("weights", f"{path.name}: {line}")
     for name, tensor in state.items():
-        if types[name] != "F32":
+        if expected and types[name] != "F32":
             found.add("precision", f"{path.name}: {name} is {types[name]}, not F32; weights and EMA must be fp32")
         bad = tensor.numel() - int(tensor.isfinite().sum())
         if bad:
@@ -98,7 +82,7 @@ def check_weights(path: Path, model: DiT, found: Findings) -> dict[str, Tensor]:
 
 def check_average(weights: dict[str, Tensor], ema: dict[str, Tensor], meta: dict, found: Findings) -> None:
     """Check that the EMA of a run has moved from its initial value and differs from the weights."""
-    if meta.get("engine") == "none" or meta.get("step", 0) < 100:
+    if "progress.safetensors" not in meta["files"] or meta.get("step", 0) < 100:
         return
     trained = [name for name in weights if name in ema and name != "pos_embed"]
     still = [name for name in trained if not ema[name].any() and weights[name].any()]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastdit.distributed import Ranks
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from helpers.runs import losses, run, train_here
@@ -24,7 +24,7 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_losses(world, whole,
     run("train.py", *arguments, kill=(random_number.randint(1, 19), 0.05 * random_number.random()))
     run("train.py", *arguments)
     assert losses(tmp_path / "run") == whole
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "exp_avg", "exp_avg_sq", "progress"):
         ours = load_file(tmp_path / "run" / "checkpoints" / "step-0000020" / f"{name}.safetensors")
         theirs = load_file(world / "whole" / "checkpoints" / "step-0000020" / f"{name}.safetensors")
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -66,19 +66,39 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_one(world, whole,
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path / "run", 25, full, {}, Ranks(0, 0, 1, torch.device("cpu")), keep=3)
+        checkpoint.save(tmp_path / "run", 25, full, {}, keep=3)
     assert checkpoint.find(tmp_path / "run").name == "step-0000020"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
 def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):
     def full(folder):
-        raise RuntimeError("PytorchStreamWriter failed writing file data/7")
+        raise SafetensorError("Error while serializing: I/O error")
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="No space left on device.*step-0000005"):
-        checkpoint.save(tmp_path, 5, full, {}, Ranks(0, 0, 1, torch.device("cpu")), keep=3)
+        checkpoint.save(tmp_path, 5, full, {}, keep=3)
     assert checkpoint.checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path):
+    for step in range(1, 9):
+        checkpoint.save(tmp_path, step, lambda folder: (folder / "file").write_text("x"), {}, keep=2, keep_every=3)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [3, 6, 7, 8]
+
+
+def test_a_failed_write_ends_the_run_at_the_next_step(world, tmp_path, monkeypatch):
+    original = checkpoint.save
+
+    def save(run_dir, step, *rest):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        original(run_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        train_here(world, tmp_path / "run", "training.checkpoint_every=2")
+    assert len(losses(tmp_path / "run")) in (4, 5) and checkpoint.find(tmp_path / "run").name == "step-0000002"
 
 
 def test_ema_follows_its_closed_form():

@@ -40,14 +40,9 @@ def poison(monkeypatch, *steps: int) -> None:
 
 def state(run_dir, step):
     folder = run_dir / "checkpoints" / f"step-{step:07d}"
-    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
-    own = torch.load(folder / "ema-00000.pt", weights_only=True)["average"]
-    return {
-        **{f"model.{k}": v for k, v in load_file(folder / "model.safetensors").items()},
-        **{f"ema.{k}": v for k, v in load_file(folder / "ema.safetensors").items()},
-        **{f"adam.{i}.{k}": v for i, values in optimizer.items() for k, v in values.items()},
-        **{f"own.{i}": v for i, v in enumerate(own)},
-    }
+    parts = ("model", "ema", "exp_avg", "exp_avg_sq")
+    state = {f"{part}.{k}": v for part in parts for k, v in load_file(folder / f"{part}.safetensors").items()}
+    return state | {"updates": load_file(folder / "progress.safetensors")["updates"]}
 
 
 def assert_equal(ours, theirs):

@@ -50,8 +50,7 @@ def test_weights_and_ema_come_from_there(world, source, tmp_path, name):
             torch.testing.assert_close(ours[key], blend(theirs[key], raw[key], 1 - 0.9999), **close)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "fine"))
     assert meta["step"] == 1
-    optimizer = torch.load(checkpoint.find(tmp_path / "fine") / "optimizer.pt", weights_only=True)["state"]
-    assert {int(entry["step"]) for entry in optimizer.values()} == {1}  # fresh
+    assert int(weights(tmp_path / "fine", "progress")["updates"]) == 1  # the optimizer is fresh
 
 
 def test_under_zero_the_ema_comes_from_there_too(world, source, tmp_path):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastdit.training import checkpoint
+from fastdit.training.state import below
 from helpers.runs import losses, run, train_here
 
 BOUND = ["objective={name: ddpm, variance: fixed_small, loss_type: kl}", "training.precision=fp32"]
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def history(folder):
-    return torch.load(folder / "times.pt", weights_only=True)
+    return below(load_file(folder / "progress.safetensors"), "times.")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,9 @@ def warm(world):
     folder = train_here(world, world / "loss_aware", *ON, "training.steps=5")
     assert int(history(folder)["counts"].sum()) == 5 * 12  # every loss of the global batch is on record
     grown = torch.linspace(0.01, 10, 1000, dtype=torch.float64)[:, None].expand(1000, 10).clone()
-    torch.save({"losses": grown, "counts": torch.full((1000,), 10)}, folder / "times.pt")
+    progress = load_file(folder / "progress.safetensors")
+    progress |= {"times.losses": grown, "times.counts": torch.full((1000,), 10)}
+    save_file(progress, folder / "progress.safetensors")
     meta = json.loads((folder / checkpoint.META).read_text())
     checkpoint.write_meta(folder, {key: value for key, value in meta.items() if key != "sha256"})
     return world / "loss_aware"
@@ -86,7 +89,7 @@ def test_until_every_index_is_known_the_losses_are_those_of_uniform_times(world,
     train_here(world, tmp_path / "on", *ON, "training.steps=3")
     folder = train_here(world, tmp_path / "off", *BOUND, "training.steps=3")
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-6)
-    assert not (folder / "times.pt").exists()
+    assert not history(folder)
 
 
 def test_loss_aware_times_are_refused_with_flow_matching(world, tmp_path):

@@ -81,7 +81,18 @@ def written(folder, old, new):
 
 
 HEAD = "final_layer.linear.weight"
-TRAINED = {"engine": "torch", "step": 500}
+
+
+def as_trained(folder):
+    """Make a converted checkpoint look like one of a run."""
+    state = load_file(folder / "model.safetensors")
+    state.pop("pos_embed")
+    for name in ("exp_avg", "exp_avg_sq"):
+        save_file(state, folder / f"{name}.safetensors")
+    save_file({"updates": torch.tensor(500)}, folder / "progress.safetensors")
+    change_meta(folder, lambda m: m.update(step=500))
+
+
 CHECKPOINT_FAULTS = {
     "a missing tensor": (
         lambda folder: edit(folder, "ema", lambda s: without(s, HEAD)),
@@ -132,17 +143,17 @@ CHECKPOINT_FAULTS = {
         ["differs from the recorded output by"],
     ),
     "a run without optimizer": (
-        lambda folder: change_meta(folder, lambda m: m.update(engine="torch")),
-        ["optimizer.pt is missing: the run cannot resume"],
+        lambda folder: (as_trained(folder), (folder / "exp_avg.safetensors").unlink()),
+        ["exp_avg.safetensors is missing"],
     ),
     "an average of nothing": (
-        lambda folder: change_meta(folder, lambda m: m.update(TRAINED)),
+        as_trained,
         ["the EMA equals the weights bit for bit"],
     ),
     "an average that stood still": (
         lambda folder: (
             edit(folder, "ema", lambda s: s | {HEAD: torch.zeros(32, 48)}),
-            change_meta(folder, lambda m: m.update(TRAINED)),
+            as_trained(folder),
         ),
         [f"the EMA never moved: {HEAD} is all zero"],
     ),

@@ -1,0 +1,73 @@
+"""A run continues on another number of processes, ZeRO stage or engine with its moments, batches and losses."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdit.training import checkpoint
+from helpers.runs import losses, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TORCH = ["training.engine=torch"]
+
+
+def zero(stage):
+    return ["training.engine=deepspeed", f"training.zero_stage={stage}"]
+
+
+@pytest.mark.parametrize(
+    "stages",  # (options, number of processes) of each leg of five steps
+    [
+        [(zero(1), 2), (zero(1), 1), (zero(1), 2), (zero(1), 4)],
+        [(zero(1), 2), (zero(3), 2), (zero(2), 3)],
+        [(zero(2), 2), (TORCH, 1), (zero(3), 3), (TORCH, 2)],
+    ],
+    ids=["processes", "stages", "engines"],
+)
+def test_any_number_of_processes_stage_and_engine_continue_a_run(world, whole, tmp_path, stages):
+    run_dir, common = tmp_path / "run", ["--config", str(world / "config.yaml"), "--resume", "training.precision=fp32"]
+    for leg, (options, processes) in enumerate(stages, start=1):
+        steps = [f"training.steps={5 * leg}", "training.keep_checkpoints=0"]
+        run("train.py", *common, f"run_dir={run_dir}", *steps, *options, processes=processes)
+    run("train.py", *common, f"run_dir={tmp_path}/plain", f"training.steps={5 * leg}", "training.keep_checkpoints=0")
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    for theirs in checkpoint.checkpoints(tmp_path / "plain"):
+        ours = run_dir / "checkpoints" / theirs.name
+        for name in ("model", "ema", "exp_avg", "exp_avg_sq"):  # moments are carried over, not begun again
+            expected = load_file(theirs / f"{name}.safetensors")
+            for key, value in load_file(ours / f"{name}.safetensors").items():
+                near = {"rtol": 2e-2, "atol": 1e-3 * float(expected[key].abs().max())}
+                torch.testing.assert_close(value, expected[key], **near, msg=f"{ours.name}/{name}: {key}")
+        assert torch.equal(*(load_file(f / "progress.safetensors")["updates"] for f in (ours, theirs)))
+
+
+SCRIPT = """
+import runpy, torch
+from safetensors.torch import load_file
+from fastdit.training.state import TrainingState
+
+load = TrainingState.load
+
+def loading(self, folder):
+    step = load(self, folder)
+    for name, own in self.snapshot().items():
+        stored = load_file(folder / f"{name}.safetensors")
+        assert own.keys() == stored.keys() and all(torch.equal(own[key], stored[key]) for key in own), name
+        print("equal:", name)
+    return step
+
+TrainingState.load = loading
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("options, processes", [(TORCH, 2), (zero(1), 3), (zero(2), 1), (zero(3), 3)])
+def test_what_another_engine_loads_is_what_was_saved(world, whole, tmp_path, options, processes):
+    """Bit for bit, with partitions that do not divide the parameters evenly."""
+    shutil.copytree(world / "whole", tmp_path / "run")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.steps=21", "--resume"]
+    said = run(str(tmp_path / "script.py"), *arguments, *options, processes=processes)
+    assert said.count("equal:") == 5

@@ -1,0 +1,234 @@
+"""What a resume does with each key of TrainingConfig that was changed: it applies the new value, or refuses it.
+
+A key that no table names fails `test_every_key_is_in_one_table`: a new key needs a row here.
+"""
+
+import dataclasses
+import itertools
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdit.config import TrainingConfig, load_config
+from fastdit.diffusion.timesteps import LossAwareTimes
+from fastdit.models.dit import DiT
+from fastdit.training import checkpoint
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
+from fastdit.training.state import read_weights
+from helpers.runs import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LR = 1e-3
+BEGUN = ["training.steps=2", "training.global_batch=4", "training.precision=fp32", f"training.lr={LR}",
+         "training.checkpoint_every=1", "training.keep_checkpoints=0"]  # fmt: skip
+GO_ON = ["training.steps=3"]
+
+
+@dataclass
+class Run:
+    """A run that was resumed at step 2; `plain` was resumed in the same way, but without the change."""
+
+    folder: Path
+    said: str = ""
+    error: str = ""
+    calls: Counter = field(default_factory=Counter)
+    plain: "Run | None" = None
+
+    def weights(self, step: int, name: str = "model") -> Tensor:
+        """Trained weights, or their average, in one vector: the final layer, which has a large gradient from step 1."""
+        state = read_weights(self.folder / "checkpoints" / f"step-{step:07d}" / f"{name}.safetensors")
+        return torch.cat([tensor.flatten() for key, tensor in state.items() if key.startswith("final_layer.linear.")])
+
+    @property
+    def change(self) -> Tensor:
+        """By step 3, the first after the resume."""
+        return self.weights(3) - self.weights(2)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(self.folder)]
+
+    def logged(self, key: str) -> dict[int, float]:
+        return {record["step"]: record[key] for record in read_metrics(self.folder)}
+
+    @property
+    def loss(self) -> float:
+        return self.logged("loss")[3]
+
+    @property
+    def lr(self) -> float:
+        return self.logged("lr")[3]
+
+
+def moved_by(change: Tensor, lr: float) -> float:
+    """The part of the weights that moved by lr, as all do in AdamW with betas (0, 0)."""
+    return torch.isclose(change.abs(), torch.tensor(lr), rtol=1e-3, atol=0).float().mean().item()
+
+
+def same(a: Tensor, b: Tensor, **tolerance) -> bool:
+    return torch.allclose(a, b, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+def decayed(r: Run, lr: float, weight_decay: float) -> Tensor:
+    """The change without that by the weight decay, which AdamW adds to any other."""
+    return r.change + lr * weight_decay * r.weights(2)
+
+
+# key: overrides beside GO_ON, and what shows that the new value is in force
+APPLIED = {
+    "steps": (["steps=4"], lambda r: r.checkpoints[-1] == 4),
+    "micro_batch": (["micro_batch=2"], lambda r: "batch 1 x 2 x 2" in r.said),
+    "lr": (["lr=3e-3"], lambda r: r.lr == 3e-3 and same(r.change, 3 * r.plain.change, rtol=1e-4, atol=1e-7)),
+    "betas": (["betas=[0,0]"], lambda r: moved_by(r.change, LR) > 0.99 and moved_by(r.plain.change, LR) < 0.1),
+    "weight_decay": (["weight_decay=5"], lambda r: same(decayed(r, LR, 5), r.plain.change, rtol=1e-4, atol=1e-7)),
+    "warmup_steps": (["warmup_steps=30"], lambda r: r.lr == LR * 3 / 30),
+    "lr_schedule": (["lr_schedule={name: wsd, decay: 1, shape: linear}"], lambda r: r.lr == pytest.approx(LR / 3)),
+    # a gradient of norm 1e-20 is far below AdamW's eps: nothing moves
+    "grad_clip": (["grad_clip=1e-20", "betas=[0,0]"], lambda r: r.change.abs().max() < 1e-8),
+    "ema_decay": (["ema_decay=0"], lambda r: same(r.weights(3, "ema"), r.weights(3))),
+    "ema_warmup": (
+        ["ema_warmup=true"],  # decay (1 + 3) / (10 + 3)
+        lambda r: same(r.weights(3, "ema"), r.weights(2, "ema").lerp(r.weights(3), 9 / 13), rtol=1e-5, atol=1e-7),
+    ),
+    "precision": (["precision=bf16"], lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=1e-2)),
+    "residual": (
+        ["precision=bf16", "residual=bf16"],
+        lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=1e-2),
+    ),
+    "fp8": (["precision=bf16", "fp8=true"], lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=0.1)),
+    "activation_checkpointing": (
+        ["activation_checkpointing=full"],
+        lambda r: "checkpointing full" in r.said and r.loss == pytest.approx(r.plain.loss, rel=1e-5),
+    ),
+    "compile": (["compile=true"], lambda r: r.calls["compile_blocks"] > r.plain.calls["compile_blocks"]),
+    "joint_adaln": (
+        ["joint_adaln=true"],
+        lambda r: r.calls["join_modulations"] > r.plain.calls["join_modulations"]
+        and r.loss == pytest.approx(r.plain.loss, rel=1e-5),
+    ),
+    "loss_aware_times": (["loss_aware_times=true"], lambda r: r.calls["update"] > r.plain.calls["update"]),
+    "log_every": (["log_every=2", "steps=5"], lambda r: list(r.logged("loss")) == [1, 2, 4, 5]),
+    "checkpoint_every": (["checkpoint_every=2", "steps=5"], lambda r: r.checkpoints == [1, 2, 4, 5]),
+    "checkpoint_minutes": (
+        ["checkpoint_every=100", "steps=5", "checkpoint_minutes=1e-9"],
+        lambda r: r.checkpoints == [1, 2, 3, 4, 5] and r.plain.checkpoints == [1, 2, 5],
+    ),
+    "keep_checkpoints": (["keep_checkpoints=1"], lambda r: r.checkpoints == [3]),
+    "keep_every": (
+        ["keep_every=2", "keep_checkpoints=1", "steps=5"],
+        lambda r: r.checkpoints == [2, 4, 5] and r.plain.checkpoints == [5],
+    ),
+    "max_skipped": (
+        ["max_skipped=2", "lr=1e30", "steps=9"],
+        lambda r: "in 2 steps in a row (training.max_skipped), up to step 5" in r.error,
+    ),
+    "time_limit": (["time_limit=00:30", "steps=99"], lambda r: r.error == "75" and "by training.time_limit" in r.said),
+}
+# key: an override, and the message
+REFUSED = {
+    "init_from": ("init_from=elsewhere", "has training.init_from='', this run 'elsewhere'; make them equal to resume"),
+    "global_batch": ("global_batch=8", "has global_batch=4, this run 8; make them equal to resume"),
+    "ema_stds": ("ema_stds=[0.05,0.1]", "has training.ema_stds=[], this run [0.05, 0.1]; make them equal"),
+    "cuda_graph": ("cuda_graph=true", "training.cuda_graph=true needs a GPU"),  # on one, test_train.py
+}
+BY_ENGINE = {"engine", "zero_stage", "deepspeed"}  # test_under_zero
+
+
+def test_every_key_is_in_one_table():
+    tables = [*APPLIED, *REFUSED, *BY_ENGINE]
+    assert sorted(tables) == sorted(field.name for field in dataclasses.fields(TrainingConfig))
+
+
+@pytest.fixture(scope="module")
+def begun(world, tmp_path_factory):
+    """Two steps of a run, for each objective that a row needs."""
+    place = tmp_path_factory.mktemp("begun")
+    for name in ("flow", "ddpm"):
+        overrides = [f"run_dir={place}/{name}", f"objective={name}", *BEGUN]
+        train(load_config(world / "config.yaml", overrides), device="cpu")
+    return place
+
+
+def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
+    """Continue a copy of the run to step 3 with `changes`."""
+    shutil.copytree(begun / objective, out)
+    overrides = [*BEGUN, *GO_ON, *(f"training.{change}" for change in changes)]
+    config = load_config(world / "config.yaml", [f"run_dir={out}", f"objective={objective}", *overrides])
+    resumed = Run(out)
+
+    def spy(owner, name, instead=None):
+        original = instead or getattr(owner, name)
+
+        def spied(*arguments):
+            resumed.calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    with monkeypatch.context() as monkeypatch:
+        spy(DiT, "compile_blocks", lambda model: None)
+        spy(DiT, "join_modulations")
+        spy(LossAwareTimes, "update")
+        if config.training.time_limit:  # a clock that is ten minutes later at each look
+            clock = SimpleNamespace(monotonic=itertools.count(0, 600).__next__)
+            monkeypatch.setattr("fastdit.training.guard.time", clock)
+        try:
+            train(config, resume=True, device="cpu", read_initial=lambda *_: pytest.fail("read again"))
+        except (ValueError, SystemExit) as error:
+            resumed.error = str(error)
+    resumed.said = capsys.readouterr().out
+    return resumed
+
+
+@pytest.mark.parametrize("key", APPLIED)
+def test_a_changed_key_is_applied(world, begun, tmp_path, capsys, monkeypatch, key):
+    if key == "fp8":
+        pytest.importorskip("torchao")
+    changes, applied = APPLIED[key]
+    objective = "ddpm" if key == "loss_aware_times" else "flow"
+    others = [change for change in changes if not change.startswith(f"{key}=")]
+    resumed = resume(world, begun, tmp_path / "changed", capsys, monkeypatch, objective, changes)
+    if key not in ("max_skipped", "time_limit"):  # those end the run
+        assert not resumed.error
+        resumed.plain = resume(world, begun, tmp_path / "plain", capsys, monkeypatch, objective, others)
+    assert applied(resumed), (resumed, resumed.plain)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_cannot_change_is_refused_and_leaves_the_run_as_it_was(
+    world, begun, tmp_path, capsys, monkeypatch, key
+):
+    change, message = REFUSED[key]
+    before = (begun / "flow" / "config.yaml").read_bytes()
+    resumed = resume(world, begun, tmp_path / "run", capsys, monkeypatch, "flow", [change])
+    assert message in resumed.error
+    assert resumed.checkpoints == [1, 2] and (resumed.folder / "config.yaml").read_bytes() == before
+
+
+def test_under_zero(world, tmp_path):
+    """The same for the keys of the engine, and for the optimizer's keys under ZeRO."""
+
+    def zero(name, *changes):
+        if name != "begun":
+            shutil.copytree(tmp_path / "begun", tmp_path / name)
+        overrides = [*BEGUN, "training.engine=deepspeed", f"run_dir={tmp_path}/{name}"]
+        changes = [f"training.{change}" for change in changes]
+        run("train.py", "--config", str(world / "config.yaml"), *overrides, *changes, "--resume")
+        return Run(tmp_path / name)
+
+    zero("begun")
+    r = zero("changed", "steps=3", "betas=[0,0]", "weight_decay=5", "lr=3e-3", "ema_decay=0")
+    assert r.lr == 3e-3 and moved_by(decayed(r, 3e-3, 5), 3e-3) > 0.99 and same(r.weights(3, "ema"), r.weights(3))
+    r = zero("clipped", "steps=3", "betas=[0,0]", "grad_clip=1e-20")
+    assert r.change.abs().max() < 1e-8
+    for name, change in (("engine", "engine=torch"), ("zero_stage", "zero_stage=3")):  # values: test_elastic.py
+        assert zero(name, "steps=3", change).checkpoints == [1, 2, 3]
+    with pytest.raises(AssertionError, match="training.deepspeed.clip=1 is not a key that DeepSpeed knows"):
+        zero("deepspeed", "steps=3", "deepspeed={clip: 1}")
