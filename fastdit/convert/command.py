@@ -128,8 +128,8 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
 def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
     """Weights and their EMA (the same where there is one set) under the official names, for training.init_from.
 
-    `config`: that of the run which starts from them. ValueError where the source says that its network has other heads
-    or options than the run's; another objective is said.
+    `config`: that of the run which starts from them. ValueError if the source states another number of heads or another
+    network option than the run; `say` is called if it was trained with another objective.
     """
     path, stated = Path(source), Stated()
     if not path.exists():

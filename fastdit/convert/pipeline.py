@@ -176,7 +176,7 @@ class Pipeline:
                 raise ValueError(
                     f"{folder} is not converted: diffusers embeds timesteps with frequency shift 1, DiT with 0, which "
                     f"changes the output by {gap}, and no config says with which it was trained; add --from-official "
-                    "if its weights were converted from the official DiT; DiT has no equal of others"
+                    "if its weights were converted from the official DiT; others cannot be converted"
                 )
             say(f"converted with frequency shift 0, as in DiT; diffusers itself uses 1, which is off by {gap}")
         say(f"largest output difference from diffusers on random input: {report.exact:.1e} of {report.largest:.2g}")
