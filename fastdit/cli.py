@@ -30,6 +30,9 @@ def main() -> None:
     command.add_argument("--config", help="a YAML file with settings that the source lacks: objective, autoencoder")
     command.add_argument("--heads", type=int, help="number of attention heads, if it cannot be inferred")
     command.add_argument("--weights", choices=("ema", "model"), default="ema", help="weights to convert to diffusers")
+    command.add_argument(
+        "--from-official", action="store_true", help="the weights of the diffusers folder come from the official DiT"
+    )
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_convert)
 
@@ -91,6 +94,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         config=arguments.config,
         overrides=arguments.overrides,
         heads=arguments.heads,
+        from_official=arguments.from_official,
         weights=arguments.weights,
     )
 

@@ -4,6 +4,7 @@ Values are converted by annotation. An unknown key is an error that suggests the
 `{name: ..., option: ...}` selects an entry of a registry (registry.py).
 """
 
+import copy
 import dataclasses
 import re
 import sys
@@ -200,12 +201,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path} must contain sections such as `training:`, not a {type(tree).__name__}")
+    return config_from(tree, path, overrides)
+
+
+def config_from(tree: dict[str, Any], where: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _override(tree, override)
     try:
         return convert(Config, tree, "")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def shipped_config(name: str) -> Path:
