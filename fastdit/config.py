@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text
 from fastdit.registry import Choice, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
@@ -196,9 +197,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"--config {path} does not exist; the included configs are in configs/")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        tree = read_yaml(path) or {}
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path} must contain sections such as `training:`, not a {type(tree).__name__}")
     return config_from(tree, path, overrides)
@@ -223,7 +224,7 @@ def shipped_config(name: str) -> Path:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
-    Path(path).write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def to_tree(value: Any) -> Any:
@@ -240,6 +241,8 @@ def _override(tree: dict, override: str) -> None:
     if not sign or not dotted:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
     *sections, last = dotted.split(".")
+    if len(sections) > DEPTH:
+        raise ValueError(f"override {override[:40]!r}... has {len(sections)} sections; a key has two or three")
     for section in sections:
         if isinstance(tree.get(section), str):  # `objective: flow` is short for `objective: {name: flow}`
             tree[section] = {"name": tree[section]}
@@ -247,6 +250,6 @@ def _override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
+        tree[last] = parse_yaml(text)
+    except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
         tree[last] = text

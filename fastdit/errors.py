@@ -17,15 +17,17 @@ def is_no_space(error: OSError) -> bool:
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user error), a full disk or a file that cannot be used into one line and exit code 2.
+    """Turns a ValueError (a user error), a full disk, a file that cannot be used or too little memory into one line.
 
-    Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function. With
-    FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
+    The exit code is 2. Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
+    With FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         message: object = error
+        if isinstance(error, MemoryError):
+            message = f"this machine has too little memory ({error or 'none is left'})"
         if isinstance(error, OSError) and is_no_space(error):
             message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere"
         elif isinstance(error, OSError) and error.filename:

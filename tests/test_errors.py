@@ -20,6 +20,7 @@ def raising(error: BaseException):
     [
         (ValueError("lr=x is no number;\n  use 1e-4"), "error: lr=x is no number; use 1e-4"),
         (OSError(errno.ENOSPC, "No space left", "/a/b"), "error: no space left for /a/b; free some or write elsewhere"),
+        (MemoryError("Unable to allocate"), "error: this machine has too little memory (Unable to allocate)"),
         (OSError(errno.EDQUOT, "Quota"), "error: no space left for the output; free some or write elsewhere"),
     ],
 )

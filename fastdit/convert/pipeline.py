@@ -27,6 +27,7 @@ from fastdit.convert.loaded import CLOSE, Difference, Loaded, from_facts
 from fastdit.convert.settings import Stated, checked, foreign_config, own_config, read_tree
 from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.files import read_json
 from fastdit.models.dit import variant_shape
 from fastdit.models.layers import position_embedding
 
@@ -287,11 +288,6 @@ def check_vae(path: Path) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} is not a complete DiTPipeline folder: {path} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it contains a {type(content).__name__}")
-    return content

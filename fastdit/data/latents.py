@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastdit.files import read_json
+
 # The config entries that affect latents or decoded pixels; the rest is bookkeeping.
 FINGERPRINTED = (
     "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
     "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
     "use_post_quant_conv", "use_quant_conv",
 )  # fmt: skip
+MAX_SIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class LatentSpec:
     vae: str  # the autoencoder's name or folder, as the user gave it
     codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
     image_size: int  # pixels per side
+
+    def __post_init__(self):
+        if not all(1 <= size <= MAX_SIDE for size in self.shape):
+            raise ValueError(f"shape={self.shape} of the latents is out of range; use sizes from 1 to {MAX_SIDE}")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -158,13 +165,13 @@ def fingerprint(vae: nn.Module) -> str:
 def _check_folder(folder: Path) -> None:
     path = folder / "config.json"
     try:
-        kind = json.loads(path.read_text()).get("_class_name")
+        kind = read_json(path).get("_class_name")
     except FileNotFoundError:
         raise ValueError(
             f"vae={folder} has no config.json; give a folder written by AutoencoderKL.save_pretrained"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"vae={path} is damaged ({error}); save the autoencoder again") from None
+    except ValueError as error:
+        raise ValueError(f"vae={error}; save the autoencoder again") from None
     if kind != "AutoencoderKL":
         raise ValueError(
             f"vae={folder} is of class {kind}, which has no posterior to sample from; use an AutoencoderKL"
