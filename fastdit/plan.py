@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from fastdit.build import build_network, build_objective, uses_zero
-from fastdit.config import Config
+from fastdit.config import Config, assumed
 from fastdit.memory import FP8_SPEED, GEMM_SHARE, GIB, GPUS, MEMORY_SHARE, Candidate, candidates
 from fastdit.models.dit import DiT
 from fastdit.registry import lookup
@@ -17,7 +17,7 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     The micro-batch is the largest that fits, or training.micro_batch where that is a number of images. ValueError for
     an unknown GPU, and for a batch that cannot be divided among the processes.
     """
-    card = lookup(GPUS, gpu, "--gpu")
+    config, card = assumed(config), lookup(GPUS, gpu, "--gpu")
     if world < 1:
         raise ValueError(f"--gpus={world} is not a number of GPUs; use 1 or more")
     settings = config.training
@@ -32,6 +32,7 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
     """The plan in Markdown, as `fastdit plan` prints it."""
+    config = assumed(config)
     model, plans = plan(config, gpu, world)
     settings, forward, best = config.training, model.flops_per_image(), plans[0]
     engine = f"ZeRO-{settings.zero_stage}" if uses_zero(settings) else "DDP"

@@ -2,16 +2,14 @@
 
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastdit import distributed, kernels
-from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training
+from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training, resolved
 from fastdit.config import Config, save_config
-from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
@@ -48,8 +46,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     """
     timeout_s = 2 * config.training.timeout_s  # the watchdog speaks first
     ranks, run_dir = distributed.init(device, timeout_s), Path(config.run_dir)
-    if Path(config.data.vae).is_dir():  # so that the run can be sampled from any folder
-        config = replace(config, data=replace(config.data, vae=str(Path(config.data.vae).resolve())))
     checkpoint.check_run_dir(run_dir, resume)
     if config.training.init_from and read_initial is None:
         raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
@@ -58,18 +54,12 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
 
 
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
-    device, settings = ranks.device, config.training
+    device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
-    latents = manifest.latents
-    manifest.check(
-        image_size=config.data.image_size,
-        num_classes=config.data.num_classes,
-        global_batch=settings.global_batch,
-        # loading an autoencoder takes seconds: only where the name leaves a doubt
-        codec=LatentCodec.load(config.data.vae).fingerprint if config.data.vae != latents.vae else None,
-    )
+    config, latents = resolved(config, manifest), manifest.latents
+    settings = config.training
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
 
     # objective and network, from the seed alone: every process starts with the same weights

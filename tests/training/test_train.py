@@ -201,7 +201,7 @@ def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, t
 
 def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):
     for argument, words in [
-        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
+        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'training.lr'"]),
         (f"run_dir={world}/whole", ["is not empty", "--resume"]),
     ]:
         done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", argument)
