@@ -110,11 +110,13 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
         forget_averages(run_dir, start)
-    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
+    steps_per_epoch = len(manifest) / settings.global_batch
+    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=steps_per_epoch)
     log.say(
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
         f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
         f"kernels {kernels.choice()}, checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
+        f"{settings.steps:,} steps = {settings.steps / steps_per_epoch:.1f} epochs, "
         + (f"resumed at step {start}" if start else origin)
     )
     order, own = seed_of(config.seed, ORDER), micro * accumulation
@@ -176,5 +178,6 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
                 raise SystemExit(EXIT_STOPPED)
         writer.wait()
     log.say(too_young(settings, settings.steps))
+    log.say(f"checkpoint {last}; next: fastdit sample {run_dir} --num-samples 64")
     log.close()
     return last
