@@ -12,6 +12,7 @@ from fastdit.cli import main
 from fastdit.commands import COMMANDS
 from fastdit.config import all_keys, shipped_names
 from helpers import ROOT
+from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +40,9 @@ MISTAKES = {
     ),
     "train sit_s_2 --out runs": "--out is not an option of fastdit train; did you mean run_dir=runs?",
     "train sit_s_2 --xyzzy": "--xyzzy is not an option of fastdit train; see fastdit train --help",
+    "train sit_s_2 --device gpu": "--device='gpu', but PyTorch",
+    "train sit_s_2 --device cuda:7": "finds no GPU here; use --device cpu",
+    "train sit_s_2 --device gqu": "--device='gqu' is not a device; use cpu, cuda or cuda:0",
     "sample": "name one run; see fastdit sample --help",
     "sample nowhere": "checkpoint nowhere does not exist",
     "sample a --checkpoint b": "name one run, not a and b",
@@ -142,3 +146,9 @@ def test_importing_fastdit_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         fastdit.lode  # noqa: B018
+
+
+def test_all_processes_together_give_one_message(world, tmp_path):
+    with pytest.raises(AssertionError) as error:
+        run("train.py", "sit_s_2", f"data.shards={world}/nowhere", f"run_dir={tmp_path}/run", processes=3)
+    assert str(error.value).count("error: ") == 1 and "Traceback" not in str(error.value).partition("Process Fork")[0]
