@@ -1,5 +1,6 @@
 """The command: one parser style, everything in one line where it is wrong; and the same from Python."""
 
+import json
 import subprocess
 import sys
 
@@ -152,3 +153,17 @@ def test_all_processes_together_give_one_message(world, tmp_path):
     with pytest.raises(AssertionError) as error:
         run("train.py", "sit_s_2", f"data.shards={world}/nowhere", f"run_dir={tmp_path}/run", processes=3)
     assert str(error.value).count("error: ") == 1 and "Traceback" not in str(error.value).partition("Process Fork")[0]
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].count("= 600, 1000") == 1
+    code[0] = code[0].replace("= 600, 1000", "= 2, 2")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for cell in code:
+        exec(cell, scope)
+    assert [image.size for image in scope["samples"]] == [(32, 32)] * 8 and scope["sheet"].size == (512, 64)
+    for own, same in zip(scope["samples"], scope["same"], strict=True):
+        assert np.abs(np.asarray(own).astype(int) - np.asarray(same)).max() <= 1

@@ -36,6 +36,7 @@ from fastdit.training.state import (
     TrainingState,
     describe,
     forget_averages,
+    keep_autoencoder,
     resumed_weights,
     take_over,
     write_snapshot,
@@ -108,6 +109,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
         forget_averages(run_dir, start)
+        keep_autoencoder(config.data.vae, run_dir)
     epoch = len(manifest) / settings.global_batch  # steps
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
     batch = (ranks.world, micro, accumulation)
