@@ -236,6 +236,8 @@ def variant_shape(variant: str) -> dict[str, int]:
         if shape["depth"] > MAX_DEPTH or shape["hidden_size"] > MAX_WIDTH:
             raise ValueError(f"model.variant={variant!r} is too large; use up to {MAX_DEPTH} blocks of {MAX_WIDTH}")
         return shape
+    if f"{variant}/2" in DIT_VARIANTS:
+        raise ValueError(f"model.variant={variant!r} has no patch size; did you mean '{variant}/2'?")
     return lookup(DIT_VARIANTS, variant, "model.variant")
 
 
