@@ -28,7 +28,7 @@ from fastdit.convert.settings import Stated, checked, foreign_config, own_config
 from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.files import read_json
-from fastdit.models.dit import variant_shape
+from fastdit.models.dit import MAX_DEPTH, variant_shape
 from fastdit.models.layers import position_embedding
 
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
@@ -194,6 +194,9 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
     if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise ValueError(f"{path} contains a {kind.get('_class_name')}, not a DiTTransformer2DModel")
     settings = checked(kind, TRANSFORMER, getattr(diffusers, kind["_class_name"]), path / "config.json")
+    layers = settings["num_layers"]
+    if type(layers) is not int or not 1 <= layers <= MAX_DEPTH:
+        raise ValueError(f"{path / 'config.json'}: num_layers={layers!r} is out of range; use 1 to {MAX_DEPTH}")
     parts = dict.fromkeys(("transformer", "vae", "scheduler", "id2label"))
     checked(index, parts, diffusers.DiTPipeline, folder / "model_index.json")
     for key, value in (("_class_name", "DiTPipeline"), ("scheduler", ["diffusers", scheduler.get("_class_name")])):
@@ -267,6 +270,8 @@ def _own(
 def class_names(index: dict[str, Any], folder: Path) -> tuple[str, ...]:
     """The names in model_index.json by label, () if there are none; ValueError if a label has no name."""
     names = index.get("id2label") or {}
+    if not isinstance(names, dict):
+        raise ValueError(f"{folder}/model_index.json: id2label is a {type(names).__name__}, not names by label")
     missing = [label for label in range(len(names)) if not isinstance(names.get(str(label)), str)]
     if missing:
         raise ValueError(f"{folder}/model_index.json: id2label has {len(names)} names, but none for label {missing[0]}")

@@ -20,7 +20,7 @@ FINGERPRINTED = (
     "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
     "use_post_quant_conv", "use_quant_conv",
 )  # fmt: skip
-MAX_SIDE = 1 << 14
+MAX_SIDE, MAX_LAYERS = 1 << 14, 100
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,19 @@ class LatentCodec:
                 f"vae={name} is missing {len(missing)} weights (the first is {missing[0]}); "
                 "save it again with AutoencoderKL.save_pretrained"
             )
-        return cls(vae, str(name)).to(dtype=dtype, device=device)
+        try:  # diffusers accepts any settings
+            codec = cls(vae, str(name))
+            moments = codec.encode(torch.zeros(1, 3, codec.downsample, codec.downsample))
+            fits = moments.shape == (1, 2 * codec.channels, 1, 1)
+            codec.decode(moments[:, : codec.channels])
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            fits = False
+            reason = str(error).strip().partition("\n")[0]
+        else:
+            reason = f"an image of {codec.downsample} px becomes moments of shape {tuple(moments.shape)}"
+        if not fits:
+            raise ValueError(f"vae={name} cannot encode and decode images with the settings in config.json: {reason}")
+        return codec.to(dtype=dtype, device=device)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
         """Moves or converts the autoencoder in place; the fingerprint does not change."""
@@ -165,13 +177,17 @@ def fingerprint(vae: nn.Module) -> str:
 def _check_folder(folder: Path) -> None:
     path = folder / "config.json"
     try:
-        kind = read_json(path).get("_class_name")
+        config = read_json(path)
+        kind = config.get("_class_name")
     except FileNotFoundError:
         raise ValueError(
             f"vae={folder} has no config.json; give a folder written by AutoencoderKL.save_pretrained"
         ) from None
     except ValueError as error:
         raise ValueError(f"vae={error}; save the autoencoder again") from None
+    layers = config.get("layers_per_block", 1)
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(f"vae={path}: layers_per_block={layers!r} is out of range; use 1 to {MAX_LAYERS}")
     if kind != "AutoencoderKL":
         raise ValueError(
             f"vae={folder} is of class {kind}, which has no posterior to sample from; use an AutoencoderKL"

@@ -81,7 +81,8 @@ class Manifest:
             manifest = replace(convert(cls, stored, ""), folder=folder)
             check(manifest.dtype, DTYPES, "dtype")
             for shard in manifest.shards:
-                if Path(shard.name).name != shard.name or min(shard.samples, shard.bytes) < 0:
+                sizes = (shard.samples, shard.bytes)
+                if Path(shard.name).name != shard.name or not all(0 <= size < 1 << 50 for size in sizes):
                     raise ValueError(f"{shard} is not a file of this folder")
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None

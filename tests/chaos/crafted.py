@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import random
 import shutil
 import struct
 import tarfile
@@ -21,7 +22,8 @@ from chaos.corpus import STEP, Case, Good, copied, seal
 from fastdit.training import checkpoint
 
 
-def cases(good: Good) -> Iterator[Case]:
+def cases(good: Good, draw: random.Random, values: int = 2) -> Iterator[Case]:
+    """`values`: how many of VALUES each setting gets, drawn at random."""
     for name, make in IMAGES.items():
         yield Case("images", name, partial(image, good, make), refused=False)
     for name, members in MEMBERS.items():
@@ -33,7 +35,7 @@ def cases(good: Good) -> Iterator[Case]:
     for artifact, (place, file, method, read, write) in SETTINGS.items():
         tree = read((good.root / place).resolve() / file)
         for path in leaves(tree):
-            for value in VALUES:
+            for value in draw.sample(VALUES, values):
                 made = partial(setting, good, place, file, method, read, write, path, value)
                 yield Case(artifact, f"{'.'.join(map(str, path))}={str(value)[:30]}", made)
     for name in LINKS:
@@ -82,11 +84,14 @@ IMAGES: dict[str, tuple[str, bytes | Callable[[Path, Path], bytes | None]]] = {
     "PNG with a text bomb": ("a.png", lambda path, canary: png(40, 40, (b"zTXt", b"a\0\0" + BOMB))),
     "PNG with a profile bomb": ("a.png", lambda path, canary: png(40, 40, (b"iCCP", b"a\0\0" + BOMB))),
     "PNG with 256 MiB of rows too many": ("a.png", lambda path, canary: png(40, 40, data=BOMB)),
-    "GIF of 65535 x 65535": ("a.gif", b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0;"),
+    "GIF of 65535 x 65535": (
+        "a.gif", b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0"
+    ),
     "PPM of 10^9 x 10^9": ("a.ppm", b"P6 1000000000 1000000000 255\n" + bytes(100)),
     "PPM with a number of 10^6 digits": ("a.ppm", b"P6 " + b"9" * 1_000_000 + b" 1 255\n"),
-    "BMP of -2^31 rows": ("a.bmp", b"BM" + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 40, -(2**31), 1, 24, 0, 0, 0, 0, 0, 0)
-                          + bytes(100)),
+    "BMP of -2^31 rows": (
+        "a.bmp", b"BM" + struct.pack("<IHHIIiiHH", 154, 0, 0, 54, 40, 40, -(2**31), 1, 24) + bytes(124)
+    ),
     "TGA of 65535 x 65535": ("a.tga", struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)),
     "TIFF whose next page is itself": ("a.tif", tiff(SIZES, 8)),
     "TIFF with 2^32 - 1 strips": ("a.tif", tiff([*SIZES, (273, 4, 2**32 - 1, 8), (279, 4, 2**32 - 1, 8)], 0)),

@@ -1,5 +1,6 @@
 """Table 6: files made to run code, fill memory, block or escape, given to the commands that read them (corpus.py)."""
 
+import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -30,8 +31,9 @@ def run(place: Path, seed: int) -> Table:
         shutil.rmtree(folder)
         return pair[1], outcomes
 
+    cases = chain(corpus.cases(good), crafted.cases(good, random.Random(seed)))
     with ThreadPoolExecutor(2) as pool:
-        for case, outcomes in pool.map(attempt, enumerate(chain(corpus.cases(good), crafted.cases(good)))):
+        for case, outcomes in pool.map(attempt, enumerate(cases)):
             found.setdefault(case.kind, []).append(outcomes)
             for end in outcomes:
                 faults = "; ".join(": ".join(fault) for fault in end.faults)

@@ -5,9 +5,11 @@ import resource
 import runpy
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ MAKES = {"os.mkdir": (0, 2), "os.rename": (1, 3), "os.link": (1, 3), "os.symlink
          "os.rmdir": (0, 1)}  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 EXECUTED, OUTSIDE, HANGS, TRACEBACKS, WRONG = "executed", "written outside", "hangs", "tracebacks", "wrong end"
+
+LOCK = threading.Lock()  # `start` also looks after the processes of other threads
 
 
 @dataclass
@@ -47,12 +51,15 @@ def watch(folder: Path, command: list[str], refused: bool | None = None, names: 
     log, events = folder / "log", folder / "events"
     log.write_text(""), events.write_text("")
     process = FORKS.Process(target=confined, args=(folder, command))
-    process.start()
+    with LOCK:
+        process.start()
     start = time.perf_counter()
-    process.join(LIMIT_S)
-    seconds, code = time.perf_counter() - start, process.exitcode
-    process.kill()
-    process.join()
+    ended = wait([process.sentinel], LIMIT_S)
+    seconds = time.perf_counter() - start
+    with LOCK:
+        process.kill()
+        process.join()
+    code = process.exitcode if ended else None
     said = log.read_text(errors="replace")
     reported = [tuple(line.split("\t", 1)) for line in events.read_text(errors="replace").splitlines()]
     gib = max((float(value) for kind, value in reported if kind == "gib"), default=0.0)
