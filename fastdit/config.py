@@ -54,7 +54,8 @@ class DataConfig:
         size, classes = self.image_size, self.num_classes
         _require(size is None or size > 0, "data.image_size", size, "use a positive number of pixels")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
-        _require(classes is None or classes >= 0, "data.num_classes", classes, "use 0 for an unconditional network")
+        known = classes is None or 0 <= classes < 1 << 31
+        _require(known, "data.num_classes", classes, "use 0 for an unconditional network")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class NetworkOptions:
     def __post_init__(self):
         check_literals(self, "model")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
-        _require(self.registers >= 0, "model.registers", self.registers, "use 0 for none, 4 or more")
-        _require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
+        _require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
+        _require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def test_a_diffusers_folder_starts_no_code_and_no_endless_network(place, tmp_pat
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("variant", ["DiT-1001x64x4/2", "DiT-2x65600x4/2"])
+@pytest.mark.parametrize("variant", ["DiT-1001x64x4/2", "DiT-2x65600x4/2", "DiT-2x64x4/2000"])
 def test_a_network_of_a_billion_blocks_is_not_built(variant):
     with pytest.raises(ValueError, match=f"model.variant='{variant}' is too large"):
         variant_shape(variant)

@@ -225,7 +225,7 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
     for patch in (1, 2, 4, 8)
 }
 
-MAX_DEPTH, MAX_WIDTH = 1000, 1 << 16  # of a custom size
+MAX_DEPTH, MAX_WIDTH, MAX_PATCH = 1000, 1 << 16, 1 << 10  # of a custom size
 
 
 def variant_shape(variant: str) -> dict[str, int]:
@@ -233,8 +233,9 @@ def variant_shape(variant: str) -> dict[str, int]:
     custom = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
     if custom:
         shape = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, custom.groups()), strict=True))
-        if shape["depth"] > MAX_DEPTH or shape["hidden_size"] > MAX_WIDTH:
-            raise ValueError(f"model.variant={variant!r} is too large; use up to {MAX_DEPTH} blocks of {MAX_WIDTH}")
+        if shape["depth"] > MAX_DEPTH or shape["hidden_size"] > MAX_WIDTH or shape["patch_size"] > MAX_PATCH:
+            raise ValueError(f"model.variant={variant!r} is too large; use up to {MAX_DEPTH} blocks of {MAX_WIDTH} and "
+                             f"patches of {MAX_PATCH}")  # fmt: skip
         return shape
     if f"{variant}/2" in DIT_VARIANTS:
         raise ValueError(f"model.variant={variant!r} has no patch size; did you mean '{variant}/2'?")

@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image
 
 from chaos import contents
 from chaos.contents import Payload
 from chaos.corpus import STEP, Case, Good, copied, seal
+from fastdit.files import read_yaml
 from fastdit.training import checkpoint
 
 
@@ -290,6 +292,11 @@ def write_meta(path: Path, tree: dict) -> None:
     path.write_text(json.dumps({**tree, "sha256": checkpoint._own_digest(tree)}))
 
 
+def write_yaml(path: Path, tree: dict) -> None:
+    path.write_text(yaml.safe_dump(tree))
+    seal(path)
+
+
 def leaves(tree, path: tuple = ()) -> Iterator[tuple]:
     """The path of every value in nested dictionaries and lists, the containers included."""
     if path:
@@ -302,6 +309,7 @@ VALUES = [None, "../../x", -1, 10**12, 1e308, [], {"a": 1}, [[1]], True]
 # artifact -> its place, the file, the commands, and how its tree is read and written
 SETTINGS = {
     "facts of a checkpoint": ("run", f"{STEP}/checkpoint.json", "read_run", read_json, write_meta),
+    "config of a checkpoint": ("run", f"{STEP}/config.yaml", "read_run", read_yaml, write_yaml),
     "settings of a manifest": ("../latents", "manifest.json", "read_latents", read_json, write_json),
     "settings of an autoencoder": ("../vae", "config.json", "read_vae", read_json, write_json),
     "settings of a transformer": ("pipe", "transformer/config.json", "read_foreign", read_json, write_json),

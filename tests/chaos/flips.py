@@ -31,9 +31,9 @@ def run(place: Path, seed: int) -> Table:
     table = Table(
         "Damaged checkpoints",
         "One random bit is flipped, or the end cut off at a random byte, in each file of the newest checkpoint in "
-        "turn. A resume must pass over it and name the file, `fastdit verify` must name it, and sampling must refuse it if it reads "
-        "the file (checkpoint.json, config.yaml, ema.safetensors). Some damaged runs are resumed by the real command: "
-        "they must continue from the checkpoint before and end bit for bit as the undamaged run.",
+        "turn. A resume must pass over it and name the file, `fastdit verify` must name it, and sampling must refuse "
+        "it if it reads the file (checkpoint.json, config.yaml, ema.safetensors). Some damaged runs are resumed by the "
+        "real command: they must continue from the checkpoint before and end bit for bit as the undamaged run.",
         ["engine", "files", "flips", "cuts", "passed over", "named by verify", "refused by sampling", "resumed, equal"],
     )
     for name, (options, processes) in ENGINES.items():
