@@ -129,6 +129,7 @@ class TrainingConfig:
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
+    report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none

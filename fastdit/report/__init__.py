@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from fastdit.report.facts import read_run
-from fastdit.report.measure import measure
-from fastdit.report.page import page
+from fastdit.report.measure import measure_run
+from fastdit.report.page import render
 
 BUDGET_S = 30  # for the samples and losses that are made when training ends
 
@@ -31,10 +31,10 @@ def write_report(
     if not 1 <= len(runs) <= 4:
         raise ValueError(f"a report shows one to four runs, not {len(runs)}; name fewer")
     facts = [read_run(run) for run in runs]
-    measured = [measure(run, torch.device(device), overrides, budget_s) for run in facts]
+    measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
     out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
     partial = out.with_suffix(".partial")
-    partial.write_text(page(facts, measured, title), encoding="utf-8")
+    partial.write_text(render(facts, measured, title), encoding="utf-8")
     os.replace(partial, out)
     return out
 

@@ -92,7 +92,7 @@ def warnings(run: Run) -> list[str]:
     if run.steps < settings.steps:
         found.append(f"The run is not complete: step {run.steps:,} of {settings.steps:,}. Continue it with --resume.")
     if young := too_young(settings, run.steps):
-        found.append(young.removeprefix("warning: ").capitalize() + ". The samples here are from the weights.")
+        found.append(f"A{young.removeprefix('warning: a')}. The samples here are from the weights themselves.")
     if run.skipped:
         steps = ", ".join(f"{line['step']:,}" for line in run.skipped[:5]) + ", ..." * (len(run.skipped) > 5)
         count = f"{len(run.skipped)} steps were" if len(run.skipped) > 1 else "1 step was"
@@ -132,7 +132,7 @@ def _dotted(value, prefix: str = ""):
         for key, item in value.items():
             yield from _dotted(item, f"{prefix}.{key}" if prefix else key)
     else:
-        yield prefix, json.dumps(value) if isinstance(value, (bool, type(None))) else str(value)
+        yield prefix, json.dumps(value) if isinstance(value, (bool, type(None))) else str(value) or '""'
 
 
 def reproduce(run: Run) -> str:

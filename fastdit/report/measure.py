@@ -63,7 +63,9 @@ class Measured:
         return self.names[label] if label < len(self.names) else f"class {label}"
 
 
-def measure(run: Run, device: torch.device, overrides: Iterable[str] = (), budget_s: float = math.inf) -> Measured:
+def measure_run(
+    run: Run, device: torch.device, overrides: Iterable[str] = (), budget_s: float = math.inf
+) -> Measured:
     """Everything on the page that needs the network; without what is predicted to take longer than `budget_s`."""
     found = Measured()
     if not run.checkpoints:
@@ -170,7 +172,9 @@ def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str
 
 
 def decoded(pipeline: ImagePipeline, x_0: Tensor) -> np.ndarray:
-    """(N, C, h, w) -> uint8 (N, H, W, 3)."""
+    """(N, C, h, w) -> uint8 (N, H, W, 3); ValueError where a latent is not finite."""
+    if not x_0.isfinite().all():
+        raise ValueError("the sampled latents are not finite: check the weights with fastdit verify")
     return np.concatenate([to_uint8(pipeline.codec.decode(part)).cpu().numpy() for part in x_0.split(8)])
 
 
@@ -242,4 +246,6 @@ def loss_per_bin(objective, network: Inference, manifest: Manifest, device: torc
             continue
         t = inside[torch.linspace(0, len(inside) - 1, size).long()].to(device)
         found.append(mean_and_error(objective.loss(network, x_0, y, t, noise).per_sample.double().tolist()))
+    if all(math.isnan(loss) for loss, _ in found):
+        raise ValueError("it is not finite: check the weights with fastdit verify")
     return found

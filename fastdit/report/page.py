@@ -16,7 +16,7 @@ from fastdit.report.pictures import Series, animation, picture, plot, short, smo
 COLUMNS = 4  # of a sheet of samples
 
 
-def page(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -> str:
+def render(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -> str:
     """The page of one run, or of several side by side."""
     names = unique_names(runs)
     title = title or " and ".join(names)
@@ -31,7 +31,7 @@ def page(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -> 
         section("What was trained on what", table(names, [about(*pair) for pair in pairs])),
         section("What differs", table(names, differences(runs))) if len(runs) > 1 else "",
         section("Where it ran", table(names, [places(run) for run in runs])),
-        section("To reproduce it", side_by_side(names, [recipe(run) for run in runs])),
+        section("To reproduce it", side_by_side(names, [recipe(run, len(runs) == 1) for run in runs])),
         section("Not on this page", side_by_side(names, [notes(*pair) for pair in pairs])),
     ]
     style = (files("fastdit.report") / "page.css").read_text()
@@ -82,7 +82,8 @@ def table(names: list[str], columns: list[dict]) -> str:
         rows += f"<tr><th>{text(name)}{f'<small>{text(remark)}</small>' * bool(remark)}</th>{cells}</tr>"
     heads = "".join(f'<th class="dot s{i}">{text(name)}</th>' for i, name in enumerate(names))
     heading = f"<thead><tr><th></th>{heads}</tr></thead>" if len(columns) > 1 else ""
-    return f"<table>{heading}<tbody>{rows}</tbody></table>" if rows else ""
+    kind = ' class="many"' if len(columns) > 1 else ""
+    return f"<table{kind}>{heading}<tbody>{rows}</tbody></table>" if rows else ""
 
 
 def head(run: Run, measured: Measured) -> str:
@@ -104,7 +105,8 @@ def head(run: Run, measured: Measured) -> str:
         values = run.curve(key)[1]
         values = values[-math.ceil(len(values) / 20) :] if key == "loss" else values
         if np.isfinite(values).any():
-            tiles[name] = short(float(f"{many(values):.3g}" if key != "loss" else many(values))) + unit
+            value = many(values)
+            tiles[name] = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
     shown = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in tiles.items())
     found = "".join(f"<li>{text(line)}</li>" for line in warnings(run))
     return (
@@ -132,16 +134,19 @@ def samples(measured: Measured) -> str:
         return ""
     figures = [("Generated", picture(measured.samples, COLUMNS, "generated images"))]
     if measured.real is not None:
-        real = picture(measured.real, COLUMNS, "real images")
-        figures.append(("Real <span>training images, as the autoencoder decodes them</span>", real))
-    moving = animation(measured.frames, COLUMNS, "the same images, from noise to data")
-    figures.append(("From noise to data <span>the generated images, decoded at each time</span>", moving))
+        figures.append(("Real", picture(measured.real, COLUMNS, "real images")))
+    moving = animation(measured.frames, COLUMNS, "the generated images, from noise to data")
+    figures.append(("From noise to data", moving))
     shown = "".join(f"<figure><figcaption>{title}</figcaption>{image}</figure>" for title, image in figures)
     names = list(dict.fromkeys(measured.labels))
     classes = f"Classes, row by row: {', '.join(measured.name(label) for label in names)}" + (
         ", and again. " if len(names) < len(measured.labels) else ". "
     )
-    about = (classes if len(measured.names) > 1 else "") + f"Not chosen by hand. Sampled with {measured.sampling}."
+    about = (
+        f"Generated: not chosen by hand, with {measured.sampling}. "
+        + ("Real: training images, as the autoencoder decodes them. " if measured.real is not None else "")
+        + (classes if len(measured.names) > 1 else "")
+    )
     return f'<div class="three">{shown}</div><p class="muted">{text(about)}</p>'
 
 
@@ -185,7 +190,7 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
         for i, m in enumerate(measured)
         if m.bins
     ]
-    plots.append(plot("Loss per timestep", bins, x_label="t, 0 is data and 1 is noise", zero=True))
+    plots.append(plot("Loss per timestep", bins, x_label="t (1 is noise)", zero=True))
     for key, title, zero in (
         ("grad_norm", "Gradient norm", True),
         ("lr", "Learning rate", True),
@@ -211,7 +216,7 @@ def both(color: int, x: np.ndarray, y: np.ndarray) -> list[Series]:
 
 def about(run: Run, measured: Measured) -> dict[str, str]:
     config, settings = run.config, run.config.training
-    objective = ", ".join([config.objective.name, *(f"{k} {v}" for k, v in config.objective.options.items())])
+    objective = ", ".join([kind(run), *(f"{k}={v}" for k, v in config.objective.options.items())])
     rows = {"network": config.model.variant + (f", {measured.parameters:,} parameters" if measured.parameters else "")}
     rows["objective"] = objective
     if run.manifest:
@@ -256,13 +261,13 @@ def places(run: Run) -> dict[str, str]:
     return rows | {"platform": last["platform"]}
 
 
-def recipe(run: Run) -> str:
-    settings = "\n".join(f"{key} = {value}" for key, value in settings_of(run).items())
-    begun = f"<p>It was started as</p><pre>{text(run.starts[0]['command'])}</pre>" if run.starts else ""
-    return (
-        f"<pre>{text(reproduce(run))}</pre>{begun}<p>All settings, as in config.yaml:</p>"
-        f'<pre class="settings">{text(settings)}</pre>'
-    )
+def recipe(run: Run, with_settings: bool) -> str:
+    shown = f"<pre>{text(reproduce(run))}</pre>"
+    shown += f"<p>It was started as</p><pre>{text(run.starts[0]['command'])}</pre>" if run.starts else ""
+    if with_settings:
+        settings = "\n".join(f"{key} = {value}" for key, value in settings_of(run).items())
+        shown += f'<p>All settings, as in config.yaml:</p><pre class="settings">{text(settings)}</pre>'
+    return shown
 
 
 def notes(run: Run, measured: Measured) -> str:

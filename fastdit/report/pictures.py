@@ -10,14 +10,16 @@ import numpy as np
 from PIL import Image
 
 SIDE, ANIMATED_SIDE = 128, 64  # pixels of an image on the page, at most
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 48, 10, 10, 26  # of a plot; the inner margins hold its numbers
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 16, 10, 26  # of a plot; the inner margins hold its numbers
+GAP = 1 / 16  # between images, of their width
 POINTS = 300  # of a curve, at most
 
 
-def sheet(images: np.ndarray, columns: int, gap: int = 2, side: int = SIDE) -> Image.Image:
+def sheet(images: np.ndarray, columns: int, side: int = SIDE) -> Image.Image:
     """uint8 (N, H, W, 3) as rows of `columns` images, none wider or higher than `side`; transparent between them."""
     scale = min(1, side / max(images.shape[1:3]))
     height, width = (round(scale * s) for s in images.shape[1:3])
+    gap = round(GAP * width)
     rows = math.ceil(len(images) / columns)
     whole = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
     for i, image in enumerate(images):
@@ -34,7 +36,7 @@ def picture(images: np.ndarray, columns: int, alt: str) -> str:
 
 def animation(frames: np.ndarray, columns: int, alt: str, frame_ms: int = 150) -> str:
     """An <img> with a GIF of frames uint8 (F, N, H, W, 3), each of them a sheet; the last one is held."""
-    first, *others = [sheet(frame, columns, gap=0, side=ANIMATED_SIDE).convert("RGB") for frame in frames]
+    first, *others = [sheet(frame, columns, ANIMATED_SIDE).convert("RGB") for frame in frames]
     durations = [frame_ms] * len(others) + [2000]
     small = frames.shape[3] <= ANIMATED_SIDE
     return _img(first, alt, small, "gif", save_all=True, append_images=others, duration=durations, loop=0)
@@ -145,10 +147,10 @@ def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[fl
 
 
 def short(value: float) -> str:
-    """0.25, 1e-4, 20k, 1.5M."""
+    """0.25, 5e-5, 20k, 1.5M."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.4g}{letter}"
-    if 0 < abs(value) < 1e-3:
+    if 0 < abs(value) < 1e-4:
         return f"{value:.2e}".replace(".00e", "e").replace("0e", "e").replace("e-0", "e-")
     return f"{value:.4g}"

@@ -46,7 +46,8 @@ run_dir: {root}/run
 data: {{shards: {root}/latents, image_size: 32, num_classes: 10, vae: {root}/vae}}
 model: {{variant: DiT-Ti/4}}
 objective: {{name: flow}}
-training: {{steps: 20, global_batch: 12, lr: 1e-3, compile: false, log_every: 1, checkpoint_every: 5, engine: torch}}
+training: {{steps: 20, global_batch: 12, lr: 1e-3, compile: false, log_every: 1, checkpoint_every: 5, engine: torch,
+           report: false}}
 sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
 """)
     return root
