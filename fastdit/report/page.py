@@ -82,8 +82,8 @@ def table(names: list[str], columns: list[dict]) -> str:
         rows += f"<tr><th>{text(name)}{f'<small>{text(remark)}</small>' * bool(remark)}</th>{cells}</tr>"
     heads = "".join(f'<th class="dot s{i}">{text(name)}</th>' for i, name in enumerate(names))
     heading = f"<thead><tr><th></th>{heads}</tr></thead>" if len(columns) > 1 else ""
-    kind = ' class="many"' if len(columns) > 1 else ""
-    return f"<table{kind}>{heading}<tbody>{rows}</tbody></table>" if rows else ""
+    kinds = " ".join(["many"] * (len(columns) > 1) + ["remarks"] * ("<small>" in rows))
+    return f'<table class="{kinds}">{heading}<tbody>{rows}</tbody></table>' if rows else ""
 
 
 def head(run: Run, measured: Measured) -> str:
