@@ -77,7 +77,7 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
     `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`; for a
     source that fastdit did not write, dotted keys can be given as {"objective": "flow", "data.vae": "vae"}.
     """
-    path, chosen = Path(path), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
     overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))

@@ -73,6 +73,15 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     return replace(config, data=data, training=settings)
 
 
+def check_device(settings: TrainingConfig, device: torch.device) -> None:
+    """ValueError for a GPU that cannot compute in the precision of the settings."""
+    if device.type != "cuda" or settings.precision != "bf16":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"training.precision=bf16 needs a GPU from Ampere on, but this is a {name}; use fp32")
+
+
 def prepare_for_training(model: DiT, objective: Objective, settings: TrainingConfig, policy: str) -> Objective:
     """Set the network up, in place on its device, as training computes it; returns the objective to train with.
 

@@ -6,9 +6,8 @@ import torch
 
 from fastdit.build import build_network, build_objective, uses_zero
 from fastdit.config import Config, assumed
-from fastdit.memory import FP8_SPEED, GEMM_SHARE, GIB, GPUS, MEMORY_SHARE, Candidate, candidates
+from fastdit.memory import FP8_SPEED, GEMM_SHARE, GIB, GPUS, MEMORY_SHARE, Candidate, candidates, card_name
 from fastdit.models.dit import DiT
-from fastdit.registry import check
 
 
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]]:
@@ -29,13 +28,6 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
         model = build_network(config, (4, side, side), build_objective(config))
     open_ = replace(settings, activation_checkpointing="auto", micro_batch=settings.micro_batch or -1)
     return model, candidates(replace(config, training=open_), model, card, world)[0]
-
-
-def card_name(gpu: str) -> str:
-    """The name of a GPU as GPUS has it, for any spelling of its case; ValueError for an unknown one."""
-    names = {name.lower(): name for name in GPUS}
-    check(names.get(gpu.lower(), gpu), GPUS, "--gpu")
-    return names[gpu.lower()]
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:

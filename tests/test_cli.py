@@ -1,5 +1,6 @@
 """The command: one parser style, everything in one line where it is wrong; and the same from Python."""
 
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from fastdit.cli import main
 from fastdit.commands import COMMANDS
 from fastdit.config import all_keys, shipped_names
 from helpers import ROOT
+from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,9 @@ MISTAKES = {
     ),
     "train sit_s_2 --out runs": "--out is not an option of fastdit train; did you mean run_dir=runs?",
     "train sit_s_2 --xyzzy": "--xyzzy is not an option of fastdit train; see fastdit train --help",
+    "train sit_s_2 --device gpu": "--device='gpu', but PyTorch",
+    "train sit_s_2 --device cuda:7": "finds no GPU here; use --device cpu",
+    "train sit_s_2 --device gqu": "--device='gqu' is not a device; use cpu, cuda or cuda:0",
     "sample": "name one run; see fastdit sample --help",
     "sample nowhere": "checkpoint nowhere does not exist",
     "sample a --checkpoint b": "name one run, not a and b",
@@ -142,3 +147,23 @@ def test_importing_fastdit_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         fastdit.lode  # noqa: B018
+
+
+def test_all_processes_together_give_one_message(world, tmp_path):
+    with pytest.raises(AssertionError) as error:
+        run("train.py", "sit_s_2", f"data.shards={world}/nowhere", f"run_dir={tmp_path}/run", processes=3)
+    assert str(error.value).count("error: ") == 1 and "Traceback" not in str(error.value).partition("Process Fork")[0]
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].count("= 600, 1000") == 1
+    code[0] = code[0].replace("= 600, 1000", "= 2, 2")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for cell in code:
+        exec(cell, scope)
+    assert [image.size for image in scope["samples"]] == [(32, 32)] * 8 and scope["sheet"].size == (512, 64)
+    for own, same in zip(scope["samples"], scope["same"], strict=True):
+        assert np.abs(np.asarray(own).astype(int) - np.asarray(same)).max() <= 1

@@ -21,7 +21,7 @@ from fastdit.report.facts import Run
 from fastdit.sampling import ImagePipeline, Inference, load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
-from fastdit.training.state import load_network
+from fastdit.training.state import VAE, load_network
 
 FEW = ("sampling.sampler=dpmpp_2m", "sampling.steps=20", "sampling.compile=false")  # one evaluation per step
 SEED = 0
@@ -76,7 +76,8 @@ def measure_run(
     pipeline = model = None
     with noted(found.notes, "No samples"):
         vae = run.config.data.vae
-        if budget_s < math.inf and not Path(vae).is_dir() and not try_to_load_from_cache(vae, "config.json"):
+        local = Path(vae).is_dir() or (run.folder / VAE).is_dir()
+        if budget_s < math.inf and not local and not try_to_load_from_cache(vae, "config.json"):  # no download now
             raise ValueError(f"data.vae={vae} is not on this machine; make them with fastdit report {run.folder}")
         pipeline = load_pipeline(last, overrides, weights=found.weights, device=device)
         objective, model = pipeline.objective, pipeline.model
@@ -145,7 +146,7 @@ def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str
     """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
     classes = min(run.config.data.num_classes or 1, len(pipeline.class_names) or math.inf)
     count = min(classes, CLASSES)
-    found.names = pipeline.class_names if run.config.data.num_classes else ("all",)
+    found.names = pipeline.class_names if run.config.data.num_classes else ("",)
     found.labels = [i % count * classes // count for i in range(SAMPLES)]
     labels = torch.tensor(found.labels, device=device)
     settings, used = run.config.sampling, pipeline.config.sampling

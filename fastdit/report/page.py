@@ -13,6 +13,7 @@ from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import BINS, PER_BIN, Measured
 from fastdit.report.pictures import Series, animation, picture, plot, short, smoothed
 
+RECORDED = ("step", "loss", "grad_norm", "lr", "steps_per_s", "images_per_s", "mfu", "peak_gib", "time")
 COLUMNS = 4  # of a sheet of samples
 
 
@@ -174,7 +175,7 @@ def neighbors(measured: Measured) -> str:
     about = (
         "Left a generated image, right the training images whose latents are nearest to its own. The distance is the "
         f"root mean square difference of the latents, as it is or mirrored, to up to {measured.searched:,} training "
-        "images of its class"
+        f"images{' of its class' if len(measured.names) > 1 else ''}"
         + (f"; from a training image to the nearest other it is {real:.2f} (median)" if math.isfinite(real) else "")
         + ". A copy would be far below that. It is no measure of what a viewer sees."
     )
@@ -184,6 +185,9 @@ def neighbors(measured: Measured) -> str:
 def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
     losses = [series for i, run in enumerate(runs) for series in both(i, *run.curve("loss"))]
     plots = [plot("Loss", losses), plot("Loss, logarithmic", losses, log=True)]
+    parts = dict.fromkeys(key for run in runs for m in run.metrics for key in m if key not in RECORDED)
+    for key in parts:
+        plots.append(plot(f"Loss: {key}", [s for i, run in enumerate(runs) for s in both(i, *run.curve(key))]))
     times = (np.arange(BINS) + 0.5) / BINS
     bins = [
         Series(times, np.array(m.bins)[:, 0], i, error=np.array(m.bins)[:, 1])

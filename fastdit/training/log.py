@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit import kernels
+from fastdit.config import Config
+from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.memory import card_of
+from fastdit.models.dit import DiT
 
 
 class LossWindow:
@@ -124,6 +128,26 @@ def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
         file.write(line + "\n")
     show(line)
     sys.stdout.flush()
+
+
+def start_line(
+    config: Config,
+    model: DiT,
+    manifest: Manifest,
+    ranks: Ranks,
+    engine: str,
+    policy: str,
+    batch: tuple[int, int, int],
+    origin: str,
+) -> str:
+    """What a run has resolved, in one line; `batch`: processes, images per forward pass, forward passes per step."""
+    steps, images = config.training.steps, config.training.global_batch
+    return (
+        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+        f"{ranks.world} x {ranks.device} ({engine}), attention {model.blocks[0].attn.backend}, "
+        f"kernels {kernels.choice()}, checkpointing {policy}, batch {' x '.join(map(str, batch))}, "
+        f"{steps:,} steps = {steps * images / len(manifest):.1f} epochs, {origin}"
+    )
 
 
 def as_json(record: dict) -> str:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 
-from fastdit import distributed, kernels
-from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training, resolved
+from fastdit import distributed
+from fastdit.build import (
+    build_network,
+    build_objective,
+    check_device,
+    check_sampling,
+    prepare_for_training,
+    resolved,
+)
 from fastdit.config import Config, save_config
 from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
@@ -23,13 +30,14 @@ from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow, say
+from fastdit.training.log import Log, LossWindow, say, start_line
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
     TrainingState,
     describe,
     forget_averages,
+    keep_autoencoder,
     resumed_weights,
     take_over,
     write_snapshot,
@@ -66,6 +74,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     manifest = Manifest.load(config.data.shards)
     config, latents = resolved(config, manifest), manifest.latents
     settings = config.training
+    check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
 
     # objective and network, from the seed alone: every process starts with the same weights
@@ -96,19 +105,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         ema.load(engine.partition(initial[1]))
 
     train_step = TrainStep(
-        engine,
-        ema,
-        objective,
-        ranks,
-        latents,
-        class_dropout=config.model.class_dropout,
-        null_label=model.null_label,
-        micro_batch=micro,
-        accumulation=accumulation,
-        seed=seed_of(config.seed, NOISE),
-        times=times,
-        averages=averages,
-    )
+        engine, ema, objective, ranks, latents, config.model.class_dropout, model.null_label, micro, accumulation,
+        seed=seed_of(config.seed, NOISE), times=times, averages=averages,
+    )  # fmt: skip
     plain_step = train_step
     if settings.cuda_graph:
         train_step = GraphedStep(train_step)
@@ -117,15 +116,12 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         save_config(config, run_dir / CONFIG)
         write_environment(run_dir, ranks, start)
         forget_averages(run_dir, start)
-    steps_per_epoch = len(manifest) / settings.global_batch
-    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=steps_per_epoch)
-    log.say(
-        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-        f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
-        f"kernels {kernels.choice()}, checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
-        f"{settings.steps:,} steps = {settings.steps / steps_per_epoch:.1f} epochs, "
-        + (f"resumed at step {start}" if start else origin)
-    )
+        keep_autoencoder(config.data.vae, run_dir)
+    epoch = len(manifest) / settings.global_batch  # steps
+    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
+    batch = (ranks.world, micro, accumulation)
+    origin = f"resumed at step {start}" if start else origin
+    log.say(start_line(config, model, manifest, ranks, engine.name, policy, batch, origin))
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,

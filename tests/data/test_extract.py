@@ -1,7 +1,6 @@
 """Extraction: latents match their images, any number of processes writes the same bytes, a mistake is one line."""
 
 import errno
-import importlib.util
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.lock import FolderLock
-from helpers import ROOT, runs
+from helpers import runs
 from helpers.data import tiny_vae, write_digits
 
 COUNT = 90

@@ -134,11 +134,24 @@ def test_two_runs_side_by_side(runs):
 def test_a_page_without_what_is_gone_says_so(world, copied, gone):
     run, change = copied
     change(world / gone, f"/gone/{gone}")
+    shutil.rmtree(run / "vae")  # the copy of the autoencoder in the run
     page = write_report([run], overrides=["sampling.steps=2"]).read_text()
     headings = checked(page).headings
     assert headings[-1] == "Not on this page" and f"/gone/{gone}" in page.partition("Not on this page")[2]
     assert "Nearest training images" not in headings and "<figcaption>Real" not in page
     assert ("Samples" in headings) == (gone == "latents") and ('"Loss per timestep"' in page) == (gone == "vae")
+
+
+def test_a_run_without_labels_and_one_with_a_learned_variance(world, tmp_path):
+    changes = ["objective=ddpm", "data.num_classes=0", "sampling.cfg_scale=1", "training.steps=5"]
+    train_here(world, tmp_path / "run", *changes)
+    page = write_report([tmp_path / "run"], overrides=["sampling.steps=2"]).read_text()
+    assert "trained with DDPM on 1,198 images, without labels, at 32 px" in page and "of its class" not in page
+    assert "the EMA is still 100% random weights" in page and "weights without EMA" in page
+    assert 'aria-label="Loss: mse"' in page and 'aria-label="Loss: vlb"' in page
+    headings = checked(page).headings
+    assert "Nearest training images" in headings and "Samples over training" not in headings  # of one checkpoint
+    assert "Not on this page" not in headings
 
 
 def test_a_run_without_checkpoints_or_records_has_a_page(copied):

@@ -105,9 +105,8 @@ def test_zero_runs_under_plain_python(world, whole, tmp_path):
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [ROOT / "train.py", "--config", world / "config.yaml", f"run_dir={tmp_path}/run"]
-    done = run_command(*launcher, *command)
+    launcher = [sys.executable, "-m", "fastdit.cli", "launch", "--gpus", "2"]
+    done = run_command(*launcher, "train", world / "config.yaml", f"run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     assert len(read_metrics(tmp_path / "run")) == 20
