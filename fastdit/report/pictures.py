@@ -36,10 +36,11 @@ def picture(images: np.ndarray, columns: int, alt: str) -> str:
 
 def animation(frames: np.ndarray, columns: int, alt: str, frame_ms: int = 150) -> str:
     """An <img> with a GIF of frames uint8 (F, N, H, W, 3), each of them a sheet; the last one is held."""
-    first, *others = [sheet(frame, columns, ANIMATED_SIDE).convert("RGB") for frame in frames]
+    first, *others = [sheet(frame, columns, ANIMATED_SIDE) for frame in frames]
     durations = [frame_ms] * len(others) + [2000]
     small = frames.shape[3] <= ANIMATED_SIDE
-    return _img(first, alt, small, "gif", save_all=True, append_images=others, duration=durations, loop=0)
+    return _img(first, alt, small, "gif", save_all=True, append_images=others, duration=durations, loop=0,
+                disposal=2)  # fmt: skip
 
 
 def _img(image: Image.Image, alt: str, pixels: bool, kind: str, **options) -> str:
