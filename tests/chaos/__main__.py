@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench.record import facts
+from bench.record import about
 from helpers.runs import make_world
 
 # each has `run(place: Path, seed: int) -> Table`; `place` is a world of helpers.runs.make_world that all tables share:
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def page(tables: list, failures: int, seed: int) -> str:
-    at = facts()
+    at = about()
     return "\n".join([
         "# Reliability\n",
         "What happens when runs are killed, files damaged, disks full and gradients poisoned. `make chaos` writes this "

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from bench.record import markdown
+
 
 @dataclass
 class Table:
@@ -23,8 +25,6 @@ class Table:
 
     def markdown(self) -> str:
         """The table as a section of the page."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        table = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
         failed = "".join(f"\n* FAILED: {' '.join(failure.split())}" for failure in self.failures)
         verdict = f"{len(self.failures)} failures.{failed}" if self.failures else "No failures."
-        return f"## {self.title}\n\n{self.how}\n\n{table}\n\n{verdict} {self.seconds:.0f} s.\n"
+        return f"## {self.title}\n\n{self.how}\n\n{markdown([self.columns, *self.rows])}\n{verdict} {self.seconds:.0f} s.\n"
