@@ -27,4 +27,5 @@ class Table:
         """The table as a section of the page."""
         failed = "".join(f"\n* FAILED: {' '.join(failure.split())}" for failure in self.failures)
         verdict = f"{len(self.failures)} failures.{failed}" if self.failures else "No failures."
-        return f"## {self.title}\n\n{self.how}\n\n{markdown([self.columns, *self.rows])}\n{verdict} {self.seconds:.0f} s.\n"
+        rows = markdown([self.columns, *self.rows])
+        return f"## {self.title}\n\n{self.how}\n\n{rows}\n{verdict} {self.seconds:.0f} s.\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastdit.training.guard
 import fastdit.training.step
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
@@ -152,6 +153,20 @@ def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(worl
     torch.set_num_threads(1)
     train(config_of(world, run, "training.checkpoint_every=8"), resume=True, device="cpu")
     assert_equal(state(run, 8), state(tmp_path / "whole", 8))
+
+
+def test_a_signal_that_the_launcher_passes_on_as_well_is_one_request_and_a_later_one_ends_the_process(tmp_path):
+    """torchrun and deepspeed pass on a signal that SLURM or a terminal has sent to the workers too."""
+    codes = []
+    for again_s in (60, 0):
+        if (child := os.fork()) == 0:
+            fastdit.training.guard.AGAIN_S = again_s
+            with fastdit.training.guard.Requests(tmp_path, 0, 0) as requests:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                    os.kill(os.getpid(), number)
+                os._exit(requests.poll()[0] and requests.reason == "SIGINT")
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert codes == [1, -signal.SIGTERM]
 
 
 def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
