@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.distributed import Ranks
+from fastdit.errors import replace_text
 from fastdit.memory import card_of
 
 
@@ -127,9 +127,7 @@ def rewind(path: Path, step: int) -> None:
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         lines = [line for line in whole if json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, path)
+        replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def peak_gib(device: torch.device) -> float:

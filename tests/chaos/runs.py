@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from fastdit.config import load_config
 from fastdit.training import checkpoint
 from fastdit.training.log import read_metrics
 from helpers import ROOT
@@ -23,7 +22,7 @@ ENGINES = {  # name -> processes, overrides
     "ZeRO-2": (2, ZERO[2]),
     "ZeRO-3": (2, ZERO[3]),
 }
-UNLIKE = ("checkpoint.json", "config.yaml")  # they name the folder of the run
+UNLIKE = ("checkpoint.json", "config.yaml")  # they hold the settings, such as run_dir
 
 
 def arguments_of(place: Path, run_dir: Path, *overrides: str) -> list[str]:
@@ -54,11 +53,7 @@ def differing_files(run_dir: Path, whole: Path, step: int) -> list[str]:
     if not ours.is_dir():
         return [ours.name]
     names = sorted({path.name for folder in (ours, theirs) for path in folder.iterdir()} - set(UNLIKE))
-    found = checkpoint.inspect(ours)[1] + [n for n in names if not same_bytes(ours / n, theirs / n)]
-    for name in ("model", "objective", "training", "data", "seed"):
-        configs = [getattr(load_config(folder / "config.yaml"), name) for folder in (ours, theirs)]
-        found += [f"{name} in config.yaml"] * (configs[0] != configs[1])
-    return found
+    return checkpoint.inspect(ours)[1] + [name for name in names if not same_bytes(ours / name, theirs / name)]
 
 
 def same_bytes(ours: Path, theirs: Path) -> bool:

@@ -6,6 +6,7 @@ processes from one that has imported them. `run_command` starts new interpreters
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -146,6 +148,17 @@ def forked(script: str, arguments: tuple, environment: dict, output: Path, befor
         before()
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: writing fails with EFBIG, as on a full disk with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def kill_after(step: int, seconds: float) -> None:

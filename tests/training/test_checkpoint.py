@@ -1,5 +1,6 @@
 """Checkpoints: a killed run resumes exactly, a partial checkpoint does not count, and the EMA follows its formula."""
 
+import errno
 import json
 import random
 import shutil
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
-from helpers.runs import losses, run, train_here
+from fastdit.training.state import write_weights
+from helpers.runs import file_size_limit, losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +71,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_one(world, whole,
         checkpoint.save(tmp_path / "run", 25, full, {}, keep=3)
     assert checkpoint.find(tmp_path / "run").name == "step-0000020"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_write_that_fails_in_a_library_keeps_its_reason_and_names_the_file(tmp_path):
+    for size, name in [(40_000, "model.safetensors"), (100, "step-0000005")]:  # the second: in checkpoint.json
+
+        def write(folder, size=size):
+            write_weights({"x": torch.zeros(size // 4)}, folder / "model.safetensors")
+
+        with file_size_limit(20_000 if size > 20_000 else 300), pytest.raises(OSError) as raised:
+            checkpoint.save(tmp_path, 5, write, {"note": "x" * 300}, keep=3)
+        assert raised.value.errno == errno.EFBIG and raised.value.filename.endswith(name)
+        assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):
