@@ -74,7 +74,7 @@ class Disk:
         need = sum(path.stat().st_size for path in checkpoint.find(self.base).iterdir())
         count = 0
         with small_disk(self.folder / "disk") as disk:
-            if not self.table.check(disk is not None, "disk full: a tmpfs cannot be mounted; be root, or run `unshare -rm make chaos`"):
+            if not self.table.check(disk is not None, "disk full: no right to mount; run `unshare -rm make chaos`"):
                 return ["disk full", "torch", 0, *["-"] * 4]
             for i in range(OFFSETS):  # half of them so early that settings and logs do not fit either
                 free = draw.randrange(need if i % 2 else 1 << 16)

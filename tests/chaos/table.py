@@ -25,7 +25,7 @@ class Table:
 
     def markdown(self) -> str:
         """The table as a section of the page."""
-        failed = "".join(f"\n* FAILED: {' '.join(failure.split())}" for failure in self.failures)
+        failed = "".join(f"\n* FAILED: {' '.join(failure.split())[:300]}" for failure in self.failures)
         verdict = f"{len(self.failures)} failures.{failed}" if self.failures else "No failures."
         rows = markdown([self.columns, *self.rows])
         return f"## {self.title}\n\n{self.how}\n\n{rows}\n{verdict} {self.seconds:.0f} s.\n"
