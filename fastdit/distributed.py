@@ -67,8 +67,11 @@ class Ranks:
         return torch.cat(parts)
 
 
-def init(device: str | None = None) -> Ranks:
-    """Joins the process group if torchrun or the deepspeed launcher started this process."""
+def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
+    """Joins the process group if torchrun or the deepspeed launcher started this process.
+
+    A collective that waits longer than `timeout_s` fails.
+    """
     die_with_parent()
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -76,14 +79,27 @@ def init(device: str | None = None) -> Ranks:
         device = "cuda" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
-    chosen = torch.device(device)
+    chosen = named_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, local_rank, world, chosen)
+
+
+def named_device(name: str) -> torch.device:
+    """The device of --device; ValueError for one that PyTorch cannot use here."""
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError:
+        raise ValueError(f"--device={name!r} is not a device; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={name!r}, but PyTorch {torch.__version__} finds no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device={name!r}, but there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
+    return device
 
 
 def die_with_parent() -> None:

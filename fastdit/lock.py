@@ -27,7 +27,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None] = print):
         self.folder, self.path, self.what, self.say = folder, folder / "lock", f"{key}={folder}", say
-        self.own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self.own = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())}
         self.ended = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -93,7 +93,7 @@ class FolderLock:
 
     def _alive(self, holder: dict) -> bool:
         if holder.get("host") == self.own["host"]:
-            return holder.get("started") == _started(holder.get("pid", -1))
+            return holder.get("started") == started(holder.get("pid", -1))
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             time.sleep(min(1.0, PATIENCE_S / 10))
@@ -111,10 +111,11 @@ class FolderLock:
                 replace_text(self.path, json.dumps({**self.own, "beat": beat}))
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host started, as the kernel reports it; None if there is no such process."""
+def started(pid: int) -> str | None:
+    """When a process of this host started, as the kernel reports it; None if there is no such process, or a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
         pass
     try:

@@ -16,7 +16,7 @@ from fastdit.lock import FolderLock
 
 def write(folder, **holder):
     folder.mkdir(exist_ok=True)
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": lock._started(os.getpid()), "beat": 0}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": lock.started(os.getpid()), "beat": 0}
     (folder / "lock").write_text(json.dumps({**own, **holder}))
 
 
@@ -33,7 +33,7 @@ def test_a_living_holder_is_named_and_keeps_its_lock(tmp_path):
 
 def test_the_lock_of_a_dead_process_is_taken_over_with_a_message(tmp_path):
     done = subprocess.Popen([sys.executable, "-c", ""])
-    started = lock._started(done.pid)
+    started = lock.started(done.pid)
     done.wait()
     for holder in ({"pid": done.pid, "started": started}, {"started": "another process of this number"}):
         heard = []

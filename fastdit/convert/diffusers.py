@@ -1,4 +1,4 @@
-"""The diffusers version of DiT: DiTTransformer2DModel, and the schedulers that DiTPipeline accepts.
+"""The diffusers version of DiT, DiTTransformer2DModel: its config, and the names and values of its weights.
 
 The network is the same under other names, with three differences. diffusers has a copy of the time and label embedders
 in every block. Its timestep embedding uses frequency shift 1, DiT uses 0, and no config key sets it: `make_exact` sets
@@ -6,11 +6,11 @@ it after loading. Its pipeline supports neither the time convention of SiT nor i
 folded into the weights (`to_pipeline_clock`).
 """
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.convert.official import Architecture
-from fastdit.diffusion.objectives import DDPM, FlowMatching
 
 NULL_CLASS = 1000  # hard-coded in DiTPipeline, for any number of classes
 FREQUENCIES = 128
@@ -28,20 +27,22 @@ _SHARED = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2":
 _OF_A_BLOCK = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj",
                "mlp.fc2": "ff.net.2"}  # fmt: skip
 _TABLE = "y_embedder.embedding_table.weight"
-_BETAS = {
-    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    "zero_terminal_snr": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                          "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-}  # fmt: skip
 # network options that diffusers supports: option -> (key in its config, {our value: its value}), official value first
 SLOTS = {
     "mlp": ("activation_fn", {"gelu_tanh": "gelu-approximate", "gelu": "gelu"}),
     "qkv_bias": ("attention_bias", {True: True, False: False}),
 }
-_FIXED = {"norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
-_PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+NORM_EPS = 1e-6  # of DiT; the default of diffusers is 1e-5
+TRANSFORMER = {
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers")),
+    **dict.fromkeys(("sample_size", "patch_size", "num_embeds_ada_norm")),  # read_pipeline uses these
+    "norm_eps": (NORM_EPS, 1e-5),  # that of diffusers only with --from-official, because `make_exact` changes it
+    **{key: tuple(values.values()) for key, values in SLOTS.values()},
+    "norm_type": ("ada_norm_zero",),
+    "norm_elementwise_affine": (False,),
+    # no effect on the output in float32, in evaluation mode, and with patches
+    **dict.fromkeys(("dropout", "upcast_attention", "norm_num_groups", "use_linear_projection")),
+}
 
 
 def transformer_config(shape: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,24 +56,16 @@ def transformer_config(shape: Architecture, options: Mapping[str, Any]) -> dict[
         "sample_size": shape.input_size,
         "patch_size": shape.patch_size,
         "num_embeds_ada_norm": NULL_CLASS,
-        "norm_eps": 1e-6,  # of DiT; the default of diffusers differs
+        "norm_eps": NORM_EPS,
     }
 
 
-def options_of(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """The network options for the config of a DiTTransformer2DModel; ValueError for values that DiT lacks."""
-    for key, value in _FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{where}: {key}={config[key]!r} is not supported by DiT, which has {value!r}")
-    options = {}
+def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checked config of a DiTTransformer2DModel says, as dotted config keys and `heads`."""
+    said = {"heads": settings["num_attention_heads"]}
     for name, (key, values) in SLOTS.items():
-        theirs = config.get(key, next(iter(values.values())))
-        ours = [value for value, other in values.items() if other == theirs]
-        if not ours:
-            known = ", ".join(map(repr, values.values()))
-            raise ValueError(f"{where}: {key}={theirs!r} is not supported by DiT, which has {known}")
-        options[name] = ours[0]
-    return options
+        [said[f"model.{name}"]] = (ours for ours, theirs in values.items() if theirs == settings[key])
+    return said
 
 
 def _name_pairs(depth: int) -> Iterator[tuple[str, str]]:
@@ -108,9 +101,12 @@ def to_diffusers(state: Mapping[str, Tensor], shape: Architecture) -> dict[str, 
     return out
 
 
-def from_diffusers(transformer: nn.Module, num_classes: int | None, null_row: bool = True) -> dict[str, Tensor]:
+def from_diffusers(
+    transformer: nn.Module, num_classes: int | None, null_row: bool = True, where: str | Path = "it"
+) -> dict[str, Tensor]:
     """The state dict of a DiTTransformer2DModel with official names. `num_classes`: the number of classes in its label
-    table (None: all rows but the last). ValueError if the blocks have different embedders, which DiT shares."""
+    table (None: all rows but the last). ValueError if the blocks have different embedders, which DiT shares, or if rows
+    of the table that are not zero would be lost."""
     state, out = transformer.state_dict(), {"pos_embed": transformer.pos_embed.pos_embed}
     depth = len(transformer.transformer_blocks)
     for ours, theirs in _name_pairs(depth):
@@ -122,8 +118,15 @@ def from_diffusers(transformer: nn.Module, num_classes: int | None, null_row: bo
             out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state[part] for part in parts])
     table = out.pop(_TABLE)
     num_classes = len(table) - 1 if num_classes is None else num_classes
+    end = len(table) - (null_row and num_classes > 0)
+    if table[num_classes:end].any():
+        last = int(table[num_classes:end].any(dim=1).nonzero().max()) + num_classes
+        raise ValueError(
+            f"data.num_classes={num_classes}{'' if null_row else ' without a null label'}, but the label table of "
+            f"{where} has a row for label {last} that is not zero and would be lost; omit it"
+        )
     if num_classes:
-        out[_TABLE] = torch.cat([table[:num_classes], table[len(table) - null_row :]])
+        out[_TABLE] = torch.cat([table[:num_classes], table[end:]])
     return {name: tensor.detach().float().contiguous() for name, tensor in out.items()}
 
 
@@ -131,7 +134,7 @@ def make_exact(transformer: nn.Module) -> nn.Module:
     """Set the timestep frequencies and norm epsilon of DiT in a loaded DiTTransformer2DModel, in place."""
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
-        block.norm3.eps = 1e-6
+        block.norm3.eps = NORM_EPS
     return transformer
 
 
@@ -142,59 +145,26 @@ def _time_features(t: Tensor, shift: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _change_time(weight: Tensor, to_pipeline: bool) -> Tensor:
-    """The first time linear (D, 256), converted between time 1 - t (SiT) and t with the frequencies of diffusers.
+@functools.cache
+def _change_time(to_pipeline: bool) -> Tensor:
+    """(256, 256): features of time 1 - t (SiT) = change @ features of t with the frequencies of diffusers, or back.
 
     For t in [0, 1], the 256 smooth features of both span the same nine directions to 1e-12. One set of features is
-    therefore a linear function of the other, which the linear layer absorbs.
+    therefore a linear function of the other, which the first time layer absorbs.
     """
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     ours, theirs = _time_features(1 - t, 0), _time_features(t, 1)  # (n, 256)
     wanted, given = (ours, theirs) if to_pipeline else (theirs, ours)
     u, s, v = torch.linalg.svd(given, full_matrices=False)
     rank = int((s > 1e-13 * s[0]).sum())
-    change = v[:rank].T @ ((u[:, :rank].T @ wanted) / s[:rank, None])  # given @ change = wanted
-    return (weight.double() @ change.T).to(weight.dtype)
+    return ((u[:, :rank].T @ wanted) / s[:rank, None]).T @ v[:rank]  # wanted = given @ change.T
 
 
 def to_pipeline_clock(state: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
     """SiT weights -> weights that take t (1 is noise) with diffusers' frequencies and predict dx/dt, or `back`."""
     changed = dict(state)
-    changed["t_embedder.mlp.0.weight"] = _change_time(state["t_embedder.mlp.0.weight"], to_pipeline=not back)
+    weight = state["t_embedder.mlp.0.weight"]  # (D, 256)
+    changed["t_embedder.mlp.0.weight"] = (weight.double() @ _change_time(not back)).to(weight.dtype)
     for kind in ("weight", "bias"):
         changed[f"final_layer.linear.{kind}"] = -state[f"final_layer.linear.{kind}"]
     return changed
-
-
-def scheduler_of(objective: DDPM | FlowMatching):
-    """The diffusers scheduler for DiTPipeline; ValueError if diffusers has none for the objective."""
-    from diffusers import DDIMScheduler
-
-    if isinstance(objective, DDPM):
-        return DDIMScheduler(
-            **_BETAS[objective.schedule], prediction_type=_PREDICTIONS[objective.prediction], clip_sample=False
-        )
-    for key, only in (("interpolant", "linear"), ("prediction", "velocity")):
-        if getattr(objective, key) != only:
-            value = getattr(objective, key)
-            raise ValueError(f"objective.{key}={value!r} has no scheduler for DiTPipeline; only {only} can be exported")
-    try:
-        from diffusers import FlowMapEulerDiscreteScheduler
-    except ImportError as error:
-        raise ValueError("a flow checkpoint needs diffusers 0.42 or newer: pip install -U diffusers") from error
-    shift = objective.shift if objective.sample_shift is None else objective.sample_shift
-    return FlowMapEulerDiscreteScheduler(num_train_timesteps=1, shift=shift)  # its timesteps are t, from 1 to 0
-
-
-def objective_of(scheduler: Mapping[str, Any], learn_sigma: bool) -> DDPM | FlowMatching | None:
-    """The objective for the config of a scheduler, None if fastdit has no such objective."""
-    if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler" and scheduler.get("num_train_timesteps") == 1:
-        return FlowMatching(shift=float(scheduler.get("shift", 1.0)))
-    fixed = {} if learn_sigma else {"variance": "fixed_small", "loss_type": "mse"}
-    for schedule, betas in _BETAS.items():
-        same = all(scheduler.get(key) == value for key, value in betas.items() if key != "timestep_spacing")
-        if same and bool(scheduler.get("rescale_betas_zero_snr")) == ("rescale_betas_zero_snr" in betas):
-            for ours, theirs in _PREDICTIONS.items():
-                if scheduler.get("prediction_type", "epsilon") == theirs:
-                    return replace(DDPM(**fixed), schedule=schedule, prediction=ours)
-    return None

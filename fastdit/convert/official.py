@@ -6,7 +6,6 @@ architecture is inferred from the shapes.
 """
 
 import argparse
-import os
 import pickle
 import re
 import zipfile
@@ -19,9 +18,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.build import build_objective
+from fastdit.config import Config
+from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.models.dit import DIT_VARIANTS, variant_shape
 from fastdit.training.state import read_weights
 
+# arg of SiT -> (objective option, {its value: ours}, {} if they are the same)
+FLOW = {
+    "path_type": ("interpolant", {"Linear": "linear", "GVP": "gvp", "VP": "vp"}),
+    "prediction": ("prediction", {"velocity": "velocity", "noise": "eps", "score": "score"}),
+    "loss_weight": ("weight", {None: "none", "velocity": "velocity", "likelihood": "likelihood"}),
+    "train_eps": ("train_eps", {}),
+    "sample_eps": ("sample_eps", {}),
+}
+# the same for create_diffusion in DiT: objective option -> {its argument: ours}; DiT's scripts always use the first
+DIFFUSION = {
+    "schedule": {"noise_schedule='linear'": "linear", "noise_schedule='squaredcos_cap_v2'": "cosine"},
+    "prediction": {"predict_xstart=False": "eps", "predict_xstart=True": "x_0"},
+    "variance": {"learn_sigma=True": "learned_range", "learn_sigma=False": "fixed_large",
+                 "learn_sigma=False, sigma_small=True": "fixed_small"},
+}  # fmt: skip
+NAMES = {key: (f"objective.{option}", names) for key, (option, names) in FLOW.items()} | {
+    "num_classes": ("data.num_classes", {}),
+    "image_size": ("data.image_size", {}),
+    "global_seed": ("seed", {}),
+    "global_batch_size": ("training.global_batch", {}),
+}
+# args of DiT, SiT and fast-DiT that have no effect on the network
+NO_EFFECT = ("data_path", "feature_path", "results_dir", "epochs", "num_workers", "log_every", "ckpt_every",
+             "sample_every", "cfg_scale", "wandb", "ckpt", "lr")  # fmt: skip
+VAES = "stabilityai/sd-vae-ft-{}"
 WRAPPERS = ("module", "_orig_mod")  # added to parameter names by DDP and torch.compile
 HEADS = {shape["hidden_size"]: shape["num_heads"] for shape in DIT_VARIANTS.values()}
 
@@ -105,24 +132,16 @@ def read_pickle(path: Path) -> Any:
 
 
 def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """fp32 tensors with the official parameter names."""
+    """fp32 tensors with the official parameter names; ValueError for values that fp32 does not hold."""
+    names = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor; expected a state dict")
-    return {".".join(p for p in name.split(".") if p not in WRAPPERS): t.float() for name, t in state.items()}
-
-
-def write_official(path: Path, model: dict[str, Tensor], ema: dict[str, Tensor], args: dict[str, Any]) -> None:
-    """Write a .pt file for the official scripts, atomically: a plain state dict, as released, if EMA and weights are
-    equal, else {model, ema, args}, of which the scripts read `ema`."""
-    same = all(torch.equal(tensor, ema[name]) for name, tensor in model.items())
-    content = dict(ema) if same else {"model": dict(model), "ema": dict(ema), "args": args}
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        single = value.float()
+        if value.dtype == torch.float64 and not torch.equal(single.double(), value):
+            raise ValueError(f"{path}: {name} is float64, and its values are not exact in float32; save it as float32")
+        names[".".join(part for part in name.split(".") if part not in WRAPPERS)] = single
+    return names
 
 
 def architecture(
@@ -184,22 +203,73 @@ def some_names(state: Mapping[str, Any]) -> str:
     return "it contains " + (", ".join(map(str, list(state)[:3])) + ", ..." if state else "nothing")
 
 
-def args_of_official(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The args of a training file as fastdit config keys: `objective` {name, ...}, `vae`, `num_classes`."""
+def settings_of(args: Mapping[str, Any], where: str | Path, heads: int | None, vae: bool) -> dict[str, Any]:
+    """What the args of a training file say, as dotted config keys (settings.py); ValueError for what is not understood.
+
+    `heads`, `vae`: what the command line says about the number of heads, and whether it names the autoencoder.
+    """
     said: dict[str, Any] = {}
-    if "path_type" in args:  # only SiT has it
-        names = {"Linear": "linear", "GVP": "gvp", "VP": "vp", "velocity": "velocity", "noise": "eps", "score": "score"}
+
+    def unknown(key: str, remedy: str) -> ValueError:
+        value = str(args[key])[:100]
+        return ValueError(f"{where}: the args contain {key}={value!r}, which fastdit does not understand; {remedy}")
+
+    for key, value in args.items():
+        off = value is None or (isinstance(value, str | int | float) and not value and key not in NAMES)
+        if off or key in (*NO_EFFECT, "model", "vae"):
+            continue
+        if key not in NAMES:
+            raise unknown(key, "if it has no effect on the network, save `ema` alone as a state dict and convert that")
+        ours, names = NAMES[key]
+        if not isinstance(value, str | int | float) or (names and value not in names):
+            raise unknown(key, f"expected {' or '.join(map(repr, names)) or 'a number'}")
+        said[ours] = names[value] if names else value
+    name = str(args.get("model") or "")
+    if name.startswith("SiT") or "path_type" in args:
+        said["objective.name"] = "flow"
+    elif name.startswith("DiT") and set(args) != {"model", "image_size", "num_classes"}:
+        said["objective.name"] = "ddpm"  # fastdit 0.1.0 wrote these three for every objective
+    if name:
         try:
-            flow = {"interpolant": names[args["path_type"]], "prediction": names[args.get("prediction", "velocity")]}
-        except KeyError as error:
-            raise ValueError(f"the args contain {error.args[0]!r}; expected one of {', '.join(names)}") from None
-        if args.get("loss_weight"):
-            flow["weight"] = args["loss_weight"]
-        said["objective"] = {"name": "flow", **flow, **{k: args[k] for k in ("train_eps", "sample_eps") if args.get(k)}}
-    elif "model" in args and str(args["model"]).startswith("DiT"):
-        said["objective"] = {"name": "ddpm"}
+            variant_shape(name.replace("SiT", "DiT"))
+            said["model.variant"] = name.replace("SiT", "DiT")
+        except ValueError:
+            if heads is None:
+                raise unknown("model", "set its number of heads with --heads") from None
     if args.get("vae") in ("ema", "mse"):
-        said["vae"] = f"stabilityai/sd-vae-ft-{args['vae']}"
-    if isinstance(args.get("num_classes"), int):
-        said["num_classes"] = args["num_classes"]
+        said["data.vae"] = VAES.format(args["vae"])
+    elif args.get("vae") is not None and not vae:
+        raise unknown("vae", "name the autoencoder with data.vae=FOLDER")
     return said
+
+
+def args_for(config: Config, image_size: int) -> tuple[dict[str, Any], str]:
+    """The args of a training file, and what to pass to the official code, whose defaults are another objective's.
+
+    ValueError for an objective that the official code does not have.
+    """
+    objective, size = build_objective(config), config.model.variant
+    flow = isinstance(objective, FlowMatching)
+    if not flow and not isinstance(objective, DDPM):
+        raise ValueError(f"objective.name={config.objective.name!r} is not supported by the official code; keep the "
+                         "fastdit checkpoint")  # fmt: skip
+    args: dict[str, Any] = {"model": size.replace("DiT", "SiT") if flow else size, "image_size": image_size}
+    args |= {"num_classes": config.data.num_classes, "global_seed": config.seed}
+    args |= {"global_batch_size": config.training.global_batch}
+    if config.data.vae in (VAES.format("ema"), VAES.format("mse")):
+        args["vae"] = config.data.vae[-3:]
+    to_pass = []
+    for key, (option, names) in (FLOW if flow else {key: (key, names) for key, names in DIFFUSION.items()}).items():
+        value = getattr(objective, option)
+        theirs = value if not names else next((other for other, ours in names.items() if ours == value), "")
+        if theirs == "":
+            code = "SiT" if flow else "DiT"
+            raise ValueError(f"objective.{option}={value!r} is not supported by the official {code}; keep the fastdit "
+                             "checkpoint")  # fmt: skip
+        if flow:
+            args[key] = theirs
+        if option in ("interpolant", *DIFFUSION) and value != getattr(type(objective)(), option):
+            to_pass.append(f"--{key.replace('_', '-')} {theirs}" if flow else theirs)
+    if not to_pass:
+        return args, ""
+    return args, " ".join(to_pass) if flow else f"create_diffusion(..., {', '.join(to_pass)})"

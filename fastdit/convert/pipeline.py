@@ -1,43 +1,48 @@
 """Write and read diffusers DiTPipeline folders."""
 
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.config import Config, to_tree
+from fastdit.build import build_objective
+from fastdit.config import Config, config_from, save_config, to_tree
+from fastdit.convert import scheduler as schedulers
 from fastdit.convert.diffusers import (
+    NORM_EPS,
+    TRANSFORMER,
     from_diffusers,
     make_exact,
-    objective_of,
     options_of,
-    scheduler_of,
     to_diffusers,
     to_pipeline_clock,
     transformer_config,
 )
+from fastdit.convert.loaded import CLOSE, Difference, Loaded, from_facts
+from fastdit.convert.settings import Stated, checked, foreign_config, own_config, read_tree
 from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.models.dit import variant_shape
 from fastdit.models.layers import position_embedding
 
-CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding in another order of operations
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""
+# settings of fastdit's sampler that DiTPipeline does not have -> the value that it stands for
+NOT_IN_PIPELINE = {"cfg_interval": (0.0, 1.0), "cfg_rescale": 0.0, "weak_checkpoint": "", "clip": "none"}
 
 
-def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
-    """Write transformer/, scheduler/, vae/ (if it is a local folder), model_index.json and README.md into `folder`.
-
-    `loaded` is a command.Loaded. Loads the transformer back, compares outputs, and returns the lines to print.
-    """
+def write_pipeline(loaded: Loaded, folder: Path, weights: str) -> None:
+    """Write transformer/, scheduler/, vae/ (if it is a local folder), model_index.json, and fastdit's own fastdit.yaml
+    and fastdit.json into the new `folder`; ValueError for what a DiTPipeline cannot do."""
     import diffusers
 
     config, latents, objective, shape = loaded.config, loaded.latents, loaded.objective, loaded.architecture()
-    scheduler, state = scheduler_of(objective), getattr(loaded, weights)
+    scheduler, state = schedulers.scheduler_of(objective), getattr(loaded, weights)
     if latents.shift:
         raise ValueError(f"shift={latents.shift} is not supported by DiTPipeline; keep the fastdit checkpoint")
     grid = shape.input_size // shape.patch_size
@@ -49,8 +54,7 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
     transformer.load_state_dict(to_diffusers(state, shape))
     transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
-    local = Path(config.data.vae).is_dir()
-    if local:
+    if Path(config.data.vae).is_dir():
         codec = LatentCodec.load(config.data.vae)
         latents.check(codec.spec(latents.image_size, latents.shape), "the checkpoint", f"data.vae={config.data.vae}")
         codec.vae.save_pretrained(folder / "vae")
@@ -60,26 +64,12 @@ def write_pipeline(loaded, folder: Path, out: Path, weights: str) -> list[str]:
         index["id2label"] = {str(label): name for label, name in enumerate(loaded.class_names)}
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-
-    report = compare(diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer"), loaded, weights)
-    assert report.exact < CLOSE * report.largest, report
-    lines = notes(loaded, out, report, local)
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
-    return lines[2:]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Largest absolute differences between the outputs of diffusers and fastdit on random input."""
-
-    exact: float  # after `make_exact` (DDPM only)
-    as_loaded: float
-    largest: float  # absolute output
-    outputs: Tensor  # of the exact transformer, with the sign of fastdit
+    save_config(config, folder / "fastdit.yaml")
+    (folder / "fastdit.json").write_text(json.dumps({**loaded.facts(), "weights": weights}, indent=1))
 
 
 @torch.no_grad()
-def compare(transformer: nn.Module, loaded, weights: str = "ema") -> Difference:
+def compare(transformer: nn.Module, loaded: Loaded) -> Difference:
     """Run both networks on `loaded.random_input()`; calls `make_exact` on the transformer for DDPM."""
     x, times, y = loaded.random_input()
     table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
@@ -91,7 +81,7 @@ def compare(transformer: nn.Module, loaded, weights: str = "ema") -> Difference:
         out = transformer.eval()(x, timestep=timestep, class_labels=labels).sample
         return -out if flow else out
 
-    ours = loaded.network(weights)(x, loaded.objective.model_time(times), y)
+    ours = loaded.network()(x, loaded.objective.model_time(times), y)
     exact = as_loaded = run()
     if not flow:
         make_exact(transformer)
@@ -100,10 +90,13 @@ def compare(transformer: nn.Module, loaded, weights: str = "ema") -> Difference:
     return Difference(*gaps, ours.abs().max().item(), exact)
 
 
-def notes(loaded, out: Path, report: Difference, local_vae: bool) -> list[str]:
-    """The README.md of an exported folder: how to load it, what to set, and how DiTPipeline differs."""
-    config = loaded.config
-    flow = isinstance(loaded.objective, FlowMatching)
+def write_readme(loaded: Loaded, written: Loaded, folder: Path, out: Path) -> list[str]:
+    """Write the README.md of an exported folder: how to load it, what to set, and how DiTPipeline differs.
+
+    `written`: what was read back from `folder`, which will be `out`. Returns the lines to print.
+    """
+    config, report, flow = loaded.config, written.report, isinstance(loaded.objective, FlowMatching)
+    local_vae = (folder / "vae").is_dir()
     vae = "" if local_vae else f', vae=AutoencoderKL.from_pretrained("{config.data.vae}")'
     lines = [f"# {config.model.variant}, exported by fastdit", ""]
     lines += [f"Largest output difference from fastdit on random input: {report.exact:.1e} of {report.largest:.2g}."]
@@ -125,71 +118,180 @@ def notes(loaded, out: Path, report: Difference, local_vae: bool) -> list[str]:
             f"DiTPipeline applies guidance to all channels, fastdit only to the first sampling.cfg_channels="
             f"{config.sampling.cfg_channels}, so images differ at equal guidance scales."
         ]
-    return lines
+    lines += [
+        f"DiTPipeline has no sampling.{key}={getattr(config.sampling, key)}; fastdit.yaml keeps it."
+        for key, value in NOT_IN_PIPELINE.items()
+        if getattr(config.sampling, key) != value
+    ]
+    if flow and loaded.objective.sample_eps:
+        lines += [f"DiTPipeline samples down to t = 0, without objective.sample_eps={loaded.objective.sample_eps}."]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    return lines[2:]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The contents of a DiTPipeline folder: `state` with the official names, `said` for command.configure."""
+    """The contents of a DiTPipeline folder: `state` with the official names, and what its configs say.
 
+    `own`: the config and facts that fastdit stored when it exported the folder, else None.
+    """
+
+    folder: Path
     transformer: nn.Module
     state: dict[str, Tensor]
     said: dict[str, Any]
-    step: int
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...]
+    own: tuple[Config, dict[str, Any]] | None
 
-    def weights(self, config: Config) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict for the time convention of the objective."""
-        return to_pipeline_clock(self.state, back=True) if config.objective.name == "flow" else self.state
+        flow = self.said["objective.name"] == "flow"
+        return to_pipeline_clock(self.state, back=True) if flow else self.state
 
-    def forward(self, loaded, say: Callable[[str], None]) -> dict[str, Tensor]:
-        """Reference input x, t, y and output out of the transformer; reports the difference from fastdit."""
+    def loaded(self, stated: Stated, say: Callable[[str], None]) -> Loaded:
+        """The checkpoint, after a comparison of its outputs with those of diffusers; ValueError if they differ."""
+        state, folder = self.weights(), self.folder
+        if self.own:
+            config, facts = self.own
+            if "data.vae" in self.said and "data.vae" not in stated.keys:
+                config = replace(config, data=replace(config.data, vae=self.said["data.vae"]))
+        else:
+            config, latents = foreign_config(self.state, folder, self.said, stated, say)
+            facts = {"latents": latents, "class_names": self.class_names}
+        if "data.vae" in self.said and (self.own or "data.vae" in stated.keys):
+            latents, codec = facts["latents"], LatentCodec.load(self.said["data.vae"])
+            mine = f"data.vae={config.data.vae}" if "data.vae" in stated.keys else f"{folder}/fastdit.json"
+            latents.check(codec.spec(latents.image_size, latents.shape), mine, f"{folder}/vae")
+        loaded = Loaded(state, state, config, **facts)
+        loaded.check()
         report = compare(self.transformer, loaded)
-        say(f"largest output difference from fastdit on random input: {report.exact:.1e} of {report.largest:.2g}")
-        if report.as_loaded > CLOSE * report.largest:
-            say(
-                f"with frequency shift 1, as in diffusers, the difference is {report.as_loaded:.2g}; fastdit is wrong "
-                "if the network was trained in diffusers, diffusers is wrong if it was converted from DiT"
+        if not report.exact <= CLOSE * report.largest:
+            raise ValueError(
+                f"{folder} is not converted: the outputs of fastdit differ by {report.exact:.1e} of "
+                f"{report.largest:.2g}, and no setting in transformer/config.json explains it; please report it"
             )
-        x, times, y = loaded.random_input()
-        return {"x": x, "t": loaded.objective.model_time(times), "y": y, "out": report.outputs}
+        if not self.own and not report.as_loaded <= CLOSE * report.largest:
+            gap = f"{report.as_loaded:.2g} of {report.largest:.2g}"
+            if not stated.from_official:
+                raise ValueError(
+                    f"{folder} is not converted: diffusers embeds timesteps with frequency shift 1, DiT with 0, which "
+                    f"changes the output by {gap}, and no config says with which it was trained; add --from-official "
+                    "if its weights were converted from the official DiT; others cannot be converted"
+                )
+            say(f"converted with frequency shift 0, as in DiT; diffusers itself uses 1, which is off by {gap}")
+        say(f"largest output difference from diffusers on random input: {report.exact:.1e} of {report.largest:.2g}")
+        return replace(loaded, report=report)
 
 
-def read_pipeline(folder: Path, num_classes: int | None = None, null_row: bool = True) -> Pipeline:
-    """Read a DiTPipeline folder; ValueError if it has no DiT. `num_classes`, `null_row`: see `from_diffusers`."""
-    from diffusers import DiTTransformer2DModel
+def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
+    """Read a DiTPipeline folder; ValueError if it has no DiT, or a setting that fastdit does not understand."""
+    import diffusers
 
     path = folder / "transformer"
-    try:
-        kind = json.loads((path / "config.json").read_text())
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a complete DiTPipeline folder: {error.filename} is missing") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder} is damaged: {error}") from error
+    kind, scheduler = _json(path / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
+    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise ValueError(f"{path} contains a {kind.get('_class_name')}, not a DiTTransformer2DModel")
-    model = options_of(kind, path)
+    settings = checked(kind, TRANSFORMER, getattr(diffusers, kind["_class_name"]), path / "config.json")
+    parts = dict.fromkeys(("transformer", "vae", "scheduler", "id2label"))
+    checked(index, parts, diffusers.DiTPipeline, folder / "model_index.json")
+    for key, value in (("_class_name", "DiTPipeline"), ("scheduler", ["diffusers", scheduler.get("_class_name")])):
+        if index.get(key, value) != value:
+            raise ValueError(f"{folder}/model_index.json: {key}={index[key]!r} cannot be converted; expected {value!r}")
     try:
-        transformer, loading = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True)
+        transformer, loading = diffusers.DiTTransformer2DModel.from_pretrained(path, output_loading_info=True)
     except Exception as error:  # files, pickles, safetensors and configs have no common exception
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
     if loading["missing_keys"]:  # diffusers leaves them at random values
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} first; save the pipeline again")
-    state = from_diffusers(transformer, num_classes, null_row)
-    said: dict[str, Any] = {"model": model} | ({"num_classes": num_classes} if num_classes is not None else {})
+    if loading["unexpected_keys"]:
+        extra = sorted(loading["unexpected_keys"])
+        raise ValueError(f"{path} has {len(extra)} weights that DiT does not have, {extra[0]} first; it cannot convert")
+    for key, value in transformer.config.items():  # the defaults of Transformer2DModel are others
+        if key in settings and settings[key] != value:
+            raise ValueError(f"{path}/config.json does not state {key}; add it, {settings[key]!r} or {value!r}")
+
     learn_sigma = transformer.out_channels == 2 * transformer.config.in_channels
-    objective = objective_of(scheduler, learn_sigma)
-    if objective is not None:
-        default = type(objective)()
-        options = {key: value for key, value in to_tree(objective).items() if value != getattr(default, key)}
-        said["objective"] = {"name": "flow" if isinstance(objective, FlowMatching) else "ddpm", **options}
-    if (folder / "vae" / "config.json").is_file():
-        said["vae"] = str(folder)
-    facts = json.loads((folder / "fastdit.json").read_text()) if (folder / "fastdit.json").is_file() else {}
-    index = json.loads((folder / "model_index.json").read_text()) if (folder / "model_index.json").is_file() else {}
+    said = options_of(settings)
+    said |= schedulers.settings_of(scheduler, learn_sigma, folder / "scheduler/scheduler_config.json")
+    if (folder / "vae").is_dir():
+        said["data.vae"] = str(folder.resolve())
+        check_vae(folder / "vae/config.json")
+    names, own = class_names(index, folder), None
+    if (folder / "fastdit.yaml").is_file():  # exported by fastdit, so it is complete
+        own = _own(folder, said, learn_sigma, names, stated)
+        num_classes, null_row = own[0].data.num_classes, own[0].model.class_dropout > 0
+    else:
+        given = config_from({}, "the command line", stated.lines)
+        null_row = given.model.class_dropout > 0
+        num_classes = given.data.num_classes if "data.num_classes" in stated.keys else None
+        table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+        if num_classes is None and names and not table[len(names) : -1].any():  # the rows in between are padding
+            num_classes = len(names)
+        if num_classes is not None:
+            said["data.num_classes"] = num_classes
+        if len(names) > (len(table) - 1 if num_classes is None else num_classes):
+            raise ValueError(f"{folder}/model_index.json: id2label names {len(names)} classes, more than the network "
+                             "has; correct data.num_classes, or remove it")  # fmt: skip
+    if settings["norm_eps"] != NORM_EPS and (own or said["objective.name"] == "flow"):
+        raise ValueError(f"{path}/config.json: norm_eps={settings['norm_eps']} cannot be converted; DiT has {NORM_EPS}")
+    state = from_diffusers(transformer, num_classes, null_row, folder)
+    return Pipeline(folder, transformer, state, said, names, own)
+
+
+def _own(
+    folder: Path, said: dict[str, Any], learn_sigma: bool, names: tuple[str, ...], stated: Stated
+) -> tuple[Config, dict[str, Any]]:
+    """The config and facts that fastdit exported; ValueError where diffusers' own configs say something else.
+
+    `names`: the class names in model_index.json, for exports of fastdit 0.1.0.
+    """
+    path = folder / "fastdit.yaml"
+    tree = read_tree(path)
+    config = own_config(tree, path, stated)
+    written = schedulers.scheduler_of(build_objective(config_from(tree, path)))
+    wanted = {"heads": variant_shape(config.model.variant)["num_heads"]}
+    wanted |= {key: getattr(config.model, key[6:]) for key in said if key.startswith("model.")}
+    wanted |= schedulers.settings_of(json.loads(written.to_json_string()), learn_sigma, path)
+    for key, value in wanted.items():
+        if said.get(key) != value:
+            raise ValueError(f"{path} says {key}={value!r}, but the other configs in {folder} say {said.get(key)!r}; "
+                             "remove fastdit.yaml if the network was trained on in diffusers")  # fmt: skip
+    path = folder / "fastdit.json"
+    return config, from_facts({"class_names": names, **_json(path)}, str(path))
+
+
+def class_names(index: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """The names in model_index.json by label, () if there are none; ValueError if a label has no name."""
     names = index.get("id2label") or {}
-    names = tuple(names[str(label)] for label in range(len(names))) if len(names) == num_classes else ()
-    return Pipeline(transformer, state, said, facts.get("step", 0), names)
+    missing = [label for label in range(len(names)) if not isinstance(names.get(str(label)), str)]
+    if missing:
+        raise ValueError(f"{folder}/model_index.json: id2label has {len(names)} names, but none for label {missing[0]}")
+    return tuple(names[str(label)] for label in range(len(names)))
+
+
+def check_vae(path: Path) -> None:
+    """ValueError for a setting of the autoencoder that DiTPipeline and fastdit treat differently."""
+    from diffusers import AutoencoderKL
+
+    config = _json(path)
+    checked(config, dict.fromkeys(inspect.signature(AutoencoderKL).parameters), AutoencoderKL, path)
+    if config.get("shift_factor"):
+        raise ValueError(
+            f"{path}: shift_factor={config['shift_factor']!r} is ignored by DiTPipeline, but not by fastdit; set it to "
+            "null if the network was trained without it"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} is not a complete DiTPipeline folder: {path} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it contains a {type(content).__name__}")
+    return content

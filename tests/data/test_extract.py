@@ -1,7 +1,6 @@
 """Extraction: latents match their images, any number of processes writes the same bytes, a mistake is one line."""
 
 import errno
-import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdit.cli import main
 from fastdit.data import extract, writer
 from fastdit.data.images import list_images, load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
@@ -24,7 +24,7 @@ from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.lock import FolderLock
-from helpers import ROOT, runs
+from helpers import runs
 from helpers.data import tiny_vae, write_digits
 
 COUNT = 90
@@ -141,13 +141,6 @@ def test_unreadable_images_of_all_processes_count_together(made, tmp_path, monke
     assert sorted(path.name for path in base.iterdir()) == ["images", "vae"]
 
 
-def load_command():
-    spec = importlib.util.spec_from_file_location("extract_features", ROOT / "extract_features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def spoil(base: Path, how: str) -> dict:
     """Prepare one mistake and return the arguments that cause it."""
     images = base / "images"
@@ -232,7 +225,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(made, tmp_path, capfd, monke
     before = sorted(base.rglob("*"))
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        load_command()(argv)
+        main(["extract", *argv])
     assert stop.value.code == 2
     [line] = capfd.readouterr().err.splitlines()
     assert re.match(f"error: {message}", line), line
@@ -251,6 +244,7 @@ def test_overwrite_replaces_latents(made, tmp_path):
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_complete(made, tmp_path):
     script = f"""
 import os, signal
+from fastdit.cli import main
 from fastdit.data import extract, writer
 close = writer.ShardWriter.close
 def killing(self, skipped=()):

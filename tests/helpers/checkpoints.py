@@ -2,14 +2,22 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from fastdit.build import build_network, build_objective
+from fastdit.config import load_config
 from fastdit.convert import convert
+from fastdit.convert.command import write_fastdit
+from fastdit.convert.loaded import Loaded
 from fastdit.models.dit import DiT
+from fastdit.registry import Choice
+from fastdit.training import checkpoint
+from fastdit.training.state import latents_of
 from helpers import GOLDEN
 from helpers.data import make_shards, tiny_vae
 
@@ -66,6 +74,35 @@ def make_place(root: Path) -> Path:
         convert(root / "plain.pt", "fastdit", root / name, overrides=overrides, heads=4, say=quiet)
         convert(root / name, "diffusers", root / f"{name}_pipe", say=quiet)
     return root
+
+
+def make_checkpoint(
+    place: Path,
+    out: Path,
+    objective: dict | None = None,
+    shape: tuple[int, int, int] = (4, 8, 8),
+    classes: int = 5,
+    names: tuple[str, ...] = (),
+    vae: str | None = None,
+    **options,
+) -> Path:
+    """A checkpoint, at step 7, of a small network with random weights, another EMA, and these options of `model:`."""
+    config = load_config(place / "ddpm" / "config.yaml", ["model.variant=DiT-2x32x2/4", f"data.num_classes={classes}"])
+    given = {"name": "ddpm"} if objective is None else objective
+    choice = Choice(given["name"], {key: value for key, value in given.items() if key != "name"})
+    config = replace(config, model=replace(config.model, **options), objective=choice)
+    latents = replace(latents_of(checkpoint.read_meta(place / "ddpm")), shape=shape)
+    if vae is not None:  # one that is no local folder, whose scale the formats must keep
+        config = replace(config, data=replace(config.data, vae=vae))
+        latents = replace(latents, vae=vae, scale=0.3)
+    model = build_network(config, shape, build_objective(config))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    raw = moved(ema, 0.01) | {name: ema[name] for name in ("rope",) if name in ema}
+    write_fastdit(Loaded(raw, ema, config, latents, 7, names), out, out)
+    return out
 
 
 def weights(folder: Path, name: str = "ema") -> dict[str, torch.Tensor]:

@@ -111,12 +111,17 @@ class Forks:
     def running(self) -> list:
         return [fork for fork in self.forks if fork.exitcode is None]
 
-    def wait(self, seconds: float = 1e6) -> list[int]:
-        """The exit codes, when all have ended, one has failed or `seconds` have passed; what still runs is killed."""
+    def wait(self, seconds: float = 1e6, patient: bool = False) -> list[int]:
+        """The exit codes, when all have ended, `seconds` have passed or, unless `patient`, one has failed.
+
+        What still runs is killed.
+        """
         end = time.monotonic() + seconds
-        while self.running and not any(fork.exitcode for fork in self.forks) and time.monotonic() < end:
+        while self.running and time.monotonic() < end:
+            if any(fork.exitcode for fork in self.forks) and not patient:
+                break  # the others would wait for the one that failed
             wait([fork.sentinel for fork in self.running], max(end - time.monotonic(), 0))
-        for fork in self.forks:  # the others would wait for the one that failed
+        for fork in self.forks:
             fork.kill()
             fork.join()
         return [fork.exitcode for fork in self.forks]
@@ -125,14 +130,17 @@ class Forks:
         return "\n".join(output.read_text() for output in self.outputs if output.exists())
 
 
-def run(script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None) -> str:
+def run(
+    script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None, patient: bool = False
+) -> str:
     """Run a script of the repository in forked processes and return what they printed.
 
-    kill = (step, seconds): the process is killed that many seconds after it has logged that step.
+    kill = (step, seconds): the process is killed that many seconds after it has logged that step. patient: after a
+    failure, wait for the end of the others instead of killing them.
     """
     before = partial(kill_after, *kill) if kill else None
     with Forks(script, *arguments, processes=processes, before=before) as forks:
-        codes, said = set(forks.wait()), forks.said()
+        codes, said = set(forks.wait(patient=patient)), forks.said()
     assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
     return said
 

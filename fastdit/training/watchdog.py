@@ -1,0 +1,131 @@
+"""Names the process that stalls or dies, with the stack of every process, and ends the run.
+
+Each process has a thread that writes run_dir/stacks/rank-00000.json every few seconds: its step, what it is doing, and
+a count that shows that it is alive. In a collective all wait for the slowest, so the process that is furthest behind,
+or whose count stands still, is the one to blame.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastdit.distributed import Ranks
+from fastdit.lock import started
+
+LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
+LAST_SEEN = "died or does not run; it was last seen before"
+OTHERS = "\nother threads:\n"
+PHASES = ("reads a batch", "computes", "logs or saves")  # of a step, in this order
+
+
+class Watchdog:
+    """Call `at` as the run moves on. A context manager: an error inside it names the process that died, if one did."""
+
+    def __init__(self, run_dir: Path, ranks: Ranks, timeout_s: float):
+        self.folder, self.ranks, self.timeout_s = run_dir / "stacks", ranks, timeout_s
+        self.interval = min(5.0, timeout_s / 20)
+        self.place, self.since, self.beats = (0, 0), time.monotonic(), 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def at(self, step: int, phase: int) -> None:
+        """This process is about to do PHASES[phase] of step number `step`."""
+        self.place, self.since = (step, phase), time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"rank-{self.ranks.rank:05d}.*"):
+            path.unlink()  # of an earlier run
+        self._beat()
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.done.set()
+        self.thread.join()
+        lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+        if lost and self.ranks.world > 1 and (dead := self._dead()):
+            raise ValueError(self._sentence(dead, LAST_SEEN, self.place[0] + 1)) from error
+        if error is None or kind is SystemExit:
+            for path in self.folder.glob(f"rank-{self.ranks.rank:05d}.*"):
+                path.unlink()
+            with suppress(OSError):  # not empty yet
+                self.folder.rmdir()
+
+    def _watch(self) -> None:
+        while not self.done.wait(self.interval):
+            self._beat()
+            if time.monotonic() - self.since > self.timeout_s - 4 * self.interval:  # the time that a report takes
+                self._report()
+
+    def _beat(self) -> None:
+        self.beats += 1
+        own = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(),
+               "started": started(os.getpid()), "place": self.place, "beats": self.beats}  # fmt: skip
+        path = self._path(".json")
+        path.with_suffix(".partial").write_text(json.dumps(own))
+        os.replace(path.with_suffix(".partial"), path)
+
+    def _report(self) -> None:
+        """Write this process's stacks; the lowest rank alive names the one that is behind. Ends the process."""
+        self._path(".txt").write_text(stacks())
+        dead = self._dead()  # takes some intervals, in which the others write their stacks
+        alive = [status for status in self._statuses() if status not in dead]
+        last = min(status["place"] for status in alive)
+        if dead:
+            line = self._sentence(dead, LAST_SEEN, last[0] + 1)
+        else:
+            behind = [status for status in alive if status["place"] == last]
+            what = f"no progress for {self.timeout_s:.0f} s (training.timeout_s) while it {PHASES[last[1]]} in"
+            line = self._sentence(behind, what, last[0])
+        if alive[0]["rank"] == self.ranks.rank:
+            for path in sorted(self.folder.glob("rank-*.txt")):
+                print(f"{path.stem}, {path.read_text().partition(OTHERS)[0]}", file=sys.stderr)
+            print("error:", line, file=sys.stderr, flush=True)
+        else:
+            time.sleep(self.interval)  # the launcher ends the others when one ends: let it speak first
+        os._exit(1)
+
+    def _statuses(self) -> list[dict[str, Any]]:
+        found = []
+        for path in sorted(self.folder.glob("rank-*.json"))[: self.ranks.world]:
+            try:
+                found.append(json.loads(path.read_text()))
+            except (OSError, ValueError):  # just being replaced
+                continue
+        return found
+
+    def _dead(self) -> list[dict[str, Any]]:
+        """The processes that do not exist anymore, or show no sign of life within three intervals."""
+        before, host = {status["rank"]: status for status in self._statuses()}, socket.gethostname()
+        gone = [s for s in before.values() if s["host"] == host and started(s["pid"]) != s["started"]]
+        if gone:
+            return gone
+        for _ in range(3):
+            time.sleep(self.interval)
+            self._beat()
+        still = [s for s in self._statuses() if s["beats"] == before[s["rank"]]["beats"]]
+        return [s for s in still if s["rank"] != self.ranks.rank]
+
+    def _sentence(self, those: list[dict[str, Any]], what: str, step: int) -> str:
+        names = ", ".join(f"rank {status['rank']} (process {status['pid']} on {status['host']})" for status in those)
+        others = "" if len(those) == self.ranks.world else "; the others wait for it"
+        return f"{names}: {what} step {step}{others}. All stacks: {self.folder}. Continue with --resume"
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"rank-{self.ranks.rank:05d}{suffix}"
+
+
+def stacks() -> str:
+    """The stack of the main thread, then those of the other threads of this process."""
+    frames = sys._current_frames()
+    main = frames.pop(threading.main_thread().ident)
+    others = "\n".join("".join(traceback.format_stack(frame)) for frame in frames.values())
+    return f"main thread:\n{''.join(traceback.format_stack(main))}{OTHERS}{others}"
