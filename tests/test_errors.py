@@ -23,6 +23,8 @@ def raising(error: BaseException):
         (OSError(errno.ENOSPC, "No space left", "/a/b"), "error: no space left for /a/b; free some or write elsewhere"),
         (OSError(errno.EFBIG, "File too large", "/a/b"),
          "error: /a/b would exceed the limit on file sizes; raise it (ulimit -f)"),
+        (OSError(errno.ENOSPC, "No space left", "/from", None, "/to"),
+         "error: no space left for /to; free some or write elsewhere"),
         (OSError(errno.EDQUOT, "Quota"), "error: no space left for the output; free some or write elsewhere"),
     ],
 )

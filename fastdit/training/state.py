@@ -132,7 +132,13 @@ def keep_autoencoder(vae: str, run_dir: Path) -> None:
         if sum(path.stat().st_size for path in files) <= SMALL:
             partial = copy.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
+            try:
+                for path in files:  # not copytree, whose error has the reason in words only
+                    (partial / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, partial / path.relative_to(source))
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
             partial.rename(copy)
 
 

@@ -79,6 +79,7 @@ class Disk:
             for i in range(OFFSETS):  # half of them so early that settings and logs do not fit either
                 free = draw.randrange(need if i % 2 else 1 << 16)
                 shutil.copytree(self.base, run_dir := disk / "run")
+                shutil.rmtree(run_dir / state.VAE)  # the resume copies it again
                 ballast = disk / "ballast"
                 with ballast.open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free // 4096 * 4096)

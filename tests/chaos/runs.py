@@ -38,7 +38,7 @@ def newest_step(run_dir: Path) -> int:
 
 def logged_step(said: str) -> int:
     """The last step that a process has logged, 0 for none."""
-    steps = re.findall(r"^step (\d+)  ", said, re.MULTILINE)
+    steps = re.findall(r"^step (\d+)/", said, re.MULTILINE)
     return int(steps[-1]) if steps else 0
 
 

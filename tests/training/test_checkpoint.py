@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
-from fastdit.training.state import write_weights
+from fastdit.training.state import keep_autoencoder, write_weights
 from helpers.runs import file_size_limit, losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +83,16 @@ def test_a_write_that_fails_in_a_library_keeps_its_reason_and_names_the_file(tmp
             checkpoint.save(tmp_path, 5, write, {"note": "x" * 300}, keep=3)
         assert raised.value.errno == errno.EFBIG and raised.value.filename.endswith(name)
         assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_an_autoencoder_that_does_not_fit_into_the_run_leaves_no_half_copy(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "weights").write_bytes(bytes(1000))
+    with file_size_limit(100), pytest.raises(OSError) as raised:
+        keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
+    assert raised.value.errno == errno.EFBIG and not list((tmp_path / "run").iterdir())
+    keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
+    assert (tmp_path / "run" / "vae" / "weights").stat().st_size == 1000
 
 
 def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):
