@@ -127,6 +127,31 @@ def test_under_zero_too_a_diverging_run_stops_and_stores_nothing_that_is_not_fin
             assert all(value.isfinite().all() for value in load_file(folder / f"{name}.safetensors").values())
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed training.zero_stage=2", "deepspeed training.zero_stage=3"])
+def test_a_loss_that_is_not_finite_is_skipped_even_if_its_gradient_is_finite(world, tmp_path, engine):
+    """On one of two processes, at the third step."""
+    (tmp_path / "script.py").write_text("""
+import os, runpy
+from dataclasses import replace
+from fastdit.diffusion.objectives import FlowMatching
+
+original, calls = FlowMatching.loss, []
+
+def loss(self, *arguments):
+    calls.append(original(self, *arguments))
+    bad = len(calls) == 3 and os.environ["RANK"] == "1"
+    return replace(calls[-1], per_sample=calls[-1].per_sample + (float("nan") if bad else 0))
+
+FlowMatching.loss = loss
+runpy.run_path("train.py", run_name="__main__")
+""")
+    arguments = [f"run_dir={tmp_path}/run", *SHORT, "training.steps=4", *f"training.engine={engine}".split()]
+    run(str(tmp_path / "script.py"), "--config", str(world / "config.yaml"), *arguments, processes=2)
+    assert_equal(state(tmp_path / "run", 3), state(tmp_path / "run", 2))
+    assert [m["loss"] is None for m in read_metrics(tmp_path / "run")] == [False, False, True, False]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()] == [3]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "stop file", "time limit"])
 def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(world, tmp_path, monkeypatch, name):
     train(config_of(world, tmp_path / "whole", "training.checkpoint_every=8"), device="cpu")
