@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastdit.errors import replace_text
 from fastdit.registry import Choice, UnknownKey, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
@@ -290,7 +291,7 @@ def shipped_names() -> list[str]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
-    Path(path).write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def to_tree(value: Any) -> Any:

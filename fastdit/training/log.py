@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ from fastdit import kernels
 from fastdit.config import Config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.errors import replace_text
 from fastdit.memory import card_of
 from fastdit.models.dit import DiT
 
@@ -166,9 +166,7 @@ def rewind(path: Path, step: int) -> None:
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         lines = [line for line in whole if json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, path)
+        replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def peak_gib(device: torch.device) -> float:
