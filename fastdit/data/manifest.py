@@ -16,12 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdit.data.images import Size
 from fastdit.data.latents import LatentSpec
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
 AGAIN = "copy it again or extract again"
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """The number of samples of each class; () if there are no classes."""
+    return tuple(np.bincount(labels, minlength=num_classes).tolist()) if num_classes else ()
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,11 @@ class Manifest:
 
     latents: LatentSpec
     dtype: str  # of the stored moments, a key of DTYPES
-    class_names: tuple[str, ...]
-    images: int  # in the source folder, including skipped ones
+    class_names: tuple[str, ...]  # () of images without classes, whose labels are all 0
+    images: int  # in the source, including skipped ones
+    source: str = ""  # its kind
     skipped: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # how many images were turned, put on white, ...
     class_counts: tuple[int, ...] = ()
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
@@ -71,8 +79,8 @@ class Manifest:
                 del stored[derived]
             shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
             stored["shape"] = stored.pop("latent_shape")
+            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names()})
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-            latents = LatentSpec(**{name: fields.pop(name) for name in LatentSpec.names()})
             return cls(latents, **fields, shards=shards, folder=folder)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
@@ -101,7 +109,7 @@ class Manifest:
     def check(
         self,
         *,
-        image_size: int | None = None,
+        image_size: Size | None = None,
         num_classes: int | None = None,
         codec: str | None = None,
         global_batch: int | None = None,
@@ -120,6 +128,10 @@ class Manifest:
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
                 f"set {self.num_classes}, or 0 to train without labels"
+            )
+        if num_classes and not self.num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
         if codec is not None and codec != own.codec:
             raise ValueError(
