@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", required=True, help="AutoencoderKL or AutoencoderDC of diffusers: a local folder or a hub name"
     )
-    parser.add_argument("--image-size", default="256", help="of the center crop, in pixels: a side, or WIDTHxHEIGHT (256)")
+    parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
     parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")
     parser.add_argument(
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adm-exact",
         action="store_true",
-        help="read images as ADM and DiT do: no EXIF orientation, transparency dropped, 16 bits as Pillow converts them",
+        help="read images as ADM and DiT: no EXIF orientation, transparency dropped, 16 bits as Pillow converts them",
     )
     parser.add_argument(
         "--workers", type=int, help="decoding threads of each process (default: its share of the cores)"

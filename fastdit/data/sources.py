@@ -43,10 +43,10 @@ class ImageSource:
 
     @cached_property
     def order(self) -> list[int]:
-        """The images shuffled, so that each shard mixes the classes; chunks are shuffled as a whole."""
-        if not self.chunks:
-            return permutation(0, 0, len(self)).tolist()
-        return [i for chunk in permutation(0, 0, len(self.chunks)).tolist() for i in self.chunks[chunk]]
+        """The images shuffled, so that each shard mixes the classes; if there are chunks, they and what each holds."""
+        chunks = self.chunks or [range(len(self))]
+        mixed = permutation(0, 0, len(chunks)).tolist() if self.chunks else [0]
+        return [chunks[c][i] for c in mixed for i in permutation(0, c, len(chunks[c])).tolist()]
 
     @cached_property
     def identity(self) -> str:
