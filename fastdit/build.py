@@ -1,9 +1,15 @@
 """From a config to what it names: objective and network, and the checks that concern several sections at once."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from fastdit import distributed
 from fastdit.config import Config, TrainingConfig
+from fastdit.data.latents import LatentCodec
+from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.models.attention import resolve
@@ -38,6 +44,42 @@ def build_network(
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
+
+
+def resolved(config: Config, manifest: Manifest) -> Config:
+    """The config with what the shards tell: image size, classes, autoencoder, and the steps of training.epochs.
+
+    A local autoencoder gets its absolute path, so that the run can be sampled from any folder. ValueError where the
+    config contradicts the shards.
+    """
+    data, settings = config.data, config.training
+    manifest.check(
+        image_size=data.image_size,
+        num_classes=data.num_classes,
+        global_batch=settings.global_batch,
+        # loading an autoencoder takes seconds: only where the name leaves a doubt
+        codec=LatentCodec.load(data.vae).fingerprint if data.vae not in ("", manifest.latents.vae) else None,
+    )
+    vae = data.vae or manifest.latents.vae
+    data = replace(
+        data,
+        image_size=manifest.latents.image_size,
+        num_classes=manifest.num_classes if data.num_classes is None else data.num_classes,
+        vae=str(Path(vae).resolve()) if Path(vae).is_dir() else vae,
+    )
+    if settings.epochs:
+        steps = math.ceil(settings.epochs * len(manifest) / settings.global_batch)
+        settings = replace(settings, steps=steps)
+    return replace(config, data=data, training=settings)
+
+
+def check_device(settings: TrainingConfig, device: torch.device) -> None:
+    """ValueError for a GPU that cannot compute in the precision of the settings."""
+    if device.type != "cuda" or settings.precision != "bf16":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"training.precision=bf16 needs a GPU from Ampere on, but this is a {name}; use fp32")
 
 
 def prepare_for_training(model: DiT, objective: Objective, settings: TrainingConfig, policy: str) -> Objective:

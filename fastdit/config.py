@@ -6,19 +6,33 @@ Values are converted by annotation. An unknown key is an error that suggests the
 
 import copy
 import dataclasses
+import difflib
 import re
 import sys
+import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from fastdit.registry import Choice, check_literals, convert
+from fastdit.registry import Choice, UnknownKey, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
 
+CONFIGS = (Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share/fastdit/configs")
+SYNONYMS = {  # names that other code bases use
+    "learning_rate": "training.lr", "batch_size": "training.global_batch", "global_batch_size": "training.global_batch",
+    "micro_batch_size": "training.micro_batch", "gradient_accumulation_steps": "training.micro_batch",
+    "max_steps": "training.steps", "train_steps": "training.steps", "ckpt_every": "training.checkpoint_every",
+    "ema": "training.ema_decay", "mixed_precision": "training.precision", "weights": "training.init_from",
+    "max_grad_norm": "training.grad_clip", "warmup": "training.warmup_steps", "scheduler": "training.lr_schedule",
+    "guidance_scale": "sampling.cfg_scale", "cfg": "sampling.cfg_scale", "num_sampling_steps": "sampling.steps",
+    "resolution": "data.image_size", "data_path": "data.shards", "feature_path": "data.shards",
+    "results_dir": "run_dir", "output_dir": "run_dir", "out": "run_dir", "global_seed": "seed",
+}  # fmt: skip
+SD_VAE = "stabilityai/sd-vae-ft-ema"
 
 def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
     if not holds:
@@ -27,18 +41,19 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder written by extract_features.py
-    image_size: int = 256  # pixels
-    num_classes: int = 1000  # 0 trains an unconditional network
+    shards: str = ""  # folder of latents, written by fastdit extract
+    image_size: int | None = None  # pixels; null: that of the shards
+    num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     hflip: bool = True  # mirror each image with probability 1/2
-    vae: str = "stabilityai/sd-vae-ft-ema"  # decodes the samples; must be the one that encoded the shards
+    vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
     prefetch: int = 4  # number of batches to read ahead
     skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
 
     def __post_init__(self):
-        _require(self.image_size > 0, "data.image_size", self.image_size, "use a positive number of pixels")
+        size, classes = self.image_size, self.num_classes
+        _require(size is None or size > 0, "data.image_size", size, "use a positive number of pixels")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
-        _require(self.num_classes >= 0, "data.num_classes", self.num_classes, "use 0 for an unconditional network")
+        _require(classes is None or classes >= 0, "data.num_classes", classes, "use 0 for an unconditional network")
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class ModelConfig(NetworkOptions):
 class TrainingConfig:
     init_from: str = ""  # start from these weights: a run, checkpoint, official .pt file or diffusers folder
     steps: int = 400_000
+    epochs: float = 0.0  # passes over the shards, instead of steps; 0: steps count
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
     lr: float = 1e-4
@@ -121,7 +137,7 @@ class TrainingConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
-        for key in ("weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
+        for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
         _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
@@ -191,10 +207,17 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML file and applies overrides such as `training.lr=2e-4`. Errors name file, key, value and remedy."""
+    """Reads a YAML file, or an included config by its name, and applies overrides such as `training.lr=2e-4`.
+
+    Errors name file, key, value and remedy.
+    """
     path = Path(path)
+    if path.parent == Path() and shipped_config(path.name).is_file():
+        path = shipped_config(path.name)
     if not path.is_file():
-        raise ValueError(f"--config {path} does not exist; the included configs are in configs/")
+        near = difflib.get_close_matches(path.stem, shipped_names(), 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"--config {path} does not exist; {hint}fastdit configs lists the included ones")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -211,14 +234,57 @@ def config_from(tree: dict[str, Any], where: str | Path, overrides: Iterable[str
         _override(tree, override)
     try:
         return convert(Config, tree, "")
+    except UnknownKey as error:
+        key, value = error.key, error.value
+        while isinstance(value, dict) and len(value) == 1:  # an unknown section: name what was set in it
+            [(name, value)] = value.items()
+            key = f"{key}.{name}"
+        near = suggest(key)
+        hint = f"did you mean {near!r}? All keys" if near else "all keys"
+        message = f"{where}: {key}={value!r} is not a known key; {hint}: fastdit train --help-config"
+        raise ValueError(message) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+def assumed(config: Config) -> Config:
+    """The config for a use without shards: what only they would tell is as for ImageNet at 256 px."""
+    data = config.data
+    size, classes = data.image_size or 256, 1000 if data.num_classes is None else data.num_classes
+    return replace(config, data=replace(data, image_size=size, num_classes=classes, vae=data.vae or SD_VAE))
+
+
+def all_keys(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the config with its annotation."""
+    keys = {}
+    for name, hint in typing.get_type_hints(section).items():
+        nested = dataclasses.is_dataclass(hint) and hint is not Choice
+        keys |= all_keys(hint, f"{prefix}{name}.") if nested else {f"{prefix}{name}": hint}
+    return keys
+
+
+def suggest(key: str) -> str:
+    """The config key that `key` probably means, by its last part, a synonym, or its spelling; "" if none is near."""
+    keys, last = list(all_keys()), key.rpartition(".")[2].replace("-", "_").lower()
+    names = {known.rpartition(".")[2]: known for known in reversed(keys)}  # the first section wins
+    if found := SYNONYMS.get(last) or names.get(last):
+        return found
+    near = [known for known in keys if len(last) > 2 and known.startswith(key)]
+    if near := near or difflib.get_close_matches(key, keys, 1, 0.75):
+        return near[0]
+    near = difflib.get_close_matches(last, [*names, *SYNONYMS], 1, 0.6)
+    return names.get(near[0]) or SYNONYMS[near[0]] if near else ""
+
+
 def shipped_config(name: str) -> Path:
     """The path of configs/<name>.yaml in this clone or the installed wheel."""
-    places = [Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share/fastdit/configs"]
-    return next((p / f"{name}.yaml" for p in places if (p / f"{name}.yaml").is_file()), places[0] / f"{name}.yaml")
+    folder = next((p for p in CONFIGS if p.is_dir()), CONFIGS[0])
+    return folder / (name if name.endswith(".yaml") else f"{name}.yaml")
+
+
+def shipped_names() -> list[str]:
+    """The names of the included configs."""
+    return sorted(path.stem for path in shipped_config("any").parent.glob("*.yaml"))
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -79,7 +79,7 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
         device = "cuda" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
-    chosen = torch.device(device)
+    chosen = named_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
@@ -87,6 +87,19 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, local_rank, world, chosen)
+
+
+def named_device(name: str) -> torch.device:
+    """The device of --device; ValueError for one that PyTorch cannot use here."""
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError:
+        raise ValueError(f"--device={name!r} is not a device; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={name!r}, but PyTorch {torch.__version__} finds no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device={name!r}, but there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
+    return device
 
 
 def die_with_parent() -> None:

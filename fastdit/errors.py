@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ def friendly_exit() -> Iterator[None]:
             raise
         if os.environ.get("FASTDIT_DEBUG") == "1":
             raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # if the main process fails as well, it speaks first and the launcher ends this one
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
 

@@ -14,6 +14,7 @@ from fastdit.build import uses_zero
 from fastdit.config import Config, TrainingConfig
 from fastdit.models.dit import DiT
 from fastdit.models.layers import Linear
+from fastdit.registry import check
 
 GIB = 2**30
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
@@ -130,8 +131,26 @@ GPUS = {
     "H200": GPU(989, 4.80, 141),
     "B200": GPU(2250, 8.00, 180),
     "L40S": GPU(362, 0.86, 48),
+    "L4": GPU(121, 0.30, 24),
+    "A10": GPU(125, 0.60, 24, has_fp8=False),
+    "RTX 5090": GPU(209, 1.79, 32),
     "RTX 4090": GPU(165, 1.01, 24),
+    "RTX 3090": GPU(71, 0.94, 24, has_fp8=False),
 }
+NO_BF16 = ("T4", "V100", "P100", "RTX 2080")
+
+
+def card_name(gpu: str) -> str:
+    """The name in GPUS for --gpu, in any case and also without "RTX"; ValueError for an unknown GPU."""
+    names = {_plain(name): name for name in GPUS} | {"a100": "A100-80G"}
+    if _plain(gpu) in map(_plain, NO_BF16):
+        raise ValueError(f"--gpu={gpu!r} has no bf16, which fastdit trains in; use a GPU from Ampere on")
+    check(names.get(_plain(gpu), gpu), GPUS, "--gpu")
+    return names[_plain(gpu)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("rtx", "").replace(" ", "").replace("-", "")
 
 
 def card_of(device: torch.device) -> GPU | None:

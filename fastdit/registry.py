@@ -23,6 +23,14 @@ class Choice:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+class UnknownKey(ValueError):
+    """A key that no section has: its dotted name and value."""
+
+    def __init__(self, key: str, value: Any, message: str):
+        super().__init__(message)
+        self.key, self.value = key, value
+
+
 def check(value: Any, known: Iterable, key: str) -> None:
     """Raises a ValueError with the closest match unless `value` is one of `known`."""
     known = list(known)
@@ -84,7 +92,7 @@ def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> 
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, 1, 0)
             hint = f"did you mean {near[0]!r}? Known: {', '.join(hints)}" if near else "it takes no options"
-            raise ValueError(f"{full}={value!r} is not a known key; {hint}")
+            raise UnknownKey(full, value, f"{full}={value!r} is not a known key; {hint}")
         values[name] = convert(hints[name], value, full)
     return values
 

@@ -35,7 +35,7 @@ from fastdit.models.dit import DiT
 from fastdit.registry import bind
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
-from fastdit.training.state import load_network
+from fastdit.training.state import VAE, load_network
 
 SETTINGS = "sampling.json"
 
@@ -151,7 +151,10 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     check_sampling(config, trained.objective, trained.model.null_label)
     if weights == "ema" and not trained.ema_std and (warning := too_young(config.training, trained.step)):
         print(warning, file=sys.stderr)
-    codec = LatentCodec.load(config.data.vae, device=device)
+    kept = trained.folder.parent.parent / VAE
+    stated = any(override.startswith("data.vae=") for override in overrides)
+    gone = not stated and not Path(config.data.vae).is_dir() and kept.is_dir()
+    codec = LatentCodec.load(str(kept) if gone else config.data.vae, device=device)
     latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
     weak = None
     if settings.weak_checkpoint:

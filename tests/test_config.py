@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdit.config import load_config, save_config
+from fastdit.build import resolved
+from fastdit.config import assumed, load_config, save_config
+from fastdit.data.manifest import Manifest
 from fastdit.registry import Choice, bind, build
 from helpers import ROOT
 
@@ -47,8 +49,8 @@ def test_overrides_reach_a_choice_and_its_options(write):
 @pytest.mark.parametrize(
     "text, overrides, words",
     [
-        ("training: {lrr: 1}", [], ["training.lrr=1", "did you mean 'lr'"]),
-        ("trainin: {lr: 1}", [], ["trainin=", "did you mean 'training'"]),
+        ("training: {lrr: 1}", [], ["training.lrr=1", "did you mean 'training.lr'"]),
+        ("trainin: {lr: 1}", [], ["trainin.lr=1", "did you mean 'training.lr'"]),
         ("", ["training.lr=fast"], ["training.lr='fast'", "a number"]),
         ("", ["training.steps=2.5"], ["training.steps=2.5", "whole number"]),
         ("", ["training.compile=1"], ["training.compile=1", "Known: True, False, whole"]),
@@ -69,7 +71,7 @@ def test_mistakes_name_file_key_value_and_remedy(write, text, overrides, words):
 
 
 def test_a_missing_file_says_where_the_shipped_ones_are():
-    with pytest.raises(ValueError, match="no.yaml does not exist; .* configs/"):
+    with pytest.raises(ValueError, match="no.yaml does not exist; fastdit configs lists"):
         load_config("no.yaml")
 
 
@@ -92,3 +94,20 @@ def test_a_choice_is_built_from_its_own_signature():
         build({"ball": Ball}, Choice("bal"), "toy")
     with pytest.raises(ValueError, match="act.wind"):
         bind({"throw": throw}, Choice("throw", {"wind": 1}), "act")
+
+
+def test_a_config_takes_from_the_shards_what_only_they_tell(world):
+    manifest = Manifest.load(world / "latents")
+    few = ["training.global_batch=12", "training.epochs=2.5"]
+    data, settings = (c := resolved(load_config("sit_s_2", few), manifest)).data, c.training
+    assert (data.image_size, data.num_classes, data.vae) == (32, 10, str((world / "vae").resolve()))
+    assert settings.steps == 250  # 2.5 x 1198 / 12
+    assert resolved(load_config("sit_s_2", [*few, "data.num_classes=0"]), manifest).data.num_classes == 0
+    for override, words in [
+        ("data.image_size=64", "image_size=64, but the latents in .* are from 32 px images; set 32"),
+        ("data.num_classes=7", "num_classes=7, but the latents in .* have labels 0 to 9; set 10"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            resolved(load_config("sit_s_2", [*few, override]), manifest)
+    data = assumed(load_config("dit_xl_2_512")).data
+    assert (data.image_size, data.num_classes, data.vae) == (512, 1000, "stabilityai/sd-vae-ft-ema")

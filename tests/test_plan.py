@@ -11,9 +11,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import cli
+from fastdit.build import check_device
 from fastdit.config import load_config
 from fastdit.distributed import Ranks
-from fastdit.memory import GIB, GPUS, POLICIES, activation_bytes, choose, memory_by_kind, memory_bytes, moved_bytes
+from fastdit.memory import (
+    GIB,
+    GPUS,
+    POLICIES,
+    activation_bytes,
+    card_name,
+    card_of,
+    choose,
+    memory_by_kind,
+    memory_bytes,
+    moved_bytes,
+)
 from fastdit.models.dit import DiT
 from fastdit.plan import plan, report
 from helpers import ROOT
@@ -226,3 +238,20 @@ def test_the_command_prints_the_report_and_names_mistakes(capsys, monkeypatch):
         plan(XL, "H100", world=7)
     with pytest.raises(ValueError, match="--gpus=0 is not a number of GPUs; use 1 or more"):
         plan(XL, "H100", world=0)
+
+
+def test_gpus_have_any_spelling_and_those_without_bf16_are_refused(monkeypatch):
+    spellings = {"h200": "H200", "4090": "RTX 4090", "rtx-5090": "RTX 5090", "a100": "A100-80G", "l40s": "L40S"}
+    assert {name: card_name(name) for name in spellings} == spellings
+    with pytest.raises(ValueError, match="--gpu='t4' has no bf16, which fastdit trains in; use a GPU from Ampere on"):
+        plan(XL, "t4")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match="training.precision=bf16 needs a GPU from Ampere on, but this is a Tesla T4"):
+        check_device(XL.training, gpu)
+    check_device(replace(XL.training, precision="fp32"), gpu)
+    monkeypatch.setattr("fastdit.distributed.memory_of", lambda device: 24 * GIB)
+    for name, card in (("NVIDIA A10", "A10"), ("NVIDIA A100-SXM4-80GB", "A100-80G"), ("NVIDIA L4", "L4")):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda device, name=name: name)
+        assert replace(card_of(gpu), gib=GPUS[card].gib) == GPUS[card]

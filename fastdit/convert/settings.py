@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config, config_from, load_config, shipped_config, to_tree
+from fastdit.config import Config, assumed, config_from, load_config, shipped_config, to_tree
 from fastdit.convert.official import HEADS, Architecture, architecture
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -193,7 +193,7 @@ def _merged(where: Path, said: dict[str, Any], stated: Stated) -> Config:
             "add objective=ddpm (DiT) or objective=flow (SiT)"
         )
     lookup(OBJECTIVES, name, "objective.name")
-    tree = to_tree(load_config(shipped_config("sit_xl_2" if name == "flow" else "dit_xl_2")))
+    tree = to_tree(assumed(load_config(shipped_config("sit_xl_2" if name == "flow" else "dit_xl_2"))))
     unsaid = {"heads"} | ({"data.vae"} & stated.keys)  # the autoencoder may lie elsewhere by now
     hints = [f"{key}={json.dumps(value)}" for key, value in said.items() if key not in unsaid]
     hints.append(f"objective.name={name}")

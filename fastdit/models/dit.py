@@ -231,6 +231,8 @@ def variant_shape(variant: str) -> dict[str, int]:
     custom = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
     if custom:
         return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, custom.groups()), strict=True))
+    if f"{variant}/2" in DIT_VARIANTS:
+        raise ValueError(f"model.variant={variant!r} has no patch size; did you mean '{variant}/2'?")
     return lookup(DIT_VARIANTS, variant, "model.variant")
 
 

@@ -136,6 +136,6 @@ time                 {report["seconds"]["total"]:.0f} s
 report               {out / "report.html"}
 
 Next, with your own images in my_images/<class>/*.jpg:
-  python extract_features.py --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256
-  python train.py --config configs/sit_s_2.yaml data.shards=latents data.num_classes=<classes> run_dir=runs/mine
-  python sample_ddp.py --checkpoint runs/mine --out samples --num-samples 64 sampling.cfg_scale=4"""
+  fastdit extract --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256
+  fastdit train sit_s_2 data.shards=latents run_dir=runs/mine
+  fastdit sample runs/mine --num-samples 64 sampling.cfg_scale=4"""

@@ -6,14 +6,19 @@ import os
 import resource
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit import kernels
+from fastdit.config import Config
+from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.memory import card_of
+from fastdit.models.dit import DiT
 
 
 class LossWindow:
@@ -42,20 +47,23 @@ class LossWindow:
 class Log:
     """Writes records on the main process, nothing elsewhere; `flops_per_image` is for a whole training step."""
 
-    def __init__(self, run_dir: Path, ranks: Ranks, start_step: int, steps: int, *, flops_per_image: float):
+    def __init__(
+        self, run_dir: Path, ranks: Ranks, start: int, steps: int, *, flops_per_image: float, steps_per_epoch: float
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.ranks, self.device = ranks, ranks.device
         if not ranks.is_main:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
-        self.flops_per_image, self.peak_flops, self.start_step = flops_per_image, peak_flops, start_step
-        rewind(run_dir / "metrics.jsonl", start_step)
-        rewind(run_dir / "skipped.jsonl", start_step)
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.steps, self.steps_per_epoch, self.text = steps, steps_per_epoch, run_dir / "train.log"
+        rewind(run_dir / "metrics.jsonl", start)
+        rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
-        self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
 
     def step(self) -> None:
         if self.ranks.is_main:
@@ -83,11 +91,13 @@ class Log:
         for key, value in record.items():
             if key != "step":
                 self.board.add_scalar(key, value, step)
+        eta = timedelta(seconds=round((self.steps - step) * seconds / steps))
         self.say(
-            f"step {step}  "
+            f"step {step}/{self.steps} ({step / self.steps:.0%})  epoch {step / self.steps_per_epoch:.2f}  "
             + "".join(f"{name} {value:.4f}  " for name, value in losses.items())
             + f"grad {grad_norm:.3f}  lr {lr:.2e}  {record['images_per_s']:.1f} images/s"
             f"  {record['steps_per_s']:.2f} steps/s  mfu {record['mfu']:.1%}  peak {record['peak_gib']:.2f} GiB"
+            f"  eta {eta}"
         )
 
     def skip(self, step: int, keys: list[int], times: list[float]) -> None:
@@ -101,6 +111,8 @@ class Log:
     def say(self, line: str) -> None:
         if not self.ranks.is_main or not line:
             return
+        with self.text.open("a") as file:
+            file.write(line + "\n")
         tqdm.write(line) if not self.bar.disable else print(line, flush=True)
 
     def close(self) -> None:
@@ -109,6 +121,26 @@ class Log:
         self.bar.close()
         self.board.close()
         self.file.close()
+
+
+def start_line(
+    config: Config,
+    model: DiT,
+    manifest: Manifest,
+    ranks: Ranks,
+    engine: str,
+    policy: str,
+    batch: tuple[int, int, int],
+    origin: str,
+) -> str:
+    """What a run has resolved, in one line; `batch`: processes, images per forward pass, forward passes per step."""
+    steps, images = config.training.steps, config.training.global_batch
+    return (
+        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+        f"{ranks.world} x {ranks.device} ({engine}), attention {model.blocks[0].attn.backend}, "
+        f"kernels {kernels.choice()}, checkpointing {policy}, batch {' x '.join(map(str, batch))}, "
+        f"{steps:,} steps = {steps * images / len(manifest):.1f} epochs, {origin}"
+    )
 
 
 def as_json(record: dict) -> str:

@@ -2,16 +2,21 @@
 
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastdit import distributed, kernels
-from fastdit.build import build_network, build_objective, check_sampling, prepare_for_training
+from fastdit import distributed
+from fastdit.build import (
+    build_network,
+    build_objective,
+    check_device,
+    check_sampling,
+    prepare_for_training,
+    resolved,
+)
 from fastdit.config import Config, save_config
-from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
@@ -24,13 +29,14 @@ from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow
+from fastdit.training.log import Log, LossWindow, start_line
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
     TrainingState,
     describe,
     forget_averages,
+    keep_autoencoder,
     resumed_weights,
     take_over,
     write_snapshot,
@@ -48,8 +54,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     """
     timeout_s = 2 * config.training.timeout_s  # the watchdog speaks first
     ranks, run_dir = distributed.init(device, timeout_s), Path(config.run_dir)
-    if Path(config.data.vae).is_dir():  # so that the run can be sampled from any folder
-        config = replace(config, data=replace(config.data, vae=str(Path(config.data.vae).resolve())))
     checkpoint.check_run_dir(run_dir, resume)
     if config.training.init_from and read_initial is None:
         raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
@@ -58,18 +62,13 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
 
 
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
-    device, settings = ranks.device, config.training
+    device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest = Manifest.load(config.data.shards)
-    latents = manifest.latents
-    manifest.check(
-        image_size=config.data.image_size,
-        num_classes=config.data.num_classes,
-        global_batch=settings.global_batch,
-        # loading an autoencoder takes seconds: only where the name leaves a doubt
-        codec=LatentCodec.load(config.data.vae).fingerprint if config.data.vae != latents.vae else None,
-    )
+    config, latents = resolved(config, manifest), manifest.latents
+    settings = config.training
+    check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
 
     # objective and network, from the seed alone: every process starts with the same weights
@@ -100,19 +99,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         ema.load(engine.partition(initial[1]))
 
     train_step = TrainStep(
-        engine,
-        ema,
-        objective,
-        ranks,
-        latents,
-        class_dropout=config.model.class_dropout,
-        null_label=model.null_label,
-        micro_batch=micro,
-        accumulation=accumulation,
-        seed=seed_of(config.seed, NOISE),
-        times=times,
-        averages=averages,
-    )
+        engine, ema, objective, ranks, latents, config.model.class_dropout, model.null_label, micro, accumulation,
+        seed=seed_of(config.seed, NOISE), times=times, averages=averages,
+    )  # fmt: skip
     plain_step = train_step
     if settings.cuda_graph:
         train_step = GraphedStep(train_step)
@@ -120,13 +109,12 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
         forget_averages(run_dir, start)
-    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image)
-    log.say(
-        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-        f"{ranks.world} x {device} ({engine.name}), attention {model.blocks[0].attn.backend}, "
-        f"kernels {kernels.choice()}, checkpointing {policy}, batch {ranks.world} x {micro} x {accumulation}, "
-        + (f"resumed at step {start}" if start else origin)
-    )
+        keep_autoencoder(config.data.vae, run_dir)
+    epoch = len(manifest) / settings.global_batch  # steps
+    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
+    batch = (ranks.world, micro, accumulation)
+    origin = f"resumed at step {start}" if start else origin
+    log.say(start_line(config, model, manifest, ranks, engine.name, policy, batch, origin))
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,
@@ -186,5 +174,6 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
                 raise SystemExit(EXIT_STOPPED)
         writer.wait()
     log.say(too_young(settings, settings.steps))
+    log.say(f"checkpoint {last}; next: fastdit sample {run_dir} --num-samples 64")
     log.close()
     return last

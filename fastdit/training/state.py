@@ -41,7 +41,8 @@ from fastdit.training.ema import AVERAGES, EMA, PowerAverage
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
 from fastdit.training.log import LossWindow
 
-CONFIG, GOLDEN = "config.yaml", "golden.npz"
+CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
+SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
 LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
 STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
@@ -120,6 +121,18 @@ def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: Config,
         for path in folder.glob("power-*"):  # links: both folders together take the space of one
             link_or_copy(path, partial / path.name)
         checkpoint.commit(partial, kept, {"step": checkpoint.step_of(step)})
+
+
+def keep_autoencoder(vae: str, run_dir: Path) -> None:
+    """Copy a small local autoencoder into the run, so that the run can be sampled without the original."""
+    source, copy = Path(vae), run_dir / VAE
+    if source.is_dir() and not copy.exists() and source.resolve() != copy.resolve():
+        files = [path for path in source.rglob("*") if path.is_file()]
+        if sum(path.stat().st_size for path in files) <= SMALL:
+            partial = copy.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(copy)
 
 
 def link_or_copy(path: Path, link: Path) -> None:

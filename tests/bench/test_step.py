@@ -318,7 +318,7 @@ def test_a_dying_contestant_is_reported_and_the_others_are_timed(first, tmp_path
     "arguments, words",
     [
         (["--reference-repo", "no/such"], "holds no models.py"),
-        (["model.attenton=eager"], "did you mean 'attention'"),
+        (["model.attenton=eager"], "did you mean 'model.attention'"),
         (["--ablation", "--contestants", "FP8"], "FP8 is unknown; use some of fastdit, bf16 residual stream"),
     ],
 )

@@ -1,7 +1,6 @@
 """Extraction: latents match their images, any number of processes writes the same bytes, a mistake is one line."""
 
 import errno
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdit.cli import main
 from fastdit.data import extract
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
@@ -20,7 +20,7 @@ from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.sources import list_images
 from fastdit.lock import FolderLock
-from helpers import ROOT, runs
+from helpers import runs
 from helpers.data import tiny_vae, write_digits
 from helpers.extraction import files_of, run, thread_ranks
 
@@ -111,13 +111,6 @@ def test_unreadable_images_of_all_processes_count_together(made, tmp_path, monke
     assert sorted(path.name for path in base.iterdir()) == ["images", "vae"]
 
 
-def load_command():
-    spec = importlib.util.spec_from_file_location("extract_features", ROOT / "extract_features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def spoil(base: Path, how: str) -> dict:
     """Prepare one mistake and return the arguments that cause it."""
     images = base / "images"
@@ -200,7 +193,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(made, tmp_path, capfd, monke
     before = sorted(base.rglob("*"))
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        load_command()(argv)
+        main(["extract", *argv])
     assert stop.value.code == 2
     *others, line = capfd.readouterr().err.splitlines()
     assert re.match(f"error: {message}", line), line

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,7 +158,9 @@ def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(worl
 
 def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
     clock = iter(range(0, 100_000, 31))  # seconds: half a minute passes between any two looks
-    monkeypatch.setattr("fastdit.training.guard.time.monotonic", lambda: float(next(clock)))
+    fake = SimpleNamespace(monotonic=lambda: float(next(clock)), perf_counter=time.perf_counter)
+    for module in ("guard", "loop"):
+        monkeypatch.setattr(f"fastdit.training.{module}.time", fake)
     overrides = ["training.checkpoint_every=100", "training.checkpoint_minutes=1"]
     train(config_of(world, tmp_path / "run", *overrides), device="cpu")
     names = [c.name for c in checkpoint.checkpoints(tmp_path / "run")]

@@ -244,6 +244,15 @@ def test_a_run_with_a_relative_autoencoder_is_sampled_from_any_folder(world, tmp
     run_in(world, tmp_path / "run", "data.vae=vae")
     monkeypatch.chdir(tmp_path)
     assert load_pipeline(tmp_path / "run").config.data.vae == str(world / "vae")
+    assert (tmp_path / "run" / "vae" / "config.json").is_file()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    path = tmp_path / "moved" / "checkpoints" / "step-0000004"
+    meta = checkpoint.read_meta(path)
+    config = (path / "config.yaml").read_text().replace(str(world / "vae"), "/gone/vae")
+    (path / "config.yaml").write_text(config)
+    checkpoint.write_meta(path, {k: v for k, v in meta.items() if k != "files"})
+    load_pipeline(tmp_path / "moved")  # from the run's own copy
+
 
 
 def test_a_network_that_is_not_finite_is_not_sampled(copy, tmp_path, monkeypatch):

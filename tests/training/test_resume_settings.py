@@ -22,6 +22,7 @@ from fastdit.training import checkpoint
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
 from fastdit.training.state import read_weights
+from fastdit.training.watchdog import Watchdog
 from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,6 +41,7 @@ class Run:
     error: str = ""
     calls: Counter = field(default_factory=Counter)
     plain: "Run | None" = None
+    timeout_s: float = 0
 
     def weights(self, step: int, name: str = "model") -> Tensor:
         """Trained weights, or their average, in one vector: the final layer, which has a large gradient from step 1."""
@@ -84,6 +86,7 @@ def decayed(r: Run, lr: float, weight_decay: float) -> Tensor:
 # key: overrides beside GO_ON, and what shows that the new value is in force
 APPLIED = {
     "steps": (["steps=4"], lambda r: r.checkpoints[-1] == 4),
+    "epochs": (["epochs=0.013"], lambda r: r.checkpoints[-1] == 4),  # of 1,198 images, 4 per step
     "micro_batch": (["micro_batch=2"], lambda r: "batch 1 x 2 x 2" in r.said),
     "lr": (["lr=3e-3"], lambda r: r.lr == 3e-3 and same(r.change, 3 * r.plain.change, rtol=1e-4, atol=1e-7)),
     "betas": (["betas=[0,0]"], lambda r: moved_by(r.change, LR) > 0.99 and moved_by(r.plain.change, LR) < 0.1),
@@ -129,7 +132,7 @@ APPLIED = {
         ["max_skipped=2", "lr=1e30", "steps=9"],
         lambda r: "in 2 steps in a row (training.max_skipped), up to step 5" in r.error,
     ),
-    "timeout_s": (["timeout_s=5"], lambda r: r.calls["__init__"] == 5),
+    "timeout_s": (["timeout_s=5"], lambda r: r.timeout_s == 5),
     "time_limit": (["time_limit=00:30", "steps=99"], lambda r: r.error == "75" and "by training.time_limit" in r.said),
 }
 # key: an override, and the message
@@ -177,6 +180,13 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
         spy(DiT, "compile_blocks", lambda model: None)
         spy(DiT, "join_modulations")
         spy(LossAwareTimes, "update")
+        watch = Watchdog.__init__
+
+        def watching(self, run_dir, ranks, timeout_s):
+            resumed.timeout_s = timeout_s
+            watch(self, run_dir, ranks, timeout_s)
+
+        monkeypatch.setattr(Watchdog, "__init__", watching)
         if config.training.time_limit:  # a clock that is ten minutes later at each look
             clock = SimpleNamespace(monotonic=itertools.count(0, 600).__next__)
             monkeypatch.setattr("fastdit.training.guard.time", clock)

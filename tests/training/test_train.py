@@ -105,9 +105,8 @@ def test_zero_runs_under_plain_python(world, whole, tmp_path):
 
 
 def test_two_processes_under_torchrun_give_the_single_process_losses(world, whole, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [ROOT / "train.py", "--config", world / "config.yaml", f"run_dir={tmp_path}/run"]
-    done = run_command(*launcher, *command)
+    launcher = [sys.executable, "-m", "fastdit.cli", "launch", "--gpus", "2"]
+    done = run_command(*launcher, "train", world / "config.yaml", f"run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-3)
     assert len(read_metrics(tmp_path / "run")) == 20
@@ -201,7 +200,7 @@ def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, t
 
 def test_the_command_says_it_in_one_line_with_exit_code_2(world, whole, tmp_path):
     for argument, words in [
-        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'lr'"]),
+        ("training.lrr=1", ["config.yaml", "training.lrr=1", "did you mean 'training.lr'"]),
         (f"run_dir={world}/whole", ["is not empty", "--resume"]),
     ]:
         done = run_command(sys.executable, ROOT / "train.py", "--config", world / "config.yaml", argument)

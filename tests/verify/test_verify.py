@@ -127,7 +127,7 @@ CHECKPOINT_FAULTS = {
     ),
     "a config key": (
         lambda folder: written(folder, "variant:", "varaint:"),
-        ["model.varaint", "did you mean 'variant'"],
+        ["model.varaint", "did you mean 'model.variant'"],
     ),
     "no facts": (lambda folder: change_meta(folder, lambda m: m.pop("latents")), ["has no 'latents'"]),
     "a scale": (

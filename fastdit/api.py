@@ -1,0 +1,137 @@
+"""What `import fastdit` offers, on the same code paths as the commands.
+
+    model = fastdit.load("runs/mine")
+    images = model.sample(classes=["cat", "dog"], n=16, cfg_scale=4, seed=0)
+    fastdit.extract("images", "latents", vae="vae", image_size=256)
+    fastdit.train("sit_s_2", shards="latents", run_dir="runs/mine", training={"steps": 1000})
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fastdit import distributed
+from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
+from fastdit.convert import convert, read_initial
+from fastdit.data.extract import extract_features
+from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
+from fastdit.training.loop import train as run_training
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network with its sampler and autoencoder; made by `load`."""
+
+    path: Path
+    weights: str
+    pipeline: ImagePipeline
+    device: torch.device
+
+    @property
+    def config(self) -> Config:
+        return self.pipeline.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """() where they are not known."""
+        return self.pipeline.class_names
+
+    def sample(
+        self, classes: int | str | Iterable[int | str] | None = None, n: int = 16, *, seed: int = 0, **settings: Any
+    ) -> list[Image.Image]:
+        """`n` images, the same as files 0 to n - 1 of `fastdit sample` with these settings.
+
+        `classes`: a class by number or name, several to take in turn, or None for all classes in turn. `settings`: keys
+        of the config section `sampling`, such as cfg_scale=4, steps=50, sampler="heun". ValueError for an unknown class
+        or setting.
+        """
+        pipeline = self.pipeline
+        if settings:
+            overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+            config = config_from(to_tree(self.config), "sample()", overrides)
+            fixed = [key for key in ("precision", "compile", "weak_checkpoint") if key in settings]
+            if fixed:
+                raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
+            pipeline = replace(pipeline, config=config)
+        chosen = [classes] if isinstance(classes, int | str) else classes
+        text = "balanced" if chosen is None else ",".join(map(str, chosen))
+        labels = image_labels(text, n, self.config.data.num_classes, seed, self.class_names)
+        size, images = pipeline.config.sampling.batch_size, []
+        with distributed.one_thread(self.device):
+            for start in range(0, n, size):
+                indices = list(range(start, start + size))  # beyond n: padding, as in the command
+                y = torch.tensor([labels[i % n] for i in indices], device=self.device)
+                images += list(pipeline.images(indices, y, seed)[: n - start])
+        return [Image.fromarray(image) for image in images]
+
+
+def load(path: str | Path, *, weights: str = "ema", device: str | None = None, **settings: Any) -> Model:
+    """The model at `path`: a run, a checkpoint, an official DiT or SiT .pt file, or a diffusers folder.
+
+    `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`; for a
+    source that fastdit did not write, dotted keys can be given as {"objective": "flow", "data.vae": "vae"}.
+    """
+    path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
+    overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+    foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))
+    if not foreign:
+        return Model(path, weights, load_pipeline(path, overrides, weights=weights, device=chosen), chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        stated = [f"{key}={_yaml(value)}" for key, value in dotted.items()]
+        converted = convert(path, "fastdit", Path(folder) / "model", overrides=stated, say=lambda line: None)
+        pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
+        pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)
+    return Model(path, weights, pipeline, chosen)
+
+
+def extract(
+    images: str | Path, out: str | Path, *, vae: str = SD_VAE, device: str | None = None, **options: Any
+) -> Path:
+    """Encode a folder of images to latent shards in `out`; `options`: as for `fastdit extract`, such as image_size."""
+    extract_features(images=images, out=out, vae=vae, ranks=distributed.init(device), **options)
+    return Path(out)
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    *,
+    shards: str | Path = "",
+    run_dir: str | Path = "",
+    resume: bool = False,
+    device: str | None = None,
+    **sections: Mapping[str, Any],
+) -> Path:
+    """Train and return the last checkpoint.
+
+    `config`: the name of an included config, a YAML file, or a mapping with its sections; `sections` are merged into
+    it, e.g. training={"steps": 1000}.
+    """
+    tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config))
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
+    places = [f"data.shards={shards}"] * bool(shards) + [f"run_dir={run_dir}"] * bool(run_dir)
+    settings = config_from(tree, "train()", places)
+    return run_training(settings, resume=resume, device=device, read_initial=read_initial)
+
+
+def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:
+    """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
+    size = config.data.image_size or 256
+    given = config.data.shards if (Path(config.data.shards or "-") / "manifest.json").is_file() else ""
+    shards = given or f"{str(images).rstrip('/')}_latents_{size}"
+    if not (Path(shards) / "manifest.json").is_file():
+        say(f"extracting the latents of {images} to {shards}")
+        extract(images, shards, vae=config.data.vae or SD_VAE, image_size=size, device=device)
+    return replace(config, data=replace(config.data, shards=shards))
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -1,0 +1,52 @@
+"""What there is to choose from: the included configs, and every config key with its type, default and meaning."""
+
+import dataclasses
+import inspect
+import re
+
+from fastdit import config as module
+from fastdit.config import Config, load_config, shipped_config, shipped_names
+from fastdit.registry import Choice
+
+FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")
+
+
+def configs() -> str:
+    """One paragraph per included config: its name and the comments at its top."""
+    parts = []
+    for name in shipped_names():
+        lines = shipped_config(name).read_text().splitlines()
+        about = [line.lstrip("# ") for line in lines if line.startswith("#")][1:]  # after the command
+        parts.append("\n".join([f"{name:16}{load_config(name).model.variant}", *(f"    {line}" for line in about)]))
+    return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine"])
+
+
+def keys() -> str:
+    """One line per key: dotted name, type, default and comment, as they stand in config.py."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        dotted = dataclasses.is_dataclass(section.type) and section.type is not Choice
+        own = section.type if dotted else None
+        if own is None:
+            lines.append(_line(section.name, *_source(Config)[section.name]))
+            continue
+        for field in dataclasses.fields(own):
+            owner = next(c for c in own.__mro__ if field.name in vars(c).get("__annotations__", {}))
+            lines.append(_line(f"{section.name}.{field.name}", *_source(owner)[field.name]))
+    return "\n".join(lines)
+
+
+def _line(key: str, kind: str, default: str, comment: str) -> str:
+    text = f"{key} = {default}"
+    return f"{text:44} {kind}" + (f"\n        {comment}" if comment else "")
+
+
+def _source(owner: type) -> dict[str, tuple[str, str, str]]:
+    """Type, default and comment of each field, from the source; a comment may also stand in the lines above."""
+    found, above = {}, []
+    for line in inspect.getsource(getattr(module, owner.__name__)).splitlines():
+        if match := FIELD.match(line):
+            name, kind, default, comment = match.groups()
+            found[name] = kind, default, " ".join([*above, *filter(None, [comment])])
+        above = [*above, line.strip("# ")] if line.startswith("    # ") else []
+    return found
