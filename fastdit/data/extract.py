@@ -112,7 +112,10 @@ def extract_features(
         ranks.barrier()  # until all have read which are missing
         del exact
         if on_gpu or compile:
-            codec.faster(compile)
+            width, height = width_height(image_size)
+            fault = codec.faster((batch_size, 3, height, width) if compile else None)
+            if fault and ranks.is_main:
+                say(f"warning: the autoencoder runs without torch.compile, which failed ({fault})")
         start = time.perf_counter()
         with out_of_memory_says(f"--batch-size={batch_size} is too large for {ranks.device}: use a smaller one"):
             own = missing[ranks.rank :: ranks.world]

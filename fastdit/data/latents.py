@@ -145,12 +145,20 @@ class LatentCodec:
         nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` gives needless warnings
         return self
 
-    def faster(self, compile: bool) -> "LatentCodec":
-        """Prepares the encoder for a GPU, in place: channels-last, and compiled for each shape of a batch."""
+    def faster(self, compile_for: tuple[int, ...] | None = None) -> str:
+        """Prepares the encoder for a GPU, in place: channels-last, and compiled for pixels of the shape (N, 3, H, W).
+
+        If that fails, as without a C++ compiler, it stays as it is; returns the reason.
+        """
         nn.Module.to(self.vae, memory_format=torch.channels_last)
-        if compile:
+        if compile_for:
             self.vae.encoder.compile(dynamic=False)
-        return self
+            try:
+                self.encode(torch.zeros(compile_for, device=self.vae.device))
+            except Exception as error:
+                self.vae.encoder._compiled_call_impl = None
+                return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return ""
 
     def spec(self, image_size: Size, shape: tuple[int, int, int] | None = None) -> LatentSpec:
         """The LatentSpec of images of a size; `shape` overrides the latents' shape."""
