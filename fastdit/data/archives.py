@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdit.data.columns import cifar, parquet
-from fastdit.data.images import EXTENSIONS
+from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
 
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
@@ -115,7 +115,7 @@ def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
             elif kind == "json":
                 labels.setdefault(key, _label_of(part.read()))
             elif stem:
-                ignored.append(f"{file.name}/{name}\tname ends in .{kind}")
+                ignored.append(skip_line(f"{file.name}/{name}", f"name ends in .{kind}"))
     found = [(name, part) for name, part, _ in images]
     numbers, names = numbered([labels.get(key) for *_, key in images], [n for n, _ in found], f"images={root}")
     return _sliced("a WebDataset", root, found, numbers, names, ignored)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastdit.data.images import Opened
+from fastdit.data.images import Opened, skip_line
 from fastdit.data.sources import ImageSource, numbered, version_of
 
 CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
@@ -80,7 +80,7 @@ def cifar(file: Path) -> ImageSource:
                     else:
                         batches.append((stored["data"].uint8(), stored.get("labels") or stored["fine_labels"]))
                 else:
-                    ignored.append(f"{member.name}\tnot of the training images")
+                    ignored.append(skip_line(member.name, "not of the training images"))
         pixels = np.concatenate([data for data, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [int(label) for _, part in batches for label in part]
         names = tuple(name.decode() if isinstance(name, bytes) else name for name in names)
@@ -105,7 +105,7 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
     except ImportError:
         raise ValueError(f"images={root} is Parquet, which needs pyarrow; run pip install pyarrow") from None
     train = [file for file in files if file.name.startswith("train")] or files
-    ignored = [f"{file.name}\tnot of the split train" for file in files if file not in train]
+    ignored = [skip_line(file.name, "not of the split train") for file in files if file not in train]
     paths, values, places, chunks = [], [], [], []
     try:
         opened = [ParquetFile(file) for file in train]

@@ -146,6 +146,12 @@ class Unusable(ValueError):
     """The images cannot be extracted as they are: the same command would fail again."""
 
 
+def skip_line(path: str, reason: str) -> str:
+    """A line of skipped.txt: path, tab, reason. Control characters in a file's name are written as \\n, \\t, ..."""
+    name = "".join(repr(c)[1:-1] if ord(c) < 32 else c for c in path)
+    return f"{name}\t{' '.join(reason.split())}"
+
+
 class Skipped:
     """Records the images that could not be read, and stops the run if there are too many.
 
@@ -158,7 +164,7 @@ class Skipped:
 
     def add(self, path: str, reason: str) -> None:
         """Records an unreadable image; raises Unusable if there are now too many."""
-        self.lines.append(f"{path}\t{' '.join(reason.split())}")
+        self.lines.append(skip_line(path, reason))
         if len(self.lines) > self.allowed:
             raise Unusable(
                 f"more than {self.allowed} of {self.total} images cannot be read (the last is {path}: {reason}); "

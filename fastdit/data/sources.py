@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from fastdit.data.images import EXTENSIONS, Opened
+from fastdit.data.images import EXTENSIONS, Opened, skip_line
 from fastdit.data.loader import permutation
 
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
@@ -152,7 +152,7 @@ def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[
         below = Path(folder).relative_to(root)
         if (status.st_dev, status.st_ino) in visited:  # a link to a folder above, or to one of another class
             subfolders.clear()
-            ignored.append(f"{below.as_posix()}\ta second path to a folder that was already read")
+            ignored.append(skip_line(below.as_posix(), "a second path to a folder that was already read"))
             continue
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
@@ -161,11 +161,11 @@ def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[
             if file.startswith("."):
                 continue
             if not (version := version_of(root / path)):
-                ignored.append(f"{path}\tnot a regular file")
+                ignored.append(skip_line(path, "not a regular file"))
             elif file.lower().endswith(EXTENSIONS):
                 found.append((path, version))
             else:
-                ignored.append(f"{path}\tname ends in {Path(file).suffix.lower() or 'no suffix'}")
+                ignored.append(skip_line(path, f"name ends in {Path(file).suffix.lower() or 'no suffix'}"))
     return sorted(found), ignored
 
 

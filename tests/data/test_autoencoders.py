@@ -262,7 +262,8 @@ def test_a_repository_in_the_cache_needs_no_network(tmp_path, monkeypatch, below
 
 def test_what_the_hub_refuses_is_said(monkeypatch):
     kind = huggingface_hub.errors.RepositoryNotFoundError
-    refusal = kind.__new__(kind, "404 Client Error\nmore")  # its __init__ needs a response of the HTTP library
+    refusal = kind.__new__(kind)  # its __init__ needs a response of the HTTP library
+    refusal.args = ("404 Client Error\nmore",)
 
     def refuse(*_, **__):
         raise refusal
