@@ -18,7 +18,7 @@ import torch
 from fastdit.data.archives import open_images
 from fastdit.data.encode import extract_share
 from fastdit.data.images import Size, Unusable, parse_size, width_height
-from fastdit.data.latents import LatentCodec, scale_remarks
+from fastdit.data.latents import LatentCodec
 from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.preview import Preview, look
 from fastdit.data.progress import OTHER_FAILED, Progress
@@ -155,7 +155,7 @@ def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: st
     if seen:
         say(seen.says(precision))
     if not (seen and seen.remarks):
-        for line in scale_remarks(np.array(about.channel_mean), np.array(about.channel_std), about.latents.scale):
+        for line in about.scale_remarks():
             say(f"warning: {line}")
 
 

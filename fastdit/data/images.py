@@ -26,6 +26,11 @@ def width_height(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def size_text(size: Size) -> str:
+    """`256` or `512x256`, as `parse_size` reads it."""
+    return "x".join(map(str, [size] if isinstance(size, int) else size))
+
+
 def parse_size(text: str | Size) -> Size:
     """`256` -> 256; `512x256` (width x height) -> (512, 256), or 512 if both are equal; ValueError otherwise."""
     try:

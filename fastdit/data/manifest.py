@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.data.images import Size
-from fastdit.data.latents import LatentSpec
+from fastdit.data.images import Size, size_text
+from fastdit.data.latents import LatentSpec, scale_remarks
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
@@ -121,8 +121,8 @@ class Manifest:
         own = self.latents
         if image_size is not None and image_size != own.image_size:
             raise ValueError(
-                f"image_size={image_size}, but the latents in {self.folder} are from {own.image_size} px images; "
-                f"set {own.image_size} or extract again"
+                f"image_size={size_text(image_size)}, but the latents in {self.folder} are from "
+                f"{size_text(own.image_size)} px images; set {own.image_size} or extract again"
             )
         if num_classes and num_classes < self.num_classes:
             raise ValueError(
@@ -148,6 +148,10 @@ class Manifest:
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise ValueError(f"{path} {state}; {AGAIN}")
+
+    def scale_remarks(self) -> list[str]:
+        """What is wrong with the scale or shift of the latents, in words; [] if their deviation is near 1."""
+        return scale_remarks(np.array(self.channel_mean), np.array(self.channel_std), self.latents.scale)
 
     def verify(self) -> None:
         """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
