@@ -43,7 +43,7 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     shards: str = ""  # folder of latents, written by fastdit extract
-    image_size: int | None = None  # pixels; null: that of the shards
+    image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
@@ -52,7 +52,8 @@ class DataConfig:
 
     def __post_init__(self):
         size, classes = self.image_size, self.num_classes
-        _require(size is None or size > 0, "data.image_size", size, "use a positive number of pixels")
+        sides = size if isinstance(size, tuple) else () if size is None else (size,)
+        _require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
         known = classes is None or 0 <= classes < 1 << 31
         _require(known, "data.num_classes", classes, "use 0 for an unconditional network")
@@ -131,6 +132,7 @@ class TrainingConfig:
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
+    report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none

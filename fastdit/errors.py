@@ -27,10 +27,13 @@ def friendly_exit() -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError) as error:
         message: object = error
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         if isinstance(error, MemoryError):
             message = f"this machine has too little memory ({error or 'none is left'})"
         if isinstance(error, OSError) and is_no_space(error):
-            message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere"
+            message = f"no space left for {where}; free some or write elsewhere"
+        elif isinstance(error, OSError) and error.errno == errno.EFBIG:
+            message = f"{where} would exceed the limit on file sizes; raise it (ulimit -f)"
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename} cannot be used ({error.strerror}); check the path and its permissions"
         elif isinstance(error, OSError):

@@ -81,12 +81,16 @@ def read_array(data: bytes) -> np.ndarray:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, under another name until it is complete; a link at either name is replaced, not followed."""
+    """A file that is complete, or, after an OSError, as it was before. A link in its place is not followed."""
     temporary = path.with_name(f"{path.name}.partial")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        yield file
-    os.replace(temporary, path)
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -109,7 +109,8 @@ class FolderLock:
             beat += 1
             if {k: self._read().get(k) for k in self.own} != self.own:
                 return  # taken over while this process was suspended
-            replace_text(self.path, json.dumps({**self.own, "beat": beat}))
+            with suppress(OSError):  # a full disk, or a network file system that is away for a moment: it may come back
+                replace_text(self.path, json.dumps({**self.own, "beat": beat}))
 
 
 def started(pid: int) -> str | None:

@@ -269,7 +269,8 @@ def test_an_index_that_does_not_fit_the_shards_is_named(tmp_path, change, words)
     "key, value",
     [("latent_shape", [4, 9000, 9000]), ("latent_shape", 3), ("latent_shape", [4, 0, 8]), ("dtype", "object"),
      ("scale", []), ("class_names", None), ("shards", [{"name": "../x.tar", "samples": 40, "bytes": 1, "sha256": ""}]),
-     ("shards", [{"name": "x.tar", "samples": 1e308, "bytes": 1, "sha256": ""}]), ("shards", {}), ("images", "many"), ("format", [])],
+     ("shards", [{"name": "x.tar", "samples": 1e308, "bytes": 1, "sha256": ""}]), ("shards", {}), ("images", "many"),
+     ("format", [])],
 )  # fmt: skip
 def test_settings_of_a_manifest_that_are_none_are_named(tmp_path, key, value):
     folder = make_shards(tmp_path / "latents").folder

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Log:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.steps, self.steps_per_epoch, self.text = steps, steps_per_epoch, run_dir / "train.log"
+        self.steps, self.steps_per_epoch, self.run_dir = steps, steps_per_epoch, run_dir
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
@@ -113,9 +114,7 @@ class Log:
     def say(self, line: str) -> None:
         if not self.ranks.is_main or not line:
             return
-        with self.text.open("a") as file:
-            file.write(line + "\n")
-        tqdm.write(line) if not self.bar.disable else print(line, flush=True)
+        say(self.run_dir, line, print if self.bar.disable else tqdm.write)
 
     def close(self) -> None:
         if not self.ranks.is_main:
@@ -123,6 +122,14 @@ class Log:
         self.bar.close()
         self.board.close()
         self.file.close()
+
+
+def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
+    """A line on the terminal and in train.log."""
+    with (run_dir / "train.log").open("a") as file:
+        file.write(line + "\n")
+    show(line)
+    sys.stdout.flush()
 
 
 def start_line(

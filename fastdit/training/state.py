@@ -19,7 +19,7 @@ processes, the ZeRO stage or the engine, so a run may continue with others. No f
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models.dit import DiT
-from fastdit.registry import convert
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
@@ -131,7 +130,13 @@ def keep_autoencoder(vae: str, run_dir: Path) -> None:
         if sum(path.stat().st_size for path in files) <= SMALL:
             partial = copy.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
+            try:
+                for path in files:  # not copytree, whose error has the reason in words only
+                    (partial / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, partial / path.relative_to(source))
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
             partial.rename(copy)
 
 
@@ -200,7 +205,7 @@ def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) ->
         "global_batch": config.training.global_batch,
         "seed": config.seed,
         "class_names": list(class_names),
-        "latents": {**asdict(latents), "shape": list(latents.shape)},
+        "latents": latents.to_json(),
     }
 
 
@@ -209,9 +214,9 @@ def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
     if "latents" not in meta:
         raise ValueError(f"{checkpoint.META} has no 'latents'")
     try:
-        return convert(LatentSpec, meta["latents"], "latents")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint.META} is damaged: {error}") from None
+        return LatentSpec.from_json(meta["latents"])
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(f"{checkpoint.META} is damaged: latents={meta['latents']}: {error}") from None
 
 
 @dataclass(frozen=True)

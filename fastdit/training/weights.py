@@ -1,6 +1,7 @@
 """Weights in safetensors files, which hold no code: writing, reading, and what they hold without reading all of it."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,12 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
         )
-    save_file(state, path)
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # it has the error of the operating system in words only
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600
