@@ -5,16 +5,18 @@ A tar file is indexed once; then each image is one read at its offset.
 
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdit.data.columns import cifar, parquet
+from fastdit.data.columns import cifar, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
 
+MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
 
 
@@ -48,13 +50,16 @@ class Slice(NamedTuple):
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read(self, most: int = MOST) -> bytes:
+        """ValueError, before anything is read, if there are more than `most` bytes."""
         with self.file.open("rb", buffering=0) as file:
+            if self.size > most or self.offset + self.size > os.fstat(file.fileno()).st_size:
+                raise ValueError(
+                    f"{self.size} bytes at byte {self.offset} of {self.file} are more than the file holds, or more than "
+                    f"the {most} that are read"
+                )
             file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) != self.size:
-            raise ValueError(f"{self.file} ends before byte {self.offset + self.size}")
-        return data
+            return file.read(self.size)
 
 
 def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, Slice]]:
@@ -67,7 +72,7 @@ def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
                     tar.members.clear()  # it would keep them all
                     if member.isreg():
                         yield member.name, Slice(file, member.offset_data, member.size)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is not an uncompressed tar file ({error}); copy it again, or decompress it") from None
 
 
@@ -111,9 +116,9 @@ def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
             if f".{kind}".lower().endswith(EXTENSIONS):
                 images.append((f"{file.name}/{name}", part, key))
             elif kind == "cls":
-                labels[key] = part.read().decode(errors="replace")
+                labels[key] = part.read(MOST_TEXT).decode(errors="replace")
             elif kind == "json":
-                labels.setdefault(key, _label_of(part.read()))
+                labels.setdefault(key, _label_of(part.read(MOST_TEXT)))
             elif stem:
                 ignored.append(skip_line(f"{file.name}/{name}", f"name ends in .{kind}"))
     found = [(name, part) for name, part, _ in images]
@@ -125,7 +130,7 @@ def _label_of(data: bytes) -> object:
     try:
         stored = json.loads(data)
         return next((stored[key] for key in LABEL_KEYS if key in stored), None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -145,14 +150,13 @@ class DevKit(NamedTuple):
         from scipy.io import loadmat
 
         try:
-            with tarfile.open(path) as tar:
-                parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isreg() and "/data/" in m.name}
+            parts = {Path(name).name: data for name, data in packed_files(path) if "/data/" in name}
             synsets = loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
             truth = [int(line) for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
             leaves = [s for s in synsets if s["num_children"] == 0]
             wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
             first = {str(s["WNID"]): str(s["words"]).partition(",")[0] for s in leaves}
-        except (tarfile.TarError, KeyError, ValueError, OSError) as error:
+        except Exception as error:  # tarfile, zlib and SciPy raise all kinds of errors on damaged files
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); copy it again") from None
         many = {word for word, count in Counter(first.values()).items() if count > 1}  # there are two cranes
         words = {wnid: f"{word} ({wnid})" if word in many else word for wnid, word in first.items()}

@@ -3,9 +3,10 @@
 import io
 import json
 import pickle
+import pickletools
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from fastdit.data.images import Opened, skip_line
 from fastdit.data.sources import ImageSource, numbered, version_of
 
+UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
 CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
 
 
@@ -63,31 +65,50 @@ class _Inert(pickle.Unpickler):
         return self.NAMES[module, name]
 
 
+def unpickled(data: bytes) -> Any:
+    """The value of a pickle; see _Inert. ValueError for a memo that takes more memory than the pickle."""
+    for code, place, _ in pickletools.genops(data):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and place > len(data):
+            raise ValueError(f"it puts a value in place {place} of its memo")
+    return _Inert(io.BytesIO(data), encoding="bytes").load()
+
+
+def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files in a compressed tar file; ValueError if they hold more than UNPACKED."""
+    total = 0
+    with tarfile.open(file) as tar:
+        for member in tar:
+            total += member.size
+            if total > UNPACKED:  # before it is decompressed: a small file can hold a thousand times its size
+                raise ValueError(f"its files hold more than {UNPACKED} bytes")
+            if member.isreg():
+                yield member.name, tar.extractfile(member).read()
+
+
 def cifar(file: Path) -> ImageSource:
     """The training images in cifar-10-python.tar.gz or cifar-100-python.tar.gz (fine labels); no pickle is run."""
     batches, names, ignored = [], None, []
     try:
-        with tarfile.open(file) as tar:
-            for member in sorted((m for m in tar if m.isreg()), key=lambda m: m.name):
-                name = Path(member.name).name
-                if not member.name.startswith(("cifar-10-batches-py/", "cifar-100-python/")):
-                    raise ValueError(f"it holds {member.name}; of the compressed tar files only CIFAR's are read")
-                if name.startswith("data_batch_") or name in ("train", "meta", "batches.meta"):
-                    stored = _Inert(io.BytesIO(tar.extractfile(member).read()), encoding="bytes").load()
-                    stored = {k.decode() if isinstance(k, bytes) else k: v for k, v in stored.items()}
-                    if "meta" in name:
-                        names = stored.get("label_names") or stored["fine_label_names"]
-                    else:
-                        batches.append((stored["data"].uint8(), stored.get("labels") or stored["fine_labels"]))
+        for path, data in packed_files(file):
+            name = Path(path).name
+            if not path.startswith(("cifar-10-batches-py/", "cifar-100-python/")):
+                raise ValueError(f"it holds {path}; of the compressed tar files only CIFAR's are read")
+            if name.startswith("data_batch_") or name in ("train", "meta", "batches.meta"):
+                stored = unpickled(data)
+                stored = {k.decode() if isinstance(k, bytes) else k: v for k, v in stored.items()}
+                if "meta" in name:
+                    names = stored.get("label_names") or stored["fine_label_names"]
                 else:
-                    ignored.append(skip_line(member.name, "not of the training images"))
-        pixels = np.concatenate([data for data, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [int(label) for _, part in batches for label in part]
+                    batches.append((name, stored["data"].uint8(), stored.get("labels") or stored["fine_labels"]))
+            else:
+                ignored.append(skip_line(path, "not of the training images"))
+        batches.sort(key=lambda batch: batch[0])
+        pixels = np.concatenate([data for _, data, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [int(label) for *_, part in batches for label in part]
         names = tuple(name.decode() if isinstance(name, bytes) else name for name in names)
         if len(labels) != len(pixels) or not 0 <= min(labels) <= max(labels) < len(names):
             raise ValueError(f"{len(pixels)} images, {len(labels)} labels, {len(names)} class names")
-    except (tarfile.TarError, EOFError, OSError, pickle.UnpicklingError, ValueError, LookupError, TypeError,
-            AttributeError) as error:  # fmt: skip
+    except Exception as error:  # tarfile, zlib, pickle and NumPy raise all kinds of errors on damaged files
         raise ValueError(f"images={file} cannot be read as CIFAR ({type(error).__name__}: {error}); copy it again, or "
                          "decompress it if it is another archive") from None  # fmt: skip
     paths = [f"image {i}" for i in range(len(labels))]
@@ -110,7 +131,11 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
     try:
         opened = [ParquetFile(file) for file in train]
         schema = opened[0].schema_arrow
+        rows, size = sum(table.metadata.num_rows for table in opened), sum(file.stat().st_size for file in train)
+        if rows > size:
+            raise ValueError(f"{rows} rows in {size} bytes cannot hold images")
         features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        features = {name: f for name, f in features.items() if isinstance(f, dict)}
         image = _column(schema.names, features, "Image", ("image", "img", "jpg", "png"))
         label = _column(schema.names, features, "ClassLabel", ("label", "labels", "cls", "fine_label"))
         if image is None:
@@ -122,9 +147,9 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
                 paths += [f"{train[number].name}, image {len(paths) + row}" for row in range(rows)]
                 places += [(number, group, row) for row in range(rows)]
                 values += table.read_row_group(group, [label])[0].to_pylist() if label else [None] * rows
-    except (OSError, ValueError, KeyError) as error:  # pyarrow.ArrowException is a ValueError
+        names = tuple(map(str, features.get(label, {}).get("names") or ()))
+    except Exception as error:  # pyarrow raises all kinds of errors on damaged files
         raise ValueError(f"images={root} cannot be read as Parquet ({error}); copy it again") from None
-    names = tuple(features.get(label, {}).get("names") or ())
     if not names:
         labels, names = numbered(values, paths, f"images={root}")
     elif all(isinstance(value, int) and 0 <= value < len(names) for value in values):

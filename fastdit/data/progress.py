@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.data.writer import partial_folder, prepare, write_synced
+from fastdit.files import read_json
 
 OTHER_FAILED = "another process of this extraction has failed; see its message"
 SAYS = {"images": "the images", "vae": "the weights of the autoencoder"}  # of settings that are hashes
@@ -64,7 +65,7 @@ class Progress:
 
     def parts(self, shards: int) -> list[dict[str, Any]]:
         """What `finish` got, of all shards."""
-        return [json.loads(self._part(number).read_text()) for number in range(shards)]
+        return [read_json(self._part(number)) for number in range(shards)]
 
     def wait(self, shards: int) -> None:
         """Returns when all shards are finished; ValueError if another process fails."""
@@ -103,7 +104,7 @@ class Progress:
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text())
+            return read_json(path)
         except (OSError, ValueError):
             return {}
 
@@ -114,5 +115,5 @@ class Progress:
             with (self.partial / shard["name"]).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 return digest == shard["sha256"] and file.tell() == shard["bytes"]
-        except (OSError, KeyError):
+        except (OSError, LookupError, TypeError, ValueError):
             return False

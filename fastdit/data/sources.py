@@ -14,7 +14,9 @@ from pathlib import Path
 
 from fastdit.data.images import EXTENSIONS, Opened, skip_line
 from fastdit.data.loader import permutation
+from fastdit.files import read_bytes
 
+MAX_LIST = 1 << 30  # bytes of a list
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
 KINDS = ("a folder of class folders, a folder of images, a CSV or JSONL list of path and label, a WebDataset, "
          "ImageNet's or CIFAR's archive, or Parquet files")  # fmt: skip
@@ -175,12 +177,12 @@ def list_rows(file: Path) -> ImageSource:
     A label is a class name or number. Without any, there are no classes.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark at the beginning
+        text = read_bytes(file, MAX_LIST).decode("utf-8-sig")  # spreadsheets put a mark at the beginning
         if file.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError, csv.Error) as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"images={file} cannot be read ({error}); write path and label as UTF-8 text") from None
     except OSError as error:
         raise _unreadable(error) from error

@@ -11,13 +11,14 @@ import numpy as np
 from fastdit import environment
 from fastdit.config import Config, load_config, to_tree
 from fastdit.data.manifest import Manifest
+from fastdit.files import read_bytes, read_json
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
-from fastdit.training.log import read_metrics
+from fastdit.training.log import RECORDS, read_metrics, read_records
 from fastdit.training.state import CONFIG
 
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
-LEFT_OUT = re.compile(r"it is left out, (\d+) so far")  # data/loader.py, in train.log
+LEFT_OUT = re.compile(r"it is left out, (\d{1,18}) so far")  # data/loader.py, in train.log
 
 
 @dataclass
@@ -69,21 +70,22 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / CONFIG).is_file() or (folder / checkpoint.META).is_file():
         raise ValueError(f"{folder} is not the folder of a run, which has a {CONFIG} and checkpoints/; give one")
     run = Run(folder, load_config(folder / CONFIG), checkpoints=checkpoint.checkpoints(folder))
-    run.metrics = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    run.skipped, run.starts = (_lines(folder / name) for name in ("skipped.jsonl", environment.FILE))
+    run.metrics = read_metrics(folder)
+    run.skipped = [line for line in read_records(folder / "skipped.jsonl") if type(line.get("step")) is int]
+    counts = ("processes", "nodes")
+    run.starts = [line for line in read_records(folder / environment.FILE)
+                  if all(type(line.get(key, 1)) is int and line.get(key, 1) > 0 for key in counts)]  # fmt: skip
     if (folder / QUALITY).is_file():
-        run.quality = json.loads((folder / QUALITY).read_text())
+        found = read_json(folder / QUALITY, list)
+        run.quality = [figure for figure in found if isinstance(figure, dict) and {"name", "value"} <= figure.keys()]
     if (folder / "train.log").is_file():
-        run.damaged = max(map(int, LEFT_OUT.findall((folder / "train.log").read_text())), default=0)
+        told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
+        run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
         run.manifest = Manifest.load(run.config.data.shards)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
     return run
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def warnings(run: Run) -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -159,27 +161,42 @@ def as_json(record: dict) -> str:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The records of metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """The records of metrics.jsonl, oldest first: numbers, or None where one was not finite; [] if there is no file."""
+    numbers = (int, float, type(None))
+    return [
+        record
+        for record in read_records(Path(run_dir) / "metrics.jsonl")
+        if {"step", "steps_per_s"} <= record.keys() and all(isinstance(value, numbers) for value in record.values())
+    ]
 
 
-def step_of(line: str) -> float:
-    """The step of a record; infinity for a line that is not one, such as the last one after a power loss."""
+def read_records(path: Path) -> list[dict]:
+    """The objects in the lines of a file, without lines that hold none, as a power loss leaves them."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        return math.inf
+        lines = read_bytes(path, RECORDS).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it") from None
+    found = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line, parse_int=_int)
+            found += [record] if isinstance(record, dict) else []
+    return found
+
+
+def _int(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError(f"{text[:20]}... is too large")
+    return int(text)
 
 
 def rewind(path: Path, step: int) -> None:
     """Drop the records after `step`, which a resumed run writes again, and lines that are not records."""
-    try:
-        lines = read_bytes(path, RECORDS).decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it") from None
-    replace_text(path, "".join(line + "\n" for line in lines if step_of(line) <= step))
+    if os.path.lexists(path):
+        kept = [record for record in read_records(path) if type(record.get("step")) is int and record["step"] <= step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def peak_gib(device: torch.device) -> float:
