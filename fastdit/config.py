@@ -193,6 +193,8 @@ class SamplingConfig:
 
     def __post_init__(self):
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
+        few = all(len(number) < 7 for number in re.findall(r"\d+", self.steps))
+        _require(few, "sampling.steps", self.steps, "use fewer than 1,000,000")
         _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")

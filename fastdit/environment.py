@@ -14,6 +14,7 @@ import torch
 
 from fastdit import __version__
 from fastdit.distributed import Ranks, under_deepspeed
+from fastdit.files import append_to
 
 FILE = "environment.jsonl"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "deepspeed", "torchao", "flash-attn")
@@ -74,5 +75,5 @@ def write_environment(run_dir: Path, ranks: Ranks, start: int) -> None:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
-    with (run_dir / FILE).open("a") as file:
+    with append_to(run_dir / FILE) as file:
         file.write(json.dumps(record) + "\n")

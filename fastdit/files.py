@@ -1,5 +1,6 @@
 """JSON, YAML and arrays from files that anyone may have written: reading runs nothing, never blocks and stays small."""
 
+import errno
 import io
 import json
 import os
@@ -7,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import yaml
@@ -77,6 +78,21 @@ def read_array(data: bytes) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises all kinds of errors on damaged headers
         raise ValueError(f"it is not an array: {error}") from None
+
+
+def append_to(path: Path) -> TextIO:
+    """A regular file, open to append lines; ValueError for a link, which could lead elsewhere, and for a pipe."""
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | careful, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+            raise ValueError(f"{path} is not a regular file; remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file; remove it")
+    return open(descriptor, "a", buffering=1)
 
 
 @contextmanager

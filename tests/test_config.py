@@ -57,6 +57,7 @@ def test_overrides_reach_a_choice_and_its_options(write):
         ("", ["training.fp8=1"], ["training.fp8=1", "true or false"]),
         ("", ["training.precision=fp16"], ["training.precision='fp16'", "bf16, fp32"]),
         ("", ["training.lr=-1"], ["training.lr=-1.0", "positive"]),
+        ("", ["sampling.steps=1000000000000"], ["sampling.steps='1000000000000' is out of range"]),
         ("", ["model.registers=1e308"], ["model.registers=1", "out of range"]),
         ("", ["model.mlp_ratio=1e308"], ["model.mlp_ratio=1e+308 is out of range"]),
         ("", ["data.num_classes=1e308"], ["data.num_classes=1", "out of range"]),

@@ -1,5 +1,6 @@
 """Files that anyone may have written run nothing, block nothing and stay small, whoever reads them."""
 
+import io
 import json
 import os
 import pickle
@@ -17,11 +18,15 @@ from safetensors.torch import load_file, save_file
 from fastdit import cli
 from fastdit.config import load_config
 from fastdit.convert import convert
+from fastdit.data import columns
+from fastdit.data.archives import open_images
+from fastdit.data.extract import extract_features
 from fastdit.data.images import load_crop
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
-from fastdit.files import parse_yaml, read_array, read_bytes, read_json, replace_text
+from fastdit.files import append_to, parse_yaml, read_array, read_bytes, read_json, replace_text
 from fastdit.models.dit import variant_shape
+from fastdit.report.facts import read_run
 from fastdit.sampling import sample
 from fastdit.training import checkpoint
 from fastdit.training.log import rewind
@@ -104,6 +109,19 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):
         (tmp_path / name).symlink_to("victim")
     replace_text(tmp_path / "x", "new")
     assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / "x").read_text() == "new"
+
+
+def test_a_log_is_appended_to_a_regular_file_only(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to("victim")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file; remove it"):
+            append_to(tmp_path / name)
+    for line in ("1\n", "2\n"):
+        with append_to(tmp_path / "log") as file:
+            file.write(line)
+    assert (tmp_path / "log").read_text() == "1\n2\n" and (tmp_path / "victim").read_text() == "precious"
 
 
 def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path):
@@ -364,3 +382,111 @@ def test_reading_stops_at_the_limit(tmp_path):
     assert read_bytes(tmp_path / "x", 3) == b"123"  # the size itself is allowed
     with pytest.raises(ValueError, match="x has 3 bytes, more than the 2"):
         read_bytes(tmp_path / "x", 2)
+
+
+def test_a_report_leaves_out_records_of_other_types(world, tmp_path):
+    train_here(world, tmp_path / "run", *SHORT)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = ['{"step": "x"}', '{"step": 1, "steps_per_s": []}', "[1]", "{", '{"step": 1e999}']
+    lines.append('{"step": ' + "9" * 400 + "}")
+    for name in ("metrics.jsonl", "skipped.jsonl", "environment.jsonl"):
+        with append_to(tmp_path / "run" / name) as file:
+            file.write("\n".join([*lines, '{"nodes": 0, "processes": 1}', ""]))
+    (tmp_path / "run" / "quality.json").write_text('[1, {"name": "a"}, {"name": "FID", "value": 3.0}]')
+    run = read_run(tmp_path / "run")
+    assert [record["step"] for record in run.metrics] == [1, 2] and len(run.skipped) == len(run.starts) == 1
+    assert run.quality == [{"name": "FID", "value": 3.0}]
+    rewind(tmp_path / "run" / "metrics.jsonl", 5)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+
+
+def images(folder):
+    """Two images as PNG files."""
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+def test_a_label_of_a_terabyte_in_a_webdataset_is_not_read(tmp_path):
+    first, _ = images(tmp_path / "images")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(first, "0.png")
+        info = tarfile.TarInfo("0.cls")
+        info.size = 10**12
+        tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(512))
+    with pytest.raises(ValueError, match="1000000000000 bytes at byte .* are more than"):
+        open_images(tmp_path / "a.tar")
+
+
+def cifar_file(path, batch):
+    names = pickle.dumps({b"label_names": [b"a"]}, protocol=2)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in (("data_batch_1", batch), ("batches.meta", names)):
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        (b"\x80\x02K\x00r\xff\xff\xff\x7f.", "in place 2147483647 of its memo"),
+        (pickle.dumps(None, protocol=2), "'NoneType' object has no attribute"),
+        (pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [0]}, protocol=2), "not of bytes"),
+    ],
+)
+def test_a_pickle_in_cifar_takes_no_more_memory_than_it_has(tmp_path, batch, words):
+    cifar_file(tmp_path / "cifar.tar.gz", batch)
+    with pytest.raises(ValueError, match=f"cannot be read as CIFAR .*{words}"):
+        open_images(tmp_path / "cifar.tar.gz")
+
+
+def test_a_compressed_archive_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "UNPACKED", 1 << 20)
+    cifar_file(tmp_path / "cifar.tar.gz", bytes(1 << 21))
+    assert (tmp_path / "cifar.tar.gz").stat().st_size < 10_000
+    with pytest.raises(ValueError, match="its files hold more than 1048576 bytes"):
+        open_images(tmp_path / "cifar.tar.gz")
+
+
+def test_a_terabyte_of_zeros_is_not_tried_as_xz(tmp_path):
+    (tmp_path / "a.tar").touch()
+    os.truncate(tmp_path / "a.tar", 1 << 40)
+    with pytest.raises(ValueError, match="has no images in it"):
+        open_images(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
+    "features", ["[", '{"info": [1]}', '{"info": {"features": {"image": 1, "label": {"names": 5}}}}']
+)
+def test_metadata_of_another_form_in_parquet_is_one_line_or_ignored(tmp_path, features):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": [b"x", b"y"], "label": [0, 1]}).replace_schema_metadata({"huggingface": features})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        open_images(tmp_path / "a.parquet")
+
+
+def test_more_rows_than_bytes_in_parquet_are_no_images(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": [b""] * 100_000}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="100000 rows in .* bytes cannot hold images"):
+        open_images(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "shard-00000.part"])
+def test_what_an_unfinished_extraction_left_may_be_anything(world, tmp_path, name):
+    folder = tmp_path / "latents.writing"
+    for text in ("[", "[1]", '{"shard": [1]}', '{"shard": {"name": 5}}', "[" * 20_000, "\xff"):
+        folder.mkdir()
+        (folder / name).write_text(text, encoding="latin1")
+        (tmp_path / "latents.partial").mkdir()
+        if not (tmp_path / "images").exists():
+            images(tmp_path / "images")
+        extract_features(images=tmp_path / "images", out=tmp_path / "latents", vae=world / "vae", image_size=32)
+        shutil.rmtree(tmp_path / "latents")

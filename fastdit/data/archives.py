@@ -29,7 +29,7 @@ def open_images(root: str | Path) -> ImageSource:
             return list_rows(root)
         if suffix == ".parquet":
             return parquet(root, [root])
-        if tarfile.is_tarfile(root):
+        if is_tar(root):
             return tar_archive(root)
         raise ValueError(f"images={root} is of no known kind; give {KINDS}")
     if (root / "manifest.json").is_file() and (root / "index.npy").is_file():
@@ -41,6 +41,20 @@ def open_images(root: str | Path) -> ImageSource:
         if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
             return webdataset(root, tars)
     return list_images(root)
+
+
+def is_packed(file: Path) -> bool:
+    with file.open("rb") as raw:
+        return raw.read(2) == b"\x1f\x8b"  # gzip
+
+
+def is_tar(file: Path) -> bool:
+    """Whether a file is a tar file, as it is or compressed by gzip; of the others, xz reads zeros without an end."""
+    try:
+        with tarfile.open(file, "r:gz" if is_packed(file) else "r:"):
+            return True
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, OSError):
+        return False
 
 
 class Slice(NamedTuple):
@@ -55,8 +69,8 @@ class Slice(NamedTuple):
         with self.file.open("rb", buffering=0) as file:
             if self.size > most or self.offset + self.size > os.fstat(file.fileno()).st_size:
                 raise ValueError(
-                    f"{self.size} bytes at byte {self.offset} of {self.file} are more than the file holds, or more than "
-                    f"the {most} that are read"
+                    f"{self.size} bytes at byte {self.offset} of {self.file} are more than the file holds, or than the "
+                    f"{most} that are read"
                 )
             file.seek(self.offset)
             return file.read(self.size)
@@ -78,8 +92,7 @@ def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
 
 def tar_archive(file: Path) -> ImageSource:
     """A tar file of images: CIFAR's, ImageNet's for training or validation, or a WebDataset's."""
-    with file.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
+    packed = is_packed(file)
     first = "" if packed else next((name for name, _ in members(file)), "")
     if packed or first.startswith("cifar-"):
         return cifar(file)

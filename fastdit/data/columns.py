@@ -76,7 +76,7 @@ def unpickled(data: bytes) -> Any:
 def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the regular files in a compressed tar file; ValueError if they hold more than UNPACKED."""
     total = 0
-    with tarfile.open(file) as tar:
+    with tarfile.open(file, "r:gz") as tar:
         for member in tar:
             total += member.size
             if total > UNPACKED:  # before it is decompressed: a small file can hold a thousand times its size

@@ -18,6 +18,8 @@ from fastdit.training.log import RECORDS, read_metrics, read_records
 from fastdit.training.state import CONFIG
 
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
+STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
+           "command": str, "commit": str | None}  # of environment.jsonl  # fmt: skip
 LEFT_OUT = re.compile(r"it is left out, (\d{1,18}) so far")  # data/loader.py, in train.log
 
 
@@ -72,9 +74,9 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder, load_config(folder / CONFIG), checkpoints=checkpoint.checkpoints(folder))
     run.metrics = read_metrics(folder)
     run.skipped = [line for line in read_records(folder / "skipped.jsonl") if type(line.get("step")) is int]
-    counts = ("processes", "nodes")
     run.starts = [line for line in read_records(folder / environment.FILE)
-                  if all(type(line.get(key, 1)) is int and line.get(key, 1) > 0 for key in counts)]  # fmt: skip
+                  if all(isinstance(line.get(key), kind) for key, kind in STARTED.items())
+                  and 1 <= line["nodes"] <= line["processes"]]  # fmt: skip
     if (folder / QUALITY).is_file():
         found = read_json(folder / QUALITY, list)
         run.quality = [figure for figure in found if isinstance(figure, dict) and {"name", "value"} <= figure.keys()]

@@ -19,7 +19,7 @@ from fastdit import kernels
 from fastdit.config import Config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
-from fastdit.files import read_bytes, replace_text
+from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.memory import card_of
 from fastdit.models.dit import DiT
 
@@ -66,7 +66,7 @@ class Log:
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
-        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        self.file = append_to(run_dir / "metrics.jsonl")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
 
@@ -109,7 +109,7 @@ class Log:
         """A step that was not finite and changed nothing: the keys of its samples and their times."""
         if not self.ranks.is_main:
             return
-        with self.skipped_path.open("a") as file:
+        with append_to(self.skipped_path) as file:
             file.write(as_json({"step": step, "keys": keys, "times": times}))
         self.say(f"step {step}  skipped: its loss or gradient is not finite; see {self.skipped_path}")
 
@@ -128,7 +128,7 @@ class Log:
 
 def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
     """A line on the terminal and in train.log."""
-    with (run_dir / "train.log").open("a") as file:
+    with append_to(run_dir / "train.log") as file:
         file.write(line + "\n")
     show(line)
     sys.stdout.flush()

@@ -19,7 +19,7 @@ from helpers.runs import train_here
 
 STEP = "checkpoints/step-0000002"
 WEIGHTS = [f"{name}.safetensors" for name in ("model", "ema", "exp_avg", "exp_avg_sq", "progress", "power-0.050")]
-TEXTS = (".json", ".jsonl", ".yaml", "lock", "stop")
+TEXTS = (".json", ".jsonl", ".yaml", ".log", "lock", "stop")
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Good:
         ]
 
     def resume(self, run: Path, out: Path) -> list[list[str]]:
-        return [command for command in self.read_run(run, out) if command[1] == "ema" or command[-1] == "--resume"]
+        others = [command for command in self.read_run(run, out) if command[1] == "ema" or command[-1] == "--resume"]
+        return [["fastdit/cli.py", "report", f"{run}", "--out", f"{out}/report.html"], *others]
 
     def read_converted(self, folder: Path, out: Path) -> list[list[str]]:
         return [
@@ -124,7 +125,8 @@ def prepare(world: Path, root: Path) -> Good:
 # artifact -> its place in `Good`, the method with the commands that read it, and the files that are replaced in turn
 MATRIX = {
     "checkpoint": ("run", "read_run", [f"{STEP}/{name}" for name in (*WEIGHTS, "config.yaml", "checkpoint.json")]),
-    "run": ("run", "resume", ["config.yaml", "metrics.jsonl", "skipped.jsonl", "lock", "stop", "tensorboard",
+    "run": ("run", "resume", ["config.yaml", "metrics.jsonl", "skipped.jsonl", "environment.jsonl", "quality.json",
+            "train.log", "lock", "stop", "tensorboard", "watchdog/rank-00000.json",
             "averages/step-0000002/power-0.050.safetensors", "averages/step-0000002/checkpoint.json"]),
     "converted checkpoint": ("converted", "read_converted", ["golden.npz", "config.yaml", "ema.safetensors"]),
     "official file": ("official.pt", "read_foreign", [""]),

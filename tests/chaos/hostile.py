@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from chaos import corpus, crafted
+from chaos import archives, corpus, crafted
 from chaos.table import Table
 from chaos.watched import EXECUTED, HANGS, LIMIT_S, MEMORY, OUTSIDE, TRACEBACKS, WRONG, Outcome, watch
 
@@ -31,7 +31,7 @@ def run(place: Path, seed: int) -> Table:
         shutil.rmtree(folder)
         return pair[1], outcomes
 
-    cases = chain(corpus.cases(good), crafted.cases(good, random.Random(seed)))
+    cases = chain(corpus.cases(good), archives.cases(good), crafted.cases(good, random.Random(seed)))
     with ThreadPoolExecutor(2) as pool:
         for case, outcomes in pool.map(attempt, enumerate(cases)):
             found.setdefault(case.kind, []).append(outcomes)

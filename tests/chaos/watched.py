@@ -23,6 +23,7 @@ STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.f
 MAKES = {"os.mkdir": (0, 2), "os.rename": (1, 3), "os.link": (1, 3), "os.symlink": (1, 2), "os.remove": (0, 1),
          "os.rmdir": (0, 1)}  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+OWN = ("git", "uname")  # started by a run itself, to record where it runs
 EXECUTED, OUTSIDE, HANGS, TRACEBACKS, WRONG = "executed", "written outside", "hangs", "tracebacks", "wrong end"
 
 LOCK = threading.Lock()  # `start` also looks after the processes of other threads
@@ -106,14 +107,14 @@ def hook(events: int, allowed: tuple[str, ...]) -> Callable:
     """An audit hook that reports what is started, and what is opened for writing, made or removed elsewhere."""
 
     def audit(event: str, arguments: tuple) -> None:
-        if event in STARTS:
+        if event in STARTS and arguments[0] not in OWN:
             os.write(events, f"{EXECUTED}\t{event} {arguments[:2]!r}\n".encode(errors="replace"))
         path, at, follows = None, -1, False
         if event in MAKES:
             which, folder = MAKES[event]
             path, at = arguments[which], arguments[folder]
         if event == "open" and arguments[2] & WRITES:
-            path, follows = arguments[0], not arguments[2] & os.O_EXCL
+            path, follows = arguments[0], not arguments[2] & (os.O_EXCL | os.O_NOFOLLOW)
         if isinstance(path, str | bytes):
             whole = Path(f"/proc/self/fd/{at}" if at != -1 else os.getcwd()) / os.fsdecode(path)
             real = os.path.realpath(whole) if follows else f"{os.path.realpath(whole.parent)}/{whole.name}"
