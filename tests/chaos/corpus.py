@@ -26,14 +26,14 @@ TEXTS = (".json", ".jsonl", ".yaml", ".log", "lock", "stop")
 class Case:
     """`make(folder)` puts the hostile files below folder/in or folder/out, and returns the commands.
 
-    `refused`, `names`: see watched.watch; both for all commands.
+    `refused`: see watched.watch. `whole`: run all commands, not some of them.
     """
 
     kind: str
     name: str
     make: Callable[[Path], list[list[str]]]
     refused: bool | None = None
-    names: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fastdit.files import read_yaml
 from fastdit.training import checkpoint
 
 
-def cases(good: Good, draw: random.Random, values: int = 2) -> Iterator[Case]:
+def cases(good: Good, draw: random.Random, values: int) -> Iterator[Case]:
     """`values`: how many of VALUES each setting gets, drawn at random."""
     for name, make in IMAGES.items():
         yield Case("images", name, partial(image, good, make), refused=False)
@@ -41,9 +41,9 @@ def cases(good: Good, draw: random.Random, values: int = 2) -> Iterator[Case]:
                 made = partial(setting, good, place, file, method, read, write, path, value)
                 yield Case(artifact, f"{'.'.join(map(str, path))}={str(value)[:30]}", made)
     for name in LINKS:
-        yield Case("links in output folders", name, partial(link, good, name))
+        yield Case("links in output folders", name, partial(link, good, name), whole=True)
     for name, make in FOLDERS.items():
-        yield Case("diffusers code", name, partial(pipeline, good, make))
+        yield Case("diffusers code", name, partial(pipeline, good, make), whole=True)
 
 
 # images --------------------------------------------------------------------------------------------------------------
