@@ -1,11 +1,12 @@
 # make quickstart    create .venv, install, run every stage from real images to samples in minutes
 # make test          create .venv, install, run every test
 # make lint          create .venv, install, run ruff
+# make chaos         create .venv, install, inject faults for 25 minutes, write docs/reliability.md
 
 PYTHON ?= python3
 OUT ?= quickstart
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint chaos
 
 quickstart: .venv/installed
 	.venv/bin/fastdit quickstart --out $(OUT)
@@ -15,6 +16,9 @@ test: .venv/installed-test
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
+
+chaos: .venv/installed-test
+	PYTHONPATH=.:tests .venv/bin/python -m chaos --out docs/reliability.md
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,18 +2,17 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fastdit.environment import commit, hardware, version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,25 +24,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def hardware() -> str:
-    """The GPU's name, or the processor's with the number of cores that this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
 def about() -> dict[str, str | None]:
     """Hardware, versions, commit (with a + when files differ from it; else $COMMIT) and date of a measurement."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or os.environ.get("COMMIT", "unknown")
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
+    source = commit() or os.environ.get("COMMIT", "unknown")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {"hardware": hardware(), "torch": torch.__version__, "triton": triton, "commit": commit, "date": date}
+    versions = {"torch": torch.__version__, "triton": version("triton")}
+    return {"hardware": hardware(), **versions, "commit": source, "date": date}
 
 
 def record(bench: str, out: Path | None = None, *, name: str = "results.jsonl", **figures) -> dict:

@@ -20,6 +20,7 @@ from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
+from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
 from fastdit.training.loop import train as run_training
 
@@ -118,7 +119,7 @@ def train(
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
     places = [f"data.shards={shards}"] * bool(shards) + [f"run_dir={run_dir}"] * bool(run_dir)
     settings = config_from(tree, "train()", places)
-    return run_training(settings, resume=resume, device=device, read_initial=read_initial)
+    return run_training(settings, resume=resume, device=device, read_initial=read_initial, report=report_at_end)
 
 
 def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:

@@ -94,13 +94,14 @@ def train(parser: ArgumentParser) -> Command:
         config = load_config(_name(arguments, "config", "config, such as sit_s_2"), arguments.overrides)
 
         from fastdit.convert import read_initial
+        from fastdit.report import report_at_end
         from fastdit.training.loop import train  # after load_config: importing torch takes seconds
 
         if arguments.images:
             from fastdit.api import with_latents
 
             config = with_latents(config, arguments.images, arguments.device)
-        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial)
+        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end)
 
     return run
 
@@ -129,6 +130,30 @@ def sample(parser: ArgumentParser) -> Command:
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             print(f"{arguments.num_samples} images in {out}; see {out / 'grid.png'}")
+
+    return run
+
+
+def report(parser: ArgumentParser) -> Command:
+    """Show a run on one HTML page, or several side by side.
+
+    fastdit report runs/mine
+    fastdit report runs/a runs/b --out comparison.html sampling.cfg_scale=4
+    Training writes the page of its run at its end.
+    """
+    parser.add_argument("--out", help="the page (RUN/report.html; for several runs: report.html)")
+    parser.add_argument("--device", help=DEVICE)
+    _words(parser, "RUN ...")
+    parser.set_defaults(max_names=4)
+
+    def run(arguments: Namespace) -> None:
+        if not arguments.names:
+            arguments.parser.error("name one run, or up to four")
+        from fastdit.distributed import init
+        from fastdit.report import write_report
+
+        device = init(arguments.device).device
+        print(write_report(arguments.names, arguments.out, device=device, overrides=arguments.overrides))
 
     return run
 
@@ -292,5 +317,6 @@ def launch(parser: ArgumentParser) -> Command:
 
 COMMANDS = {
     command.__name__: command
-    for command in (extract, train, sample, plan, convert, verify, ema, likelihood, configs, doctor, quickstart, launch)
+    for command in (extract, train, sample, report, plan, convert, verify, ema, likelihood, configs, doctor, quickstart,
+                    launch)  # fmt: skip
 }

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastdit.errors import replace_text
 from fastdit.registry import Choice, UnknownKey, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
@@ -130,6 +131,7 @@ class TrainingConfig:
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
+    report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
@@ -290,7 +292,7 @@ def shipped_names() -> list[str]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
-    Path(path).write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def to_tree(value: Any) -> Any:

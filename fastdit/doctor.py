@@ -1,6 +1,5 @@
 """`fastdit doctor`: what this machine can do, in one page to read, or to paste into an issue."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -9,17 +8,17 @@ import sys
 import torch
 
 from fastdit import __version__, kernels
+from fastdit.environment import PACKAGES, version
 from fastdit.memory import card_of
 from fastdit.models.attention import ATTENTION, obstacle, resolve
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "deepspeed", "torchao", "flash-attn")
 HEAD_DIM, TOKENS = 72, 256  # DiT-XL/2 at 256 px
 
 
 def report() -> str:
     """Versions, devices, and which kernels and attention backends work here."""
     lines = [f"fastdit {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"{name:14}{_version(name)}" for name in PACKAGES]
+    lines += [f"{name:14}{version(name) or 'not installed'}" for name in PACKAGES]
     cpu = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     lines += [f"{'CPU':14}{cpu}"]
     lines += [f"{'disk':14}{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"]
@@ -32,13 +31,6 @@ def report() -> str:
         lines.append(f"{'':14}{name}: {reason or 'works'}")
     launchers = [name for name in ("torchrun", "deepspeed") if shutil.which(name, path=_path())]
     return "\n".join([*lines, f"{'launchers':14}{', '.join(launchers) or 'none'}"])
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> list[str]:

@@ -27,8 +27,11 @@ def friendly_exit() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         message: object = error
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         if isinstance(error, OSError) and is_no_space(error):
-            message = f"no space left for {error.filename or 'the output'}; free some or write elsewhere"
+            message = f"no space left for {where}; free some or write elsewhere"
+        elif isinstance(error, OSError) and error.errno == errno.EFBIG:
+            message = f"{where} would exceed the limit on file sizes; raise it (ulimit -f)"
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename} cannot be used ({error.strerror}); check the path and its permissions"
         elif isinstance(error, OSError):
@@ -59,6 +62,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is complete, or, after an OSError, as it was before."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def make_folder(path: Path, key: str) -> None:

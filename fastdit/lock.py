@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdit.errors import make_folder
+from fastdit.errors import make_folder, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
 
@@ -107,9 +107,8 @@ class FolderLock:
             beat += 1
             if {k: self._read().get(k) for k in self.own} != self.own:
                 return  # taken over while this process was suspended
-            temporary = self.path.with_name(f"{self.path.name}.new")
-            temporary.write_text(json.dumps({**self.own, "beat": beat}))
-            os.replace(temporary, self.path)
+            with suppress(OSError):  # a full disk, or a network file system that is away for a moment: it may come back
+                replace_text(self.path, json.dumps({**self.own, "beat": beat}))
 
 
 def started(pid: int) -> str | None:

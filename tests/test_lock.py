@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -55,6 +56,23 @@ def test_on_another_host_a_moving_counter_is_a_living_process(tmp_path, monkeypa
     with pytest.raises(ValueError, match="in use by process .* on elsewhere"):
         FolderLock(tmp_path / "run", "run_dir").__enter__()
     beat.join()
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_the_beat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    failures, replace_text = iter([OSError(28, "No space left on device")] * 3), lock.replace_text
+
+    def failing(path, text):
+        for error in failures:
+            raise error
+        replace_text(path, text)
+
+    monkeypatch.setattr(lock, "replace_text", failing)
+    with FolderLock(tmp_path / "run", "run_dir") as held:
+        end = time.monotonic() + 20
+        while not held._read().get("beat") and time.monotonic() < end:
+            time.sleep(0.02)
+        assert held._read()["beat"] > 3 and held.thread.is_alive()
 
 
 def test_of_many_at_once_one_gets_the_lock(tmp_path):

@@ -17,13 +17,14 @@ import torch
 import fastdit
 from fastdit.config import Config, load_config, shipped_config, to_tree
 from fastdit.data.extract import extract_features
-from fastdit.data.images import to_pixels, to_uint8
+from fastdit.data.images import to_pixels
 from fastdit.errors import make_folder
 from fastdit.evaluation.frechet import frechet_distance
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
-from fastdit.quickstart.report import denoising_gif, loss_curve, write_html
 from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
+from fastdit.report import write_report
+from fastdit.report.facts import QUALITY
 from fastdit.sampling import load_pipeline, sample
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
@@ -71,7 +72,6 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     with stage("sample", f"sampling {SAMPLES} images"):
         sample(checkpoint, out / "samples", SAMPLES, seed=seed)
         shutil.copy(out / "samples" / "grid.png", out / "grid.png")
-        frames = denoising_frames(checkpoint, seed)
 
     with stage("judge", "scoring the samples with a judge fitted on held-out real images"):
         images = np.load(out / "samples" / "samples.npz")["arr_0"]
@@ -87,8 +87,6 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         }
 
     metrics = read_metrics(config.run_dir)
-    loss_curve(metrics, out / "loss.png")
-    denoising_gif(frames, out / "denoising.gif")
     report = {
         **{key: round(value, 4) for key, value in scores.items()},
         "reconstruction_psnr_db": round(reconstruction_psnr, 2),
@@ -109,7 +107,8 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         "date": time.strftime("%Y-%m-%d"),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1))
-    write_html(report, out / "report.html")
+    (Path(config.run_dir) / QUALITY).write_text(json.dumps(quality(report), indent=1))
+    write_report([config.run_dir], out / "report.html", title="fastdit quickstart")
     say(closing_words(report, out, config))
     return report
 
@@ -118,13 +117,19 @@ def pixels(images: np.ndarray) -> torch.Tensor:
     return to_pixels(torch.from_numpy(images))
 
 
-def denoising_frames(checkpoint: Path, seed: int, count: int = 20) -> np.ndarray:
-    """Decoded x_t at every step, for two images per class: uint8 (steps + 1, count, H, W, 3)."""
-    pipeline = load_pipeline(checkpoint, ["sampling.sampler=euler", "sampling.steps=40"])
-    seen = []
-    labels = torch.arange(count) % pipeline.config.data.num_classes
-    final = pipeline.latents(list(range(count)), labels, seed, on_step=lambda t, x_t, _: seen.append(x_t))
-    return np.stack([to_uint8(pipeline.codec.decode(x)).numpy() for x in [*seen, final]])
+def quality(report: dict) -> list[dict]:
+    """The figures of the report's page."""
+    judge = f"a perceptron fitted on {report['images']['held_out']} real images that were not trained on"
+    return [
+        {"name": name, "value": value, "protocol": protocol}
+        for name, value, protocol in (
+            ("samples recognized", f"{report['class_accuracy']:.1%}", f"{report['samples']} samples, by {judge}"),
+            ("real images recognized", f"{report['judge_accuracy_on_real']:.1%}", f"training images, by {judge}"),
+            ("Frechet distance", report["frechet_distance"], "samples to held-out images, in the judge's features"),
+            ("Frechet distance of real images", report["frechet_distance_real"], "as many training images instead"),
+            ("PSNR of the autoencoder", f"{report['reconstruction_psnr_db']:.1f} dB", "on held-out images"),
+        )
+    ]
 
 
 def closing_words(report: dict, out: Path, config: Config) -> str:

@@ -77,10 +77,14 @@ def save(
     try:
         write(partial)
         commit(partial, final, {"step": step, **meta})
-    except Exception as error:  # usually a full disk, which safetensors reports in its own words
+    except Exception as error:  # usually a full disk, which a library may report in its own words
         full = shutil.disk_usage(run_dir).free < FULL
         shutil.rmtree(partial, ignore_errors=True)
-        raise (OSError(errno.ENOSPC, "No space left on device", str(final)) if full else error) from None
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(final)) from None
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(final)
+        raise
     for old in checkpoints(run_dir)[:-keep] if keep else []:
         if not keep_every or step_of(old) % keep_every:
             old.rename(old.with_suffix(".partial"))  # a kill from here on leaves nothing that looks like a checkpoint

@@ -180,7 +180,8 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        # the gradient of a loss that is not finite may be: NaN times it is not, and DeepSpeed then skips the step
+        self.engine.backward(loss * (1 + 0 * loss.detach()))
 
     def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:

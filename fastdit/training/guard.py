@@ -20,13 +20,15 @@ from fastdit.distributed import Ranks, under_deepspeed
 
 LAG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by request after a checkpoint; the same command with --resume continues
+AGAIN_S = 1.0  # until then a signal is the same request: launchers pass on what SLURM or a terminal also sent to us
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # USR1 is SLURM's warning before the time limit
 
 
 class Requests:
     """Asks for a stop on a signal, a file `run_dir/stop` or after `time_limit_s`, and for a checkpoint by the clock.
 
-    A second signal ends the process at once. A context manager: leaving it restores the signal handlers.
+    A second signal, AGAIN_S or more after the first, ends the process at once. A context manager: leaving it restores
+    the signal handlers.
     """
 
     def __init__(self, run_dir: Path, time_limit_s: float, checkpoint_s: float):
@@ -34,6 +36,7 @@ class Requests:
         self.time_limit_s, self.checkpoint_s, self.saved = time_limit_s, checkpoint_s, time.monotonic()
         self.reason, self.looked, self.launcher = "", -1.0, parent_of(os.getppid())
         self.before: dict[int, object] = {}
+        self.signaled: float | None = None  # when the first signal came
 
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -47,9 +50,11 @@ class Requests:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame) -> None:
-        self.reason = signal.Signals(number).name
-        for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
+        if self.signaled is None:
+            self.signaled, self.reason = time.monotonic(), signal.Signals(number).name
+        elif time.monotonic() - self.signaled >= AGAIN_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save), as this process sees it."""

@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fastdit import kernels
 from fastdit.config import Config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.errors import replace_text
 from fastdit.memory import card_of
 from fastdit.models.dit import DiT
 
@@ -57,7 +58,7 @@ class Log:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.steps, self.steps_per_epoch, self.text = steps, steps_per_epoch, run_dir / "train.log"
+        self.steps, self.steps_per_epoch, self.run_dir = steps, steps_per_epoch, run_dir
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
@@ -111,9 +112,7 @@ class Log:
     def say(self, line: str) -> None:
         if not self.ranks.is_main or not line:
             return
-        with self.text.open("a") as file:
-            file.write(line + "\n")
-        tqdm.write(line) if not self.bar.disable else print(line, flush=True)
+        say(self.run_dir, line, print if self.bar.disable else tqdm.write)
 
     def close(self) -> None:
         if not self.ranks.is_main:
@@ -121,6 +120,14 @@ class Log:
         self.bar.close()
         self.board.close()
         self.file.close()
+
+
+def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
+    """A line on the terminal and in train.log."""
+    with (run_dir / "train.log").open("a") as file:
+        file.write(line + "\n")
+    show(line)
+    sys.stdout.flush()
 
 
 def start_line(
@@ -159,9 +166,7 @@ def rewind(path: Path, step: int) -> None:
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         lines = [line for line in whole if json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, path)
+        replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def peak_gib(device: torch.device) -> float:

@@ -21,6 +21,7 @@ from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
+from fastdit.environment import write_environment
 from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
@@ -29,7 +30,7 @@ from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow, start_line
+from fastdit.training.log import Log, LossWindow, say, start_line
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
@@ -47,10 +48,12 @@ from fastdit.training.watchdog import Watchdog
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train(config: Config, *, resume: bool = False, device: str | None = None, read_initial=None) -> Path:
+def train(config: Config, *, resume: bool = False, device: str | None = None, read_initial=None, report=None) -> Path:
     """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`.
 
     `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
+    `report(run_dir, device)` writes the report of a run that has ended, on the main process, and returns a line to log
+    (report.report_at_end).
     """
     timeout_s = 2 * config.training.timeout_s  # the watchdog speaks first
     ranks, run_dir = distributed.init(device, timeout_s), Path(config.run_dir)
@@ -58,7 +61,10 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     if config.training.init_from and read_initial is None:
         raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
     with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
-        return _train(config, run_dir, ranks, resume, read_initial)
+        last = _train(config, run_dir, ranks, resume, read_initial)
+        if report and config.training.report and ranks.is_main:  # now, when the training's memory is free
+            say(run_dir, report(run_dir, ranks.device))
+    return last
 
 
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
@@ -108,6 +114,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     if ranks.is_main:
         save_config(config, run_dir / CONFIG)
+        write_environment(run_dir, ranks, start)
         forget_averages(run_dir, start)
         keep_autoencoder(config.data.vae, run_dir)
     epoch = len(manifest) / settings.global_batch  # steps

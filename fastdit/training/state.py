@@ -17,6 +17,7 @@ processes, the ZeRO stage or the engine, so a run may continue with others. No f
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -131,7 +132,13 @@ def keep_autoencoder(vae: str, run_dir: Path) -> None:
         if sum(path.stat().st_size for path in files) <= SMALL:
             partial = copy.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
+            try:
+                for path in files:  # not copytree, whose error has the reason in words only
+                    (partial / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, partial / path.relative_to(source))
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
             partial.rename(copy)
 
 
@@ -291,7 +298,12 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
         )
-    save_file(state, path)
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # it has the error of the operating system in words only
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600

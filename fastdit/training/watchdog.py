@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.distributed import Ranks
+from fastdit.errors import replace_text
 from fastdit.lock import started
 
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
@@ -69,13 +70,13 @@ class Watchdog:
         self.beats += 1
         own = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(),
                "started": started(os.getpid()), "place": self.place, "beats": self.beats}  # fmt: skip
-        path = self._path(".json")
-        path.with_suffix(".partial").write_text(json.dumps(own))
-        os.replace(path.with_suffix(".partial"), path)
+        with suppress(OSError):  # the disk is full: the run itself says so, and ends
+            replace_text(self._path(".json"), json.dumps(own))
 
     def _report(self) -> None:
         """Write this process's stacks; the lowest rank alive names the one that is behind. Ends the process."""
-        self._path(".txt").write_text(stacks())
+        with suppress(OSError):
+            self._path(".txt").write_text(stacks())
         dead = self._dead()  # takes some intervals, in which the others write their stacks
         alive = [status for status in self._statuses() if status not in dead]
         last = min(status["place"] for status in alive)

@@ -6,6 +6,7 @@ processes from one that has imported them. `run_command` starts new interpreters
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -13,6 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -46,7 +50,8 @@ run_dir: {root}/run
 data: {{shards: {root}/latents, image_size: 32, num_classes: 10, vae: {root}/vae}}
 model: {{variant: DiT-Ti/4}}
 objective: {{name: flow}}
-training: {{steps: 20, global_batch: 12, lr: 1e-3, compile: false, log_every: 1, checkpoint_every: 5, engine: torch}}
+training: {{steps: 20, global_batch: 12, lr: 1e-3, compile: false, log_every: 1, checkpoint_every: 5, engine: torch,
+           report: false}}
 sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
 """)
     return root
@@ -81,6 +86,51 @@ def rendezvous() -> tuple[TCPStore, dict[str, str]]:
     }
 
 
+class Forks:
+    """A script of the repository in forked processes, with `before()` called in each; leaving `with` kills them."""
+
+    def __init__(self, script: str, *arguments: str, processes: int = 1, before: Callable[[], None] | None = None):
+        self.store, world = rendezvous()
+        world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name) / str(rank) for rank in range(processes)]
+        self.forks = []
+        for rank, output in enumerate(self.outputs):
+            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            target = (str(ROOT / script), arguments, environment, output, before)
+            self.forks.append(FORKS.Process(target=forked, args=target))
+            self.forks[-1].start()
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wait(0)
+        self.folder.cleanup()
+
+    @property
+    def running(self) -> list:
+        return [fork for fork in self.forks if fork.exitcode is None]
+
+    def wait(self, seconds: float = 1e6, patient: bool = False) -> list[int]:
+        """The exit codes, when all have ended, `seconds` have passed or, unless `patient`, one has failed.
+
+        What still runs is killed.
+        """
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            if any(fork.exitcode for fork in self.forks) and not patient:
+                break  # the others would wait for the one that failed
+            wait([fork.sentinel for fork in self.running], max(end - time.monotonic(), 0))
+        for fork in self.forks:
+            fork.kill()
+            fork.join()
+        return [fork.exitcode for fork in self.forks]
+
+    def said(self) -> str:
+        return "\n".join(output.read_text() for output in self.outputs if output.exists())
+
+
 def run(
     script: str, *arguments: str, processes: int = 1, kill: tuple[int, float] | None = None, patient: bool = False
 ) -> str:
@@ -89,41 +139,35 @@ def run(
     kill = (step, seconds): the process is killed that many seconds after it has logged that step. patient: after a
     failure, wait for the end of the others instead of killing them.
     """
-    store, world = rendezvous()
-    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / str(rank) for rank in range(processes)]
-        forks = []
-        for rank, output in enumerate(outputs):
-            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            forks.append(FORKS.Process(target=forked, args=(str(ROOT / script), arguments, environment, output, kill)))
-            forks[-1].start()
-        try:
-            while waiting := [fork.sentinel for fork in forks if fork.exitcode is None]:
-                wait(waiting)
-                if any(fork.exitcode for fork in forks) and not patient:
-                    break  # the others would wait for the one that failed
-        finally:
-            for fork in forks:
-                fork.kill()
-                fork.join()
-        codes = {fork.exitcode for fork in forks}
-        said = "\n".join(output.read_text() for output in outputs)
-        assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
-        return said
+    before = partial(kill_after, *kill) if kill else None
+    with Forks(script, *arguments, processes=processes, before=before) as forks:
+        codes, said = set(forks.wait(patient=patient)), forks.said()
+    assert codes == {-signal.SIGKILL if kill else 0}, f"{script} {arguments}: {codes}\n{said}"
+    return said
 
 
-def forked(script: str, arguments: tuple, environment: dict, output: Path, kill: tuple | None) -> None:
-    """The body of each process of `run`."""
+def forked(script: str, arguments: tuple, environment: dict, output: Path, before: Callable[[], None] | None) -> None:
+    """The body of each process of `Forks`."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= ENVIRONMENT | environment
     torch.set_num_threads(1)
-    if kill:
-        kill_after(*kill)
+    if before:
+        before()
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: writing fails with EFBIG, as on a full disk with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def kill_after(step: int, seconds: float) -> None:

@@ -31,20 +31,9 @@ def test_the_report_holds_every_figure(shortened):
     assert set(report["seconds"]) == {"images", "autoencoder", "extract", "train", "sample", "judge", "total"}
     assert report["config"]["training"]["steps"] == 30 and report["config"]["seed"] == 1
     page = (out / "report.html").read_text()
-    assert all(name in page for name in ("grid.png", "denoising.gif", "loss.png", "training.steps = 30"))
-
-
-def test_the_pictures_show_what_they_say(shortened):
-    out, _ = shortened
+    assert f"<td>{report['class_accuracy']:.1%}</td>" in page and "599 real images that were not trained on" in page
+    assert "training.steps = 30" in page and "image/gif" in page and "Not on this page" not in page
     assert Image.open(out / "grid.png").size == (4 * 34 - 2, 10 * 34 - 2)  # four samples of each of ten classes
-    movie = Image.open(out / "denoising.gif")
-    assert movie.n_frames > 20
-    frames = []
-    for i in (0, movie.n_frames - 1):
-        movie.seek(i)
-        frames.append(np.asarray(movie.convert("L"), dtype=float))
-    assert np.abs(frames[0] - frames[1]).mean() > 10
-    assert np.asarray(Image.open(out / "loss.png").convert("L")).std() > 10
 
 
 def test_the_images_are_the_digits_and_the_held_out_ones_are_kept_apart(shortened):

@@ -1,5 +1,6 @@
 """Checkpoints: a killed run resumes exactly, a partial checkpoint does not count, and the EMA follows its formula."""
 
+import errno
 import json
 import random
 import shutil
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
-from helpers.runs import losses, run, train_here
+from fastdit.training.state import keep_autoencoder, write_weights
+from helpers.runs import file_size_limit, losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +71,28 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_one(world, whole,
         checkpoint.save(tmp_path / "run", 25, full, {}, keep=3)
     assert checkpoint.find(tmp_path / "run").name == "step-0000020"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_write_that_fails_in_a_library_keeps_its_reason_and_names_the_file(tmp_path):
+    for size, name in [(40_000, "model.safetensors"), (100, "step-0000005")]:  # the second: in checkpoint.json
+
+        def write(folder, size=size):
+            write_weights({"x": torch.zeros(size // 4)}, folder / "model.safetensors")
+
+        with file_size_limit(20_000 if size > 20_000 else 300), pytest.raises(OSError) as raised:
+            checkpoint.save(tmp_path, 5, write, {"note": "x" * 300}, keep=3)
+        assert raised.value.errno == errno.EFBIG and raised.value.filename.endswith(name)
+        assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_an_autoencoder_that_does_not_fit_into_the_run_leaves_no_half_copy(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "weights").write_bytes(bytes(1000))
+    with file_size_limit(100), pytest.raises(OSError) as raised:
+        keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
+    assert raised.value.errno == errno.EFBIG and not list((tmp_path / "run").iterdir())
+    keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
+    assert (tmp_path / "run" / "vae" / "weights").stat().st_size == 1000
 
 
 def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):

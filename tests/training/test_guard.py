@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastdit.training.guard
 import fastdit.training.step
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
@@ -126,6 +127,31 @@ def test_under_zero_too_a_diverging_run_stops_and_stores_nothing_that_is_not_fin
             assert all(value.isfinite().all() for value in load_file(folder / f"{name}.safetensors").values())
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed training.zero_stage=2", "deepspeed training.zero_stage=3"])
+def test_a_loss_that_is_not_finite_is_skipped_even_if_its_gradient_is_finite(world, tmp_path, engine):
+    """On one of two processes, at the third step."""
+    (tmp_path / "script.py").write_text("""
+import os, runpy
+from dataclasses import replace
+from fastdit.diffusion.objectives import FlowMatching
+
+original, calls = FlowMatching.loss, []
+
+def loss(self, *arguments):
+    calls.append(original(self, *arguments))
+    bad = len(calls) == 3 and os.environ["RANK"] == "1"
+    return replace(calls[-1], per_sample=calls[-1].per_sample + (float("nan") if bad else 0))
+
+FlowMatching.loss = loss
+runpy.run_path("train.py", run_name="__main__")
+""")
+    arguments = [f"run_dir={tmp_path}/run", *SHORT, "training.steps=4", *f"training.engine={engine}".split()]
+    run(str(tmp_path / "script.py"), "--config", str(world / "config.yaml"), *arguments, processes=2)
+    assert_equal(state(tmp_path / "run", 3), state(tmp_path / "run", 2))
+    assert [m["loss"] is None for m in read_metrics(tmp_path / "run")] == [False, False, True, False]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()] == [3]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "stop file", "time limit"])
 def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(world, tmp_path, monkeypatch, name):
     train(config_of(world, tmp_path / "whole", "training.checkpoint_every=8"), device="cpu")
@@ -154,6 +180,20 @@ def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(worl
     torch.set_num_threads(1)
     train(config_of(world, run, "training.checkpoint_every=8"), resume=True, device="cpu")
     assert_equal(state(run, 8), state(tmp_path / "whole", 8))
+
+
+def test_a_signal_that_the_launcher_passes_on_as_well_is_one_request_and_a_later_one_ends_the_process(tmp_path):
+    """torchrun and deepspeed pass on a signal that SLURM or a terminal has sent to the workers too."""
+    codes = []
+    for again_s in (60, 0):
+        if (child := os.fork()) == 0:
+            fastdit.training.guard.AGAIN_S = again_s
+            with fastdit.training.guard.Requests(tmp_path, 0, 0) as requests:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                    os.kill(os.getpid(), number)
+                os._exit(requests.poll()[0] and requests.reason == "SIGINT")
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert codes == [1, -signal.SIGTERM]
 
 
 def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):

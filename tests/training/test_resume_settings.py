@@ -132,6 +132,7 @@ APPLIED = {
         ["max_skipped=2", "lr=1e30", "steps=9"],
         lambda r: "in 2 steps in a row (training.max_skipped), up to step 5" in r.error,
     ),
+    "report": (["report=true"], lambda r: r.calls["report"] == 1 and not r.plain.calls["report"]),
     "timeout_s": (["timeout_s=5"], lambda r: r.timeout_s == 5),
     "time_limit": (["time_limit=00:30", "steps=99"], lambda r: r.error == "75" and "by training.time_limit" in r.said),
 }
@@ -191,7 +192,8 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
             clock = SimpleNamespace(monotonic=itertools.count(0, 600).__next__)
             monkeypatch.setattr("fastdit.training.guard.time", clock)
         try:
-            train(config, resume=True, device="cpu", read_initial=lambda *_: pytest.fail("read again"))
+            train(config, resume=True, device="cpu", read_initial=lambda *_: pytest.fail("read again"),
+                  report=lambda *_: f"reported {resumed.calls.update(['report'])}")  # fmt: skip
         except (ValueError, SystemExit) as error:
             resumed.error = str(error)
     resumed.said = capsys.readouterr().out

@@ -1,9 +1,14 @@
 """A process that stalls or dies is named in one line, with the stack of every process, instead of waiting forever."""
 
 import re
+import time
 
 import pytest
+import torch
 
+from fastdit.distributed import Ranks
+from fastdit.training import watchdog
+from fastdit.training.watchdog import Watchdog
 from helpers.runs import run
 
 SCRIPT = """
@@ -73,3 +78,16 @@ def test_a_process_that_dies_or_is_stopped_is_named(world, tmp_path, name):
     assert re.search(
         r"error: rank 1 \(process .*\): died or does not run; it was last seen before step 5; the", said
     ), said
+
+
+def test_a_full_disk_does_not_end_the_watch(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(watchdog, "replace_text", full)
+    with Watchdog(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), timeout_s=0.4) as dog:  # a beat every 20 ms
+        end = time.monotonic() + 20
+        while dog.beats < 5 and time.monotonic() < end:
+            dog.at(1, 0)
+            time.sleep(0.01)
+        assert dog.beats >= 5 and dog.thread.is_alive()

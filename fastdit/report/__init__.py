@@ -1,0 +1,48 @@
+"""`fastdit report`: one HTML file about runs. facts.py reads them, measure.py samples, page.py writes."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from fastdit.report.facts import read_run
+from fastdit.report.measure import measure_run
+from fastdit.report.page import render
+
+BUDGET_S = 30  # for the samples and losses that are made when training ends
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    title: str = "",
+    device: torch.device | str = "cpu",
+    overrides: Iterable[str] = (),
+    budget_s: float = float("inf"),
+) -> Path:
+    """Write the page of one run, or of up to four side by side, and return its path.
+
+    `out`: by default RUN/report.html; for several runs report.html in the working directory. `overrides` of the
+    settings of the samples. What is predicted to take longer than `budget_s` is left out. ValueError for a folder that
+    is not a run; whatever else is missing is left out, and the page says so.
+    """
+    if not 1 <= len(runs) <= 4:
+        raise ValueError(f"a report shows one to four runs, not {len(runs)}; name fewer")
+    facts = [read_run(run) for run in runs]
+    measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
+    out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
+    partial = out.with_suffix(".partial")
+    partial.write_text(render(facts, measured, title), encoding="utf-8")
+    os.replace(partial, out)
+    return out
+
+
+def report_at_end(run_dir: Path, device: torch.device) -> str:
+    """Write the report of a run that has just ended; returns the line to log, a warning if it failed."""
+    try:
+        return f"report {write_report([run_dir], device=device, budget_s=BUDGET_S)}"
+    except Exception as error:  # the training is complete: nothing here may make it look as if it had failed
+        reason = " ".join(str(error).split())
+        return f"warning: no report ({type(error).__name__}: {reason}); try again with fastdit report {run_dir}"

@@ -1,0 +1,150 @@
+"""What the files of a run tell, without its network: settings, curves, starts, and warnings in words."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastdit import environment
+from fastdit.config import Config, load_config, to_tree
+from fastdit.data.manifest import Manifest
+from fastdit.training import checkpoint
+from fastdit.training.ema import too_young
+from fastdit.training.log import read_metrics
+from fastdit.training.state import CONFIG
+
+QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
+LEFT_OUT = re.compile(r"it is left out, (\d+) so far")  # data/loader.py, in train.log
+
+
+@dataclass
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    config: Config
+    metrics: list[dict] = field(default_factory=list)  # of metrics.jsonl; a value that was not finite is None
+    skipped: list[dict] = field(default_factory=list)
+    starts: list[dict] = field(default_factory=list)  # of environment.jsonl
+    quality: list[dict] = field(default_factory=list)
+    checkpoints: list[Path] = field(default_factory=list)
+    manifest: Manifest | None = None
+    notes: list[str] = field(default_factory=list)  # what is missing, and why
+    damaged: int = 0  # samples of the shards that training left out
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def steps(self) -> int:
+        """The last step that left a record or a checkpoint."""
+        last = [self.metrics[-1]["step"]] if self.metrics else []
+        return max([*last, *map(checkpoint.step_of, self.checkpoints[-1:])], default=0)
+
+    @property
+    def epochs(self) -> float | None:
+        return self.steps * self.config.training.global_batch / len(self.manifest) if self.manifest else None
+
+    @property
+    def seconds(self) -> float:
+        """Of the training steps that are on record; a repeated part counts once."""
+        steps = [0, *(m["step"] for m in self.metrics)]
+        rates = [m["steps_per_s"] for m in self.metrics]
+        return sum(n / rate for n, rate in zip(np.diff(steps), rates, strict=True) if rate)
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,) and values (n,), nan where the value was not finite; empty for a key that was not recorded."""
+        points = [(m["step"], math.nan if m[key] is None else m[key]) for m in self.metrics if key in m]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        return steps, values
+
+
+def read_run(folder: str | Path) -> Run:
+    """ValueError unless `folder` is that of a run."""
+    folder = Path(folder).resolve()
+    if not (folder / CONFIG).is_file() or (folder / checkpoint.META).is_file():
+        raise ValueError(f"{folder} is not the folder of a run, which has a {CONFIG} and checkpoints/; give one")
+    run = Run(folder, load_config(folder / CONFIG), checkpoints=checkpoint.checkpoints(folder))
+    run.metrics = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+    run.skipped, run.starts = (_lines(folder / name) for name in ("skipped.jsonl", environment.FILE))
+    if (folder / QUALITY).is_file():
+        run.quality = json.loads((folder / QUALITY).read_text())
+    if (folder / "train.log").is_file():
+        run.damaged = max(map(int, LEFT_OUT.findall((folder / "train.log").read_text())), default=0)
+    try:
+        run.manifest = Manifest.load(run.config.data.shards)
+    except ValueError as error:
+        run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
+    return run
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader of the figures should know, one sentence or two each."""
+    found, settings = [], run.config.training
+    if run.steps < settings.steps:
+        found.append(f"The run is not complete: step {run.steps:,} of {settings.steps:,}. Continue it with --resume.")
+    if young := too_young(settings, run.steps):
+        found.append(f"A{young.removeprefix('warning: a')}. The samples here are from the weights themselves.")
+    if run.skipped:
+        steps = ", ".join(f"{line['step']:,}" for line in run.skipped[:5]) + ", ..." * (len(run.skipped) > 5)
+        count = f"{len(run.skipped)} steps were" if len(run.skipped) > 1 else "1 step was"
+        found.append(f"{count} skipped, because the loss or the gradient was not finite: step {steps}. They changed "
+                     "nothing; skipped.jsonl names their samples and times.")  # fmt: skip
+    _, losses = run.curve("loss")
+    bad, losses = int(np.isnan(losses).sum()), losses[~np.isnan(losses)]
+    if bad:
+        found.append(f"The loss is not finite in {bad} of {len(run.metrics)} records.")
+    if len(losses) >= 20:
+        parts = [part.mean() for part in np.array_split(losses, 10)]
+        if parts[-1] > 1.1 * min(parts):
+            best = parts.index(min(parts))
+            found.append(f"The loss rises: {parts[-1]:.4g} over the last tenth of the run, {min(parts):.4g} over its "
+                         f"{'first' if not best else f'{10 * best}% to {10 * best + 10}%'}.")  # fmt: skip
+    if run.manifest and run.manifest.channel_std:
+        std = math.sqrt(np.square(run.manifest.channel_std).mean() + np.var(run.manifest.channel_mean))
+        if not 0.7 < std < 1.4:
+            found.append(f"The scaled latents have a standard deviation of {std:.2g}, not about 1: the autoencoder's "
+                         f"scaling_factor {run.manifest.latents.scaling} does not fit these images. Noise levels and "
+                         "samplers assume 1.")  # fmt: skip
+    if run.damaged:
+        found.append(f"{run.damaged} damaged samples of the shards were left out of training (data.skip_damaged).")
+    if run.manifest and run.manifest.skipped:
+        found.append(f"{run.manifest.skipped} of {run.manifest.images:,} images could not be read when the latents "
+                     "were extracted; skipped.txt beside the shards names them.")  # fmt: skip
+    return found
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """Every config key with its value, dotted."""
+    return dict(_dotted(to_tree(run.config)))
+
+
+def _dotted(value, prefix: str = ""):
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _dotted(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, json.dumps(value) if isinstance(value, (bool, type(None))) else str(value) or '""'
+
+
+def reproduce(run: Run) -> str:
+    """The commands that run it again, from its config.yaml, as it was started."""
+    first = run.starts[0] if run.starts else {}
+    processes, nodes = first.get("processes", 1), first.get("nodes", 1)
+    words = [f"FASTDIT_KERNELS={first['kernels']}"] if first.get("kernels") else []
+    words.append("fastdit")
+    if processes > 1:
+        words.append(f"launch --gpus {processes // nodes}" + f" --nodes {nodes} --master HOST:PORT" * (nodes > 1))
+    words.append(f"train {run.folder / CONFIG} run_dir={run.folder}-again")
+    words += ["training.engine=deepspeed"] * bool(first.get("deepspeed_launcher"))
+    words += ["--device cpu"] * (first.get("device") == "cpu")
+    commit = (first.get("commit") or "").rstrip("+")
+    return (f"git checkout {commit}\n" if commit else "") + " ".join(words)

@@ -1,0 +1,252 @@
+"""What a report makes with the network of a run: samples over training, their nearest training images, loss over t."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from fastdit.data.images import to_uint8
+from fastdit.data.latents import sample_latents
+from fastdit.data.loader import read_moments
+from fastdit.data.manifest import Manifest
+from fastdit.likelihood import batches, mean_and_error
+from fastdit.report.facts import Run
+from fastdit.sampling import ImagePipeline, Inference, load_pipeline
+from fastdit.training import checkpoint
+from fastdit.training.ema import too_young
+from fastdit.training.state import VAE, load_network
+
+FEW = ("sampling.sampler=dpmpp_2m", "sampling.steps=20", "sampling.compile=false")  # one evaluation per step
+SEED = 0
+SAMPLES, STRIP, CLASSES = 16, 8, 8  # of the last checkpoint; of each one; classes among them
+CHECKPOINTS, FRAMES = 6, 12  # of the strip over training; of the animation
+CANDIDATES, NEAREST, SEARCHED = 2000, 3, 6  # training images searched per class; shown per sample; samples searched for
+BINS, PER_BIN = 20, 64  # of t in [0, 1]; images, the same in each bin
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """A sample and the training images nearest to it, nearest first: images (1 + NEAREST, H, W, 3), distances."""
+
+    label: int
+    images: np.ndarray
+    distances: list[float]
+
+
+@dataclass
+class Measured:
+    """What one run gives for its page; what could not be made is empty, and `notes` say why."""
+
+    notes: list[str] = field(default_factory=list)
+    parameters: int = 0
+    weights: str = "ema"
+    sampling: str = ""  # how the samples were made
+    names: tuple[str, ...] = ()  # of the classes
+    labels: list[int] = field(default_factory=list)  # of the samples
+    samples: np.ndarray | None = None  # uint8 (SAMPLES, H, W, 3), of the last checkpoint
+    strips: list[tuple[int, np.ndarray]] = field(default_factory=list)  # step, samples (STRIP, H, W, 3)
+    frames: np.ndarray | None = None  # (FRAMES, SAMPLES, H, W, 3), noise first
+    real: np.ndarray | None = None  # (SAMPLES, H, W, 3): decoded latents of the same classes
+    neighbors: list[Neighbors] = field(default_factory=list)
+    searched: int = 0  # training images per class that were compared with a sample, at most
+    between_real: float = math.nan  # distance of a training image to the nearest other, median
+    bins: list[tuple[float, float]] = field(default_factory=list)  # mean loss and standard error; nan: no t there
+
+    def name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else f"class {label}"
+
+
+def measure_run(
+    run: Run, device: torch.device, overrides: Iterable[str] = (), budget_s: float = math.inf
+) -> Measured:
+    """Everything on the page that needs the network; without what is predicted to take longer than `budget_s`."""
+    found = Measured()
+    if not run.checkpoints:
+        found.notes.append("No samples: the run has no complete checkpoint.")
+        return found
+    last, overrides = run.checkpoints[-1], [*FEW, *overrides]
+    found.weights = "model" if too_young(run.config.training, checkpoint.step_of(last)) else "ema"
+    pipeline = model = None
+    with noted(found.notes, "No samples"):
+        vae = run.config.data.vae
+        local = Path(vae).is_dir() or (run.folder / VAE).is_dir()
+        if budget_s < math.inf and not local and not try_to_load_from_cache(vae, "config.json"):  # no download now
+            raise ValueError(f"data.vae={vae} is not on this machine; make them with fastdit report {run.folder}")
+        pipeline = load_pipeline(last, overrides, weights=found.weights, device=device)
+        objective, model = pipeline.objective, pipeline.model
+    if not pipeline:
+        with noted(found.notes, "No loss per timestep"):
+            trained = load_network(last, found.weights, device=device)
+            objective, model = trained.objective, trained.model
+    if not model:
+        return found
+    found.parameters = model.parameter_count()
+    network = Inference(model, run.config.sampling.precision, compile=False)
+    seconds = seconds_needed(network, pipeline, run, device)
+    if seconds > budget_s:
+        found.notes.append(f"No samples, neighbors and loss per timestep: on this machine they would take about "
+                           f"{seconds:.0f} s. Make them with fastdit report {run.folder}.")  # fmt: skip
+        return found
+    manifest = run.manifest
+    if manifest:
+        with noted(found.notes, "No loss per timestep"):
+            found.bins = loss_per_bin(objective, network, manifest, device)
+    if pipeline:
+        with noted(found.notes, "No samples"):
+            x_0 = draw(found, run, pipeline, overrides, device)
+            if manifest:
+                with noted(found.notes, "No real images and neighbors"):
+                    compare(found, pipeline, manifest, x_0)
+    return found
+
+
+@contextmanager
+def noted(notes: list[str], what: str) -> Iterator[None]:
+    """Turns an error of the files, or of too little memory, into a note that something is left out."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        notes.append(f"{what}: {' '.join(str(error).split())}")
+
+
+def seconds_needed(network: Inference, pipeline: ImagePipeline | None, run: Run, device: torch.device) -> float:
+    """A prediction for everything here, from one evaluation of the network on 8 latents, and one decoded image."""
+    shape = pipeline.spec.shape if pipeline else run.manifest.latents.shape if run.manifest else None
+    if shape is None:
+        return 0.0
+    x, t = torch.zeros(8, *shape, device=device), torch.full((8,), 0.5, device=device)
+    y = torch.zeros(8, dtype=torch.long, device=device)
+    seconds = BINS * PER_BIN / 8 * timed(lambda: network(x, t, y))
+    if pipeline:
+        settings = pipeline.config.sampling
+        images = SAMPLES + STRIP * min(CHECKPOINTS - 1, len(run.checkpoints) - 1)
+        evaluations = len(pipeline.objective.timesteps(settings.steps)) * (2 if settings.cfg_scale != 1 else 1)
+        seconds += images * evaluations / 8 * timed(lambda: network(x, t, y))
+        decoded = images + SAMPLES * (FRAMES + 1) + SEARCHED * (NEAREST + 1)
+        seconds += decoded * timed(lambda: pipeline.codec.decode(x[:1]))
+    return seconds
+
+
+def timed(run: Callable[[], Tensor]) -> float:
+    """Seconds of a second call: the first one chooses algorithms."""
+    run().sum().item()
+    start = time.perf_counter()
+    run().sum().item()
+    return time.perf_counter() - start
+
+
+def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str], device: torch.device) -> Tensor:
+    """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
+    classes = min(run.config.data.num_classes or 1, len(pipeline.class_names) or math.inf)
+    count = min(classes, CLASSES)
+    found.names = pipeline.class_names if run.config.data.num_classes else ("",)
+    found.labels = [i % count * classes // count for i in range(SAMPLES)]
+    labels = torch.tensor(found.labels, device=device)
+    settings, used = run.config.sampling, pipeline.config.sampling
+    found.sampling = (
+        f"{used.sampler.name}, {used.steps} steps, guidance {used.cfg_scale:g}, seed {SEED}, "
+        f"{'EMA' if found.weights == 'ema' else 'weights without EMA'}"
+        + (f" (the run's own setting is {settings.sampler.name}, {settings.steps} steps, guidance "
+           f"{settings.cfg_scale:g})" if (settings.sampler, settings.steps) != (used.sampler, used.steps) else "")
+    )  # fmt: skip
+    seen: list[Tensor] = []
+    x_0 = pipeline.latents(list(range(SAMPLES)), labels, SEED, on_step=lambda t, x_t, _: seen.append(x_t))
+    seen = [*seen, x_0]
+    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, min(FRAMES, len(seen))).round().astype(int)]
+    found.frames = np.stack([decoded(pipeline, x_t) for x_t in chosen])
+    found.samples = found.frames[-1]
+    kept = [run.checkpoints[i] for i in spread(len(run.checkpoints), CHECKPOINTS)]
+    for folder in kept[:-1]:
+        model = load_network(folder, found.weights, overrides=overrides, device=device).model
+        earlier = replace(pipeline, inference=Inference(model, used.precision, compile=False))
+        images = decoded(pipeline, earlier.latents(list(range(STRIP)), labels[:STRIP], SEED))
+        found.strips.append((checkpoint.step_of(folder), images))
+    found.strips.append((checkpoint.step_of(kept[-1]), found.samples[:STRIP]))
+    return x_0
+
+
+def decoded(pipeline: ImagePipeline, x_0: Tensor) -> np.ndarray:
+    """(N, C, h, w) -> uint8 (N, H, W, 3); ValueError where a latent is not finite."""
+    if not x_0.isfinite().all():
+        raise ValueError("the sampled latents are not finite: check the weights with fastdit verify")
+    return np.concatenate([to_uint8(pipeline.codec.decode(part)).cpu().numpy() for part in x_0.split(8)])
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})
+
+
+@torch.no_grad()
+def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: Tensor) -> None:
+    """Real images of the samples' classes, and the nearest training images of the first samples.
+
+    The distance is the root mean square over the latent's elements, to the posterior means of images of the same class;
+    a sample counts as it is and mirrored.
+    """
+    index, spec, random = manifest.index(), manifest.latents, np.random.default_rng(SEED)
+    real: list[Tensor | None] = [None] * SAMPLES
+    nearest, between = [], []
+    for label in dict.fromkeys(found.labels):
+        rows = index[index["label"] == label] if pipeline.config.data.num_classes else index
+        rows = rows[np.sort(random.permutation(len(rows))[:CANDIDATES])]
+        moments = read_moments(manifest, rows).to(x_0.device)
+        if not len(moments):
+            continue
+        known = sample_latents(moments, torch.zeros_like(moments[:, : spec.shape[0]]), spec.scale, spec.shift)
+        found.searched = max(found.searched, len(known))
+        places = [i for i, other in enumerate(found.labels) if other == label]
+        shown = known[random.permutation(len(known))[np.arange(len(places)) % len(known)]]
+        for i, latent in zip(places, shown, strict=True):
+            real[i] = latent
+        if len(known) > 1:
+            between += distances(known[:SEARCHED], known).topk(2, largest=False)[0][:, 1].tolist()
+        for i in places:
+            if i < SEARCHED:
+                query = torch.stack([x_0[i], x_0[i].flip(-1)])
+                values, order = distances(query, known).amin(0).topk(min(NEAREST, len(known)), largest=False)
+                images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
+                nearest.append((i, Neighbors(label, images, values.tolist())))
+    found.neighbors = [entry for _, entry in sorted(nearest, key=lambda pair: pair[0])]
+    found.between_real = float(np.median(between)) if between else math.nan
+    if all(latent is not None for latent in real):
+        found.real = decoded(pipeline, torch.stack(real))
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square differences (n, m) of latents (n, C, h, w) and (m, C, h, w)."""
+    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist") / a[0].numel() ** 0.5
+
+
+@torch.no_grad()
+def loss_per_bin(objective, network: Inference, manifest: Manifest, device: torch.device) -> list[tuple[float, float]]:
+    """The objective's loss in BINS equal parts of t, with the times within a bin distributed as in training.
+
+    Every bin has the same PER_BIN images of the shards and the same noise. nan for a bin that training never draws.
+    """
+    size, spec = min(PER_BIN, len(manifest)), manifest.latents
+    _, moments, y = next(iter(batches(manifest, size, size, SEED)))
+    moments, y = moments.to(device), y.to(device)
+    generator = torch.Generator().manual_seed(SEED)
+    posterior, noise = torch.randn(2, size, *spec.shape, generator=generator).to(device)
+    x_0 = sample_latents(moments, posterior, spec.scale, spec.shift)
+    times = objective.sample_t((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
+    places = (times * BINS).ceil().clamp(1, BINS).long() - 1
+    found = []
+    for k in range(BINS):
+        inside = times[places == k].sort().values
+        if not len(inside):
+            found.append((math.nan, math.nan))
+            continue
+        t = inside[torch.linspace(0, len(inside) - 1, size).long()].to(device)
+        found.append(mean_and_error(objective.loss(network, x_0, y, t, noise).per_sample.double().tolist()))
+    if all(math.isnan(loss) for loss, _ in found):
+        raise ValueError("it is not finite: check the weights with fastdit verify")
+    return found

@@ -1,0 +1,284 @@
+"""The HTML page: one file, with everything in it, that needs neither scripts nor a network."""
+
+import html
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.resources import files
+
+import numpy as np
+
+from fastdit import __version__
+from fastdit.data.images import size_text
+from fastdit.report.facts import Run, reproduce, settings_of, warnings
+from fastdit.report.measure import BINS, PER_BIN, Measured
+from fastdit.report.pictures import Series, animation, picture, plot, short, smoothed
+
+RECORDED = ("step", "loss", "grad_norm", "lr", "steps_per_s", "images_per_s", "mfu", "peak_gib", "time")
+COLUMNS = 4  # of a sheet of samples
+
+
+def render(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -> str:
+    """The page of one run, or of several side by side."""
+    names = unique_names(runs)
+    title = title or " and ".join(names)
+    pairs = list(zip(runs, measured, strict=True))
+    body = [
+        f"<header><h1>{text(title)}</h1>{side_by_side(names, [head(*pair) for pair in pairs])}</header>",
+        section("Quality", table(names, [quality(run) for run in runs])),
+        section("Samples", side_by_side(names, [samples(m) for m in measured])),
+        section("Samples over training", side_by_side(names, [strips(m) for m in measured])),
+        section("Nearest training images", side_by_side(names, [neighbors(m) for m in measured])),
+        section("Training", curves(runs, measured)),
+        section("What was trained on what", table(names, [about(*pair) for pair in pairs])),
+        section("What differs", table(names, differences(runs))) if len(runs) > 1 else "",
+        section("Where it ran", table(names, [places(run) for run in runs])),
+        section("To reproduce it", side_by_side(names, [recipe(run, len(runs) == 1) for run in runs])),
+        section("Not on this page", side_by_side(names, [notes(*pair) for pair in pairs])),
+    ]
+    style = (files("fastdit.report") / "page.css").read_text()
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title>\n<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + f"\n<p class=\"muted\"><small>fastdit {__version__}</small></p>\n</body>\n</html>\n"
+    )
+
+
+def text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def unique_names(runs: Sequence[Run]) -> list[str]:
+    """The name of each run's folder, with as many of the folders above as tell the runs apart."""
+    for depth in range(1, 1 + max(len(run.folder.parts) for run in runs)):
+        names = ["/".join(run.folder.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(runs):
+            return names
+    return [f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def section(heading: str, content: str) -> str:
+    return f"<section><h2>{heading}</h2>\n{content}\n</section>" if content else ""
+
+
+def side_by_side(names: list[str], parts: list[str]) -> str:
+    """One part as it is; several in columns, or below each other on a narrow screen; "" if all are empty."""
+    if len(parts) == 1 or not any(parts):
+        return "".join(parts)
+    columns = (
+        f'<div><h3 class="dot s{i}">{text(name)}</h3>{part or missing}</div>'
+        for i, (name, part) in enumerate(zip(names, parts, strict=True))
+        for missing in ('<p class="muted">none</p>',)
+    )
+    return f'<div class="runs">{"".join(columns)}</div>'
+
+
+def table(names: list[str], columns: list[dict]) -> str:
+    """A row per key, a string or (string, remark), and a column per run; "" where there is nothing to show."""
+    rows = ""
+    for key in dict.fromkeys(key for column in columns for key in column):
+        name, remark = key if isinstance(key, tuple) else (key, "")
+        cells = "".join(f"<td>{text(column.get(key, '-'))}</td>" for column in columns)
+        rows += f"<tr><th>{text(name)}{f'<small>{text(remark)}</small>' * bool(remark)}</th>{cells}</tr>"
+    heads = "".join(f'<th class="dot s{i}">{text(name)}</th>' for i, name in enumerate(names))
+    heading = f"<thead><tr><th></th>{heads}</tr></thead>" if len(columns) > 1 else ""
+    kinds = " ".join(["many"] * (len(columns) > 1) + ["remarks"] * ("<small>" in rows))
+    return f'<table class="{kinds}">{heading}<tbody>{rows}</tbody></table>' if rows else ""
+
+
+def head(run: Run, measured: Measured) -> str:
+    """What it is in a sentence, the main figures, and the warnings."""
+    data, epochs = run.config.data, run.epochs
+    size = f" with {short(measured.parameters)} parameters" if measured.parameters else ""
+    images = f"{len(run.manifest):,} images" if run.manifest else "images"
+    classes = f" of {data.num_classes:,} classes" if data.num_classes else ", without labels,"
+    lead = (
+        f"{run.config.model.variant}{size}, trained with {kind(run)} on {images}{classes} at "
+        f"{size_text(data.image_size)} px for {run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "") + "."
+    )
+    tiles = {"training time": str(timedelta(seconds=round(run.seconds)))} if run.metrics else {}
+    for key, name, unit, many in (
+        ("loss", "loss, last 5%", "", np.nanmean),
+        ("images_per_s", "images/s, median", "", np.nanmedian),
+        ("peak_gib", "peak memory", " GiB", np.nanmax),
+    ):
+        values = run.curve(key)[1]
+        values = values[-math.ceil(len(values) / 20) :] if key == "loss" else values
+        if np.isfinite(values).any():
+            value = many(values)
+            tiles[name] = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
+    shown = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in tiles.items())
+    found = "".join(f"<li>{text(line)}</li>" for line in warnings(run))
+    return (
+        f'<p class="lead">{text(lead)}</p>'
+        + (f'<dl class="tiles">{shown}</dl>' if tiles else "")
+        + (f'<ul class="warnings" aria-label="warnings">{found}</ul>' if found else "")
+    )
+
+
+def kind(run: Run) -> str:
+    return {"flow": "flow matching", "ddpm": "DDPM"}.get(run.config.objective.name, run.config.objective.name)
+
+
+def quality(run: Run) -> dict[tuple[str, str], str]:
+    """The figures of quality.json by name and protocol."""
+    return {
+        (figure["name"], figure.get("protocol", "")): short(value) if isinstance(value, float) else str(value)
+        for figure in run.quality
+        for value in [figure["value"]]
+    }
+
+
+def samples(measured: Measured) -> str:
+    if measured.samples is None:
+        return ""
+    figures = [("Generated", picture(measured.samples, COLUMNS, "generated images"))]
+    if measured.real is not None:
+        figures.append(("Real", picture(measured.real, COLUMNS, "real images")))
+    moving = animation(measured.frames, COLUMNS, "the generated images, from noise to data")
+    figures.append(("From noise to data", moving))
+    shown = "".join(f"<figure><figcaption>{title}</figcaption>{image}</figure>" for title, image in figures)
+    names = list(dict.fromkeys(measured.labels))
+    classes = f"Classes, row by row: {', '.join(measured.name(label) for label in names)}" + (
+        ", and again. " if len(names) < len(measured.labels) else ". "
+    )
+    about = (
+        f"Generated: not chosen by hand, with {measured.sampling}. "
+        + ("Real: training images, as the autoencoder decodes them. " if measured.real is not None else "")
+        + (classes if len(measured.names) > 1 else "")
+    )
+    return f'<div class="three">{shown}</div><p class="muted">{text(about)}</p>'
+
+
+def strips(measured: Measured) -> str:
+    if len(measured.strips) < 2:
+        return ""
+    rows = ""
+    for step, images in measured.strips:
+        shown = picture(images, len(images), f"samples of step {step}")
+        rows += f'<div class="strip"><span>step {step:,}</span>{shown}</div>'
+    return f'{rows}<p class="muted">The same noise and classes, sampled from each of these checkpoints.</p>'
+
+
+def neighbors(measured: Measured) -> str:
+    if not measured.neighbors:
+        return ""
+    figures = "".join(
+        f"<figure><figcaption>{text(measured.name(n.label))} "
+        f"<span>distances {', '.join(f'{d:.2f}' for d in n.distances)}</span></figcaption>"
+        f'<div class="near">{picture(n.images[:1], 1, "a generated image")}'
+        f'{picture(n.images[1:], len(n.images) - 1, "its nearest training images")}</div></figure>'
+        for n in measured.neighbors
+    )
+    real = measured.between_real
+    about = (
+        "Left a generated image, right the training images whose latents are nearest to its own. The distance is the "
+        f"root mean square difference of the latents, as it is or mirrored, to up to {measured.searched:,} training "
+        f"images{' of its class' if len(measured.names) > 1 else ''}"
+        + (f"; from a training image to the nearest other it is {real:.2f} (median)" if math.isfinite(real) else "")
+        + ". A copy would be far below that. It is no measure of what a viewer sees."
+    )
+    return f'<div class="pairs">{figures}</div><p class="muted">{text(about)}</p>'
+
+
+def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
+    losses = [series for i, run in enumerate(runs) for series in both(i, *run.curve("loss"))]
+    plots = [plot("Loss", losses), plot("Loss, logarithmic", losses, log=True)]
+    parts = dict.fromkeys(key for run in runs for m in run.metrics for key in m if key not in RECORDED)
+    for key in parts:
+        plots.append(plot(f"Loss: {key}", [s for i, run in enumerate(runs) for s in both(i, *run.curve(key))]))
+    times = (np.arange(BINS) + 0.5) / BINS
+    bins = [
+        Series(times, np.array(m.bins)[:, 0], i, error=np.array(m.bins)[:, 1])
+        for i, m in enumerate(measured)
+        if m.bins
+    ]
+    plots.append(plot("Loss per timestep", bins, x_label="t (1 is noise)", zero=True))
+    for key, title, zero in (
+        ("grad_norm", "Gradient norm", True),
+        ("lr", "Learning rate", True),
+        ("images_per_s", "Images per second", True),
+        ("peak_gib", "Peak memory in GiB", True),
+    ):
+        found = [(i, *run.curve(key)) for i, run in enumerate(runs)]
+        series = [s for i, x, y in found for s in (both(i, x, y) if key == "grad_norm" else [Series(x, y, i)])]
+        plots.append(plot(title, series, zero=zero))
+    shown = "".join(plots)
+    about = "Faint: as recorded; strong: the mean over 5% of the run around each step."
+    if bins:
+        images = min(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins)
+        about += (f" The loss per timestep is of the last checkpoint, on {min(PER_BIN, images)} training images, the "
+                  f"same in each of {BINS} bins; the band is the standard error.")  # fmt: skip
+    return f'<div class="plots">{shown}</div><p class="muted">{about}</p>' if shown else ""
+
+
+def both(color: int, x: np.ndarray, y: np.ndarray) -> list[Series]:
+    """A curve as it is, faint, and smoothed."""
+    return [Series(x, y, color, faint=True), Series(x, smoothed(y), color)]
+
+
+def about(run: Run, measured: Measured) -> dict[str, str]:
+    config, settings = run.config, run.config.training
+    objective = ", ".join([kind(run), *(f"{k}={v}" for k, v in config.objective.options.items())])
+    rows = {"network": config.model.variant + (f", {measured.parameters:,} parameters" if measured.parameters else "")}
+    rows["objective"] = objective
+    if run.manifest:
+        shape = " x ".join(map(str, run.manifest.latents.shape))
+        classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
+        rows["data"] = f"{len(run.manifest):,} images {classes} in {config.data.shards}"
+        pixels = size_text(run.manifest.latents.image_size)
+        rows["latents"] = f"{shape}, of {pixels} px images through {config.data.vae}"
+    else:
+        rows["data"] = config.data.shards
+    schedule = settings.lr_schedule.name
+    schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
+    decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    rows |= {
+        "optimizer": f"AdamW, learning rate {settings.lr:g}, {schedule}{decay}",
+        "batch": f"{settings.global_batch:,} images, {'mirrored at random' if config.data.hflip else 'not mirrored'}",
+        "precision": settings.precision + ", fp8" * settings.fp8,
+        "EMA": f"decay {settings.ema_decay:g}" + ", with warmup" * settings.ema_warmup,
+        "steps": f"{run.steps:,} of {settings.steps:,}" + (f", {run.epochs:.3g} epochs" if run.epochs else ""),
+        "seed": str(config.seed),
+    }
+    return rows | ({"started from": settings.init_from} if settings.init_from else {})
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The settings that are not the same in all runs."""
+    trees = [settings_of(run) for run in runs]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    differing = [key for key in keys if key != "run_dir" and len({tree.get(key) for tree in trees}) > 1]
+    return [{key: tree[key] for key in differing if key in tree} for tree in trees]
+
+
+def places(run: Run) -> dict[str, str]:
+    if not run.starts:
+        return {}
+    rows, last = {}, run.starts[-1]
+    for start in run.starts:
+        key = f"from step {start['step']:,}" if len(run.starts) > 1 else "hardware"
+        many = f"{start['processes']} x " * (start["processes"] > 1)
+        nodes = f" on {start['nodes']} nodes" * (start["nodes"] > 1)
+        rows[key] = f"{many}{start['hardware']}{nodes}, {start['date']}"
+    rows["versions"] = ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)
+    rows["commit"] = (last["commit"] or "unknown").replace("+", ", with changes")
+    return rows | {"platform": last["platform"]}
+
+
+def recipe(run: Run, with_settings: bool) -> str:
+    shown = f"<pre>{text(reproduce(run))}</pre>"
+    shown += f"<p>It was started as</p><pre>{text(run.starts[0]['command'])}</pre>" if run.starts else ""
+    if with_settings:
+        settings = "\n".join(f"{key} = {value}" for key, value in settings_of(run).items())
+        shown += f'<p>All settings, as in config.yaml:</p><pre class="settings">{text(settings)}</pre>'
+    return shown
+
+
+def notes(run: Run, measured: Measured) -> str:
+    lines = [*run.notes, *measured.notes]
+    if not run.starts:
+        lines.append("No hardware, versions and commit: the run has no environment.jsonl.")
+    return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""

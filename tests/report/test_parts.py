@@ -1,0 +1,183 @@
+"""What the page is made of: warnings, losses, neighbors, curves; each against a known answer."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastdit.config import config_from
+from fastdit.data.loader import read_moments
+from fastdit.diffusion.objectives import DDPM, FlowMatching
+from fastdit.environment import command, hardware, version
+from fastdit.report import measure
+from fastdit.report.facts import Run, reproduce, warnings
+from fastdit.report.pictures import Series, plot, sheet, short, smoothed, ticks
+from helpers.data import make_shards
+
+FALLING = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
+
+
+def a_run(steps=100, ema_warmup=True, **facts) -> Run:
+    config = config_from({"training": {"steps": steps, "ema_warmup": ema_warmup}}, "here")
+    return Run(Path("/runs/mine"), config, **{"metrics": FALLING, **facts})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards") / "latents")
+
+
+def test_a_healthy_run_has_no_warnings(shards):
+    assert warnings(a_run(manifest=shards)) == []
+
+
+WARNINGS = {
+    "step 100 of 200": lambda shards: a_run(steps=200),
+    "the EMA is still 99% random weights": lambda shards: a_run(ema_warmup=False),
+    "1 step was skipped, because the loss or the gradient was not finite: step 7": lambda shards: a_run(
+        skipped=[{"step": 7}]
+    ),
+    "6 steps were skipped": lambda shards: a_run(skipped=[{"step": i} for i in range(6)]),
+    "not finite in 1 of 101 records": lambda shards: a_run(metrics=[{"step": 0, "loss": None}, *FALLING]),
+    "The loss rises: 1.5 over the last tenth of the run, 1 over its 80% to 90%": lambda shards: a_run(
+        metrics=[{"step": i + 1, "loss": 3.0 if i < 80 else 1.0 if i < 90 else 1.5} for i in range(100)]
+    ),
+    "standard deviation of 5.4, not about 1": lambda shards: a_run(manifest=replace(
+        shards, channel_std=tuple(s * 5.5 for s in shards.channel_std))),
+    "3 damaged samples of the shards were left out": lambda shards: a_run(damaged=3),
+    "2 of 40 images could not be read": lambda shards: a_run(manifest=replace(shards, skipped=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WARNINGS)
+def test_each_fault_is_said_once(shards, words):
+    found = warnings(WARNINGS[words](shards))
+    assert len(found) == 1 and words in found[0]
+
+
+def test_the_command_names_what_the_run_had():
+    start = {"processes": 16, "nodes": 2, "kernels": "eager", "deepspeed_launcher": True, "device": "cuda",
+             "commit": "abc123+"}  # fmt: skip
+    assert reproduce(a_run(starts=[start])) == (
+        "git checkout abc123\nFASTDIT_KERNELS=eager fastdit launch --gpus 8 --nodes 2 --master HOST:PORT "
+        "train /runs/mine/config.yaml run_dir=/runs/mine-again training.engine=deepspeed"
+    )
+    assert reproduce(a_run()) == "fastdit train /runs/mine/config.yaml run_dir=/runs/mine-again"
+
+
+def test_the_environment_is_this_one(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/fastdit", "train", "a b", "x=1"])
+    assert command() == "fastdit train 'a b' x=1"
+    monkeypatch.setattr("sys.argv", ["/home/me/train.py", "--resume"])
+    assert command() == "python train.py --resume"
+    assert version("torch") == torch.__version__.partition("+")[0] or version("torch") == torch.__version__
+    assert version("no-such-package") is None and "cores" in hardware(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(time_distribution="logit_normal")])
+def test_the_loss_of_a_network_that_predicts_zero_is_known_in_every_bin(shards, objective):
+    """E (eps - x_0)^2 = 1 + E x_0^2, whatever t is."""
+    network = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
+    bins = measure.loss_per_bin(objective, network, shards, "cpu")
+    second = np.mean(np.square(shards.channel_std) + np.square(shards.channel_mean))
+    assert len(bins) == 20
+    for loss, error in bins:
+        assert abs(loss - (1 + second)) < 4 * error < 0.2
+
+
+def test_times_that_training_never_draws_have_no_loss_and_ddpm_has_all(shards):
+    network = lambda x, t, y: torch.zeros(len(x), 8, 8, 8)  # noqa: E731
+    objective = SimpleNamespace(sample_t=lambda u: 0.5 + u / 2, loss=FlowMatching().loss)
+    bins = np.array(measure.loss_per_bin(objective, lambda x, t, y: torch.zeros_like(x), shards, "cpu"))
+    assert np.isnan(bins[:10]).all() and np.isfinite(bins[10:]).all()
+    assert np.isfinite(measure.loss_per_bin(DDPM(), network, shards, "cpu")).all()
+
+
+def test_a_copy_of_a_training_image_is_found_also_mirrored(shards):
+    index, spec = shards.index(), shards.latents
+    latents = read_moments(shards, index)[:, :4] * spec.scale
+    labels = [int(label) for label in index["label"][: measure.SAMPLES]]
+    x_0 = latents[: measure.SAMPLES].clone()
+    x_0[1] = x_0[1].flip(-1)
+    x_0[2] = latents[0] if labels[2] != labels[0] else latents[1]  # of another class: not found
+    config = config_from({"data": {"num_classes": 3}}, "here")
+    codec = SimpleNamespace(decode=lambda x: x[:, :3])
+    found = measure.Measured(labels=labels)
+    measure.compare(found, SimpleNamespace(config=config, codec=codec), shards, x_0)
+    first = [neighbors.distances[0] for neighbors in found.neighbors]
+    assert [d < 1e-6 for d in first] == [True, True, False, True, True, True]
+    # two independent images differ by sqrt(2) times their deviation, 5 x 0.18215; the nearest of some by a bit less
+    assert 0.8 < first[2] / (2**0.5 * 5 * 0.18215) < 1 and 0.8 < found.between_real / (2**0.5 * 5 * 0.18215) < 1
+    assert found.searched == 14 and found.real.shape == (16, 8, 8, 3)
+    assert found.neighbors[0].images.shape == (4, 8, 8, 3)
+
+
+def test_moments_are_read_without_the_damaged_ones(tmp_path):
+    shards = make_shards(tmp_path / "latents")
+    whole = read_moments(shards, shards.index())
+    path = tmp_path / "latents" / shards.shards[0].name
+    data = bytearray(path.read_bytes())
+    data[int(shards.index()["offset"][3])] ^= 1
+    path.write_bytes(data)
+    assert torch.equal(read_moments(shards, shards.index()[:6]), whole[[0, 1, 2, 4, 5]])
+
+
+def test_smoothing_is_the_mean_of_the_points_around():
+    values = np.random.default_rng(0).normal(size=200)
+    values[[0, 77, 78]] = np.nan
+    wanted = [np.nanmean(values[max(0, i - 5) : i + 6]) for i in range(200)]
+    np.testing.assert_allclose(smoothed(values), wanted)
+    assert np.array_equal(smoothed(values[1:3]), values[1:3])
+
+
+def points(figure: str, kind: str) -> list[np.ndarray]:
+    """The points of the curves of a class, as they stand in the SVG."""
+    paths = re.findall(rf'<path class="{kind}" d="M([^"]+)"', figure)
+    return [np.array([pair.split() for pair in re.sub(r"[hZ].*", "", path).split("L")], float) for path in paths]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_curve_is_where_its_values_say_and_has_gaps(log):
+    y = np.array([1.0, 10.0, np.nan, 1000.0, 100.0])
+    figure = plot("A < B", [Series(np.arange(5.0), y)], log=log)
+    first, second = points(figure, "s0")
+    height = np.log(y) if log else y
+    ups = np.concatenate([first, second])[:, 1]
+    places = height[~np.isnan(y)]
+    slope, _ = np.polyfit(places, ups, 1)
+    np.testing.assert_allclose(ups - ups[0], slope * (places - places[0]), atol=0.15)
+    assert slope < 0 and len(first) == len(second) == 2 and first[0, 0] == 52 and second[-1, 0] == 344
+    assert "A &lt; B" in figure and figure.count("<text") >= 6
+
+
+def test_plots_of_nothing_of_one_point_and_of_a_constant():
+    empty = np.array([])
+    assert plot("a", [Series(empty, empty)]) == plot("a", [Series(np.ones(1), np.full(1, np.nan))]) == ""
+    assert plot("a", [Series(np.ones(1), -np.ones(1))], log=True) == ""
+    for x in (np.ones(1), np.arange(3.0)):
+        assert "nan" not in plot("a", [Series(x, 0 * x)], zero=True) + plot("a", [Series(x, x * 0 + 2)], log=True)
+    long = plot("a", [Series(np.arange(1e5), np.arange(1e5))])
+    assert len(points(long, "s0")[0]) == 300 and len(long) < 8000
+
+
+def test_ticks_are_round_and_numbers_are_short():
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(0.9, 2.1, log=True) == pytest.approx([1, 1.25, 1.5, 1.75, 2])
+    assert ticks(0.03, 3, log=True) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert ticks(1e-9, 1, log=True)[:2] == pytest.approx([1e-9, 1e-7])
+    assert [short(v) for v in (0, 0.25, 1e-4, 5e-5, 1.25e-6, 20000, 1.5e6)] == [
+        "0", "0.25", "0.0001", "5e-5", "1.25e-6", "20k", "1.5M"]  # fmt: skip
+
+
+def test_a_sheet_places_images_row_by_row_and_shrinks_large_ones():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.full((1, 32, 32, 3), 10, np.uint8)
+    whole = np.asarray(sheet(images, 4))
+    assert whole.shape == (66, 134, 4) and whole[0, 34 * 3, 0] == 30 and whole[34, 34, 0] == 50
+    assert whole[0, 33, 3] == 0 and whole[60, 120, 3] == 0  # transparent between images and after the last one
+    assert sheet(np.zeros((2, 256, 512, 3), np.uint8), 2).size == (2 * 128 + 8, 64)
+
+

@@ -1,0 +1,226 @@
+"""The page of a run: complete, in one file, and honest about what is not there."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastdit.report
+from fastdit.cli import main
+from fastdit.report import report_at_end, write_report
+from fastdit.report.facts import read_run, reproduce
+from fastdit.training.log import read_metrics
+from helpers.runs import losses, train_here
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+VOID = {"meta", "img", "br"}
+PICTURE = re.compile(r'src="data:image/(\w+);base64,([^"]+)"')
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is not closed, or closed where it was not opened; collects headings and attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.headings, self.attributes = [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def checked(page: str) -> Balanced:
+    """The parsed page, which must be one file: nothing is loaded, linked or executed."""
+    parsed = Balanced(page)
+    assert all(value.startswith("data:image/") for name, value in parsed.attributes if name == "src")
+    assert not {"href", "srcset", "action", "onload", "onerror"} & {name for name, _ in parsed.attributes}
+    assert "<script" not in page and not re.search(r"url\(|@import|https?:", PICTURE.sub("", page))
+    assert ("name", "viewport") in parsed.attributes and "prefers-color-scheme: dark" in page and "@media print" in page
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    train_here(world, place / "a", "training.ema_warmup=true")
+    train_here(world, place / "b", "training.lr=2e-3", "training.ema_warmup=true", "training.steps=10")
+    return place
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A copy of run a to spoil, and what changes its config everywhere."""
+    shutil.copytree(runs / "a", tmp_path / "a")
+
+    def change(old, new):
+        for path in (tmp_path / "a").rglob("config.yaml"):
+            path.write_text(path.read_text().replace(str(old), str(new)))
+        for path in (tmp_path / "a").rglob("checkpoint.json"):  # a config that differs from what it was is refused
+            meta = json.loads(path.read_text())
+            meta["files"] = {name: (path.parent / name).stat().st_size for name in meta["files"]}
+            meta.pop("sha256")
+            path.write_text(json.dumps(meta))
+
+    return tmp_path / "a", change
+
+
+def test_the_page_holds_every_figure_in_one_file(runs, capsys):
+    main(["report", str(runs / "a"), "--device", "cpu", "sampling.steps=3"])
+    assert capsys.readouterr().out.strip() == str(runs / "a" / "report.html")
+    page = (runs / "a" / "report.html").read_text()
+    assert checked(page).headings == ["Samples", "Samples over training", "Nearest training images", "Training",
+                                      "What was trained on what", "Where it ran", "To reproduce it"]  # fmt: skip
+    for words in ("DiT-Ti/4 with", "on 1,198 images of 10 classes at 32 px for 20 steps", "dpmpp_2m, 3 steps",
+                  "guidance 1.5", "the run&#x27;s own setting is heun, 4 steps", "Generated", "Real", "noise to data",
+                  "step 10", "step 15", "step 20", "distances 0.", "training.checkpoint_every = 5"):  # fmt: skip
+        assert words in page
+    for title in ("Loss", "Loss, logarithmic", "Loss per timestep", "Gradient norm", "Learning rate",
+                  "Images per second", "Peak memory in GiB"):  # fmt: skip
+        assert f'aria-label="{title}"' in page
+    [warning] = re.findall("<li>(.*?)</li>", page)  # the autoencoder is not trained
+    assert warning.startswith("The scaled latents have a standard deviation of 0.2, not about 1: the autoencoder")
+    assert len(page) < 1_500_000
+    kinds = [kind for kind, _ in PICTURE.findall(page)]
+    assert kinds.count("gif") == 1 and kinds.count("webp") == 2 + 3 + 2 * 6  # sheets, checkpoints, neighbors
+
+
+def test_its_pictures_can_be_opened_and_show_something(runs):
+    page = write_report([runs / "a"], runs / "again.html", overrides=["sampling.steps=3"]).read_text()
+    for _, data in PICTURE.findall(page):
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert np.asarray(picture.convert("L")).std() > 3
+        if picture.format == "GIF":
+            assert picture.n_frames == 4 and picture.size == (4 * 34 - 2, 4 * 34 - 2)
+
+
+def test_the_same_page_twice(runs):
+    pages = [write_report([runs / "a"], runs / name, overrides=["sampling.steps=2"]).read_bytes() for name in "xy"]
+    assert pages[0] == pages[1]
+
+
+def test_two_runs_side_by_side(runs):
+    page = write_report([runs / "a", runs / "b"], runs / "two.html", overrides=["sampling.steps=2"]).read_text()
+    headings = checked(page).headings
+    assert "What differs" in headings and "Not on this page" not in headings
+    differing = page.partition("What differs</h2>")[2].partition("</section>")[0]
+    assert re.findall(r"<tr><th>([\w.]+)</th><td>(.*?)</td><td>(.*?)</td>", differing) == [
+        ("training.steps", "20", "10"), ("training.lr", "0.001", "0.002")]  # fmt: skip
+    loss = page.partition('aria-label="Loss"')[2].partition("</svg>")[0]
+    assert 'class="s0"' in loss and 'class="s1"' in loss
+    assert page.count("From noise to data") == 2 and "<title>a and b</title>" in page
+
+
+@pytest.mark.parametrize("gone", ["latents", "vae"])
+def test_a_page_without_what_is_gone_says_so(world, copied, gone):
+    run, change = copied
+    change(world / gone, f"/gone/{gone}")
+    shutil.rmtree(run / "vae")  # the copy of the autoencoder in the run
+    page = write_report([run], overrides=["sampling.steps=2"]).read_text()
+    headings = checked(page).headings
+    assert headings[-1] == "Not on this page" and f"/gone/{gone}" in page.partition("Not on this page")[2]
+    assert "Nearest training images" not in headings and "<figcaption>Real" not in page
+    assert ("Samples" in headings) == (gone == "latents") and ('"Loss per timestep"' in page) == (gone == "vae")
+
+
+def test_a_run_without_labels_and_one_with_a_learned_variance(world, tmp_path):
+    changes = ["objective=ddpm", "data.num_classes=0", "sampling.cfg_scale=1", "training.steps=5"]
+    train_here(world, tmp_path / "run", *changes)
+    page = write_report([tmp_path / "run"], overrides=["sampling.steps=2"]).read_text()
+    assert "trained with DDPM on 1,198 images, without labels, at 32 px" in page and "of its class" not in page
+    assert "the EMA is still 100% random weights" in page and "weights without EMA" in page
+    assert 'aria-label="Loss: mse"' in page and 'aria-label="Loss: vlb"' in page
+    headings = checked(page).headings
+    assert "Nearest training images" in headings and "Samples over training" not in headings  # of one checkpoint
+    assert "Not on this page" not in headings
+
+
+def test_a_run_without_checkpoints_or_records_has_a_page(copied):
+    run, _ = copied
+    shutil.rmtree(run / "checkpoints")
+    for name in ("metrics.jsonl", "environment.jsonl"):
+        (run / name).unlink()
+    page = write_report([run]).read_text()
+    assert checked(page).headings == ["What was trained on what", "To reproduce it", "Not on this page"]
+    assert "no complete checkpoint" in page and "no environment.jsonl" in page
+
+
+def test_skipped_steps_and_weights_that_are_useless_are_said(world, tmp_path):
+    train_here(world, tmp_path / "run", "training.lr=1e30", "training.max_skipped=99", "training.ema_warmup=true")
+    page = write_report([tmp_path / "run"], overrides=["sampling.steps=2"]).read_text()
+    skipped = len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+    assert skipped > 10 and f"{skipped} steps were skipped" in page and "The loss is not finite in" in page
+    assert "<h2>Samples" not in page and "No loss per timestep: it is not finite" in page
+    checked(page)
+
+
+def test_figures_of_quality_stand_with_their_protocol(copied):
+    run, _ = copied
+    figures = [{"name": "FID", "value": 2.2701, "protocol": "50,000 samples <of> heun"}, {"name": "IS", "value": "278"}]
+    (run / "quality.json").write_text(json.dumps(figures))
+    page = write_report([run], budget_s=0).read_text()
+    assert checked(page).headings[0] == "Quality"
+    assert "<tr><th>FID<small>50,000 samples &lt;of&gt; heun</small></th><td>2.27</td></tr>" in page
+    assert "<tr><th>IS</th><td>278</td></tr>" in page
+
+
+def test_what_would_take_too_long_is_left_out_and_said(runs):
+    page = write_report([runs / "a"], runs / "cheap.html", budget_s=0).read_text()
+    headings = checked(page).headings
+    assert "Samples" not in headings and "Training" in headings and 'aria-label="Loss"' in page
+    assert f"Make them with fastdit report {runs / 'a'}" in page
+
+
+def test_training_writes_the_page_and_its_losses_are_the_same_without(world, runs, tmp_path, capsys):
+    command = ["train", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.ema_warmup=true", "--device"]
+    main([*command, "cpu", "training.report=true"])
+    assert losses(tmp_path / "run") == losses(runs / "a")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"report {tmp_path}/run/report.html" == (tmp_path / "run/train.log").read_text().splitlines()[-1]
+    assert "Samples over training" in checked((tmp_path / "run/report.html").read_text()).headings
+    [start] = read_run(tmp_path / "run").starts
+    assert start["step"] == 0 and start["device"] == "cpu" and start["processes"] == 1 and start["versions"]["torch"]
+
+
+def test_a_report_that_fails_does_not_fail_the_training(runs, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("a fault\nof ours")
+
+    monkeypatch.setattr(fastdit.report, "measure_run", fail)
+    line = report_at_end(runs / "a", "cpu")
+    assert line.startswith("warning: no report (KeyError: ") and "\n" not in line and f"fastdit report {runs}/a" in line
+
+
+def test_its_command_runs_the_same_again(runs, tmp_path):
+    command = reproduce(read_run(runs / "b")).splitlines()[-1].split()
+    assert command.pop(0) == "fastdit"
+    again = [word for word in command if not word.startswith("run_dir=")]
+    main([*again, f"run_dir={tmp_path}/again"])
+    assert [m["loss"] for m in read_metrics(tmp_path / "again")] == [m["loss"] for m in read_metrics(runs / "b")]
+
+
+def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
+    for folder in (tmp_path, runs / "a" / "checkpoints" / "step-0000020"):
+        with pytest.raises(ValueError, match="is not the folder of a run"):
+            write_report([folder])
+    with pytest.raises(ValueError, match="shows one to four runs, not 5"):
+        write_report([runs / "a"] * 5)
