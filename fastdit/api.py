@@ -19,6 +19,7 @@ from fastdit import distributed
 from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
+from fastdit.data.images import size_text
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
 from fastdit.training.loop import train as run_training
@@ -94,7 +95,7 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
 def extract(
     images: str | Path, out: str | Path, *, vae: str = SD_VAE, device: str | None = None, **options: Any
 ) -> Path:
-    """Encode a folder of images to latent shards in `out`; `options`: as for `fastdit extract`, such as image_size."""
+    """Encode images to latent shards in `out`; `options`: as for `fastdit extract`, such as image_size."""
     extract_features(images=images, out=out, vae=vae, ranks=distributed.init(device), **options)
     return Path(out)
 
@@ -125,7 +126,7 @@ def with_latents(config: Config, images: str | Path, device: str | None = None, 
     """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
     size = config.data.image_size or 256
     given = config.data.shards if (Path(config.data.shards or "-") / "manifest.json").is_file() else ""
-    shards = given or f"{str(images).rstrip('/')}_latents_{size}"
+    shards = given or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
     if not (Path(shards) / "manifest.json").is_file():
         say(f"extracting the latents of {images} to {shards}")
         extract(images, shards, vae=config.data.vae or SD_VAE, image_size=size, device=device)

@@ -49,8 +49,8 @@ def build_network(
 def resolved(config: Config, manifest: Manifest) -> Config:
     """The config with what the shards tell: image size, classes, autoencoder, and the steps of training.epochs.
 
-    A local autoencoder gets its absolute path, so that the run can be sampled from any folder. ValueError where the
-    config contradicts the shards.
+    A local autoencoder gets its absolute path, so that the run can be sampled from any folder. Shards without classes
+    set sampling.cfg_scale=1. ValueError where the config contradicts the shards.
     """
     data, settings = config.data, config.training
     manifest.check(
@@ -67,6 +67,8 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         num_classes=manifest.num_classes if data.num_classes is None else data.num_classes,
         vae=str(Path(vae).resolve()) if Path(vae).is_dir() else vae,
     )
+    if not (manifest.num_classes or config.sampling.weak_checkpoint):  # there is nothing to guide by
+        config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))
     if settings.epochs:
         steps = math.ceil(settings.epochs * len(manifest) / settings.global_batch)
         settings = replace(settings, steps=steps)

@@ -31,18 +31,27 @@ def _name(arguments: Namespace, option: str, what: str) -> str:
 
 
 def extract(parser: ArgumentParser) -> Command:
-    """Encode a folder of images to latent shards.
+    """Encode images to latent shards.
 
-    The image folder has one subfolder per class. Any number of processes writes the same files:
-    fastdit launch --gpus 8 extract --images DIR --out DIR --vae VAE
+    Any number of processes writes the same files: fastdit launch --gpus 8 extract --images DIR --out DIR --vae VAE
+    After an interruption, the same command keeps the shards that were finished.
     """
-    parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
+    parser.add_argument(
+        "--images",
+        required=True,
+        help="a folder with a subfolder per class, a folder of images, a CSV or JSONL file with path and label, a "
+        "WebDataset, ImageNet's or CIFAR's archive, or Parquet files of the Hugging Face hub",
+    )
     parser.add_argument("--out", required=True, help="output folder; it appears once it is complete")
-    parser.add_argument("--vae", required=True, help="AutoencoderKL: a local folder or a hub name")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the center crop in pixels (256)")
+    parser.add_argument("--vae", required=True, help="AutoencoderKL or AutoencoderDC: a local folder or a hub name")
+    parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
     parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")
-    parser.add_argument("--precision", default="float32", help="of the VAE: float32 (default), bfloat16 or float16")
+    parser.add_argument("--precision", help="of the VAE: float32 (default on a CPU), bfloat16 (on a GPU) or float16")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compile the encoder (default: on a GPU, for 10,000 images or more)")  # fmt: skip
+    parser.add_argument("--adm-exact", action="store_true",
+                        help="read images as ADM and DiT: EXIF, transparency and 16 bits not handled")  # fmt: skip
     parser.add_argument("--workers", type=int, help="decoding threads per process (default: its share of the cores)")
     parser.add_argument("--shard-size", type=int, default=2048, help="images per shard (2048)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")

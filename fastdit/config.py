@@ -43,7 +43,7 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     shards: str = ""  # folder of latents, written by fastdit extract
-    image_size: int | None = None  # pixels; null: that of the shards
+    image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
@@ -52,7 +52,8 @@ class DataConfig:
 
     def __post_init__(self):
         size, classes = self.image_size, self.num_classes
-        _require(size is None or size > 0, "data.image_size", size, "use a positive number of pixels")
+        sides = size if isinstance(size, tuple) else () if size is None else (size,)
+        _require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
         _require(classes is None or classes >= 0, "data.num_classes", classes, "use 0 for an unconditional network")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import distributed
-from fastdit.data.latents import sample_latents
+from fastdit.data.latents import PerChannel, per_channel, sample_latents
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.guidance import guided
@@ -192,9 +192,10 @@ class Signs:
         return torch.stack(rows).to(x)
 
 
-def log_posterior(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+def log_posterior(moments: Tensor, noise: Tensor, scale: PerChannel) -> Tensor:
     """log q(x_0 | image) in nats (N,) of x_0 = (mean + std noise - shift) scale, from moments (N, 2C, h, w)."""
-    std = moments.chunk(2, dim=1)[1].double() * abs(scale)
+    std = moments.chunk(2, dim=1)[1].double()
+    std = std * abs(per_channel(scale, std))
     logs = -0.5 * noise.double() ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
     return logs.flatten(1).sum(1)
 

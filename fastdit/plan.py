@@ -6,6 +6,7 @@ import torch
 
 from fastdit.build import build_network, build_objective, uses_zero
 from fastdit.config import Config, assumed
+from fastdit.data.images import size_text, width_height
 from fastdit.memory import FP8_SPEED, GEMM_SHARE, GIB, GPUS, MEMORY_SHARE, Candidate, candidates, card_name
 from fastdit.models.dit import DiT
 
@@ -23,9 +24,10 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     settings = config.training
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
-    side = config.data.image_size // 8  # with the usual autoencoders; the shards know the real one
+    width, height = width_height(config.data.image_size)
+    shape = 4, height // 8, width // 8  # with the usual autoencoders; the shards know the real one
     with torch.device("meta"):
-        model = build_network(config, (4, side, side), build_objective(config))
+        model = build_network(config, shape, build_objective(config))
     open_ = replace(settings, activation_checkpointing="auto", micro_batch=settings.micro_batch or -1)
     return model, candidates(replace(config, training=open_), model, card, world)[0]
 
@@ -39,7 +41,7 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
     processes = f"{world} x {gpu}" + (f" ({engine})" if world > 1 else "")
     precision = "FP8 linears, " * settings.fp8 + settings.precision
     lines = [
-        f"### {config.model.variant}, {config.data.image_size} px, {processes}, global batch "
+        f"### {config.model.variant}, {size_text(config.data.image_size)} px, {processes}, global batch "
         f"{settings.global_batch}, {precision}, residual stream {8 * settings.residual_bytes} bits",
         "",
         f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP per image forward, "

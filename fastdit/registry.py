@@ -113,8 +113,10 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) is Literal:
         check(value, typing.get_args(hint), key)
         return value
-    if isinstance(hint, types.UnionType):  # X | None
-        return None if value is None else convert(typing.get_args(hint)[0], value, key)
+    if isinstance(hint, types.UnionType):  # X | None, X | tuple[...] | None
+        kinds = typing.get_args(hint)
+        lists = [kind for kind in kinds if typing.get_origin(kind) is tuple] if isinstance(value, list | tuple) else []
+        return None if value is None else convert([*lists, *kinds][0], value, key)
     origin = typing.get_origin(hint) or hint
     if origin is tuple:
         parts = typing.get_args(hint)

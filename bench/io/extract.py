@@ -20,8 +20,9 @@ from PIL import Image
 
 from bench.record import compared, parser, record, rotate
 from fastdit.data.extract import PRECISIONS, extract_features
-from fastdit.data.images import ImageFolder, list_images, load_crop, to_pixels
+from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
+from fastdit.data.sources import ImageSource, list_images
 from fastdit.distributed import init
 
 
@@ -54,7 +55,7 @@ def make_vae(folder: Path, large: bool) -> Path:
 
 
 class Crops(torch.utils.data.Dataset):
-    def __init__(self, folder: ImageFolder, size: int):
+    def __init__(self, folder: ImageSource, size: int):
         self.folder, self.size = folder, size
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class Crops(torch.utils.data.Dataset):
         return torch.from_numpy(load_crop(self.folder.root / self.folder.paths[i], self.size))
 
 
-def plain(codec: LatentCodec, folder: ImageFolder, out: Path, size: int, batch: int, workers: int, device) -> None:
+def plain(codec: LatentCodec, folder: ImageSource, out: Path, size: int, batch: int, workers: int, device) -> None:
     out.mkdir()
     done = 0
     for crops in torch.utils.data.DataLoader(Crops(folder, size), batch_size=batch, num_workers=workers):

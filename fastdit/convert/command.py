@@ -59,7 +59,7 @@ def convert(
     say(
         f"{src}: {config.model.variant}, {config.data.num_classes} classes"
         f"{'' if config.model.class_dropout else ' without a null label'}, objective {config.objective.name}, "
-        f"latents {'x'.join(map(str, loaded.latents.shape))}, scale {loaded.latents.scale:g}"
+        f"latents {'x'.join(map(str, loaded.latents.shape))}, scale {loaded.latents.scaling}"
     )
     if loaded.report is None:  # with one, it is checked
         loaded.check()
@@ -215,7 +215,7 @@ def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) ->
     lines = [f"IMPORTANT: the official scripts sample with another objective by default; use {call}"] if call else []
     if not loaded.config.data.vae.startswith(official.VAES.format("")):
         lines.append("IMPORTANT: the official scripts decode with Stable Diffusion's autoencoder and scale 0.18215; "
-                     f"use {loaded.config.data.vae} and {loaded.latents.scale:g}")  # fmt: skip
+                     f"use {loaded.config.data.vae} and {loaded.latents.scaling}")  # fmt: skip
     return lines
 
 

@@ -1,7 +1,7 @@
 """A checkpoint in memory, whatever its format, and the comparison of one that was written with its source."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,13 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """What other formats store beside the config."""
-        return {"latents": asdict(self.latents), "step": self.step, "class_names": list(self.class_names)}
+        return {"latents": self.latents.to_json(), "step": self.step, "class_names": list(self.class_names)}
 
 
 def from_facts(facts: Any, where: str) -> dict[str, Any]:
     """Arguments for Loaded from `Loaded.facts`; ValueError if they are damaged."""
     try:
-        types = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int}
-        channels, height, width = map(int, facts["latents"]["shape"])
-        others = {key: kind(facts["latents"][key]) for key, kind in types.items()}
-        latents = LatentSpec((channels, height, width), **others)
+        latents = LatentSpec.from_json(facts["latents"])
         names = tuple(map(str, facts.get("class_names", ())))
         return {"latents": latents, "step": int(facts["step"]), "class_names": names}
     except (KeyError, TypeError, ValueError, AttributeError) as error:

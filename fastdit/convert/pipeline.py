@@ -43,8 +43,9 @@ def write_pipeline(loaded: Loaded, folder: Path, weights: str) -> None:
 
     config, latents, objective, shape = loaded.config, loaded.latents, loaded.objective, loaded.architecture()
     scheduler, state = schedulers.scheduler_of(objective), getattr(loaded, weights)
-    if latents.shift:
-        raise ValueError(f"shift={latents.shift} is not supported by DiTPipeline; keep the fastdit checkpoint")
+    if latents.shift or isinstance(latents.scale, tuple):
+        raise ValueError(f"scale={latents.scaling}, shift={latents.shift} is not supported by DiTPipeline; keep the "
+                         "fastdit checkpoint")  # fmt: skip
     grid = shape.input_size // shape.patch_size
     if not torch.equal(state["pos_embed"][0], position_embedding(shape.hidden_size, grid, grid)):
         raise ValueError("pos_embed is not the fixed table of DiTTransformer2DModel; keep the fastdit checkpoint")

@@ -1,14 +1,12 @@
-"""Image folders, with one subfolder per class, to pixels in [-1, 1]. Center crop as in ADM (Dhariwal & Nichol 2021)."""
+"""Image files to pixels in [-1, 1]. Center crop as in ADM (Dhariwal & Nichol 2021)."""
 
-import os
 import warnings
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga",
@@ -17,138 +15,110 @@ EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm",
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"} & Image.OPEN.keys())
 
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Images under `root`, grouped by class: `paths` relative to it, `labels` as indices into sorted `class_names`.
-
-    `ignored`: path, tab, reason of every other file in the class subfolders, hidden ones excepted.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.paths)
+TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                        "ROTATE_90"), start=2))  # EXIF's orientation -> what undoes it  # fmt: skip
+Size = int | tuple[int, int]  # pixels: the side of a square, or (width, height)
+Opened = str | Path | BinaryIO | Image.Image
 
 
-def list_images(root: str | Path) -> ImageFolder:
-    """Lists root/<class>/**/<image>, with classes and paths sorted; hidden files and folders are ignored.
+def width_height(size: Size) -> tuple[int, int]:
+    """(width, height) of a size."""
+    return (size, size) if isinstance(size, int) else size
 
-    Symbolic links are followed, but no folder is visited twice. Raises a ValueError if a folder is missing, empty or
-    cannot be read, if there are images outside the class subfolders, or if a class subfolder has no images (it would
-    silently shift the labels of the classes after it).
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"images={root} is not a folder; give a folder with one subfolder of images per class")
+
+def size_text(size: Size) -> str:
+    """`256` or `512x256`, as `parse_size` reads it."""
+    return "x".join(map(str, [size] if isinstance(size, int) else size))
+
+
+def parse_size(text: str | Size) -> Size:
+    """`256` -> 256; `512x256` (width x height) -> (512, 256), or 512 if both are equal; ValueError otherwise."""
     try:
-        entries = sorted(e.name for e in os.scandir(root) if not e.name.startswith("."))
-    except OSError as error:
-        raise _unreadable(error) from error
-    classes = [name for name in entries if (root / name).is_dir()]
-    loose = [name for name in entries if name.lower().endswith(EXTENSIONS) and name not in classes]
-    if loose:
-        raise ValueError(
-            f"images={root} has {len(loose)} images outside any class subfolder (the first is {loose[0]!r}); "
-            "move them into one subfolder per class (a single subfolder for unconditional training)"
-        )
-    if not classes:
-        raise ValueError(f"images={root} is empty; it needs one subfolder of images per class")
-    paths, labels, ignored, visited = [], [], [], set()
-    for label, name in enumerate(classes):
-        found, others = _files_below(root, name, visited)
-        ignored += others
-        if not found:
-            raise ValueError(
-                f"images={root} has a class subfolder {name!r} without images; remove it, or add {'/'.join(EXTENSIONS)}"
-            )
-        paths += found
-        labels += [label] * len(found)
-    return ImageFolder(root, tuple(paths), tuple(labels), tuple(classes), tuple(ignored))
+        sides = [int(side) for side in str(text).lower().split("x")] if isinstance(text, int | str) else [*text]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"image_size={text} is not a size; give a side such as 256, or WIDTHxHEIGHT") from None
+    return sides[0] if sides[0] == sides[-1] else tuple(sides)
 
 
-def remarks(folder: ImageFolder) -> list[str]:
-    """What a user should know about a folder before it is extracted, one line each."""
-    lines = []
-    if folder.ignored:
-        kinds = Counter(line.split("\t")[1] for line in folder.ignored)
-        counts = ", ".join(f"{count} x {reason}" for reason, count in kinds.most_common(5))
-        lines.append(
-            f"ignored {len(folder.ignored)} files that are not images ({counts}); they are named in skipped.txt"
-        )
-    names = folder.class_names
-    if all(name.isdigit() for name in names) and [*map(int, names)] != sorted(map(int, names)):
-        order = ", ".join(names[:4])
-        lines.append(
-            f"class folders are sorted as text: label 0, 1, 2, ... are {order}, ...; pad them with zeros to 00, 01"
-        )
-    return lines
-
-
-def _unreadable(error: OSError) -> ValueError:
-    return ValueError(f"{error.filename} cannot be read ({error.strerror}); make it readable, or remove it")
-
-
-def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[list[str], list[str]]:
-    """The images below root/name and the ignored files with their reasons, sorted; `visited`: folders seen so far."""
-
-    def stop(error: OSError) -> None:
-        raise _unreadable(error)
-
-    found, ignored = [], []
-    for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=stop):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above, or to one of another class
-            subfolders.clear()
-            ignored.append(
-                f"{Path(folder).relative_to(root).as_posix()}\ta second path to a folder that was already read"
-            )
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        below = Path(folder).relative_to(root).as_posix()
-        for file in sorted(files):
-            path = f"{below}/{file}"
-            if file.startswith("."):
-                continue
-            if not os.path.isfile(root / path):  # a pipe would block whoever opens it
-                ignored.append(f"{path}\tnot a regular file")
-            elif file.lower().endswith(EXTENSIONS):
-                found.append(path)
-            else:
-                ignored.append(f"{path}\tname ends in {Path(file).suffix.lower() or 'no suffix'}")
-    return sorted(found), ignored
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve (BOX) while the short side is at least 2 * size, resize it to `size` (BICUBIC), center-crop."""
-    while min(image.size) >= 2 * size:
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """ADM's crop: halve (BOX) while no side falls below `size`, resize to cover it (BICUBIC), center-crop."""
+    wanted = width_height(size)
+    while all(side >= 2 * least for side, least in zip(image.size, wanted, strict=True)):
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(least / side for side, least in zip(image.size, wanted, strict=True))
     image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - wanted[0]) // 2, (image.height - wanted[1]) // 2
+    return image.crop((left, top, left + wanted[0], top + wanted[1]))
 
 
-def load_crop(path: str | Path, size: int) -> np.ndarray:
-    """Reads one image, converts it to RGB and crops it -> (size, size, 3) uint8.
+def load_crop(opened: Opened, size: Size, adm_exact: bool = False) -> np.ndarray:
+    """Reads one image, converts it to RGB and crops it -> (height, width, 3) uint8; see `read_image`."""
+    return read_image(opened, size, adm_exact)[0]
 
-    Applies the EXIF orientation, puts transparent pixels on white and scales 16-bit gray to 8 bits; the released code
-    does none of these. Opens raster formats only. Raises a ValueError with the reason if the file cannot be read.
+
+def read_image(opened: Opened, size: Size, adm_exact: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The crop (height, width, 3) uint8 of an image, and what was done to it.
+
+    `opened`: a path, a binary file or an image. Takes the first frame, applies the EXIF orientation, puts transparent
+    pixels on white and scales 16-bit values to 8 bits. `adm_exact` does none of this, as ADM's and DiT's own code.
+    Opens raster formats only. Raises a ValueError with the reason if the image cannot be read.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transparent palettes, invalid EXIF data: the pixels are fine
-            with Image.open(path, formats=FORMATS) as image:
-                return np.array(center_crop(to_rgb(ImageOps.exif_transpose(image)), size))  # a copy: writable for torch
+            decoded = isinstance(opened, Image.Image)
+            with opened if decoded else Image.open(opened, formats=FORMATS) as image:
+                done = treatments(image, size, adm_exact)
+                image.load()
+                rgb = image.convert("RGB") if adm_exact else to_rgb(upright(image))
+                return np.array(center_crop(rgb, size)), done  # a copy: writable for torch
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds of errors on damaged files
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 2 to 8, or 1 if it is normal, unknown or unreadable."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF data, with any error; the pixels are fine
+        return 1
+    return value if value in TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as its EXIF data say that it is seen. Pillow has done this already to a TIFF."""
+    turn = TURNS.get(orientation(image))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def treatments(image: Image.Image, size: Size, adm_exact: bool = False) -> tuple[str, ...]:
+    """What the conversion of an image that is not yet decoded means for it, in words for the summary."""
+    width, height = image.size
+    deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    turned = orientation(image) != 1
+    if orientation(image) > 4 and not adm_exact and image.format != "TIFF":  # a TIFF's size is that of the turned image
+        width, height = height, width
+    wanted = width_height(size)
+    found = {
+        "turned as their EXIF data say": turned and not adm_exact,
+        "EXIF orientation not applied": turned and adm_exact,
+        "transparent, put on white": image.has_transparency_data and not adm_exact,
+        "transparency dropped": image.has_transparency_data and adm_exact,
+        "16-bit, scaled to 8 bits": deep and not adm_exact,
+        "16-bit, as Pillow converts them": deep and adm_exact,
+        "palette": image.mode in ("P", "PA"),
+        "CMYK": image.mode == "CMYK",
+        "grayscale": image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"),
+        # an MPO is a photo with a preview, or with depth, behind it
+        "animated or with several pages, first one taken": getattr(image, "is_animated", False)
+        and image.format != "MPO",
+        "enlarged": width < wanted[0] or height < wanted[1],
+    }
+    return tuple(name for name, holds in found.items() if holds)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -177,6 +147,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
+class Unusable(ValueError):
+    """The images cannot be extracted as they are: the same command would fail again."""
+
+
+def skip_line(path: str, reason: str) -> str:
+    """A line of skipped.txt: path, tab, reason. Control characters in a file's name are written as \\n, \\t, ..."""
+    name = "".join(repr(c)[1:-1] if ord(c) < 32 else c for c in path)
+    return f"{name}\t{' '.join(reason.split())}"
+
+
 class Skipped:
     """Records the images that could not be read, and stops the run if there are too many.
 
@@ -188,10 +168,10 @@ class Skipped:
         self.lines: list[str] = []  # path, tab, reason
 
     def add(self, path: str, reason: str) -> None:
-        """Records an unreadable image; raises a ValueError if there are now too many."""
-        self.lines.append(f"{path}\t{' '.join(reason.split())}")
+        """Records an unreadable image; raises Unusable if there are now too many."""
+        self.lines.append(skip_line(path, reason))
         if len(self.lines) > self.allowed:
-            raise ValueError(
+            raise Unusable(
                 f"more than {self.allowed} of {self.total} images cannot be read (the last is {path}: {reason}); "
                 "repair or remove them"
             )

@@ -1,23 +1,23 @@
-"""Pixels <-> moments <-> latents through a diffusers AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752).
+"""Pixels <-> moments <-> latents through a diffusers autoencoder.
 
 "Moments" are the posterior's mean and standard deviation, unscaled. A latent is
 x_0 = (mean + std * noise - shift) * scale.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-# The config entries that affect latents or decoded pixels; the rest is bookkeeping.
-FINGERPRINTED = (
-    "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
-    "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
-    "use_post_quant_conv", "use_quant_conv",
-)  # fmt: skip
+from fastdit.data.autoencoders import fingerprint, load_autoencoder
+from fastdit.data.images import Size, width_height
+
+PerChannel = float | tuple[float, ...]  # one value for all channels of the latents, or one for each
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,36 @@ class LatentSpec:
     """What kind of latents a shard set, checkpoint or conversion uses; they must agree to be used together."""
 
     shape: tuple[int, int, int]  # (C, h, w)
-    scale: float
-    shift: float
-    vae: str  # the autoencoder's name or folder, as the user gave it
+    scale: PerChannel
+    shift: PerChannel
+    vae: str  # the autoencoder's folder or hub name
     codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
-    image_size: int  # pixels per side
+    image_size: Size  # pixels per side of a square, or (width, height)
+
+    def __post_init__(self):
+        for key in ("shape", "scale", "shift", "image_size"):  # JSON has lists
+            if isinstance(value := getattr(self, key), list):
+                object.__setattr__(self, key, tuple(value))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, with lists for tuples."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "LatentSpec":
+        """What `to_json` returned; raises a KeyError, TypeError or ValueError if it is damaged."""
+        kinds = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int}
+        channels, height, width = map(int, stored["shape"])
+        others = {key: [*map(kind, v)] if isinstance(v := stored[key], list | tuple) else kind(v)
+                  for key, kind in kinds.items()}  # fmt: skip
+        return cls((channels, height, width), **others)
+
+    @property
+    def scaling(self) -> str:
+        """The scale in words: `0.18215`, or `0.31 to 0.52 by channel`."""
+        if isinstance(self.scale, tuple):
+            return f"{min(self.scale):g} to {max(self.scale):g} by channel"
+        return f"{self.scale:g}"
 
     @classmethod
     def names(cls) -> list[str]:
@@ -49,27 +74,60 @@ class LatentSpec:
             )
 
 
-def sample_latents(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+def sample_latents(moments: Tensor, noise: Tensor, scale: PerChannel, shift: PerChannel = 0.0) -> Tensor:
     """x_0 (N, C, h, w) = (mean + std * noise - shift) * scale from moments (N, 2C, h, w) and standard normal noise."""
     mean, std = moments.chunk(2, dim=1)
-    return torch.addcmul(mean - shift if shift else mean, std, noise) * scale
+    return torch.addcmul(mean - per_channel(shift, mean) if shift else mean, std, noise) * per_channel(scale, mean)
+
+
+def per_channel(value: PerChannel, like: Tensor) -> float | Tensor:
+    """A scale or shift as a factor or term of latents (N, C, h, w): the number, or a tensor (C, 1, 1) like `like`."""
+    return _constant(value, like.dtype, like.device) if isinstance(value, tuple) else value
+
+
+@lru_cache(64)  # a copy to a GPU would wait for it, and a CUDA graph cannot hold one
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel) -> list[str]:
+    """What is wrong with the scale or shift of latents, given the mean and deviation of each scaled channel (C,)."""
+    lines, overall = [], float(np.sqrt((std**2).mean()))
+    if not 0.5 <= overall <= 2 or not (std <= 4).all():
+        remedy = "see its latents_mean and latents_std" if isinstance(scale, tuple) else f"use {scale / overall:.3g}"
+        lines.append(
+            f"the standard deviations of the scaled latents are {_rounded(std)}, far from the 1 that diffusion "
+            f"assumes: scale={scale if isinstance(scale, tuple) else f'{scale:g}'} is wrong; {remedy}"
+        )
+    if (np.abs(mean) > 3).any():
+        lines.append(f"the means of the scaled latents are {_rounded(mean)}, far from 0; a shift is missing")
+    return lines
+
+
+def _rounded(values: np.ndarray) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 class LatentCodec:
-    """A frozen AutoencoderKL: `encode` returns moments, `decode` takes scaled latents.
+    """A frozen AutoencoderKL or AutoencoderDC: `encode` returns moments, `decode` takes scaled latents.
 
-    `scale`, `shift`: see `sample_latents`. `downsample`: image side / latent side. `channels`: C. `fingerprint`:
-    identifies the autoencoder independently of its dtype and device (create the codec from the fp32 weights, then
-    convert it with `to`).
+    `scale`, `shift`: see `sample_latents`; of each channel where the autoencoder has latents_std and latents_mean.
+    `downsample`: image side / latent side. `channels`: C. `fingerprint`: identifies the autoencoder independently of
+    its dtype and device (create the codec from the fp32 weights, then convert it with `to`).
     """
 
     def __init__(self, vae: nn.Module, name: str = "in-memory"):
         self.vae = vae.eval().requires_grad_(False)
         self.name = name
         config = vae.config
-        self.scale = float(config.scaling_factor)
-        self.shift = float(getattr(config, "shift_factor", None) or 0.0)
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
+        self.scale: PerChannel = float(config.scaling_factor)
+        self.shift: PerChannel = float(getattr(config, "shift_factor", None) or 0.0)
+        if getattr(config, "latents_std", None):
+            self.scale = tuple(self.scale / float(std) for std in config.latents_std)
+        if getattr(config, "latents_mean", None):
+            self.shift = tuple(map(float, config.latents_mean))
+        blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
+        self.downsample = 2 ** (len(blocks) - 1)
         self.channels = int(config.latent_channels)
         self.fingerprint = fingerprint(vae)
 
@@ -77,52 +135,46 @@ class LatentCodec:
     def load(
         cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "LatentCodec":
-        """Loads a folder from AutoencoderKL.save_pretrained, a pipeline's folder (with `vae/` in it) or a hub name.
-
-        Raises a one-line ValueError if it does not exist or is not a complete AutoencoderKL.
-        """
-        from diffusers import AutoencoderKL  # takes seconds to import
-
-        folder = Path(name)
-        subfolder = None
-        if folder.is_dir():
-            subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-            _check_folder(folder / (subfolder or ""))
-        elif folder.exists() or folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
-            raise ValueError(
-                f"vae={name} is not a folder; give one written by AutoencoderKL.save_pretrained, or a hub name"
-            )
-        try:
-            vae, loading = AutoencoderKL.from_pretrained(
-                str(name), subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
-            )
-        except Exception as error:  # network, hub, safetensors and pickle errors have no common base class
-            what = "cannot be read" if folder.is_dir() else "is not a local folder and the hub download failed"
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"vae={name} {what}: {type(error).__name__}: {reason}") from error
-        if missing := sorted(loading["missing_keys"]):  # diffusers initializes them randomly
-            raise ValueError(
-                f"vae={name} is missing {len(missing)} weights (the first is {missing[0]}); "
-                "save it again with AutoencoderKL.save_pretrained"
-            )
-        return cls(vae, str(name)).to(dtype=dtype, device=device)
+        """Loads a folder or a hub name; see `load_autoencoder`."""
+        vae = load_autoencoder(name)
+        where = Path(name).resolve() if Path(name).is_dir() else name  # it is used from other folders, too
+        return cls(vae, str(where)).to(dtype=dtype, device=device)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
         """Moves or converts the autoencoder in place; the fingerprint does not change."""
         nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` gives needless warnings
         return self
 
-    def spec(self, image_size: int, shape: tuple[int, int, int] | None = None) -> LatentSpec:
-        """The LatentSpec of square images with `image_size` pixels per side; `shape` overrides the latents' shape."""
-        side = image_size // self.downsample
-        shape = shape or (self.channels, side, side)
+    def faster(self, compile_for: tuple[int, ...] | None = None) -> str:
+        """Prepares the encoder for a GPU, in place: channels-last, and compiled for pixels of the shape (N, 3, H, W).
+
+        If that fails, as without a C++ compiler, it stays as it is; returns the reason.
+        """
+        nn.Module.to(self.vae, memory_format=torch.channels_last)
+        if compile_for:
+            self.vae.encoder.compile(dynamic=False)
+            try:
+                self.encode(torch.zeros(compile_for, device=self.vae.device))
+            except Exception as error:
+                self.vae.encoder._compiled_call_impl = None
+                return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return ""
+
+    def spec(self, image_size: Size, shape: tuple[int, int, int] | None = None) -> LatentSpec:
+        """The LatentSpec of images of a size; `shape` overrides the latents' shape."""
+        width, height = width_height(image_size)
+        shape = shape or (self.channels, height // self.downsample, width // self.downsample)
         return LatentSpec(shape, self.scale, self.shift, self.name, self.fingerprint, image_size)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w), float32 and unscaled: mean, then std."""
         self.check_image_size(*pixels.shape[-2:])
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        if not hasattr(encoded, "latent_dist"):  # AutoencoderDC's is a point
+            mean = encoded.latent.float()
+            return torch.cat([mean, torch.zeros_like(mean)], dim=1)
+        posterior = encoded.latent_dist
         # exponentiate in fp32: in half precision, exp() would lose three digits of std
         std = (0.5 * posterior.logvar.float()).exp()
         return torch.cat([posterior.mean.float(), std], dim=1)
@@ -130,7 +182,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) -> float32 pixels (N, 3, H, W), approximately in [-1, 1]."""
-        z = x_0.float() / self.scale + self.shift
+        z = x_0.float() / per_channel(self.scale, x_0.float()) + per_channel(self.shift, x_0.float())
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
     def check_image_size(self, *sides: int) -> None:
@@ -144,28 +196,3 @@ class LatentCodec:
                 )
 
 
-def fingerprint(vae: nn.Module) -> str:
-    """SHA-256 of the FINGERPRINTED config entries and the weights as little-endian fp32, sorted by name."""
-    config = {key: getattr(vae.config, key, None) for key in FINGERPRINTED}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for key, value in sorted(vae.state_dict().items()):
-        array = value.detach().to("cpu", torch.float32).contiguous().numpy()
-        digest.update(f"{key} {array.shape}".encode())
-        digest.update(array.astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-def _check_folder(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_text()).get("_class_name")
-    except FileNotFoundError:
-        raise ValueError(
-            f"vae={folder} has no config.json; give a folder written by AutoencoderKL.save_pretrained"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"vae={path} is damaged ({error}); save the autoencoder again") from None
-    if kind != "AutoencoderKL":
-        raise ValueError(
-            f"vae={folder} is of class {kind}, which has no posterior to sample from; use an AutoencoderKL"
-        )

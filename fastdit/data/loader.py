@@ -106,7 +106,7 @@ class _Reader:
         self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
         self.index = manifest.index()
         labels = self.index["label"]
-        if labels.min() < 0 or labels.max() >= manifest.num_classes:
+        if labels.min() < 0 or labels.max() >= max(manifest.num_classes, 1):
             raise ValueError(
                 f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
                 f"{manifest.num_classes} classes; {AGAIN}"

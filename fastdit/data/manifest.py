@@ -16,12 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.data.latents import LatentSpec
+from fastdit.data.images import Size, size_text
+from fastdit.data.latents import LatentSpec, scale_remarks
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
 AGAIN = "copy it again or extract again"
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """The number of samples of each class; () if there are no classes."""
+    return tuple(np.bincount(labels, minlength=num_classes).tolist()) if num_classes else ()
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,11 @@ class Manifest:
 
     latents: LatentSpec
     dtype: str  # of the stored moments, a key of DTYPES
-    class_names: tuple[str, ...]
-    images: int  # in the source folder, including skipped ones
+    class_names: tuple[str, ...]  # () of images without classes, whose labels are all 0
+    images: int  # in the source, including skipped ones
+    source: str = ""  # its kind
     skipped: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # how many images were turned, put on white, ...
     class_counts: tuple[int, ...] = ()
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
@@ -71,8 +79,8 @@ class Manifest:
                 del stored[derived]
             shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
             stored["shape"] = stored.pop("latent_shape")
+            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names()})
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-            latents = LatentSpec(**{name: fields.pop(name) for name in LatentSpec.names()})
             return cls(latents, **fields, shards=shards, folder=folder)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
@@ -101,7 +109,7 @@ class Manifest:
     def check(
         self,
         *,
-        image_size: int | None = None,
+        image_size: Size | None = None,
         num_classes: int | None = None,
         codec: str | None = None,
         global_batch: int | None = None,
@@ -113,13 +121,17 @@ class Manifest:
         own = self.latents
         if image_size is not None and image_size != own.image_size:
             raise ValueError(
-                f"image_size={image_size}, but the latents in {self.folder} are from {own.image_size} px images; "
-                f"set {own.image_size} or extract again"
+                f"image_size={size_text(image_size)}, but the latents in {self.folder} are from "
+                f"{size_text(own.image_size)} px images; set {own.image_size} or extract again"
             )
         if num_classes and num_classes < self.num_classes:
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
                 f"set {self.num_classes}, or 0 to train without labels"
+            )
+        if num_classes and not self.num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
         if codec is not None and codec != own.codec:
             raise ValueError(
@@ -136,6 +148,10 @@ class Manifest:
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise ValueError(f"{path} {state}; {AGAIN}")
+
+    def scale_remarks(self) -> list[str]:
+        """What is wrong with the scale or shift of the latents, in words; [] if their deviation is near 1."""
+        return scale_remarks(np.array(self.channel_mean), np.array(self.channel_std), self.latents.scale)
 
     def verify(self) -> None:
         """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""

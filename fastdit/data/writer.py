@@ -1,24 +1,26 @@
 """Atomic writing of latent shards: they are written to <out>.partial, synced to disk, then renamed to <out>.
 
 Any number of processes write shards independently; `publish` merges them. The bytes depend on the samples alone: the
-tar files contain no times and no owners.
+tar files contain no times and no owners. A shard has its name only once it is complete.
 """
 
 import hashlib
 import io
-import json
 import os
+import secrets
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastdit.data.images import Skipped
-from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard
+from fastdit.data.images import Skipped, Unusable
+from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard, class_counts
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16, 626 files for ImageNet
 
@@ -54,32 +56,23 @@ def prepare(out: Path) -> Path:
     return partial
 
 
-def discard(partial: Path) -> None:
-    """Removes an unfinished folder. It is renamed first, so that no other process adds a file during the removal."""
-    renamed = partial.with_name(f"{partial.name}-{os.getpid()}")
-    try:
-        partial.rename(renamed)
-    except OSError:  # never created, or already removed by another process
-        return
-    shutil.rmtree(renamed, ignore_errors=True)
-
-
 class ShardWriter:
-    """Writes shard `number` to `folder`; `close` writes a part file with the information that `publish` needs."""
+    """Writes shard `number` to `folder`; `close` returns what `publish` needs of it."""
 
     def __init__(self, folder: Path, number: int, dtype: str):
         self.folder, self.number, self.dtype = folder, number, DTYPES[dtype]
         self.path = folder / f"shard-{number:05d}.tar"
+        self.writing = self.path.with_suffix(f".{secrets.token_hex(4)}")  # a killed run's orphan may still write
         self.rows: list[tuple] = []
         self.sums: np.ndarray | int = 0  # (3, C) float64: sums over images of mean, mean^2 and variance
-        self.tar = tarfile.open(self.path, "w", format=tarfile.USTAR_FORMAT)
+        self.tar = tarfile.open(self.writing, "w", format=tarfile.USTAR_FORMAT)
 
     def add(self, key: int, moments: np.ndarray, label: int) -> None:
         """Appends the moments (2, 2C, h, w) of an image and its mirror image; ValueError if they overflow the dtype."""
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(moments, dtype=self.dtype)
         if not np.isfinite(array).all():
-            raise ValueError(
+            raise Unusable(
                 f"the latent of image {key} is not finite as {self.dtype.name}; "
                 "extract with --dtype float32 and --precision float32"
             )
@@ -99,33 +92,32 @@ class ShardWriter:
         self.tar.addfile(info, io.BytesIO(data))
         return offset
 
-    def close(self, skipped: Iterable[str] = ()) -> None:
-        """Closes the tar file and writes the part file, which marks the shard as complete."""
+    def close(self, skipped: Iterable[str] = (), counts: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Completes the tar file; the part's JSON contents: shard, rows, sums, skipped images, counts of treatments."""
         self.tar.close()
-        digest = _sync(self.path)
-        shard = Shard(self.path.name, len(self.rows), self.path.stat().st_size, digest)
+        digest = _sync(self.writing)
+        shard = Shard(self.path.name, len(self.rows), self.writing.stat().st_size, digest)
+        self.writing.rename(self.path)
         sums = np.asarray(self.sums).tolist()  # JSON keeps Python floats exactly
-        part = {"shard": asdict(shard), "rows": self.rows, "sums": sums, "skipped": list(skipped)}
-        _write(self.path.with_suffix(".new"), json.dumps(part).encode())
-        self.path.with_suffix(".new").rename(part_path(self.folder, self.number))
-
-
-def part_path(folder: Path, number: int) -> Path:
-    """The file that marks a shard as complete."""
-    return folder / f"shard-{number:05d}.part"
+        about = {"skipped": [*skipped], "counts": {**(counts or {})}}
+        return {"shard": asdict(shard), "rows": self.rows, "sums": sums, **about}
 
 
 def publish(
-    partial: Path, out: Path, about: Manifest, shards: int, overwrite: bool = False, ignored: Iterable[str] = ()
+    partial: Path,
+    out: Path,
+    about: Manifest,
+    parts: Sequence[Mapping[str, Any]],
+    overwrite: bool = False,
+    ignored: Iterable[str] = (),
 ) -> Manifest:
     """Merges the parts of all shards into the index, manifest and list of skipped images, then renames to `out`.
 
     `about` describes the latents; the counts, statistics, shards and checksums are filled in here.
     """
-    parts = [json.loads(part_path(partial, number).read_text()) for number in range(shards)]
     index = np.array([(*r[:2], tuple(r[2]), *r[3:]) for part in parts for r in part["rows"]], dtype=SAMPLE)
     if not len(index):
-        raise ValueError(f"none of the {about.images} images could be read; repair them or choose another folder")
+        raise Unusable(f"none of the {about.images} images could be read; repair them or choose another folder")
     file = io.BytesIO()
     np.save(file, index)
     _write(partial / "index.npy", file.getvalue())
@@ -137,19 +129,20 @@ def publish(
         text = "".join(f"{line}\n" for line in [*skipped.lines, *ignored])
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
     latents = about.latents
+    scale, shift = np.array(latents.scale), np.array(latents.shift)  # of all channels, or (C,)
+    counts = sum((Counter(part["counts"]) for part in parts), Counter())
     manifest = replace(
         about,
         skipped=len(skipped.lines),
-        class_counts=tuple(np.bincount(index["label"], minlength=about.num_classes).tolist()),
-        channel_mean=tuple(((mean - latents.shift) * latents.scale).tolist()),
-        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(latents.scale)).tolist()),
+        counts=dict(sorted(counts.items())),
+        class_counts=class_counts(index["label"], about.num_classes),
+        channel_mean=tuple(((mean - shift) * scale).tolist()),
+        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(scale)).tolist()),
         shards=tuple(Shard(**part["shard"]) for part in parts),
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         folder=out,
     )
     _write(partial / "manifest.json", manifest.to_json().encode())
-    for number in range(shards):
-        part_path(partial, number).unlink()
     _sync_folder(partial)
     check_out(out, overwrite)
     old = out.with_name(out.name + ".replaced")
@@ -173,21 +166,30 @@ def write_shards(
     """Writes pairs of moments (2, 2C, h, w) and label, in a single process; `about` describes them. See `check_out`."""
     out = check_out(out, overwrite)
     partial = prepare(out)
-    writers: list[ShardWriter] = []
+    parts: list[dict[str, Any]] = []
     try:
         key = -1
         for key, (moments, label) in enumerate(samples):
             if key % shard_size == 0:
-                writers.append(ShardWriter(partial, key // shard_size, about.dtype))
-            writers[-1].add(key, moments, label)
+                writer = ShardWriter(partial, len(parts), about.dtype)
+            writer.add(key, moments, label)
             if (key + 1) % shard_size == 0:
-                writers[-1].close()
+                parts.append(writer.close())
         if (key + 1) % shard_size:
-            writers[-1].close()
-        return publish(partial, out, replace(about, images=key + 1), len(writers), overwrite)
+            parts.append(writer.close())
+        return publish(partial, out, replace(about, images=key + 1), parts, overwrite)
     except BaseException:
-        discard(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file that is there in full or not at all, also after a power failure."""
+    new = path.with_suffix(".new")
+    new.write_bytes(data)
+    _sync(new)
+    new.rename(path)
+    _sync_folder(path.parent)
 
 
 def _write(path: Path, data: bytes) -> None:

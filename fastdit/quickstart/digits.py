@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdit.data.images import list_images, load_crop
+from fastdit.data.images import load_crop
+from fastdit.data.sources import list_images
 
 HELD_OUT = 3  # every third image is not used to train the diffusion model, but to fit the judge
 

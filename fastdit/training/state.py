@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +194,13 @@ def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) ->
         "global_batch": config.training.global_batch,
         "seed": config.seed,
         "class_names": list(class_names),
-        "latents": {**asdict(latents), "shape": list(latents.shape)},
+        "latents": latents.to_json(),
     }
 
 
 def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
-    """The record of the latents in checkpoint.json; KeyError or TypeError where it has none."""
-    stored = meta["latents"]
-    return LatentSpec(**{**stored, "shape": tuple(stored["shape"])})
+    """The record of the latents in checkpoint.json; KeyError, TypeError or ValueError where it has none."""
+    return LatentSpec.from_json(meta["latents"])
 
 
 @dataclass(frozen=True)

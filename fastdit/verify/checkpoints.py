@@ -97,7 +97,8 @@ def check_average(weights: dict[str, Tensor], ema: dict[str, Tensor], meta: dict
 
 def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Callable[[str], None]) -> None:
     """Compare the latents recorded in the checkpoint with the autoencoder and the shards, if these are available."""
-    if not 0 < latents.scale < float("inf"):
+    scales = latents.scale if isinstance(latents.scale, tuple) else (latents.scale,)
+    if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
     if vae.is_dir():

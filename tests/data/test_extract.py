@@ -4,12 +4,8 @@ import errno
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +13,16 @@ import pytest
 import torch
 
 from fastdit.cli import main
-from fastdit.data import extract, writer
-from fastdit.data.images import list_images, load_crop, to_pixels
+from fastdit.data import extract
+from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
-from fastdit.distributed import Ranks
+from fastdit.data.sources import list_images
 from fastdit.lock import FolderLock
 from helpers import runs
 from helpers.data import tiny_vae, write_digits
+from helpers.extraction import files_of, run, thread_ranks
 
 COUNT = 90
 
@@ -38,16 +35,6 @@ def made(tmp_path_factory) -> Path:
     tiny_vae().save_pretrained(base / "vae")
     run(base, base / "out")
     return base
-
-
-def run(base: Path, out: Path, **options) -> Manifest:
-    options = {"image_size": 32, "batch_size": 8, "shard_size": 20, "workers": 2, **options}
-    return extract.extract_features(**{"images": base / "images", "vae": base / "vae", "out": out, **options})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The contents of a folder by file name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_each_latent_is_the_one_of_its_image_and_label(made):
@@ -74,23 +61,6 @@ def test_extraction_is_readable_as_batches(made):
     batch = next(batches)
     batches.close()
     assert batch.moments.shape == (32, 8, 16, 16) and batch.moments.dtype == torch.float32
-
-
-@dataclass(frozen=True)
-class ThreadRanks(Ranks):
-    """Threads in place of processes."""
-
-    meeting: threading.Barrier
-
-    def barrier(self) -> None:
-        self.meeting.wait()
-
-
-def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
-    codec = LatentCodec.load(made / "vae")  # once: diffusers patches torch.nn while it loads, so threads must not
-    monkeypatch.setattr(LatentCodec, "load", lambda *_: codec)
-    meeting = threading.Barrier(count)
-    return [ThreadRanks(rank, rank, count, torch.device("cpu"), meeting) for rank in range(count)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -149,10 +119,8 @@ def spoil(base: Path, how: str) -> dict:
     if how == "empty images":
         (base / "empty").mkdir()
         return {"images": base / "empty"}
-    if how == "no classes":
-        (base / "flat").mkdir()
-        shutil.copy(images / "0" / "0000.png", base / "flat")
-        return {"images": base / "flat"}
+    if how == "beside classes":
+        shutil.copy(images / list_images(images).paths[0], images / "loose.png")
     if how == "empty class":
         (images / "10").mkdir()
     if how == "unreadable":
@@ -183,11 +151,11 @@ def spoil(base: Path, how: str) -> dict:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no images", "images=.*nowhere is not a folder; give a folder with one subfolder of images per class"),
-        ("empty images", "images=.* is empty; it needs one subfolder of images per class"),
+        ("no images", "images=.*nowhere does not exist; give a folder of class folders, .*, or Parquet files"),
+        ("empty images", "images=.* is empty; it needs images, or one subfolder of images per class"),
         (
-            "no classes",
-            "images=.* has 1 images outside any class subfolder .*; move them into one subfolder per class",
+            "beside classes",
+            "images=.* has 1 images beside its subfolders .*; move them into one subfolder per class, or all",
         ),
         ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
         ("unreadable", r"more than 1 of 90 images cannot be read \(the last is 0/.*Error: .*; repair or remove them"),
@@ -227,8 +195,9 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(made, tmp_path, capfd, monke
     with pytest.raises(SystemExit) as stop:
         main(["extract", *argv])
     assert stop.value.code == 2
-    [line] = capfd.readouterr().err.splitlines()
+    *others, line = capfd.readouterr().err.splitlines()
     assert re.match(f"error: {message}", line), line
+    assert not others or how in ("unreadable", "none readable")  # what was found out before
     assert sorted(base.rglob("*")) == before
 
 
@@ -239,47 +208,6 @@ def test_overwrite_replaces_latents(made, tmp_path):
     run(made, tmp_path / "out", overwrite=True)
     assert files_of(tmp_path / "out") == files_of(made / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_killed_run_leaves_no_output_and_the_next_one_is_complete(made, tmp_path):
-    script = f"""
-import os, signal
-from fastdit.cli import main
-from fastdit.data import extract, writer
-close = writer.ShardWriter.close
-def killing(self, skipped=()):
-    close(self, skipped)
-    if self.number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-writer.ShardWriter.close = killing
-extract.extract_features(images={str(made / "images")!r}, vae={str(made / "vae")!r}, out={str(tmp_path / "out")!r},
-                         image_size=32, batch_size=8, shard_size=20, workers=2)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.writing"]
-    run(made, tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(made / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_failing_process_ends_the_others(made, tmp_path, monkeypatch):
-    close = writer.ShardWriter.close
-
-    def failing(self, skipped=()):
-        if self.number == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        close(self, skipped)
-
-    monkeypatch.setattr(writer.ShardWriter, "close", failing)
-    ranks = thread_ranks(2, made, monkeypatch)
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(run, made, tmp_path / "out", ranks=r) for r in ranks]
-    assert "no space left for out=" in str(futures[1].exception())
-    assert "another process of this extraction has failed" in str(futures[0].exception())
-    assert not list(tmp_path.iterdir())
 
 
 def test_two_extractions_never_write_into_one_folder(tmp_path):

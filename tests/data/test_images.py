@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdit.data.images import Skipped, center_crop, list_images, load_crop, remarks, to_pixels, to_uint8
+from fastdit.data.images import Skipped, center_crop, load_crop, to_pixels, to_uint8
+from fastdit.data.sources import list_images, remarks
 from helpers import GOLDEN
 
 ARRAYS = np.load(GOLDEN / "center_crop.npz", allow_pickle=False)
@@ -139,7 +140,8 @@ def test_what_is_not_read_is_named_and_nothing_is_read_twice(tmp_path):
         "a/deep/up": "a second path to a folder that was already read",
         "b/across": "a second path to a folder that was already read",
     }
-    [line] = remarks(folder)
+    about, line = remarks(folder)
+    assert about == f"images={tmp_path}: class folders, 3 images, 2 classes"
     assert line.startswith("ignored 6 files that are not images (") and "1 x name ends in .heic" in line
 
 
@@ -161,18 +163,18 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 def test_numbered_classes_in_the_order_of_text_are_remarked_upon(tmp_path):
     for name in ("0", "1", "2", "10"):
         write(tmp_path / name / "1.png")
-    [line] = remarks(list_images(tmp_path))
+    _, line = remarks(list_images(tmp_path))
     assert "label 0, 1, 2, ... are 0, 1, 10, 2, ...; pad them with zeros" in line
     (tmp_path / "10").rename(tmp_path / "3")
-    assert remarks(list_images(tmp_path)) == []
+    assert len(remarks(list_images(tmp_path))) == 1
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "is not a folder"),
+        (None, "does not exist; give a folder of class folders"),
         ([], "is empty"),
-        (["1.png", "a/2.png"], "outside any class subfolder"),
+        (["1.png", "a/2.png"], "has 1 images beside its subfolders"),
         (["a/1.png", "b/.keep.png"], "class subfolder 'b' without images"),
     ],
 )

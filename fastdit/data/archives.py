@@ -1,0 +1,191 @@
+"""Images from any source: `open_images`. Images in tar files (WebDataset's and ImageNet's) are read in place.
+
+A tar file is indexed once; then each image is one read at its offset.
+"""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdit.data.columns import cifar, parquet
+from fastdit.data.images import EXTENSIONS, skip_line
+from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
+
+LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
+
+
+def open_images(root: str | Path) -> ImageSource:
+    """The images of any source that is known; ValueError if there are none, or if they cannot be used as they are."""
+    root = Path(root)
+    if root.is_file():
+        suffix = root.suffix.lower()
+        if suffix in (".csv", ".jsonl", ".ndjson"):
+            return list_rows(root)
+        if suffix == ".parquet":
+            return parquet(root, [root])
+        if tarfile.is_tarfile(root):
+            return tar_archive(root)
+        raise ValueError(f"images={root} is of no known kind; give {KINDS}")
+    if (root / "manifest.json").is_file() and (root / "index.npy").is_file():
+        raise ValueError(f"images={root} holds latents, not images; train on them with data.shards={root}")
+    if root.is_dir():
+        for folder in (root, root / "data"):  # the second is where the Hugging Face hub keeps them
+            if files := sorted(folder.glob("*.parquet")):
+                return parquet(root, files)
+        if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
+            return webdataset(root, tars)
+    return list_images(root)
+
+
+class Slice(NamedTuple):
+    """A part of a file."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise ValueError(f"{self.file} ends before byte {self.offset + self.size}")
+        return data
+
+
+def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, Slice]]:
+    """Name and place of the regular files in a tar file, or in one within it from byte `start` to `stop`."""
+    try:
+        with file.open("rb") as raw:
+            raw.seek(start)
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                while (member := tar.next()) is not None and (stop is None or member.offset < stop):
+                    tar.members.clear()  # it would keep them all
+                    if member.isreg():
+                        yield member.name, Slice(file, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is not an uncompressed tar file ({error}); copy it again, or decompress it") from None
+
+
+def tar_archive(file: Path) -> ImageSource:
+    """A tar file of images: CIFAR's, ImageNet's for training or validation, or a WebDataset's."""
+    with file.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    first = "" if packed else next((name for name, _ in members(file)), "")
+    if packed or first.startswith("cifar-"):
+        return cifar(file)
+    if first.endswith(".tar"):
+        return imagenet_train(file)
+    if Path(first).name.startswith("ILSVRC2012_val_"):
+        return imagenet_val(file)
+    return webdataset(file, [file])
+
+
+def _sliced(
+    kind: str, root: Path, found: Sequence[tuple[str, Slice]], labels: Sequence[int], names: tuple[str, ...],
+    ignored: Sequence[str] = (),
+) -> ImageSource:  # fmt: skip
+    if not found:
+        raise ValueError(f"images={root} has no images in it; give {KINDS}")
+    files = sorted({part.file for _, part in found})
+    versions = [*map(version_of, files), *((part.offset, part.size) for _, part in found)]
+    return ImageSource(kind, root, [name for name, _ in found], labels, names,
+                       lambda i: io.BytesIO(found[i][1].read()), versions, tuple(ignored))  # fmt: skip
+
+
+def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
+    """Tar files of <key>.<image suffix> with <key>.cls (a number or a name) or <key>.json (with a "label").
+
+    A key ends at the first dot of the file name. Without any label, there are no classes.
+    """
+    images, labels, ignored = [], {}, []
+    for file in files:
+        for name, part in members(file):
+            folder, _, base = name.rpartition("/")
+            stem, _, kind = base.partition(".")
+            key = (file, folder, stem)
+            if f".{kind}".lower().endswith(EXTENSIONS):
+                images.append((f"{file.name}/{name}", part, key))
+            elif kind == "cls":
+                labels[key] = part.read().decode(errors="replace")
+            elif kind == "json":
+                labels.setdefault(key, _label_of(part.read()))
+            elif stem:
+                ignored.append(skip_line(f"{file.name}/{name}", f"name ends in .{kind}"))
+    found = [(name, part) for name, part, _ in images]
+    numbers, names = numbered([labels.get(key) for *_, key in images], [n for n, _ in found], f"images={root}")
+    return _sliced("a WebDataset", root, found, numbers, names, ignored)
+
+
+def _label_of(data: bytes) -> object:
+    try:
+        stored = json.loads(data)
+        return next((stored[key] for key in LABEL_KEYS if key in stored), None)
+    except (ValueError, TypeError):
+        return None
+
+
+class DevKit(NamedTuple):
+    """ILSVRC2012_devkit_t12.tar.gz: the class of each number, the classes in words, the validation images' numbers."""
+
+    wnids: dict[int, str]
+    words: dict[str, str]  # the first of the synonyms, made unique
+    truth: list[int]
+
+    @classmethod
+    def beside(cls, file: Path) -> "DevKit | None":
+        """That in the folder of another archive, if there is one."""
+        path = file.with_name("ILSVRC2012_devkit_t12.tar.gz")
+        if not path.is_file():
+            return None
+        from scipy.io import loadmat
+
+        try:
+            with tarfile.open(path) as tar:
+                parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isreg() and "/data/" in m.name}
+            synsets = loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
+            truth = [int(line) for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
+            leaves = [s for s in synsets if s["num_children"] == 0]
+            wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
+            first = {str(s["WNID"]): str(s["words"]).partition(",")[0] for s in leaves}
+        except (tarfile.TarError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); copy it again") from None
+        many = {word for word, count in Counter(first.values()).items() if count > 1}  # there are two cranes
+        words = {wnid: f"{word} ({wnid})" if word in many else word for wnid, word in first.items()}
+        return cls(wnids, words, truth)
+
+
+def imagenet_train(file: Path) -> ImageSource:
+    """ILSVRC2012_img_train.tar: one tar file per class, n01440764.tar and so on; labels in the order of these names.
+
+    With ILSVRC2012_devkit_t12.tar.gz beside it, the classes are named in words.
+    """
+    inner = sorted((name, part) for name, part in members(file) if name.endswith(".tar"))
+    found, labels = [], []
+    for label, (name, part) in enumerate(inner):
+        images = [(f"{name}/{n}", p) for n, p in members(file, part.offset, part.offset + part.size)]
+        found += images
+        labels += [label] * len(images)
+    kit = DevKit.beside(file)
+    wnids = [name.removesuffix(".tar") for name, _ in inner]
+    names = tuple(kit.words.get(wnid, wnid) if kit else wnid for wnid in wnids)
+    return _sliced("ImageNet's training archive", file, found, labels, names)
+
+
+def imagenet_val(file: Path) -> ImageSource:
+    """ILSVRC2012_img_val.tar, with ILSVRC2012_devkit_t12.tar.gz beside it; labels as those of the training images."""
+    kit = DevKit.beside(file)
+    if not kit:
+        raise ValueError(f"images={file} has no labels in it; put ILSVRC2012_devkit_t12.tar.gz, which has, beside it")
+    found = sorted(members(file))
+    if len(found) != len(kit.truth) or not set(kit.truth) <= kit.wnids.keys():
+        raise ValueError(
+            f"images={file} has {len(found)} images, but the devkit has labels for {len(kit.truth)}; copy both again"
+        )
+    ordered = sorted(kit.words)
+    labels = [ordered.index(kit.wnids[number]) for number in kit.truth]
+    return _sliced("ImageNet's validation archive", file, found, labels, tuple(kit.words[wnid] for wnid in ordered))

@@ -1,0 +1,156 @@
+"""Images in tables: CIFAR's Python archives (Krizhevsky 2009) and the Parquet files of Hugging Face data sets."""
+
+import io
+import json
+import pickle
+import tarfile
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastdit.data.images import Opened, skip_line
+from fastdit.data.sources import ImageSource, numbered, version_of
+
+CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
+
+
+class _Array:
+    """A pickled NumPy array, and the function that would create it; `__setstate__` gets its contents."""
+
+    def __init__(self, *_):
+        self.state: tuple = ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def uint8(self) -> np.ndarray:
+        _, shape, dtype, fortran, data = self.state
+        if dtype.args[0] not in ("u1", b"u1"):
+            raise ValueError(f"an array of {dtype.args[0]}, not of bytes")
+        return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _Dtype:
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")  # how Python 3 writes bytes in protocol 2
+
+
+class _Inert(pickle.Unpickler):
+    """Reads numbers, text, containers and arrays. The names in a pickle reach only the three stand-ins above."""
+
+    NAMES = {
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise ValueError(f"it asks for {module}.{name}, which no CIFAR archive needs; it was not run")
+        return self.NAMES[module, name]
+
+
+def cifar(file: Path) -> ImageSource:
+    """The training images in cifar-10-python.tar.gz or cifar-100-python.tar.gz (fine labels); no pickle is run."""
+    batches, names, ignored = [], None, []
+    try:
+        with tarfile.open(file) as tar:
+            for member in sorted((m for m in tar if m.isreg()), key=lambda m: m.name):
+                name = Path(member.name).name
+                if not member.name.startswith(("cifar-10-batches-py/", "cifar-100-python/")):
+                    raise ValueError(f"it holds {member.name}; of the compressed tar files only CIFAR's are read")
+                if name.startswith("data_batch_") or name in ("train", "meta", "batches.meta"):
+                    stored = _Inert(io.BytesIO(tar.extractfile(member).read()), encoding="bytes").load()
+                    stored = {k.decode() if isinstance(k, bytes) else k: v for k, v in stored.items()}
+                    if "meta" in name:
+                        names = stored.get("label_names") or stored["fine_label_names"]
+                    else:
+                        batches.append((stored["data"].uint8(), stored.get("labels") or stored["fine_labels"]))
+                else:
+                    ignored.append(skip_line(member.name, "not of the training images"))
+        pixels = np.concatenate([data for data, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [int(label) for _, part in batches for label in part]
+        names = tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+        if len(labels) != len(pixels) or not 0 <= min(labels) <= max(labels) < len(names):
+            raise ValueError(f"{len(pixels)} images, {len(labels)} labels, {len(names)} class names")
+    except (tarfile.TarError, EOFError, OSError, pickle.UnpicklingError, ValueError, LookupError, TypeError,
+            AttributeError) as error:  # fmt: skip
+        raise ValueError(f"images={file} cannot be read as CIFAR ({type(error).__name__}: {error}); copy it again, or "
+                         "decompress it if it is another archive") from None  # fmt: skip
+    paths = [f"image {i}" for i in range(len(labels))]
+    return ImageSource(f"CIFAR-{len(names)}'s training images", file, paths, labels, names,
+                       lambda i: Image.fromarray(pixels[i]), [version_of(file)], tuple(ignored))  # fmt: skip
+
+
+def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
+    """Parquet files with a column of images, and one of labels if there are classes; only "train" if there are splits.
+
+    Images are read group of rows by group of rows, each of which is decoded as a whole.
+    """
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"images={root} is Parquet, which needs pyarrow; run pip install pyarrow") from None
+    train = [file for file in files if file.name.startswith("train")] or files
+    ignored = [skip_line(file.name, "not of the split train") for file in files if file not in train]
+    paths, values, places, chunks = [], [], [], []
+    try:
+        opened = [ParquetFile(file) for file in train]
+        schema = opened[0].schema_arrow
+        features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        image = _column(schema.names, features, "Image", ("image", "img", "jpg", "png"))
+        label = _column(schema.names, features, "ClassLabel", ("label", "labels", "cls", "fine_label"))
+        if image is None:
+            raise ValueError(f"the columns are {', '.join(schema.names)}; one must be named image")
+        for number, table in enumerate(opened):
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                chunks.append(range(len(paths), len(paths) + rows))
+                paths += [f"{train[number].name}, image {len(paths) + row}" for row in range(rows)]
+                places += [(number, group, row) for row in range(rows)]
+                values += table.read_row_group(group, [label])[0].to_pylist() if label else [None] * rows
+    except (OSError, ValueError, KeyError) as error:  # pyarrow.ArrowException is a ValueError
+        raise ValueError(f"images={root} cannot be read as Parquet ({error}); copy it again") from None
+    names = tuple(features.get(label, {}).get("names") or ())
+    if not names:
+        labels, names = numbered(values, paths, f"images={root}")
+    elif all(isinstance(value, int) and 0 <= value < len(names) for value in values):
+        labels = values
+    else:
+        raise ValueError(f"images={root} has rows without a label of 0 to {len(names) - 1}; remove them")
+    lock = threading.Lock()
+
+    @lru_cache(CACHED_GROUPS)
+    def column(number: int, group: int):
+        return opened[number].read_row_group(group, [image])[0]
+
+    def read(i: int) -> Opened:
+        number, group, row = places[i]
+        with lock:
+            cell = column(number, group)[row].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not data:
+            raise ValueError("there are no bytes in this row")
+        return io.BytesIO(data)
+
+    return ImageSource("Parquet files", root, paths, labels, names, read, [*map(version_of, train)], tuple(ignored),
+                       chunks)  # fmt: skip
+
+
+def _column(names: Sequence[str], features: dict, kind: str, usual: Sequence[str]) -> str | None:
+    """The first column whose Hugging Face type is `kind`, or that has a usual name."""
+    typed = (name for name in names if features.get(name, {}).get("_type") == kind)
+    return next(typed, next((name for name in usual if name in names), None))

@@ -1,0 +1,228 @@
+"""Where images come from: folders and lists of files here, archives in archives.py. Nothing is unpacked."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fastdit.data.images import EXTENSIONS, Opened, skip_line
+from fastdit.data.loader import permutation
+
+MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
+KINDS = ("a folder of class folders, a folder of images, a CSV or JSONL list of path and label, a WebDataset, "
+         "ImageNet's or CIFAR's archive, or Parquet files")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images and their labels. `open(i)` returns what `read_image` takes; threads call it.
+
+    `labels` are indices into `class_names`. Without class names they are all 0 and mean nothing.
+    `ignored`: path, tab, reason of every other file, hidden ones excepted.
+    """
+
+    kind: str
+    root: Path
+    paths: Sequence[str]  # names for messages; of files: relative to root
+    labels: Sequence[int]
+    class_names: tuple[str, ...]
+    open: Callable[[int], Opened] = field(compare=False)
+    versions: Sequence[tuple[int, int]] = ()  # (size in bytes, time of the last change in ns) of what is read
+    ignored: tuple[str, ...] = ()
+    chunks: Sequence[range] = ()  # images that are best read together; () if each is read on its own
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The images shuffled, so that each shard mixes the classes; if there are chunks, they and what each holds."""
+        chunks = self.chunks or [range(len(self))]
+        mixed = permutation(0, 0, len(chunks)).tolist() if self.chunks else [0]
+        return [chunks[c][i] for c in mixed for i in permutation(0, c, len(chunks[c])).tolist()]
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the names, labels, sizes and times: it changes when an image is added, removed or edited."""
+        digest = hashlib.sha256(repr((self.kind, self.class_names, self.ignored)).encode(errors="backslashreplace"))
+        for part in (self.paths, self.labels, self.versions):
+            digest.update("\n".join(map(str, part)).encode(errors="backslashreplace"))
+        return digest.hexdigest()
+
+
+def list_images(root: str | Path) -> ImageSource:
+    """root/<class>/**/<image>, with classes and paths sorted, or the images of a folder without subfolders.
+
+    The latter have no classes. Hidden files and folders are ignored. Symbolic links are followed, but no folder is
+    visited twice. Raises a ValueError if the folder is missing, empty or cannot be read, if there are images beside
+    class subfolders, or if a class subfolder has no images (it would silently shift the labels of those after it).
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"images={root} does not exist; give {KINDS}")
+    try:
+        entries = sorted(e.name for e in os.scandir(root) if not e.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(error) from error
+    classes = [name for name in entries if (root / name).is_dir()]
+    loose = [name for name in entries if name.lower().endswith(EXTENSIONS) and name not in classes]
+    if loose and classes:
+        raise ValueError(
+            f"images={root} has {len(loose)} images beside its subfolders (the first is {loose[0]!r}); move them into "
+            "one subfolder per class, or all images into the folder itself to train without classes"
+        )
+    if not classes and not loose:
+        raise ValueError(f"images={root} is empty; it needs images, or one subfolder of images per class")
+    found: list[tuple[str, int, tuple[int, int]]] = []  # path, label, version
+    ignored, visited = [], set()
+    for label, name in enumerate(classes or ["."]):
+        images, others = _files_below(root, name, visited)
+        ignored += others
+        if not images:
+            raise ValueError(
+                f"images={root} has a class subfolder {name!r} without images; remove it, or add {'/'.join(EXTENSIONS)}"
+            )
+        found += [(path, label, version) for path, version in images]
+    paths, labels, versions = zip(*found, strict=True)
+    return ImageSource(
+        "class folders" if classes else "a folder of images",
+        root,
+        paths,
+        labels,
+        tuple(classes),
+        lambda i: root / paths[i],
+        versions,
+        tuple(ignored),
+    )
+
+
+def remarks(source: ImageSource) -> list[str]:
+    """What a user should know about images before they are extracted, one line each."""
+    classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
+    lines = [f"images={source.root}: {source.kind}, {len(source)} images, {classes}"]
+    if source.ignored:
+        kinds = Counter(line.split("\t")[1] for line in source.ignored)
+        counts = ", ".join(f"{count} x {reason}" for reason, count in kinds.most_common(5))
+        lines.append(
+            f"ignored {len(source.ignored)} files that are not images ({counts}); they are named in skipped.txt"
+        )
+    names = source.class_names
+    if empty := sorted(set(range(len(names))) - set(source.labels)):
+        lines.append(f"{len(empty)} of {len(names)} classes have no images (the first is {names[empty[0]]!r})")
+    if all(name.isdigit() for name in names) and [*map(int, names)] != sorted(map(int, names)):
+        order = ", ".join(names[:4])
+        lines.append(
+            f"class folders are sorted as text: label 0, 1, 2, ... are {order}, ...; pad them with zeros to 00, 01"
+        )
+    return lines
+
+
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(f"{error.filename} cannot be read ({error.strerror}); make it readable, or remove it")
+
+
+def version_of(path: Path) -> tuple[int, int] | None:
+    """(size, time of the last change in ns) of a regular file; None for anything else: opening a pipe would block."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[list, list[str]]:
+    """(path, version) of the images below root/name, and the ignored files with their reasons, sorted.
+
+    `visited`: the folders seen so far.
+    """
+
+    def stop(error: OSError) -> None:
+        raise _unreadable(error)
+
+    found, ignored = [], []
+    for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=stop):
+        status = os.stat(folder)
+        below = Path(folder).relative_to(root)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above, or to one of another class
+            subfolders.clear()
+            ignored.append(skip_line(below.as_posix(), "a second path to a folder that was already read"))
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        for file in sorted(files):
+            path = (below / file).as_posix()
+            if file.startswith("."):
+                continue
+            if not (version := version_of(root / path)):
+                ignored.append(skip_line(path, "not a regular file"))
+            elif file.lower().endswith(EXTENSIONS):
+                found.append((path, version))
+            else:
+                ignored.append(skip_line(path, f"name ends in {Path(file).suffix.lower() or 'no suffix'}"))
+    return sorted(found), ignored
+
+
+def list_rows(file: Path) -> ImageSource:
+    """The images that a CSV or JSONL file lists: `path` (or `file_name`), relative to it, and `label` in each row.
+
+    A label is a class name or number. Without any, there are no classes.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark at the beginning
+        if file.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"images={file} cannot be read ({error}); write path and label as UTF-8 text") from None
+    except OSError as error:
+        raise _unreadable(error) from error
+    key = next((key for key in ("path", "file_name") if rows and isinstance(rows[0], dict) and key in rows[0]), None)
+    if key is None:
+        first = "the first line `path,label`" if file.suffix.lower() == ".csv" else '{"path": ..., "label": ...} lines'
+        raise ValueError(f"images={file} has no rows with a path; it needs {first}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
+            raise ValueError(f"images={file} has no {key} in row {number + 1}; complete it, or remove the row")
+    paths = [row[key] for row in rows]
+    labels, names = numbered([row.get("label") for row in rows], paths, f"images={file}")
+    root = file.parent
+
+    def opened(i: int) -> Path:
+        if not version_of(root / paths[i]):
+            raise ValueError(f"{root / paths[i]} is not a file")
+        return root / paths[i]
+
+    versions = [version_of(file), *(version_of(root / path) for path in paths)]
+    return ImageSource(f"a {file.suffix[1:].upper()} list", file, paths, labels, names, opened, versions)
+
+
+def numbered(values: Iterable[object], paths: Sequence[str], where: str) -> tuple[list[int], tuple[str, ...]]:
+    """Labels and class names from numbers, which stay as they are, or from names, which are sorted.
+
+    If all are missing (None or ""), there are no classes. Raises a ValueError if only some are.
+    """
+    texts = [str(v).strip() if isinstance(v, str | int) and not isinstance(v, bool) else "" for v in values]
+    missing = texts.count("")
+    if missing == len(texts):
+        return [0] * len(texts), ()
+    if missing:
+        raise ValueError(
+            f"{where} has no label for {missing} of {len(texts)} images (the first is {paths[texts.index('')]!r}); "
+            "a label is a name or a number; give all or none"
+        )
+    if all(text.isdecimal() for text in texts):
+        labels = [int(text) for text in texts]
+        if max(labels) >= MAX_CLASSES:
+            raise ValueError(f"{where} has label {max(labels)}; numbers must be below {MAX_CLASSES}, or write names")
+        return labels, tuple(map(str, range(max(labels) + 1)))
+    names = sorted(set(texts))
+    places = {name: label for label, name in enumerate(names)}
+    return [places[text] for text in texts], tuple(names)

@@ -1,0 +1,39 @@
+"""Extractions in threads in place of processes, and their results."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdit.data import extract
+from fastdit.data.latents import LatentCodec
+from fastdit.data.manifest import Manifest
+from fastdit.distributed import Ranks
+
+
+def run(base: Path, out: Path, **options) -> Manifest:
+    options = {"image_size": 32, "batch_size": 8, "shard_size": 20, "workers": 2, **options}
+    return extract.extract_features(**{"images": base / "images", "vae": base / "vae", "out": out, **options})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The contents of a folder by file name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Threads in place of processes."""
+
+    meeting: threading.Barrier
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+
+def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
+    codec = LatentCodec.load(made / "vae")  # once: diffusers patches torch.nn while it loads, so threads must not
+    monkeypatch.setattr(LatentCodec, "load", lambda *_: codec)
+    meeting = threading.Barrier(count)
+    return [ThreadRanks(rank, rank, count, torch.device("cpu"), meeting) for rank in range(count)]
