@@ -17,11 +17,13 @@ import importlib
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 from bench.record import about
+from chaos.table import Table
 from helpers.runs import make_world
 
 # each has `run(place: Path, seed: int) -> Table`; `place` is a world of helpers.runs.make_world that all tables share:
@@ -41,7 +43,11 @@ def main() -> int:
         place = make_world(Path(folder))
         for name in arguments.tables or TABLES:
             start = time.perf_counter()
-            table = importlib.import_module(f"chaos.{name}").run(place, arguments.seed)
+            try:
+                table = importlib.import_module(f"chaos.{name}").run(place, arguments.seed)
+            except Exception as error:  # a run that ended by itself, for example: the other tables still count
+                traceback.print_exc()
+                table = Table(name, "It ended early.", ["-"], failures=[f"{type(error).__name__}: {error}"])
             table.seconds = time.perf_counter() - start
             tables.append(table)
             print(f"\n{table.markdown()}", flush=True)
