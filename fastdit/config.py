@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastdit.errors import replace_text
+from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text
 from fastdit.registry import Choice, UnknownKey, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
@@ -55,7 +55,8 @@ class DataConfig:
         sides = size if isinstance(size, tuple) else () if size is None else (size,)
         _require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
-        _require(classes is None or classes >= 0, "data.num_classes", classes, "use 0 for an unconditional network")
+        known = classes is None or 0 <= classes < 1 << 31
+        _require(known, "data.num_classes", classes, "use 0 for an unconditional network")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class NetworkOptions:
     def __post_init__(self):
         check_literals(self, "model")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
-        _require(self.registers >= 0, "model.registers", self.registers, "use 0 for none, 4 or more")
-        _require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
+        _require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
+        _require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"--config {path} does not exist; {hint}fastdit configs lists the included ones")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        tree = read_yaml(path) or {}
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path} must contain sections such as `training:`, not a {type(tree).__name__}")
     return config_from(tree, path, overrides)
@@ -309,6 +310,8 @@ def _override(tree: dict, override: str) -> None:
     if not sign or not dotted:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
     *sections, last = dotted.split(".")
+    if len(sections) > DEPTH:
+        raise ValueError(f"override {override[:40]!r}... has {len(sections)} sections; a key has two or three")
     for section in sections:
         if isinstance(tree.get(section), str):  # `objective: flow` is short for `objective: {name: flow}`
             tree[section] = {"name": tree[section]}
@@ -316,6 +319,6 @@ def _override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
+        tree[last] = parse_yaml(text)
+    except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
         tree[last] = text

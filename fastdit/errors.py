@@ -18,16 +18,18 @@ def is_no_space(error: OSError) -> bool:
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user error), a full disk or a file that cannot be used into one line and exit code 2.
+    """Turns a ValueError (a user error), a full disk, a file that cannot be used or too little memory into one line.
 
-    Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function. With
-    FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
+    The exit code is 2. Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
+    With FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         message: object = error
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
+        if isinstance(error, MemoryError):
+            message = f"this machine has too little memory ({error or 'none is left'})"
         if isinstance(error, OSError) and is_no_space(error):
             message = f"no space left for {where}; free some or write elsewhere"
         elif isinstance(error, OSError) and error.errno == errno.EFBIG:
@@ -62,17 +64,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file that is complete, or, after an OSError, as it was before."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def make_folder(path: Path, key: str) -> None:

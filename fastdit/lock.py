@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdit.errors import make_folder, replace_text
+from fastdit.errors import make_folder
+from fastdit.files import read_json, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
 
@@ -74,7 +75,7 @@ class FolderLock:
         except FileExistsError:
             time.sleep(0.1)
             with suppress(FileNotFoundError):
-                if time.time() - turn.stat().st_mtime > 60:  # its process died in here
+                if abs(time.time() - turn.lstat().st_mtime) > 60:  # its process died in here
                     turn.unlink()
             return False
         try:
@@ -87,9 +88,10 @@ class FolderLock:
 
     def _read(self) -> dict:
         try:
-            return json.loads(self.path.read_text())
+            holder = read_json(self.path)
         except (OSError, ValueError):  # gone, or being written
             return {}
+        return holder if self.own.keys() <= holder.keys() else {}
 
     def _alive(self, holder: dict) -> bool:
         if holder.get("host") == self.own["host"]:
@@ -121,5 +123,5 @@ def started(pid: int) -> str | None:
     try:
         os.kill(pid, 0)  # no /proc, as on macOS: only its existence can be checked
         return "unknown"
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, TypeError):
         return None

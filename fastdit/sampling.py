@@ -8,7 +8,6 @@ its shape. Files are written atomically, so the same command continues where a k
 import difflib
 import json
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder, out_of_memory_says
+from fastdit.files import read_json, replace_text, replacing
 from fastdit.models.dit import DiT
 from fastdit.registry import bind
 from fastdit.training import checkpoint
@@ -223,13 +223,14 @@ def sample(
         with one_thread(ranks.device), out_of_memory_says(remedy):
             images = pipeline.images(indices, y, seed)
         for i, image in zip(wanted, images, strict=False):
-            temporary = _png(out, i).with_suffix(".partial")
-            Image.fromarray(image).save(temporary, format="PNG")
-            os.replace(temporary, _png(out, i))
+            with replacing(_png(out, i)) as file:
+                Image.fromarray(image).save(file, format="PNG")
     ranks.barrier()
     if ranks.is_main:
         write_npz([_png(out, i) for i in range(num_samples)], out / "samples.npz")
-        grid(out, classes).save(out / "grid.png")
+        sheet = grid(out, classes)
+        with replacing(out / "grid.png") as file:
+            sheet.save(file, format="PNG")
     ranks.barrier()
     return out
 
@@ -264,15 +265,19 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
 
 def write_npz(paths: list[Path], out: Path) -> None:
     """Stack PNG files as `arr_0`, uint8 (N, H, W, 3), with one image in memory at a time."""
-    with Image.open(paths[0]) as first:
+    with _open_png(paths[0]) as first:
         shape = (len(paths), first.height, first.width, 3)
-    temporary = out.with_suffix(".partial")
-    with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    with (
+        replacing(out) as zipped,
+        zipfile.ZipFile(zipped, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for path in paths:
-            with Image.open(path) as image:
+            with _open_png(path) as image:
+                if image.size != first.size:
+                    raise ValueError(f"{path} is not of the same size as {paths[0]}; remove it to sample it again")
                 file.write(np.asarray(image).tobytes())
-    os.replace(temporary, out)
 
 
 def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: int = 2) -> Image.Image:
@@ -285,13 +290,13 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
     else:
         order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
     order = [row for row in order if row]
-    with Image.open(_png(out, 0)) as first:
+    with _open_png(_png(out, 0)) as first:
         width, height = first.size
     across = max(map(len, order))
     sheet = Image.new("RGB", (across * (width + gap) - gap, len(order) * (height + gap) - gap), "grey")
     for r, row in enumerate(order):
         for c, i in enumerate(row):
-            with Image.open(_png(out, i)) as image:
+            with _open_png(_png(out, i)) as image:
                 sheet.paste(image, (c * (width + gap), r * (height + gap)))
     return sheet
 
@@ -300,7 +305,7 @@ def _claim(out: Path, settings: dict) -> None:
     """Create `out`, or check that it was started with the same settings."""
     path = out / SETTINGS
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         for key, value in settings.items():
             if before.get(key) != value:
                 raise ValueError(
@@ -310,8 +315,20 @@ def _claim(out: Path, settings: dict) -> None:
         raise ValueError(f"--out {out} is not empty and holds no {SETTINGS}; choose another --out")
     else:
         make_folder(out / "images", "--out")
-        path.write_text(json.dumps(settings, indent=1))
+        replace_text(path, json.dumps(settings, indent=1))
 
 
 def _png(out: Path, index: int) -> Path:
     return out / "images" / f"{index:06d}.png"
+
+
+def _open_png(path: Path) -> Image.Image:
+    """The RGB image in a PNG file; ValueError that names the file. Other formats are not tried: some start programs."""
+    try:
+        image = Image.open(path, formats=["PNG"])
+        image.load()
+    except Exception as error:  # of many kinds, as in data/images.py
+        raise ValueError(f"{path} is not a PNG image that can be read; remove it to sample it again") from error
+    if image.mode != "RGB":
+        raise ValueError(f"{path} is a PNG image in mode {image.mode}, not RGB; remove it to sample it again")
+    return image

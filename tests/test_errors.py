@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from fastdit.errors import friendly_exit, replace_text
+from fastdit.errors import friendly_exit
+from fastdit.files import replace_text
 from helpers.runs import file_size_limit
 
 
@@ -21,6 +22,7 @@ def raising(error: BaseException):
     [
         (ValueError("lr=x is no number;\n  use 1e-4"), "error: lr=x is no number; use 1e-4"),
         (OSError(errno.ENOSPC, "No space left", "/a/b"), "error: no space left for /a/b; free some or write elsewhere"),
+        (MemoryError("Unable to allocate"), "error: this machine has too little memory (Unable to allocate)"),
         (OSError(errno.EFBIG, "File too large", "/a/b"),
          "error: /a/b would exceed the limit on file sizes; raise it (ulimit -f)"),
         (OSError(errno.ENOSPC, "No space left", "/from", None, "/to"),

@@ -24,7 +24,8 @@ from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.training import checkpoint
-from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of, read_weights, write_weights
+from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
+from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
 SHAPELESS = ("block", "norm", "qk_norm", "mlp")  # options that the shapes of the weights may not show

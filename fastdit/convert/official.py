@@ -22,7 +22,7 @@ from fastdit.build import build_objective
 from fastdit.config import Config
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.models.dit import DIT_VARIANTS, variant_shape
-from fastdit.training.state import read_weights
+from fastdit.training.weights import read_weights
 
 # arg of SiT -> (objective option, {its value: ours}, {} if they are the same)
 FLOW = {
@@ -135,13 +135,24 @@ def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tens
     """fp32 tensors with the official parameter names; ValueError for values that fp32 does not hold."""
     names = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is not the name of a tensor; expected a state dict")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor; expected a state dict")
+        if not value.is_floating_point() or not is_plain(value):
+            raise ValueError(f"{path}: {name} is not a tensor of plain numbers, all of which are in the file")
         single = value.float()
         if value.dtype == torch.float64 and not torch.equal(single.double(), value):
             raise ValueError(f"{path}: {name} is float64, and its values are not exact in float32; save it as float32")
         names[".".join(part for part in name.split(".") if part not in WRAPPERS)] = single
     return names
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and no larger than its storage: a view could stand for any size."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def architecture(
@@ -162,7 +173,7 @@ def architecture(
     hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     _, tokens, _ = shape("pos_embed", 3)
     outputs, _ = shape("final_layer.linear.weight", 2)
-    depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    depth = len({m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))})
     if depth == 0:
         raise ValueError(f"{where} has no blocks.0.*; it is not a DiT or SiT checkpoint ({some_names(state)})")
     if isqrt(tokens) ** 2 != tokens:

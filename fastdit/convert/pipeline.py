@@ -27,7 +27,8 @@ from fastdit.convert.loaded import CLOSE, Difference, Loaded, from_facts
 from fastdit.convert.settings import Stated, checked, foreign_config, own_config, read_tree
 from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
-from fastdit.models.dit import variant_shape
+from fastdit.files import read_json
+from fastdit.models.dit import MAX_DEPTH, variant_shape
 from fastdit.models.layers import position_embedding
 
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
@@ -196,6 +197,9 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
     if kind.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise ValueError(f"{path} contains a {kind.get('_class_name')}, not a DiTTransformer2DModel")
     settings = checked(kind, TRANSFORMER, getattr(diffusers, kind["_class_name"]), path / "config.json")
+    layers = settings["num_layers"]
+    if type(layers) is not int or not 1 <= layers <= MAX_DEPTH:
+        raise ValueError(f"{path / 'config.json'}: num_layers={layers!r} is out of range; use 1 to {MAX_DEPTH}")
     parts = dict.fromkeys(("transformer", "vae", "scheduler", "id2label"))
     checked(index, parts, diffusers.DiTPipeline, folder / "model_index.json")
     for key, value in (("_class_name", "DiTPipeline"), ("scheduler", ["diffusers", scheduler.get("_class_name")])):
@@ -269,6 +273,8 @@ def _own(
 def class_names(index: dict[str, Any], folder: Path) -> tuple[str, ...]:
     """The names in model_index.json by label, () if there are none; ValueError if a label has no name."""
     names = index.get("id2label") or {}
+    if not isinstance(names, dict):
+        raise ValueError(f"{folder}/model_index.json: id2label is a {type(names).__name__}, not names by label")
     missing = [label for label in range(len(names)) if not isinstance(names.get(str(label)), str)]
     if missing:
         raise ValueError(f"{folder}/model_index.json: id2label has {len(names)} names, but none for label {missing[0]}")
@@ -290,11 +296,6 @@ def check_vae(path: Path) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} is not a complete DiTPipeline folder: {path} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it contains a {type(content).__name__}")
-    return content

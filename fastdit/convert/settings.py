@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from fastdit.build import build_objective
@@ -21,6 +20,7 @@ from fastdit.config import Config, assumed, config_from, load_config, shipped_co
 from fastdit.convert.official import HEADS, Architecture, architecture
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.files import parse_yaml, read_yaml
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.training.state import MAY_CHANGE
@@ -71,7 +71,7 @@ class Stated:
         """All settings of `config` and `overrides` as `section.key=value`."""
         if self.config is not None:
             load_config(self.config, self.overrides)  # reports mistakes, with the name of the file
-        tree = yaml.safe_load(Path(self.config).read_text()) if self.config is not None else {}
+        tree = read_yaml(Path(self.config)) if self.config is not None else {}
         lines = [f"{key}={json.dumps(value)}" for key, value in (tree or {}).items()]
         return tuple(line for given in (*lines, *self.overrides) for line in _flat(given))
 
@@ -86,8 +86,8 @@ def _flat(override: str) -> list[str]:
     if section not in SECTIONS:
         return [override]
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         return [override]
     value = {"name": value} if isinstance(value, str) else value
     return [f"{section}.{k}={json.dumps(v)}" for k, v in value.items()] if isinstance(value, dict) else [override]
@@ -95,10 +95,7 @@ def _flat(override: str) -> list[str]:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """A config that fastdit stored, as plain values; ValueError if it is damaged."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is damaged: it contains a {type(tree).__name__}")
     return tree

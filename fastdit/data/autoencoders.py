@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastdit.files import read_json
+
 KINDS = ("AutoencoderKL", "AutoencoderDC")  # Rombach et al. 2022, arXiv 2112.10752; Chen et al. 2024, arXiv 2410.10733
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 HUB_TIMEOUT_S = 5.0
+MAX_LAYERS = 100  # of a block: more would take hours to build
 # The config entries of an AutoencoderKL that affect latents or decoded pixels; the rest is bookkeeping.
 FINGERPRINTED = (
     "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
@@ -74,13 +77,19 @@ def fingerprint(vae: nn.Module) -> str:
 def _kind(folder: Path) -> str:
     path = folder / "config.json"
     try:
-        kind = json.loads(path.read_text()).get("_class_name")
+        config = read_json(path)
     except FileNotFoundError:
         raise ValueError(
             f"vae={folder} has no config.json; give a folder written by AutoencoderKL.save_pretrained"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"vae={path} is damaged ({error}); save the autoencoder again") from None
+    except ValueError as error:
+        raise ValueError(f"vae={error}; save the autoencoder again") from None
+    for key in ("layers_per_block", "encoder_layers_per_block", "decoder_layers_per_block"):
+        layers = config.get(key, 1)
+        for count in layers if isinstance(layers, list) else [layers]:
+            if type(count) is not int or not 1 <= count <= MAX_LAYERS:
+                raise ValueError(f"vae={path}: {key}={layers!r} is out of range; use 1 to {MAX_LAYERS}")
+    kind = config.get("_class_name")
     if kind not in KINDS:
         raise ValueError(f"vae={folder} is of class {kind}, which is not supported; use an {' or an '.join(KINDS)}")
     return kind

@@ -48,7 +48,10 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
     while all(side >= 2 * least for side, least in zip(image.size, wanted, strict=True)):
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = max(least / side for side, least in zip(image.size, wanted, strict=True))
-    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    sides = tuple(round(side * scale) for side in image.size)
+    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to crop from them")
+    image = image.resize(sides, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - wanted[0]) // 2, (image.height - wanted[1]) // 2
     return image.crop((left, top, left + wanted[0], top + wanted[1]))
 

@@ -18,6 +18,7 @@ from fastdit.data.autoencoders import fingerprint, load_autoencoder
 from fastdit.data.images import Size, width_height
 
 PerChannel = float | tuple[float, ...]  # one value for all channels of the latents, or one for each
+MAX_SIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class LatentSpec:
         for key in ("shape", "scale", "shift", "image_size"):  # JSON has lists
             if isinstance(value := getattr(self, key), list):
                 object.__setattr__(self, key, tuple(value))
+        for key in ("scale", "shift"):
+            if isinstance(value := getattr(self, key), tuple) and len(value) != self.shape[0]:
+                raise ValueError(f"{key}={value} of the latents is not one value for each of {self.shape[0]} channels")
+        if not all(1 <= size <= MAX_SIDE for size in self.shape):
+            raise ValueError(f"shape={self.shape} of the latents is out of range; use sizes from 1 to {MAX_SIDE}")
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with lists for tuples."""
@@ -135,10 +141,20 @@ class LatentCodec:
     def load(
         cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "LatentCodec":
-        """Loads a folder or a hub name; see `load_autoencoder`."""
+        """Loads a folder or a hub name; see `load_autoencoder`. ValueError if it does not encode and decode images."""
         vae = load_autoencoder(name)
         where = Path(name).resolve() if Path(name).is_dir() else name  # it is used from other folders, too
-        return cls(vae, str(where)).to(dtype=dtype, device=device)
+        try:  # diffusers accepts any settings
+            codec = cls(vae, str(where))
+            moments = codec.encode(torch.zeros(1, 3, codec.downsample, codec.downsample))
+            reason = f"an image of {codec.downsample} px becomes moments of shape {tuple(moments.shape)}"
+            codec.decode(moments[:, : codec.channels])
+            fits = moments.shape == (1, 2 * codec.channels, 1, 1)
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            fits, reason = False, str(error).strip().partition("\n")[0]
+        if not fits:
+            raise ValueError(f"vae={name} cannot encode and decode images with the settings in config.json: {reason}")
+        return codec.to(dtype=dtype, device=device)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
         """Moves or converts the autoencoder in place; the fingerprint does not change."""

@@ -9,19 +9,23 @@ The tar files are in WebDataset format. The index lets every process read every 
 """
 
 import hashlib
-import io
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
+from fastdit.files import read_array, read_bytes, read_json
+from fastdit.registry import check, convert_all
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
+HEADER = 4096  # bytes; those of index.npy have 192
 AGAIN = "copy it again or extract again"
 
 
@@ -71,21 +75,27 @@ class Manifest:
         folder = Path(folder)
         path = folder / "manifest.json"
         try:
-            stored = json.loads(path.read_text())
-            version = stored.pop("format")
-            if version != FORMAT:
-                raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
-            for derived in ("samples", "num_classes"):  # stored for people and other tools
-                del stored[derived]
-            shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
-            stored["shape"] = stored.pop("latent_shape")
-            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names()})
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-            return cls(latents, **fields, shards=shards, folder=folder)
+            stored = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{error}; extract again") from None
+        if (version := stored.pop("format", None)) != FORMAT:
+            raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
+        try:
+            for derived in ("samples", "num_classes"):  # stored for people and other tools
+                del stored[derived]
+            stored["shape"] = stored.pop("latent_shape")
+            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names()})
+            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder)
+            check(manifest.dtype, DTYPES, "dtype")
+            for shard in manifest.shards:
+                sizes = (shard.samples, shard.bytes)
+                if Path(shard.name).name != shard.name or not all(0 <= size < 1 << 50 for size in sizes):
+                    raise ValueError(f"{shard} is not a file of this folder")
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
+        return manifest
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -97,14 +107,25 @@ class Manifest:
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
-        path = self.folder / "index.npy"
+        path, count = self.folder / "index.npy", len(self)
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, most=HEADER + count * SAMPLE.itemsize)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; {AGAIN}") from None
         if hashlib.sha256(data).hexdigest() != self.index_sha256:
             raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        try:
+            index = read_array(data)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from None
+        if index.dtype != SAMPLE or index.shape != (count,):
+            raise ValueError(f"{path} has {index.dtype} of shape {index.shape}, not {count} samples; {AGAIN}")
+        sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
+        if count and (index["shard"].max() >= len(sizes) or (index["offset"] > sizes[index["shard"]]).any()):
+            raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
+        return index
 
     def check(
         self,
@@ -142,8 +163,14 @@ class Manifest:
             raise ValueError(
                 f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
             )
+        one = 4 * math.prod(own.shape) * DTYPES[self.dtype].itemsize  # mean and std of both orientations
         for shard in self.shards:
             path = self.folder / shard.name
+            if shard.samples * one > shard.bytes:
+                raise ValueError(
+                    f"{self.folder / 'manifest.json'} says latent_shape={list(own.shape)}, too large for the "
+                    f"{shard.samples} samples in the {shard.bytes} bytes of {shard.name}; {AGAIN}"
+                )
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"

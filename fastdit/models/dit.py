@@ -225,12 +225,18 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
     for patch in (1, 2, 4, 8)
 }
 
+MAX_DEPTH, MAX_WIDTH, MAX_PATCH = 1000, 1 << 16, 1 << 10  # of a custom size
+
 
 def variant_shape(variant: str) -> dict[str, int]:
     """Depth, hidden size, heads and patch size of a name such as "DiT-XL/2" or "DiT-6x384x6/2" (in that order)."""
     custom = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", variant)
     if custom:
-        return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, custom.groups()), strict=True))
+        shape = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), map(int, custom.groups()), strict=True))
+        if shape["depth"] > MAX_DEPTH or shape["hidden_size"] > MAX_WIDTH or shape["patch_size"] > MAX_PATCH:
+            raise ValueError(f"model.variant={variant!r} is too large; use up to {MAX_DEPTH} blocks of {MAX_WIDTH} and "
+                             f"patches of {MAX_PATCH}")  # fmt: skip
+        return shape
     if f"{variant}/2" in DIT_VARIANTS:
         raise ValueError(f"model.variant={variant!r} has no patch size; did you mean '{variant}/2'?")
     return lookup(DIT_VARIANTS, variant, "model.variant")

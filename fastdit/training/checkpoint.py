@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdit.distributed import Ranks
+from fastdit.files import read_json
 
 META = "checkpoint.json"
 NAME = re.compile(r"step-(\d{7,})")  # anything else in the folder is the user's own and is left alone
@@ -157,13 +158,15 @@ def inspect(folder: Path, contents: Iterable[str] | None = None) -> tuple[dict[s
     """
     path = folder / META
     try:
-        meta = json.loads(path.read_text())
+        meta = read_json(path)
         listed = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in meta["files"].items()}
         sizes = {name: int(entry["bytes"]) for name, entry in listed.items()}
+        check_types(meta)
     except OSError as error:
         return {}, [f"{path} cannot be read ({error.strerror})"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"{path} is damaged ({type(error).__name__}: {error})"]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
+        return {}, [f"{path} is damaged ({type(error).__name__}: {reason})"]
     sizes_only = not any(isinstance(entry, dict) for entry in meta["files"].values())
     if not sizes_only and meta.pop("sha256", None) != _own_digest(meta):
         return {}, [f"{path} is damaged: its SHA-256 is not the recorded one"]
@@ -179,6 +182,18 @@ def inspect(folder: Path, contents: Iterable[str] | None = None) -> tuple[dict[s
 
     with ThreadPoolExecutor(4) as pool:
         return meta, [found for found in pool.map(fault, sizes) if found]
+
+
+def check_types(meta: dict[str, Any]) -> None:
+    """ValueError for facts in checkpoint.json that are not of their type, which its digest does not show."""
+    if type(meta["step"]) is not int or not 0 <= meta["step"] < 1 << 63:
+        raise ValueError(f"step={meta['step']!r}")
+    names = meta.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is not a list of names")
+    for name in meta["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it lists {name}, which is in another folder")
 
 
 def newest_good(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> Path | None:

@@ -87,7 +87,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     initial, origin = None, "from random weights"
     if last:
-        model.load_state_dict(resumed_weights(last, config, manifest))
+        model.load_state_dict(resumed_weights(last, config, manifest, model))
     elif settings.init_from:
         sources = read_initial(settings.init_from, config)
         initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)

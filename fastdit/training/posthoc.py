@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastdit.config import load_config, save_config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, exponent, width_name
-from fastdit.training.state import CONFIG, describe, latents_of, write_weights
+from fastdit.training.state import CONFIG, describe, latents_of
+from fastdit.training.weights import header, mismatches, write_weights
 
 FILE = re.compile(r"power-(\d[\d.]*(?:e-\d+)?)\.safetensors")
 FAR = 0.1  # relative error of a profile above which a warning is due
@@ -157,21 +158,15 @@ def combine(paths: list[Path], weights: np.ndarray, source: Path) -> dict[str, T
     One tensor of all files at a time. ValueError that names a file whose tensors are not those of the checkpoint
     `source`.
     """
+    own = header(source / "model.safetensors")
+    for path in paths:
+        if mismatches(own, header(path)):
+            raise ValueError(f"{path} holds the average of another network than {source}; remove its folder")
     with ExitStack() as stack:
-        expected = stack.enter_context(safe_open(source / "model.safetensors", "pt"))
-        shapes = {name: expected.get_slice(name).get_shape() for name in expected.keys()}  # noqa: SIM118
-        files = []
-        for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a safetensors file: {error}") from error
-            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:  # noqa: SIM118
-                raise ValueError(f"{path} holds the average of another network than {source}; remove its folder")
-            files.append(file)
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
         state = {}
-        for name, shape in shapes.items():
-            total = torch.zeros(shape, dtype=torch.float64)
+        for name, tensor in own.items():
+            total = torch.zeros(tensor.shape, dtype=torch.float64)
             for file, weight in zip(files, weights, strict=True):
                 total.add_(file.get_tensor(name), alpha=float(weight))
             state[name] = total.float()

@@ -17,7 +17,6 @@ processes, the ZeRO stage or the engine, so a run may continue with others. No f
 """
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
@@ -38,9 +35,10 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
-from fastdit.training.ema import AVERAGES, EMA, PowerAverage
+from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
 from fastdit.training.log import LossWindow
+from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
 
 CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
@@ -156,8 +154,8 @@ def forget_averages(run_dir: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def resumed_weights(folder: Path, config: Config, manifest: Manifest) -> dict[str, Tensor]:
-    """The weights that a run continues from; ValueError where its settings do not allow to continue `folder`."""
+def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT) -> dict[str, Tensor]:
+    """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards")
     for key, value in describe(config, manifest.latents, manifest.class_names).items():
@@ -177,6 +175,19 @@ def resumed_weights(folder: Path, config: Config, manifest: Manifest) -> dict[st
             f"{folder} holds weights, but no optimizer state that can be read (it was converted, or written by fastdit "
             f"0.1.0); start a new run_dir with training.init_from={folder}"
         )
+    powers = [f"power-{width_name(std)}" for std in config.training.ema_stds]
+    expected = {name: model.state_dict() for name in ("model", "ema", *powers)}
+    expected |= {name: dict(model.named_parameters()) for name in MOMENTS}
+    progress = {"updates": torch.tensor(0)}
+    for name in header(folder / "progress.safetensors"):
+        if name.startswith("window."):
+            progress[name] = torch.zeros(2)
+        elif name.startswith("times."):
+            progress |= {f"times.{key}": tensor for key, tensor in LossAwareTimes().state_dict().items()}
+    for name, own in {**expected, "progress": progress}.items():
+        path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
+        for line in mismatches(own, stored) + other_types(own, stored):
+            raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
     return read_weights(folder / "model.safetensors")
 
 
@@ -199,8 +210,13 @@ def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) ->
 
 
 def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
-    """The record of the latents in checkpoint.json; KeyError, TypeError or ValueError where it has none."""
-    return LatentSpec.from_json(meta["latents"])
+    """The record of the latents in checkpoint.json; ValueError where it has none, or one of another form."""
+    if "latents" not in meta:
+        raise ValueError(f"{checkpoint.META} has no 'latents'")
+    try:
+        return LatentSpec.from_json(meta["latents"])
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(f"{checkpoint.META} is damaged: latents={meta['latents']}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -250,7 +266,7 @@ def network_from_state(
     """The config's network with the tensors of `state` (not copied), in eval mode; attention chosen for `device`."""
     with torch.device("meta"):
         model = build_network(config, latents.shape, objective, device)
-    wrong = mismatches(model.state_dict(), state)
+    wrong = mismatches(model.state_dict(), state) or other_types(model.state_dict(), state)
     if wrong:
         raise ValueError(f"{where} has weights of another network than {config.model.variant}: {wrong[0]} "
                          f"({len(wrong)} differences)")  # fmt: skip
@@ -288,43 +304,3 @@ def take_over(
                 kept.append(name)
         states.append(state)
     return states, kept
-
-
-def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file with the permissions that the umask asks for; ValueError for values that are not finite."""
-    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(
-            f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
-        )
-    try:
-        save_file(state, path)
-    except SafetensorError as error:  # it has the error of the operating system in words only
-        if not (number := re.search(r"os error (\d+)", str(error))):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError that names a file which is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a checkpoint that has it")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-
-
-def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Why `state` does not load into a network whose state dict is `expected`, one message per tensor."""
-    found = [f"{name} is missing" for name in expected if name not in state]
-    found += [f"{name} has no place in this network" for name in state if name not in expected]
-    return found + [
-        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.distributed import Ranks
-from fastdit.errors import replace_text
+from fastdit.files import replace_text
 from fastdit.lock import started
 
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone

@@ -142,11 +142,13 @@ def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
+                if not member.isfile() or "/" in key:
+                    raise ValueError(f"{member.name} is a link, a folder or a device, or in another folder")
                 if kind == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
+                    labels[key] = int(tar.extractfile(member).read(20))
                 else:
                     arrays.add(key)
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         found.add("files", f"{shard.name} is not a complete tar: {error}")
         return None
     if len(labels) == len(arrays & labels.keys()) == shard.samples:

@@ -114,3 +114,17 @@ def test_what_is_wrong_with_an_autoencoder(folder, tmp_path, how, message):
     with pytest.raises(ValueError, match=message) as error:
         LatentCodec.load(bad)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("layers_per_block", 10**12), ("layers_per_block", -1), ("scaling_factor", None), ("scaling_factor", {}),
+     ("shift_factor", [1]), ("down_block_types", []), ("norm_num_groups", -1), ("in_channels", 1)],
+)  # fmt: skip
+def test_settings_of_an_autoencoder_that_make_none_are_one_line(tmp_path, key, value):
+    tiny_vae().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=f"vae={tmp_path}") as error:
+        LatentCodec.load(tmp_path)
+    assert "\n" not in str(error.value)

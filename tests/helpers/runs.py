@@ -31,7 +31,8 @@ from helpers import ROOT
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["fastdit.training.loop", "fastdit.sampling", "fastdit.data.extract", "diffusers.models", "torch.utils.tensorboard"]
+    ["fastdit.training.loop", "fastdit.sampling", "fastdit.data.extract", "torch.utils.tensorboard"]
+    + ["diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.transformers.dit_transformer_2d"]
     + ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed imports it when a run begins
 )
 

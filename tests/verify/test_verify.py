@@ -112,7 +112,7 @@ CHECKPOINT_FAULTS = {
     ),
     "bf16": (
         lambda folder: edit(folder, "ema", lambda s: {k: v.bfloat16() for k, v in s.items()}),
-        ["is BF16, not F32", "weights and EMA must be fp32", "more: precision"],
+        ["is bfloat16, not float32", "weights and EMA must be fp32", "more: precision"],
     ),
     "no EMA": (lambda folder: (folder / "ema.safetensors").unlink(), ["ema.safetensors is missing"]),
     "cut short": (

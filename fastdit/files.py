@@ -1,0 +1,115 @@
+"""JSON, YAML and arrays from files that anyone may have written: reading runs nothing, never blocks and stays small."""
+
+import io
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import yaml
+
+YAML_BYTES, JSON_BYTES = 1 << 17, 1 << 26  # PyYAML reads 100 kB in a second
+DEPTH = 50  # levels of lists and objects; a config has four
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no aliases: a few lines of them can stand for 10^9 values."""
+
+    levels = 0
+
+    def compose_node(self, parent, index):
+        self.levels += 1
+        alias = self.check_event(yaml.AliasEvent)
+        if alias or self.levels > DEPTH:
+            problem = "aliases (*name) are not supported" if alias else f"more than {DEPTH} levels"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The contents of a regular file of at most `most` bytes; ValueError for any other file that exists.
+
+    A pipe would block, and a device never ends.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if status.st_size > most:
+        raise ValueError(f"{path} has {status.st_size} bytes, more than the {most} that are read")
+    return path.read_bytes()
+
+
+def read_text(path: Path, most: int = JSON_BYTES) -> str:
+    """The same as text; ValueError as well for text that is not UTF-8."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value in a JSON file; ValueError that names the file unless it can be read and is a `kind`."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged: it contains a {type(value).__name__}")
+    level = [value]
+    for _ in range(DEPTH):
+        level = [v for parent in level for v in (parent.values() if isinstance(parent, dict) else parent)
+                 if isinstance(v, dict | list)]  # fmt: skip
+    if level:
+        raise ValueError(f"{path} is damaged: it has more than {DEPTH} levels")
+    return value
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file, without pickles; ValueError if it is not one, or not complete."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises all kinds of errors on damaged headers
+        raise ValueError(f"it is not an array: {error}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is complete, or, after an OSError, as it was before. A link in its place is not followed."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file; ValueError that names the file if it cannot be read."""
+    text = read_text(path, YAML_BYTES)
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or not valid YAML: {error}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of YAML text; ValueError if it is not valid, or has tags, aliases or too many levels."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None

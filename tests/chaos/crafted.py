@@ -1,0 +1,410 @@
+"""Hostile files that keep the form of the good ones: images, tar members, tensors, settings, links in run folders."""
+
+import argparse
+import io
+import json
+import os
+import random
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+from chaos import contents
+from chaos.contents import Payload
+from chaos.corpus import STEP, Case, Good, copied, seal
+from fastdit.files import read_yaml
+from fastdit.training import checkpoint
+
+
+def cases(good: Good, draw: random.Random, values: int = 2) -> Iterator[Case]:
+    """`values`: how many of VALUES each setting gets, drawn at random."""
+    for name, make in IMAGES.items():
+        yield Case("images", name, partial(image, good, make), refused=False)
+    for name, members in MEMBERS.items():
+        yield Case("shards", name, partial(shard, good, members))
+    for name, change in TENSORS.items():
+        yield Case("tensors", name, partial(weights, good, change), refused=True)
+    for name, text in OVERRIDES.items():
+        yield Case("overrides", name, partial(override, good, text))
+    for artifact, (place, file, method, read, write) in SETTINGS.items():
+        tree = read((good.root / place).resolve() / file)
+        for path in leaves(tree):
+            for value in draw.sample(VALUES, values):
+                made = partial(setting, good, place, file, method, read, write, path, value)
+                yield Case(artifact, f"{'.'.join(map(str, path))}={str(value)[:30]}", made)
+    for name in LINKS:
+        yield Case("links in output folders", name, partial(link, good, name))
+    for name, make in FOLDERS.items():
+        yield Case("diffusers code", name, partial(pipeline, good, make))
+
+
+# images --------------------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], data: bytes = b"", depth: int = 8) -> bytes:
+    """Gray, compressed; its pixels are zeros unless `data` is given."""
+    rows = zlib.compressobj(9)
+    body = data or b"".join([*(rows.compress(bytes(1 + width)) for _ in range(min(height, 20_000))), rows.flush()])
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts
+    )
+
+
+def tiff(entries: list[tuple[int, int, int, int]], next_ifd: int) -> bytes:
+    rows = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\x00" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", next_ifd)
+
+
+def postscript(path: Path, canary: Path) -> bytes:
+    return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({canary}) (w) file closefile showpage\n".encode()
+
+
+def jpeg(**options) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 40), "gray").save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+BOMB = zlib.compress(bytes(1 << 28), 9)  # 256 MiB
+SIZES = [(256, 3, 1, 60_000), (257, 3, 1, 60_000)]  # tags, types, counts and values
+# the file's name, and its content: bytes, or a function (path, canary) that returns them or makes something else
+IMAGES: dict[str, tuple[str, bytes | Callable[[Path, Path], bytes | None]]] = {
+    "PNG of 60000 x 60000": ("a.png", lambda path, canary: png(60_000, 60_000, data=zlib.compress(bytes(1 << 20)))),
+    "PNG of 13000 x 13000, which is read": ("a.png", lambda path, canary: png(13_000, 13_000)),
+    "PNG of 1 x 10^7": ("a.png", lambda path, canary: png(1, 10_000_000, data=zlib.compress(bytes(20_000_000)))),
+    "PNG of 10^7 x 1": ("a.png", lambda path, canary: png(10_000_000, 1)),
+    "PNG with a text bomb": ("a.png", lambda path, canary: png(40, 40, (b"zTXt", b"a\0\0" + BOMB))),
+    "PNG with a profile bomb": ("a.png", lambda path, canary: png(40, 40, (b"iCCP", b"a\0\0" + BOMB))),
+    "PNG with 256 MiB of rows too many": ("a.png", lambda path, canary: png(40, 40, data=BOMB)),
+    "GIF of 65535 x 65535": (
+        "a.gif", b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0"
+    ),
+    "PPM of 10^9 x 10^9": ("a.ppm", b"P6 1000000000 1000000000 255\n" + bytes(100)),
+    "PPM with a number of 10^6 digits": ("a.ppm", b"P6 " + b"9" * 1_000_000 + b" 1 255\n"),
+    "BMP of -2^31 rows": (
+        "a.bmp", b"BM" + struct.pack("<IHHIIiiHH", 154, 0, 0, 54, 40, 40, -(2**31), 1, 24) + bytes(124)
+    ),
+    "TGA of 65535 x 65535": ("a.tga", struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)),
+    "TIFF whose next page is itself": ("a.tif", tiff(SIZES, 8)),
+    "TIFF with 2^32 - 1 strips": ("a.tif", tiff([*SIZES, (273, 4, 2**32 - 1, 8), (279, 4, 2**32 - 1, 8)], 0)),
+    "WebP whose size is a lie": ("a.webp", b"RIFF\xff\xff\xff\x7fWEBPVP8L\xff\xff\xff\x7f/\xff\xff\xff\xff"),
+    "AVIF without content": ("a.avif", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1\0\0\xff\xffmeta"),
+    "PostScript in a JPEG's name": ("a.jpg", postscript),
+    "PostScript in a PNG's name": ("a.png", postscript),
+    "JPEG with EXIF of garbage": ("a.jpg", jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 2000)),
+    "JPEG with a profile bomb": ("a.jpg", jpeg(icc_profile=bytes(60_000))),
+    "text": ("a.jpeg", b"not an image"),
+    "SVG": ("a.svg", b"<svg onload='alert(1)'/>"),
+    "pickle": ("a.png", lambda path, canary: contents.BINARY["pickle"](canary)),
+    "a name with a line break": ("a\nerror: b.png", b"x"),
+    "a name that is not UTF-8": (os.fsdecode(b"\xff\xfe.png"), b"x"),
+    "a name with escape codes": ("\x1b[2J\x1b]0;x\x07.png", b"x"),
+    "a name that looks like an option": ("--overwrite.png", b"x"),
+    "FIFO": ("a.png", lambda path, canary: os.mkfifo(path)),
+    "socket": ("a.png", lambda path, canary: contents.listening(path)),
+    "device": ("a.png", lambda path, canary: contents.SPECIAL["device"](path)),
+    "link to /dev/zero": ("a.png", lambda path, canary: path.symlink_to("/dev/zero")),
+    "link to itself": ("a.png", lambda path, canary: path.symlink_to("a.png")),
+    "folder link to the class": ("loop", lambda path, canary: path.symlink_to(".")),
+    "folder link to the root of the images": ("loop", lambda path, canary: path.symlink_to("..")),
+    "link to the open files": ("files", lambda path, canary: path.symlink_to("/proc/self/fd")),
+    "1 TiB of zeros": ("a.png", lambda path, canary: contents.enormous(path)),
+}  # fmt: skip
+
+
+def image(good: Good, make: tuple, folder: Path) -> list[list[str]]:
+    copy = copied(good, "images", folder)
+    name, content = make
+    path = copy / "0" / name
+    data = content if isinstance(content, bytes) else content(path, folder / "canary")
+    if data is not None:
+        path.write_bytes(data)
+    size = ["--image-size", "32", "--workers", "1"]
+    return [["extract_features.py", "--images", f"{copy}", "--out", f"{folder}/out/latents", "--vae",
+             f"{good.world}/vae", *size]]  # fmt: skip
+
+
+# tar members ---------------------------------------------------------------------------------------------------------
+
+
+def member(name: str, data: bytes = b"3", kind: bytes = tarfile.REGTYPE, target: str = "", **fields: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data), kind, target
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def pax(key: str, value: str) -> bytes:
+    """A header with a record that replaces a field of the member after it."""
+    record = f" {key}={value}\n"
+    length = len(record) + len(str(len(record) + 2))
+    return member("pax", f"{length}{record}".encode(), tarfile.XHDTYPE)
+
+
+MEMBERS = {
+    "a name with ../": member("../../../canary.cls"),
+    "an absolute name": member("/tmp/canary.cls"),
+    "a symbolic link": member("999999999.cls", b"", tarfile.SYMTYPE, "/etc/passwd"),
+    "a hard link": member("999999999.cls", b"", tarfile.LNKTYPE, "../../etc/passwd"),
+    "two links to each other": member("999999999.cls", b"", tarfile.SYMTYPE, "999999998.cls")
+    + member("999999998.cls", b"", tarfile.SYMTYPE, "999999999.cls"),
+    "a character device": member("999999999.cls", b"", tarfile.CHRTYPE, devmajor=1, devminor=5),
+    "a FIFO": member("999999999.cls", b"", tarfile.FIFOTYPE),
+    "a folder": member("999999999.cls", b"", tarfile.DIRTYPE),
+    "a member of 10^12 bytes": member("999999999.cls", size=10**12),
+    "a negative size": member("999999999.cls", size=-1024),
+    "a label of 10^6 digits": member("999999999.cls", b"9" * 1_000_000),
+    "a negative label": member("999999999.cls", b"-1"),
+    "a label that is no number": member("999999999.cls", b"\xd9\xa3x"),
+    "2000 long names in a row": b"".join(member("././@LongLink", b"a" * 20 + b"\0", b"L") for _ in range(2000)),
+    "a pax header with another path": pax("path", "../../canary.cls") + member("999999999.cls"),
+    "a pax header with a negative size": pax("size", "-5") + member("999999999.cls"),
+    "a pax header with a size of text": pax("size", "x") + member("999999999.cls"),
+    "a sparse file of 10^15 bytes": member("999999999.cls", b"", b"S"),
+    "a pickled array": member("999999999.moments.npy", contents.object_npy(Path("canary"))) + member("999999999.cls"),
+    "no end": b"\xff" * 512,
+}  # fmt: skip
+
+
+def shard(good: Good, members: bytes, folder: Path) -> list[list[str]]:
+    copy = copied(good, "../latents", folder)
+    path = copy / "shard-00000.tar"
+    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(path.stat().st_size - 1024, b"\0") + members + bytes(1024))
+    seal(path)
+    return good.read_latents(copy, folder / "out")
+
+
+# tensors in official files -------------------------------------------------------------------------------------------
+
+
+def only(change: Callable[[dict], dict | None]) -> Callable:
+    """A change of the plain state dict."""
+
+    def changed(state: dict, path: Path, canary: Path) -> None:
+        new = change(state)
+        torch.save(state if new is None else new, path)
+
+    return changed
+
+
+def expanded(state: dict) -> dict:
+    """One number that stands for 10^12."""
+    return state | {"x_embedder.proj.weight": torch.zeros(1).expand(1_000_000, 4, 500, 500)}
+
+
+def itself(state: dict) -> dict:
+    loop: dict = {"weight": torch.zeros(1)}
+    return loop | {"model": loop.setdefault("model", loop)}
+
+
+def zipped(state: dict, path: Path, canary: Path) -> None:
+    """A torch file whose pickle is 3 GiB of zeros."""
+    path.write_bytes(contents.zip_bomb("archive/data.pkl", b"\x80\x02"))
+
+
+def nested(state: dict, path: Path, canary: Path) -> None:
+    pickled = b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."
+    path.write_bytes(contents.npz({"archive/data.pkl": pickled, "archive/version": b"3"}))
+
+
+TENSORS = {
+    "a payload in a tensor's place": lambda s, p, c: torch.save(s | {"pos_embed": Payload(c)}, p),
+    "a payload in the old format": lambda s, p, c: contents.torch_file(p, s | {"pos_embed": Payload(c)}, zipped=False),
+    "a payload in the args": lambda s, p, c: torch.save({"ema": s, "args": argparse.Namespace(lr=Payload(c))}, p),
+    "a payload in the optimizer": lambda s, p, c: torch.save({"ema": s, "opt": [Payload(c)]}, p),
+    "a tensor that is larger than its storage": only(expanded),
+    "block number 10^12": only(lambda s: s | {"blocks.999999999999.x": torch.zeros(1)}),
+    "a tensor without storage": only(lambda s: s | {"pos_embed": torch.empty(1, 10**9, 10**6, device="meta")}),
+    "a sparse tensor": only(lambda s: s | {"pos_embed": torch.sparse_coo_tensor(size=(1, 10**6, 10**6))}),
+    "complex numbers": only(lambda s: s | {"pos_embed": s["pos_embed"].cfloat()}),
+    "whole numbers": only(lambda s: s | {"pos_embed": s["pos_embed"].long()}),
+    "names that are numbers": only(lambda s: s | {7: torch.zeros(1)}),
+    "a dictionary that holds itself": only(itself),
+    "50000 levels of lists": nested,
+    "a pickle that takes 3 GiB": zipped,
+    "args of other types": only(lambda s: {"ema": s, "args": {"path_type": [1], "vae": {}, "model": 5, 3: 4}}),
+    "args of a number that is none": only(lambda s: {"ema": s, "args": {"num_classes": [10**15]}}),
+    "no tensor": only(lambda s: {}),
+    "text": lambda s, p, c: p.write_text("hello"),
+}
+
+
+def weights(good: Good, change: Callable, folder: Path) -> list[list[str]]:
+    path = folder / "out" / "in.pt"
+    path.parent.mkdir(parents=True)
+    state = torch.load(good.root / "official.pt", weights_only=True)["ema"]
+    change(state, path, folder / "canary")
+    return good.read_foreign(path, folder / "out")
+
+
+# settings ------------------------------------------------------------------------------------------------------------
+
+OVERRIDES = {
+    "a tag": "data={0}",
+    "an alias": "data={{a: &a [1, 2], b: *a}}",
+    "aliases": "training.deepspeed={{a: &a [x, x, x], b: &b [*a, *a, *a], c: [*b, *b, *b]}}",
+    "100,000 brackets": "data=" + "[" * 60_000,
+    "10,000 sections": ".".join("a" * 10_000) + "=1",
+    "a number of 10^5 digits": "training.steps=" + "9" * 100_000,
+    "nan": "training.lr=.nan",
+    "inf": "training.lr=.inf",
+    "inf steps": "training.steps=.inf",
+    "a date": "training.steps=2024-99-99",
+    "an attribute": "training.__class__=x",
+    "a variant of 10^9 blocks": "model.variant=DiT-1000000000x64x4/2",
+    "a variant of 10^9 channels": "model.variant=DiT-1x1000000000x1/2",
+    "nothing": "=",
+    "bytes that are not UTF-8": os.fsdecode(b"data.shards=\xff\xfe"),
+}
+
+
+def override(good: Good, text: str, folder: Path) -> list[list[str]]:
+    line = text.format(contents.tag(folder / "canary").strip()) if "{" in text else text
+    return [
+        ["train.py", *good.config, f"run_dir={folder}/out/run", line],
+        ["fastdit/cli.py", "plan", *good.config, line],
+        ["sample_ddp.py", "--checkpoint", f"{good.root}/run", "--out", f"{folder}/out/s", "--num-samples", "2", line],
+    ]
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, tree) -> None:
+    path.write_text(json.dumps(tree))
+
+
+def write_meta(path: Path, tree: dict) -> None:
+    """checkpoint.json with its own digest made right."""
+    tree.pop("sha256", None)
+    path.write_text(json.dumps({**tree, "sha256": checkpoint._own_digest(tree)}))
+
+
+def write_yaml(path: Path, tree: dict) -> None:
+    path.write_text(yaml.safe_dump(tree))
+    seal(path)
+
+
+def leaves(tree, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value in nested dictionaries and lists, the containers included."""
+    if path:
+        yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from leaves(value, (*path, key))
+
+
+VALUES = [None, "../../x", -1, 10**12, 1e308, [], {"a": 1}, [[1]], True]
+# artifact -> its place, the file, the commands, and how its tree is read and written
+SETTINGS = {
+    "facts of a checkpoint": ("run", f"{STEP}/checkpoint.json", "read_run", read_json, write_meta),
+    "config of a checkpoint": ("run", f"{STEP}/config.yaml", "read_run", read_yaml, write_yaml),
+    "settings of a manifest": ("../latents", "manifest.json", "read_latents", read_json, write_json),
+    "settings of an autoencoder": ("../vae", "config.json", "read_vae", read_json, write_json),
+    "settings of a transformer": ("pipe", "transformer/config.json", "read_foreign", read_json, write_json),
+    "settings of a scheduler": ("pipe", "scheduler/scheduler_config.json", "read_foreign", read_json, write_json),
+    "facts of an export": ("pipe", "fastdit.json", "read_foreign", read_json, write_json),
+    "index of a pipeline": ("pipe", "model_index.json", "read_foreign", read_json, write_json),
+    "settings of samples": ("samples", "sampling.json", "read_samples", read_json, write_json),
+}
+
+
+def setting(good: Good, place: str, file: str, method: str, read, write, path: tuple, value, folder: Path):
+    copy = copied(good, place, folder)
+    tree = read(copy / file)
+    *parents, last = path
+    node = tree
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    write(copy / file, tree)
+    return getattr(good, method)(copy, folder / "out")
+
+
+# code beside a diffusers folder --------------------------------------------------------------------------------------
+
+
+def code(folder: Path, canary: Path) -> None:
+    for name in ("evil.py", "pipeline.py", "__init__.py", "modeling_evil.py"):
+        for parent in (folder, folder / "transformer", folder / "vae", folder / "scheduler"):
+            (parent / name).write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+
+
+def changed(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+FOLDERS = {
+    "a class in a module of the folder": lambda f: changed(f / "model_index.json", transformer=["evil", "Evil"]),
+    "an autoencoder in a module of the folder": lambda f: changed(f / "model_index.json", vae=["pipeline", "Evil"]),
+    "a pipeline class of its own": lambda f: changed(f / "model_index.json", _class_name=["pipeline", "Evil"]),
+    "auto_map of the transformer": lambda f: changed(
+        f / "transformer/config.json", auto_map={"AutoModel": "modeling_evil.Evil"}, trust_remote_code=True
+    ),
+    "auto_map of the autoencoder": lambda f: changed(
+        f / "vae/config.json", auto_map={"AutoModel": "modeling_evil.Evil"}, trust_remote_code=True
+    ),
+    "_class_name of the transformer": lambda f: changed(f / "transformer/config.json", _class_name="evil.Evil"),
+    "_class_name of the autoencoder": lambda f: changed(f / "vae/config.json", _class_name="../evil.Evil"),
+    "_class_name of the scheduler": lambda f: changed(f / "scheduler/scheduler_config.json", _class_name="evil.Evil"),
+    "quantization by a package": lambda f: changed(
+        f / "transformer/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    ),
+    "an index of weights elsewhere": lambda f: (
+        (f / "vae/diffusion_pytorch_model.safetensors").unlink(),
+        (f / "vae/diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {"encoder.conv_in.weight": "../../../../etc/passwd"}})
+        ),
+    ),
+}
+
+
+def pipeline(good: Good, make: Callable, folder: Path) -> list[list[str]]:
+    copy = copied(good, "pipe", folder)
+    code(copy, folder / "canary")
+    make(copy)
+    return good.read_foreign(copy, folder / "out") + good.read_vae(copy, folder / "out")
+
+
+# links in the folders that commands write into -----------------------------------------------------------------------
+
+LINKS = [
+    "run/config.yaml", "run/metrics.jsonl", "run/metrics.jsonl.partial", "run/metrics.partial", "run/skipped.jsonl",
+    "run/config.yaml.partial", "run/lock", "run/lock.partial", "run/lock.takeover", "run/lock.new", "run/stop",
+    "run/checkpoints/step-0000003.partial", "run/checkpoints/step-0000003", "run/averages/step-0000003.partial",
+    "run/checkpoints/step-0000003.replaced.partial", "samples/sampling.json", "samples/sampling.json.partial",
+    "samples/samples.npz", "samples/samples.partial", "samples/grid.png", "samples/images/000000.partial",
+    "samples/images/000000.png", "latents", "latents.partial", "latents.writing", "latents.replaced", "converted",
+    "converted.partial", "converted.pt", "converted.pt.partial", "tuned",
+]  # fmt: skip
+
+
+def link(good: Good, name: str, folder: Path) -> list[list[str]]:
+    out = folder / "out"
+    copied(good, "run", folder)
+    copied(good, "samples", folder)
+    shutil.rmtree(out / "samples" / "images")
+    (out / "samples" / "images").mkdir()
+    (folder / "victim").write_text("precious")
+    contents.remove(out / name)
+    (out / name).symlink_to(folder / "victim")
+    source = f"{good.root}/official.pt"
+    return [
+        ["extract_features.py", "--images", f"{good.root}/images", "--out", f"{out}/latents", "--vae",
+         f"{good.world}/vae", "--image-size", "32"],
+        ["fastdit/cli.py", "convert", source, "--to", "fastdit", "--out", f"{out}/converted"],
+        ["fastdit/cli.py", "convert", source, "--to", "official", "--out", f"{out}/converted.pt"],
+        *good.read_samples(out / "samples", out),
+        ["train.py", *good.config, f"run_dir={out}/run", "training.steps=3", "--resume"],
+    ]  # fmt: skip
