@@ -14,6 +14,7 @@ import fastdit  # noqa: F401, I001  before torch: it sets how OpenMP's threads w
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the page to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the runs
     tables = []
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         place = make_world(Path(folder))
