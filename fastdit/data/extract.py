@@ -151,7 +151,7 @@ def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: st
     skipped = f", {about.skipped} unreadable images listed in skipped.txt" if about.skipped else ""
     say(f"{about.folder}: {len(about)} images in {len(about.shards)} shards, {rate:.1f} images/s{skipped}")
     if about.counts:
-        say(f"of these: {', '.join(f'{count} {what}' for what, count in about.counts.items())}")
+        say(f"of these: {', '.join(f'{count} x {what}' for what, count in about.counts.items())}")
     if seen:
         say(seen.says(precision))
     if not (seen and seen.remarks):

@@ -107,18 +107,17 @@ def treatments(image: Image.Image, size: Size, adm_exact: bool = False) -> tuple
         width, height = height, width
     wanted = width_height(size)
     found = {
-        "turned as their EXIF data say": turned and not adm_exact,
+        "EXIF orientation applied": turned and not adm_exact,
         "EXIF orientation not applied": turned and adm_exact,
-        "transparent, put on white": image.has_transparency_data and not adm_exact,
+        "transparency put on white": image.has_transparency_data and not adm_exact,
         "transparency dropped": image.has_transparency_data and adm_exact,
-        "16-bit, scaled to 8 bits": deep and not adm_exact,
-        "16-bit, as Pillow converts them": deep and adm_exact,
+        "16 bits scaled to 8": deep and not adm_exact,
+        "16 bits as Pillow converts them": deep and adm_exact,
         "palette": image.mode in ("P", "PA"),
         "CMYK": image.mode == "CMYK",
         "grayscale": image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"),
         # an MPO is a photo with a preview, or with depth, behind it
-        "animated or with several pages, first one taken": getattr(image, "is_animated", False)
-        and image.format != "MPO",
+        "first of several frames or pages": getattr(image, "is_animated", False) and image.format != "MPO",
         "enlarged": width < wanted[0] or height < wanted[1],
     }
     return tuple(name for name, holds in found.items() if holds)

@@ -116,7 +116,7 @@ def warnings(run: Run) -> list[str]:
         std = math.sqrt(np.square(run.manifest.channel_std).mean() + np.var(run.manifest.channel_mean))
         if not 0.7 < std < 1.4:
             found.append(f"The scaled latents have a standard deviation of {std:.2g}, not about 1: the autoencoder's "
-                         f"scaling_factor {run.manifest.latents.scale:g} does not fit these images. Noise levels and "
+                         f"scaling_factor {run.manifest.latents.scaling} does not fit these images. Noise levels and "
                          "samplers assume 1.")  # fmt: skip
     if run.damaged:
         found.append(f"{run.damaged} damaged samples of the shards were left out of training (data.skip_damaged).")

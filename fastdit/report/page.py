@@ -9,6 +9,7 @@ from importlib.resources import files
 import numpy as np
 
 from fastdit import __version__
+from fastdit.data.images import size_text
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import BINS, PER_BIN, Measured
 from fastdit.report.pictures import Series, animation, picture, plot, short, smoothed
@@ -94,8 +95,8 @@ def head(run: Run, measured: Measured) -> str:
     images = f"{len(run.manifest):,} images" if run.manifest else "images"
     classes = f" of {data.num_classes:,} classes" if data.num_classes else ", without labels,"
     lead = (
-        f"{run.config.model.variant}{size}, trained with {kind(run)} on {images}{classes} at {data.image_size} px for "
-        f"{run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "") + "."
+        f"{run.config.model.variant}{size}, trained with {kind(run)} on {images}{classes} at "
+        f"{size_text(data.image_size)} px for {run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "") + "."
     )
     tiles = {"training time": str(timedelta(seconds=round(run.seconds)))} if run.metrics else {}
     for key, name, unit, many in (
@@ -225,8 +226,10 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
     rows["objective"] = objective
     if run.manifest:
         shape = " x ".join(map(str, run.manifest.latents.shape))
-        rows["data"] = f"{len(run.manifest):,} images of {run.manifest.num_classes:,} classes in {config.data.shards}"
-        rows["latents"] = f"{shape}, of {config.data.image_size} px images through {config.data.vae}"
+        classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
+        rows["data"] = f"{len(run.manifest):,} images {classes} in {config.data.shards}"
+        pixels = size_text(run.manifest.latents.image_size)
+        rows["latents"] = f"{shape}, of {pixels} px images through {config.data.vae}"
     else:
         rows["data"] = config.data.shards
     schedule = settings.lr_schedule.name

@@ -119,9 +119,10 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         keep_autoencoder(config.data.vae, run_dir)
     epoch = len(manifest) / settings.global_batch  # steps
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
-    batch = (ranks.world, micro, accumulation)
+    batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
     origin = f"resumed at step {start}" if start else origin
-    log.say(start_line(config, model, manifest, ranks, engine.name, policy, batch, origin))
+    for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin), *remarks):
+        log.say(line)
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,

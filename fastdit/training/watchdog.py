@@ -79,14 +79,14 @@ class Watchdog:
             self._path(".txt").write_text(stacks())
         dead = self._dead()  # takes some intervals, in which the others write their stacks
         alive = [status for status in self._statuses() if status not in dead]
-        last = min(status["place"] for status in alive)
+        last = min((status["place"] for status in alive), default=self.place)
         if dead:
             line = self._sentence(dead, LAST_SEEN, last[0] + 1)
         else:
             behind = [status for status in alive if status["place"] == last]
             what = f"no progress for {self.timeout_s:.0f} s (training.timeout_s) while it {PHASES[last[1]]} in"
             line = self._sentence(behind, what, last[0])
-        if alive[0]["rank"] == self.ranks.rank:
+        if not alive or alive[0]["rank"] == self.ranks.rank:  # none: the disk was full from the start
             for path in sorted(self.folder.glob("rank-*.txt")):
                 print(f"{path.stem}, {path.read_text().partition(OTHERS)[0]}", file=sys.stderr)
             print("error:", line, file=sys.stderr, flush=True)
@@ -112,7 +112,7 @@ class Watchdog:
         for _ in range(3):
             time.sleep(self.interval)
             self._beat()
-        still = [s for s in self._statuses() if s["beats"] == before[s["rank"]]["beats"]]
+        still = [s for s in self._statuses() if s["beats"] == before.get(s["rank"], {}).get("beats")]
         return [s for s in still if s["rank"] != self.ranks.rank]
 
     def _sentence(self, those: list[dict[str, Any]], what: str, step: int) -> str:

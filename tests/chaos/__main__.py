@@ -14,14 +14,17 @@ import fastdit  # noqa: F401, I001  before torch: it sets how OpenMP's threads w
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 from bench.record import about
+from chaos.table import Table
 from helpers.runs import make_world
 
 # each has `run(place: Path, seed: int) -> Table`; `place` is a world of helpers.runs.make_world that all tables share:
@@ -36,12 +39,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the page to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the runs
     tables = []
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         place = make_world(Path(folder))
         for name in arguments.tables or TABLES:
             start = time.perf_counter()
-            table = importlib.import_module(f"chaos.{name}").run(place, arguments.seed)
+            try:
+                table = importlib.import_module(f"chaos.{name}").run(place, arguments.seed)
+            except Exception as error:  # a run that ended by itself, for example: the other tables still count
+                traceback.print_exc()
+                table = Table(name, "It ended early.", ["-"], failures=[f"{type(error).__name__}: {error}"])
             table.seconds = time.perf_counter() - start
             tables.append(table)
             print(f"\n{table.markdown()}", flush=True)

@@ -4,7 +4,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from chaos.runs import (
@@ -41,8 +40,9 @@ def run(place: Path, seed: int) -> Table:
         "*Unloadable*: a resume did not continue from the newest complete checkpoint. *Different*: losses and gradient "
         "norms, and files of the last checkpoint, that are not equal, bit for bit, to those of a run that was never "
         "killed. *Others*: how long the processes that were not hit went on; one whose peer dies before they have met "
-        f"waits for it, and after {WAIT_S} s gets the SIGTERM that a launcher or scheduler sends. *Two nodes*: two "
-        "torchrun launchers on loopback; one of them, its worker or both are killed.",
+        f"waits for it, and after {WAIT_S} s gets the SIGTERM that a launcher or scheduler sends. *Left running*: "
+        "training processes 20 s later. *Two nodes*: two torchrun launchers on loopback; one of them, its worker or "
+        "both are killed.",
         ["engine", "kills", "inside a save", "runs", "unloadable", "different losses", "different files",
          "steps repeated per kill (mean, most)", "others ended by themselves within", "others ended by SIGTERM",
          "left running"],
@@ -136,20 +136,27 @@ class Killer:
             return not self.finish(run)  # it is complete
         for fork in chosen:
             fork.kill()
-        self.end_others(run, lambda: [fork.pid for fork in run.running])
+        self.end_others(run)
         return run.wait(0) != [0] * len(run.forks)
 
-    def end_others(self, run, pids: Callable[[], list[int]]) -> None:
+    def end_others(self, run) -> None:
+        """Wait for the end of the others, and after WAIT_S do what a launcher, or the scheduler of launchers, does."""
         start = time.monotonic()
         if until(lambda: not run.running, WAIT_S):
             self.longest = max(self.longest, time.monotonic() - start)
             return
         self.helped += 1
-        for pid in pids():
+        for pid in self.warned(run):
             send(pid, signal.SIGTERM)
-        ended = until(lambda: not run.running, 20)
-        if not self.table.check(ended, f"{self.engine}{self.label}: left running: {run.running} {run.said()}"):
-            self.orphans += len(run.running)
+        if not self.table.check(until(lambda: not self.training(run), 20), f"{self.engine}: goes on: {run.said()}"):
+            self.orphans += len(self.training(run))
+
+    def warned(self, run) -> list[int]:
+        return [fork.pid for fork in run.running]
+
+    def training(self, run) -> list[int]:
+        """The training processes that have not ended."""
+        return [fork.pid for fork in run.running]
 
     def finish(self, run) -> bool:
         """Wait for the end of a run that is not killed, and return True."""
@@ -185,8 +192,14 @@ class NodeKiller(Killer):
         chosen = [launcher.pid] * (what != "worker") + [workers.get(node, launcher.pid)] * (what != "launcher")
         for pid in chosen:
             send(pid, signal.SIGKILL)
-        self.end_others(run, lambda: [process.pid for process in run.launchers if process.poll() is None])
+        self.end_others(run)
         return [process.returncode for process in run.launchers] != [0, 0]
+
+    def warned(self, run: Launched) -> list[int]:
+        return [process.pid for process in run.launchers if process.poll() is None]
+
+    def training(self, run: Launched) -> list[int]:
+        return list(run.workers.values())  # a torchrun whose peer died at the end of the run waits 5 minutes for it
 
     def finish(self, run: Launched) -> bool:
         run.ended(300)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdit
+from fastdit.config import load_config
+from fastdit.convert import convert
 from fastdit.data import autoencoders
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec, LatentSpec, sample_latents, scale_remarks
@@ -19,6 +22,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.preview import psnr
 from fastdit.data.sources import list_images
 from fastdit.quickstart.small_vae import small_vae
+from fastdit.training.loop import train
 from helpers.data import tiny_vae, write_digits
 from helpers.extraction import files_of, run
 
@@ -111,6 +115,19 @@ def test_every_autoencoder_is_extracted_with_the_statistics_of_its_latents(tmp_p
     np.testing.assert_allclose(manifest.channel_mean, mean.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(manifest.channel_std, deviation, rtol=1e-4)
     assert manifest.latents == codec.spec(32) == Manifest.load(tmp_path / "out").latents
+
+
+def test_a_network_on_latents_of_an_autoencoder_dc_is_sampled(tmp_path):
+    write_digits(tmp_path / "images", 20)
+    tiny_dc().save_pretrained(tmp_path / "vae")
+    run(tmp_path, tmp_path / "out")
+    lines = [f"run_dir={tmp_path}/run", f"data.shards={tmp_path}/out", "model.variant=DiT-Ti/4", "training.steps=1"]
+    lines += ["training.global_batch=4", "training.compile=false", "training.engine=torch", "sampling.steps=2"]
+    train(load_config("dit_s_2", lines))
+    [image] = fastdit.load(tmp_path / "run", device="cpu").sample(n=1)
+    assert image.size == (32, 32)
+    with pytest.raises(ValueError, match="is an AutoencoderDC, not DiTPipeline's; keep the fastdit checkpoint"):
+        convert(tmp_path / "run", "diffusers", tmp_path / "pipe", say=lambda line: None)
 
 
 def test_fingerprints_are_those_of_manifests_that_exist():

@@ -61,7 +61,7 @@ def test_what_was_done_is_counted_and_what_was_not_read_is_named(made):
     assert Manifest.load(base / "out").counts == dict(counted)
     said = (base / "said").read_text()
     assert f"images={base}/images: class folders, 300 images, 4 classes\n" in said
-    assert f"of these: {', '.join(f'{n} {what}' for what, n in sorted(counted.items()))}\n" in said
+    assert f"of these: {', '.join(f'{n} x {what}' for what, n in sorted(counted.items()))}\n" in said
     assert "297 images in 3 shards" in said and "3 unreadable images listed in skipped.txt" in said
     assert "preview.png" in said and (base / "out" / "preview.png").is_file()
     lines = dict(line.split("\t") for line in (base / "out" / "skipped.txt").read_text().splitlines())

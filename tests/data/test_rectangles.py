@@ -14,6 +14,7 @@ from fastdit.convert import convert
 from fastdit.data.images import center_crop, parse_size, size_text
 from fastdit.data.manifest import Manifest
 from fastdit.plan import report
+from fastdit.report import write_report
 from fastdit.sampling import sample
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
@@ -97,6 +98,8 @@ def test_from_images_to_samples(made, tmp_path, name):
         assert file["arr_0"].shape == (5, 32, 64, 3)
     [image] = fastdit.load(tmp_path / "whole", device="cpu").sample(n=1)
     assert image.size == (64, 32)
+    page = write_report([tmp_path / "whole"], tmp_path / "report.html")
+    assert "at 64x32 px for 6 steps" in page.read_text() and "of 64x32 px images" in page.read_text()
     faults = verify(checkpoint.checkpoints(tmp_path / "whole")[-1], lambda line: None)
     assert faults == []
 

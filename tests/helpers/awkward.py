@@ -19,8 +19,8 @@ SIZES = ((64, 64), (40, 36), (512, 100), (20, 400), (8, 8), (300, 200), (32, 32)
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
          7: "TRANSVERSE", 8: "ROTATE_270"}  # what a camera did to an upright image, by EXIF orientation  # fmt: skip
 AVIF = features.check("avif")
-TURNED, WHITE, DEEP = "turned as their EXIF data say", "transparent, put on white", "16-bit, scaled to 8 bits"
-FRAMES, GRAY = "animated or with several pages, first one taken", "grayscale"
+TURNED, WHITE, DEEP = "EXIF orientation applied", "transparency put on white", "16 bits scaled to 8"
+FRAMES, GRAY = "first of several frames or pages", "grayscale"
 
 
 @dataclass(frozen=True)

@@ -229,3 +229,9 @@ def test_deepspeed_keys_that_it_would_ignore_or_that_we_own_are_refused():
         merge_deepspeed(own, {"gradient_clipping": 1.0})
     with pytest.raises(ValueError, match="wall_clock_brakdown.*is not a key"):
         merge_deepspeed(own, {"wall_clock_brakdown": True})
+
+
+def test_a_scale_that_does_not_fit_is_said_at_the_start(world, tmp_path, capsys):
+    train_here(world, tmp_path / "run", "training.steps=1")  # an untrained autoencoder's latents, with SD's scale
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("DiT-Ti/4") and second.startswith("warning: ") and "far from the 1" in second
