@@ -119,10 +119,10 @@ class Forks:
         What still runs is killed.
         """
         end = time.monotonic() + seconds
-        while self.running and time.monotonic() < end:
+        while (running := self.running) and time.monotonic() < end:
             if any(fork.exitcode for fork in self.forks) and not patient:
                 break  # the others would wait for the one that failed
-            wait([fork.sentinel for fork in self.running], max(end - time.monotonic(), 0))
+            wait([fork.sentinel for fork in running], max(end - time.monotonic(), 0))
         for fork in self.forks:
             fork.kill()
             fork.join()
