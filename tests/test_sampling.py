@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, reference, tmp_path):
     out = tmp_path / "out"
     sample(trained, out, COUNT, device="cpu")
     for i in (1, 5, 6):  # as if killed: images missing, one half-written under its temporary name
-        (out / "images" / f"{i:06d}.png").rename(out / "images" / f"{i:06d}.partial")
+        (out / "images" / f"{i:06d}.png").rename(out / "images" / f"{i:06d}.png.partial")
     (out / "samples.npz").unlink()
     kept = (out / "images" / "000009.png").stat().st_mtime_ns
     sample(trained, out, COUNT, device="cpu")

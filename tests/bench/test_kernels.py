@@ -31,7 +31,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "MEASURED", tmp_path / "attention.json")
     monkeypatch.setattr(attention.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "GPU")
     monkeypatch.setattr(sys, "argv", ["attention"])
     return backends
 
@@ -88,7 +88,7 @@ def test_an_op_that_fails_and_a_peer_that_is_missing_leave_the_others_their_time
     monkeypatch.setattr(kernels, "timed", lambda fn, kwargs, ms: {"forward": (1.0, 1.0, 1.0)})
     monkeypatch.setitem(kernels.PEERS, "adaln", {"liger": peer, "apex": lambda: None})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(sys, "argv", ["kernels", "--out", str(tmp_path)])
     with torch._functorch.config.patch(donated_buffer=True):  # the bench sets it
