@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdit.data.columns import cifar, packed_files, parquet
+from fastdit.data.columns import cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
 
@@ -41,11 +41,6 @@ def open_images(root: str | Path) -> ImageSource:
         if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
             return webdataset(root, tars)
     return list_images(root)
-
-
-def is_packed(file: Path) -> bool:
-    with file.open("rb") as raw:
-        return raw.read(2) == b"\x1f\x8b"  # gzip
 
 
 def is_tar(file: Path) -> bool:

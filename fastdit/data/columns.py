@@ -73,10 +73,15 @@ def unpickled(data: bytes) -> Any:
     return _Inert(io.BytesIO(data), encoding="bytes").load()
 
 
+def is_packed(file: Path) -> bool:
+    with file.open("rb") as raw:
+        return raw.read(2) == b"\x1f\x8b"  # gzip
+
+
 def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files in a compressed tar file; ValueError if they hold more than UNPACKED."""
+    """Name and content of the regular files in a tar file, packed or not; ValueError if they exceed UNPACKED."""
     total = 0
-    with tarfile.open(file, "r:gz") as tar:
+    with tarfile.open(file, "r:gz" if is_packed(file) else "r:") as tar:
         for member in tar:
             total += member.size
             if total > UNPACKED:  # before it is decompressed: a small file can hold a thousand times its size

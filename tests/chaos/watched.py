@@ -44,7 +44,7 @@ class Outcome:
 def watch(folder: Path, command: list[str], refused: bool | None = None) -> Outcome:
     """Run a script of the repository, [path, *arguments], which may write below folder/out.
 
-    `refused`: whether it must exit with 2 (None: 0 is right as well). A file folder/canary means that a payload ran.
+    `refused`: whether it must exit with 2 (None: 0 is right as well). folder/canary exists if a payload has run.
     """
     for name in ("out", "cwd", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
