@@ -71,7 +71,10 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder).resolve()
     if not (folder / CONFIG).is_file() or (folder / checkpoint.META).is_file():
         raise ValueError(f"{folder} is not the folder of a run, which has a {CONFIG} and checkpoints/; give one")
-    run = Run(folder, load_config(folder / CONFIG), checkpoints=checkpoint.checkpoints(folder))
+    config = load_config(folder / CONFIG)
+    if config.data.image_size is None or config.data.num_classes is None:
+        raise ValueError(f"{folder / CONFIG} is not that of a run, which has data.image_size and data.num_classes")
+    run = Run(folder, config, checkpoints=checkpoint.checkpoints(folder))
     run.metrics = read_metrics(folder)
     run.skipped = [line for line in read_records(folder / "skipped.jsonl") if type(line.get("step")) is int]
     run.starts = [line for line in read_records(folder / environment.FILE)

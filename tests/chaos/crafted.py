@@ -27,7 +27,8 @@ from fastdit.training import checkpoint
 def cases(good: Good, draw: random.Random, values: int) -> Iterator[Case]:
     """`values`: how many of VALUES each setting gets, drawn at random."""
     for name, make in IMAGES.items():
-        yield Case("images", name, partial(image, good, make), refused=False)
+        refused = None if name == OPEN_FILES else False  # those come and go while they are listed
+        yield Case("images", name, partial(image, good, make), refused=refused)
     for name, members in MEMBERS.items():
         yield Case("shards", name, partial(shard, good, members))
     for name, change in TENSORS.items():
@@ -75,6 +76,7 @@ def jpeg(**options) -> bytes:
     return out.getvalue()
 
 
+OPEN_FILES = "link to the open files"
 BOMB = zlib.compress(bytes(1 << 28), 9)  # 256 MiB
 SIZES = [(256, 3, 1, 60_000), (257, 3, 1, 60_000)]  # tags, types, counts and values
 # the file's name, and its content: bytes, or a function (path, canary) that returns them or makes something else
@@ -117,7 +119,7 @@ IMAGES: dict[str, tuple[str, bytes | Callable[[Path, Path], bytes | None]]] = {
     "link to itself": ("a.png", lambda path, canary: path.symlink_to("a.png")),
     "folder link to the class": ("loop", lambda path, canary: path.symlink_to(".")),
     "folder link to the root of the images": ("loop", lambda path, canary: path.symlink_to("..")),
-    "link to the open files": ("files", lambda path, canary: path.symlink_to("/proc/self/fd")),
+    OPEN_FILES: ("files", lambda path, canary: path.symlink_to("/proc/self/fd")),
     "1 TiB of zeros": ("a.png", lambda path, canary: contents.enormous(path)),
 }  # fmt: skip
 

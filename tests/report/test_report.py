@@ -224,3 +224,10 @@ def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
             write_report([folder])
     with pytest.raises(ValueError, match="shows one to four runs, not 5"):
         write_report([runs / "a"] * 5)
+
+
+@pytest.mark.parametrize("content", ["", "null"])
+def test_an_empty_config_is_answered_in_one_line(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match="config.yaml is not that of a run, which has data.image_size"):
+        read_run(tmp_path)
