@@ -482,11 +482,15 @@ def test_more_rows_than_bytes_in_parquet_are_no_images(tmp_path):
 @pytest.mark.parametrize("name", ["settings.json", "shard-00000.part"])
 def test_what_an_unfinished_extraction_left_may_be_anything(world, tmp_path, name):
     folder = tmp_path / "latents.writing"
+    images(tmp_path / "images")
+    options = {"images": tmp_path / "images", "vae": world / "vae", "image_size": 32}
+    extract_features(out=tmp_path / "plain", **options)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
     for text in ("[", "[1]", '{"shard": [1]}', '{"shard": {"name": 5}}', "[" * 20_000, "\xff"):
         folder.mkdir()
         (folder / name).write_text(text, encoding="latin1")
         (tmp_path / "latents.partial").mkdir()
-        if not (tmp_path / "images").exists():
-            images(tmp_path / "images")
-        extract_features(images=tmp_path / "images", out=tmp_path / "latents", vae=world / "vae", image_size=32)
+        extract_features(out=tmp_path / "latents", **options)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "latents").iterdir()} == expected
+        assert not folder.exists() and not (tmp_path / "latents.partial").exists()
         shutil.rmtree(tmp_path / "latents")
