@@ -13,6 +13,7 @@ from fastdit import distributed
 from fastdit.build import uses_zero
 from fastdit.config import Config, TrainingConfig
 from fastdit.models.dit import DiT
+from fastdit.models.fp8 import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
 from fastdit.registry import check
 
@@ -74,8 +75,10 @@ def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False
     attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3) + cross * (2 * (1 + 1) + 2 * (1 + 1 + 1 + 1))
     packing = 2 * (3 + 3) + 2 * 3  # the gradients of q, k and v into one tensor; read again for the bias
     step = norm + norm_backward + activation + (activation + 2 * before) + attention + packing
-    if fp8:  # inputs and gradients of the linears: read for the maximum, read, written in both layouts
-        step += 6 * (1 + 1 + 1 + after + 3 + 1 + before + 1 + 4 * cross)
+    if fp8:  # inputs and gradients of the linears: read, written in both layouts, where no other kernel does so
+        step += 4 * ((1 + 1 + 1) + (3 + 1 + 1) + 4 * cross)
+        step += 0 if model.blocks[0].mlp.kind in FP8_FUSED else 4 * (after + before)
+        step += 2 * (3 + 3)  # the bias of qkv is added alone
     again = {
         "none": 0,
         "activation": 2 * after,  # written again by the activation's backward pass

@@ -9,7 +9,6 @@ training.joint_adaln, the joint projection are not counted.
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 from collections import Counter
@@ -130,12 +129,6 @@ def _as_on_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(runtime, "_obstacle", lambda *_: None))
         stack.enter_context(mock.patch.object(attention, "obstacle", lambda *_, **__: None))
         stack.enter_context(mock.patch.dict(attention.ATTENTION, dict.fromkeys(("sdpa", "sdpa-cudnn"), _cudnn)))
-        if importlib.util.find_spec("torchao"):
-            import torchao.float8
-
-            config = torchao.float8.Float8LinearConfig
-            real = lambda **options: config(**options | {"emulate": False})  # noqa: E731
-            stack.enter_context(mock.patch.object(torchao.float8, "Float8LinearConfig", real))
         stack.callback(runtime._decide.cache_clear)
         runtime._decide.cache_clear()
         yield
