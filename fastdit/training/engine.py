@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdit.build import uses_zero
 from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
+from fastdit.kernels import adamw_ema
+from fastdit.kernels.runtime import use_triton
+from fastdit.training.ema import EMA, capturing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
 
@@ -35,8 +38,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
 
-    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """One AdamW step, skipped on all processes where `bad` (0-dim bool, agreed) or the gradient is not finite.
+    def step(self, lr: float, bad: Tensor, ema: EMA, number: int) -> tuple[Tensor, Tensor]:
+        """Step `number` (from 1) of AdamW and of the EMA, skipped on all processes where `bad` (0-dim bool, agreed) or
+        where the gradient is not finite.
 
         Returns the gradient norm before clipping, and whether the step was skipped; 0-dim, on the device.
         """
@@ -67,7 +71,10 @@ def set_moments(engine: Engine, moments: Mapping[str, list[Tensor]], updates: in
 
 
 class TorchEngine:
-    """fp32 weights and fused AdamW on every process; gradients averaged by DDP."""
+    """fp32 weights and fused AdamW on every process; gradients averaged by DDP.
+
+    Where Triton runs, AdamW and EMA are one kernel over all tensors (kernels/adamw_ema.py), else PyTorch's own.
+    """
 
     name = "torch"
 
@@ -81,11 +88,16 @@ class TorchEngine:
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.one_pass = use_triton("adamw_ema", ranks.device.type, torch.float32)
         # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
-        lr = torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else 0.0
+        on_device = self.one_pass or ranks.device.type == "cuda"
+        lr = torch.zeros((), device=ranks.device) if on_device else 0.0
         self.adam = torch.optim.AdamW(self.parameters, lr, betas, weight_decay=weight_decay, fused=True)
 
     def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step. A replayed CUDA graph reads what was set before."""
+        if capturing():
+            return
         for group in self.adam.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -103,18 +115,35 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, bad: Tensor, ema: EMA, number: int) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters]
         norm = nn.utils.get_total_norm(gradients)  # the same on all processes, as the gradients are
         skipped = bad | ~norm.isfinite()
-        self.adam.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
-        if self.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.set_lr(lr)  # a captured step reads what `set_lr` writes before the replay
-        self.adam.step()
+        self.set_lr(lr)
+        if self.one_pass:
+            self._step_in_one_pass(gradients, norm, skipped, ema, number)
+        else:
+            self.adam.found_inf = skipped.float()  # the fused kernel then leaves weights and state as they are
+            if self.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+            self.adam.step()
+            ema.update(self.parameters, number, skipped)
         self.adam.zero_grad(set_to_none=True)
         return norm, skipped
+
+    @torch.no_grad()
+    def _step_in_one_pass(self, gradients: list[Tensor], norm: Tensor, skipped: Tensor, ema: EMA, number: int) -> None:
+        if not self.adam.state:
+            set_moments(self, {name: list(map(torch.zeros_like, self.parameters)) for name in MOMENTS}, 0)
+        states, [group] = [self.adam.state[p] for p in self.parameters], self.adam.param_groups
+        torch._foreach_add_([state["step"] for state in states], (~skipped).float())
+        clip = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip else None  # as in clip_grad_norm_
+        ema.set_step(number)
+        adamw_ema(
+            self.parameters, gradients, *([state[name] for state in states] for name in MOMENTS), ema.average, None,
+            states[0]["step"], group["lr"], ema.weight, skipped, clip, group["betas"], group["eps"],
+            group["weight_decay"],
+        )  # fmt: skip
 
     def master_parameters(self) -> list[Tensor]:
         return self.parameters
@@ -183,7 +212,7 @@ class DeepSpeedEngine:
         # the gradient of a loss that is not finite may be: NaN times it is not, and DeepSpeed then skips the step
         self.engine.backward(loss * (1 + 0 * loss.detach()))
 
-    def step(self, lr: float, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, bad: Tensor, ema: EMA, number: int) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         before = self.engine.skipped_steps
@@ -192,7 +221,9 @@ class DeepSpeedEngine:
             self._gather_small_parameters()
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(norm if norm is not None else float("nan"), device=self.ranks.device)
-        return norm, torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
+        skipped = torch.as_tensor(self.engine.skipped_steps > before, device=self.ranks.device)
+        ema.update(self.master_parameters(), number, skipped)
+        return norm, skipped
 
     def _gather_small_parameters(self) -> None:
         """Have ZeRO-3 gather the parameters that it keeps whole, in fp32, as it does after each update.

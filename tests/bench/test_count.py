@@ -151,6 +151,8 @@ def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
     assert moved.total == 3 * 400
 
 
-def test_the_optimiser_reads_the_gradients_and_leaves_them(one_thread):
-    bytes_, parameters = count.optimizer_bytes(SMALLEST)
-    assert round(bytes_ / parameters) == 44  # weight, moments and gradient: 28; weight read again, average: 12; norm: 4
+@pytest.mark.parametrize("one_pass, expected", [(False, 44), (True, 40)])
+def test_the_optimizer_reads_the_gradients_and_leaves_them(one_thread, one_pass, expected):
+    """Weight, moments, gradient: 28; norm: 4; average: 8 in the same pass, else 12 with the weight read again."""
+    bytes_, parameters = count.optimizer_bytes(SMALLEST, ("training.grad_clip=1",) * one_pass, one_pass)
+    assert round(bytes_ / parameters) == expected
