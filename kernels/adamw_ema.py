@@ -52,12 +52,12 @@ def _one_minus_exp(z):
 
 
 @triton.jit
-def _pointer(cell, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a cell of the table."""
-    pointer = tl.load(cell).to(tl.pointer_type(TYPE))
+def _pointers(cell, start, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """To the elements start + at of the tensor whose address is in a cell of the table."""
+    pointer = tl.load(cell).to(tl.pointer_type(TYPE)) + start
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return pointer + at
 
 
 @triton.jit
@@ -68,16 +68,17 @@ def _adamw_ema(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     table += tl.load(blocks + tl.program_id(0))  # the column of this program's tensor
-    at = tl.load(blocks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.where(tl.load(skip), 0, tl.load(table))
+    start = tl.load(blocks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK
+    length = tl.where(tl.load(skip), 0, tl.minimum(tl.load(table) - start, BLOCK)).to(tl.int32)
     if ALIGNED:
-        size = tl.multiple_of(size, 8)
-    param = _pointer(table + N, tl.float32, ALIGNED) + at
-    grad = _pointer(table + 2 * N, GRAD, ALIGNED) + at
-    exp_avg = _pointer(table + 3 * N, tl.float32, ALIGNED) + at
-    exp_avg_sq = _pointer(table + 4 * N, tl.float32, ALIGNED) + at
-    ema = _pointer(table + 5 * N, tl.float32, ALIGNED) + at
-    mask = at < size
+        length = tl.multiple_of(length, 8)
+    at = tl.arange(0, BLOCK)
+    param = _pointers(table + N, start, at, tl.float32, ALIGNED)
+    grad = _pointers(table + 2 * N, start, at, GRAD, ALIGNED)
+    exp_avg = _pointers(table + 3 * N, start, at, tl.float32, ALIGNED)
+    exp_avg_sq = _pointers(table + 4 * N, start, at, tl.float32, ALIGNED)
+    ema = _pointers(table + 5 * N, start, at, tl.float32, ALIGNED)
+    mask = at < length
     g = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(param, mask=mask, other=0.0)
     m = tl.load(exp_avg, mask=mask, other=0.0)
@@ -98,7 +99,7 @@ def _adamw_ema(
     tl.store(exp_avg_sq, v, mask=mask)
     tl.store(ema, e, mask=mask)
     if COPY is not None:
-        tl.store(_pointer(table + 6 * N, COPY, ALIGNED) + at, p.to(COPY), mask=mask)
+        tl.store(_pointers(table + 6 * N, start, at, COPY, ALIGNED), p.to(COPY), mask=mask)
 
 
 @functools.cache  # never freed: a CUDA graph may hold it

@@ -69,7 +69,7 @@ PLANTS = [
     Plant("wrong tensor", "adamw_ema", (100, 40), "adamw_ema.py", "table += tl.load(blocks + tl.program_id(0))",
           "table += 0", fast=True),
     Plant("wrong tensor", "adamw_ema", (1100,), "adamw_ema.py", ".to(tl.int64) * BLOCK", ".to(tl.int64) * 0"),
-    Plant("wrong tensor", "adamw_ema", (100,), "adamw_ema.py", "table + 3 * N, tl", "table + 4 * N, tl"),
+    Plant("wrong tensor", "adamw_ema", (100,), "adamw_ema.py", "table + 3 * N, start", "table + 4 * N, start"),
     Plant("swapped", "adaln", TALL, "adaln.py", "_op(x, shift, scale, eps", "_op(x, scale, shift, eps", fast=True),
     Plant("swapped", "adaln", TALL, "adaln.py", "d_shift, d_scale = sum_chunks", "d_scale, d_shift = sum_chunks",
           fast=True),
