@@ -37,7 +37,6 @@ WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ no
 WAITING_FUNCTIONS = "tensor as_tensor from_numpy nonzero masked_select unique equal allclose".split()
 WAITING_OPS = "_local_scalar_dense nonzero masked_select _unique2 unique_dim equal is_nonzero".split()
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
-OPTIMIZER_PASS = 36  # bytes per parameter: weight, both moments and average read and written, fp32 gradient
 LEAST_OPTIMIZER = 36  # bytes per parameter: weight, both moments and average read and written, gradient, bf16 copy
 
 
@@ -189,12 +188,14 @@ def bytes_by_kind(graph: Graph, size: Size) -> tuple[Counter[str], Counter[str]]
 
 def optimizer_bytes(size: Size, overrides: tuple[str, ...] = (), one_pass: bool = True) -> tuple[int, int]:
     """(bytes that optimizer and EMA move in a step, parameters); `one_pass`: as on a GPU, with kernels/adamw_ema.py."""
-    bench = Fastdit(eager_case(size, overrides))
+    with mock.patch.object(engine, "use_triton", lambda *_: one_pass):
+        bench = Fastdit(eager_case(size, overrides))
     bench.step(0)
     total, original = [], bench.engine.step
 
-    def kernel(params: list[Tensor], *_: object) -> None:  # counted by the static table: at most 1.05 times this
-        total.append(sum(p.numel() for p in params) * OPTIMIZER_PASS)
+    def kernel(params, grads, exp_avgs, exp_avg_sqs, emas, copies, *_) -> None:  # as counted in the static table
+        written = [*params, *exp_avgs, *exp_avg_sqs, *emas]
+        total.append(sum(tensor.nbytes for tensor in (*written, *written, *grads, *(copies or ()))))
 
     def counted(*args):
         with Bytes() as count:
@@ -202,7 +203,7 @@ def optimizer_bytes(size: Size, overrides: tuple[str, ...] = (), one_pass: bool 
         total.append(count.total)
         return result
 
-    bench.engine.step, bench.engine.one_pass = counted, one_pass
+    bench.engine.step = counted
     with mock.patch.object(engine, "adamw_ema", kernel):
         bench.step(1)
     return sum(total), sum(p.numel() for p in bench.model.parameters() if p.requires_grad)

@@ -1,4 +1,5 @@
-"""AdamW and EMA in one kernel, as TorchEngine runs them on a GPU, against PyTorch's optimizer, as it runs elsewhere."""
+"""What TorchEngine does on a GPU: AdamW and EMA in one kernel, against PyTorch's optimizer, and weights that the kernel
+rounds to bf16, against autocast, which rounds them in every forward pass."""
 
 import copy
 
@@ -8,8 +9,10 @@ from torch import nn
 
 from fastdit.distributed import Ranks
 from fastdit.kernels.runtime import HAS_TRITON
+from fastdit.training import engine
 from fastdit.training.ema import EMA
-from fastdit.training.engine import TorchEngine, moments_of, set_moments
+from fastdit.training.engine import TorchEngine, moments_of, set_moments, total_norm
+from helpers.networks import each_option, small
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,3 +92,42 @@ def test_a_run_continues_from_the_others_moments(monkeypatch, before, after):
     exactly = before == after
     for mine, expected in zip(resumed, whole.steps(3, 7).state(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=0 if exactly else 2e-6, atol=0 if exactly else 2e-7)
+
+
+@each_option
+def test_weights_rounded_by_the_optimizer_give_the_bits_of_autocast(monkeypatch, options):
+    """Losses, weights, moments and averages; the op's definition rounds, since the interpreter truncates."""
+    monkeypatch.setattr(engine, "use_triton", lambda *_: True)
+    found = []
+    for rounds in (True, False):
+        if not rounds:
+            monkeypatch.setattr(engine, "rounded_weights", lambda model: set())
+        model = small(**options).train()
+        if options and model.options.block == "adaln_zero":
+            model.join_modulations()
+        torch_engine = TorchEngine(model, Ranks(0, 0, 1, torch.device("cpu")), betas=(0.9, 0.95), weight_decay=0.1,
+                                   precision="bf16", accumulation=1, grad_clip=0.0)  # fmt: skip
+        assert {p.dtype for p in model.parameters()} == {torch.float32, *[torch.bfloat16] * rounds}
+        assert {p.dtype for p in torch_engine.master_parameters()} == {torch.float32}
+        ema = EMA(torch_engine.master_parameters(), 0.9)
+        for step in range(3):
+            torch.manual_seed(step)
+            height, width = (side * model.patch_size for side in model.grid)
+            x, t, y = torch.randn(3, 4, height, width), torch.rand(3), torch.randint(0, 6, (3,))
+            loss = torch_engine(x, t, y if model.num_classes else None).square().mean()
+            torch_engine.backward(loss)
+            torch_engine.step(0.01, torch.tensor(step == 1), ema, step + 1)
+            found.append(loss.detach())
+        moments, _ = moments_of(torch_engine)
+        rows = (torch_engine.master_parameters(), ema.average, *moments.values())
+        found += [tensor.detach() for row in rows for tensor in row]
+        for p, master in zip(model.parameters(), torch_engine.master_parameters(), strict=True):
+            assert torch.equal(p, master.to(p.dtype))
+    half = len(found) // 2
+    assert all(map(torch.equal, found[:half], found[half:]))
+
+
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
+    gradients = [torch.randn(1000).bfloat16(), torch.randn(30), torch.randn(77).bfloat16()]
+    expected = torch.cat([gradient.double() for gradient in gradients]).norm()
+    assert total_norm(gradients).item() == pytest.approx(expected.item(), rel=1e-6)
