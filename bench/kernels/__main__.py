@@ -7,6 +7,7 @@ the GB/s of a plain copy in this run, where the op counts the fewest bytes that 
 timed separately, on inputs several times the size of the L2 cache, which is flushed between runs.
 """
 
+import inspect
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def timed(fn: Callable, kwargs: dict[str, Any], ms: float) -> dict[str, tuple[fl
     """Times of the forward and, if something is differentiated, of the backward pass."""
     leaves = [v for v in kwargs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     outs = fn(**kwargs)
-    outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
+    outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o is not None and o.requires_grad]
     grads = [torch.randn_like(o) for o in outs]
     found = {"forward": measure(lambda: fn(**kwargs), ms)}
     if leaves:
@@ -66,8 +67,9 @@ def bench(op: Any, shape: tuple[int, ...], copy: float, ms: float, out: Path | N
         return
     minimum = dict(zip(("forward", "backward"), op.minimum_bytes(shape, 2), strict=True))
     torch._functorch.config.donated_buffer = False  # the backward pass is timed repeatedly on one graph
-    contestants = {"fastdit": lambda: op.triton, "eager": lambda: op.eager,
-                   "compiled": lambda: torch.compile(op.eager, fullgraph=True), **PEERS.get(op.name, {})}  # fmt: skip
+    ours, eager = inspect.unwrap(op.triton), inspect.unwrap(op.eager)  # in place, where the op is: without its copies
+    contestants = {"fastdit": lambda: ours, "eager": lambda: eager,
+                   "compiled": lambda: torch.compile(eager, fullgraph=True), **PEERS.get(op.name, {})}  # fmt: skip
     for name, make in contestants.items():
         kwargs = cast(op.inputs(shape, torch.bfloat16, "cuda"))
         try:

@@ -83,10 +83,10 @@ class TrainStep:
         means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
         means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
         bad = ~means["loss"].isfinite()
-        grad_norm, skipped = self.engine.step(lr, bad)
+        grad_norm, skipped = self.engine.step(lr, bad, self.ema, step + 1)
         if fp8 is not None:
             fp8.update(self.ranks, skipped)
-        for average in (self.ema, *self.averages):
+        for average in self.averages:
             average.update(self.engine.master_parameters(), step + 1, skipped)
         return StepResult(means, grad_norm, skipped)
 

@@ -159,6 +159,10 @@ def test_least_bytes_are_the_published_ones_and_eager_bytes_are_counted():
     assert moved.total == 3 * 400
 
 
-def test_the_optimiser_reads_the_gradients_and_leaves_them(one_thread):
-    bytes_, parameters = count.optimizer_bytes(SMALLEST)
-    assert round(bytes_ / parameters) == 44  # weight, moments and gradient: 28; weight read again, average: 12; norm: 4
+@pytest.mark.parametrize("precision, one_pass, expected", [("fp32", False, 44), ("fp32", True, 40), ("bf16", True, 38)])
+def test_the_optimizer_reads_the_gradients_and_leaves_them(one_thread, precision, one_pass, expected):
+    """Weight, moments, gradient: 28; norm: 4; average: 8 in the same pass, else 12 with the weight read again. In bf16
+    the gradient and its norm are 4 less, and the weight's copy is 2 more."""
+    overrides = [f"training.precision={precision}"] + ["training.grad_clip=1"] * one_pass
+    bytes_, parameters = count.optimizer_bytes(SMALLEST, tuple(overrides), one_pass)
+    assert round(bytes_ / parameters) == expected

@@ -61,5 +61,6 @@ def test_the_compiler_sees_the_kernels_and_what_they_write() -> None:
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {line["op"]: line["written"] for line in lines} == {n: list(map(list, op.writes)) for n, op in OPS.items()}
+    expected = {name: list(map(list, op.writes)) for name, op in OPS.items() if any(op.writes)}
+    assert {line["op"]: line["written"] for line in lines} == expected
     assert not any(line["opaque"] for line in lines)
