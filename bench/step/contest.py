@@ -95,10 +95,8 @@ def compete(
     of STORED are used too. `progress` is called after each turn.
     """
     deadline, rows = time.monotonic() + budget_s, [Row(case) for case in cases]
-    truths = {}
-    for file in (STORED, truth):
-        truths |= json.loads(file.read_text()) if file and file.is_file() else {}
-    fresh = {}  # the oracle's results that this run adds
+    stored, fresh = (json.loads(file.read_text()) if file and file.is_file() else {} for file in (STORED, truth))
+    truths = stored | fresh
 
     def run(case: Case, **job) -> dict:
         left = deadline - time.monotonic()
