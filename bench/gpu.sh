@@ -65,14 +65,17 @@ if [[ -n $REHEARSE ]]; then
     SAMPLE=(--size tiny --share 0.05 --rounds 1 --batch 2)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
     KERNELS+=(--ops adaln)
-    TESTS=(tests/models/test_dit.py $ON_DEVICE)
-    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 engines 300 sizes 200 small-batch 200 ablation 300)
+    TESTS=(tests/models/test_dit.py $ON_DEVICE) TRAINED=()
+    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 engines 300 sizes 400 small-batch 200 ablation 300)
 else
     STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
     SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
     # tests that behave differently on a GPU; the long ones last, in case time runs out
     TESTS=(tests/kernels/test_kernels.py tests/models/test_attention.py tests/models/test_fp8.py tests/models/test_dit.py
-        tests/diffusion/test_guidance.py $ON_DEVICE tests/bench/test_gpu.py -k "not gpu_run and not time_limits")
+        tests/diffusion/test_guidance.py $ON_DEVICE tests/bench/test_gpu.py -k "not gpu_run and not by_default")
+    TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
+        tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
+        tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
     LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 engines 150 sizes 170 small-batch 120 ablation 530)
 fi
 read -ra OTHER <<<"${LIMITS:-}"
@@ -94,6 +97,12 @@ share() {  # sets MOST and LEAST_NOW: the seconds that part $1 may have and must
     ((MOST > BUDGET - $2)) && MOST=$((BUDGET - $2))
 }
 
+ALL_SIZES='total=$1 sizes=$2  # what they compile is compiled at once
+shift 2
+for size in $sizes; do "$@" --size $size --label size-${size//\//-} --fill-caches --budget-s $((total / 2)) & done
+wait
+for size in $sizes; do "$@" --size $size --label size-${size//\//-} --budget-s $((total - SECONDS)); done'
+
 command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs stop by themselves, and write what they have
     local inner=$(($2 > 20 ? $2 - 10 : $2))
     local common=(--out "$OUT" --budget-s "$inner")
@@ -103,19 +112,19 @@ command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs sto
         ablation) COMMAND=(-m bench.step --ablation "${ABLATION[@]}" "${common[@]}" --turn-s 25) ;;
         engines) COMMAND=(-m bench.step --engines "${ENGINES[@]}" "${common[@]}" --turn-s 25) ;;
         sizes)
-            common=(--contestants fastdit-all-on --rounds 1 --steps 12 --turn-s 25 --out "$OUT")
-            COMMAND=(bash -c 'for size in $1; do "${@:2}" --size $size --label size-${size//\//-}; done' sizes
-                "${SIZES[*]}" "$PYTHON" -m bench.step "${common[@]}" --budget-s $((inner / ${#SIZES[@]})))
+            COMMAND=(bash -c "$ALL_SIZES" sizes "$inner" "${SIZES[*]}" "$PYTHON" -m bench.step
+                --contestants fastdit-all-on --rounds 1 --steps 12 --turn-s 15 --out "$OUT")
             return ;;
         attention) COMMAND=(-m bench.kernels.attention "${common[@]}") ;;
         sample) COMMAND=(-m bench.sample "${SAMPLE[@]}" "${common[@]}") ;;
         smoke) COMMAND=(-m bench.smoke "${common[@]}") ;;
         kernels) COMMAND=(-m "${KERNELS[@]}" --out "$OUT") ;;
         tests)
+            has diffusers && TESTS=("${TRAINED[@]}" "${TESTS[@]}")  # they make an autoencoder
             ((inner > 60)) && [[ -z $REHEARSE ]] && inner=60
             COMMAND=(-m pytest -q -rfEs --tb=short --durations=0 -p no:cacheprovider "${TESTS[@]}")
             has xdist && [[ -z $REHEARSE ]] && COMMAND+=(-n 6)
-            has pytest_timeout && COMMAND+=(--timeout 40)
+            has pytest_timeout && COMMAND+=(--timeout 50)
             COMMAND=(timeout --signal=INT "$inner" "$PYTHON" "${COMMAND[@]}")  # interrupted, it reports what failed
             return ;;
     esac

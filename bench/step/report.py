@@ -10,7 +10,8 @@ from bench.record import compared, markdown, significant
 from bench.step.cases import CONTESTANTS, SIZES, Case, config_of
 from bench.step.contest import Row
 from fastdit.build import build_network, build_objective
-from fastdit.memory import GIB, RESERVED, card_of, memory_by_kind
+from fastdit.cards import GIB, card_of
+from fastdit.memory import RESERVED, memory_by_kind
 from fastdit.models.dit import DiT
 
 

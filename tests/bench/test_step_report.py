@@ -7,7 +7,7 @@ import pytest
 
 from bench.step import cases, profiles, report
 from bench.step.cases import cases_of, config_of
-from fastdit.memory import GPUS
+from fastdit.cards import GPUS
 
 KERNELS = {
     "attention": [
