@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.kernels.compare import cast, compare, run
 from bench.kernels.peers import PEERS
@@ -109,7 +110,7 @@ def correct(op: Any, shape: tuple[int, ...]) -> list[str]:
 
 def timed(fn: Callable, kwargs: dict[str, Any], ms: float) -> dict[str, tuple[float, float, float]]:
     """Times of the forward and, if something is differentiated, of the backward pass."""
-    tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves(kwargs) if isinstance(value, torch.Tensor)]
     copies = max(1, round(INPUTS / sum(value.nbytes for value in tensors)))
     sets = [kwargs, *(clone(kwargs) for _ in range(copies - 1))]
     found, backward = {"forward": measure([lambda each=each: fn(**each) for each in sets], ms)}, []
@@ -127,11 +128,7 @@ def timed(fn: Callable, kwargs: dict[str, Any], ms: float) -> dict[str, tuple[fl
 
 def clone(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Copies of the tensors."""
-    copied = {key: v.detach().clone() if isinstance(v, torch.Tensor) else v for key, v in kwargs.items()}
-    for key, value in kwargs.items():
-        if isinstance(value, torch.Tensor):
-            copied[key].requires_grad_(value.requires_grad)
-    return copied
+    return tree_map_only(torch.Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), kwargs)
 
 
 def bench(op: Any, shape: tuple[int, ...], contestants: dict, calls: dict, copy: float, ms: float, out) -> list[dict]:

@@ -10,8 +10,9 @@ OURS = [  # kernels/*.py; the compiler may append a number
     ("attention", r"_attention_(forward|backward_q|backward_kv)"),
     ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
              r"|_qk_norm_rope_(forward|backward)"),
-    ("activation", r"_(gelu|swiglu)_(forward|backward)"),
+    ("activation", r"_(gelu|swiglu)_(fp8_)?(forward|backward)"),
     ("optimizer", r"_adamw_ema"),
+    ("FP8 operands", r"_fp8_(cast|transpose)|_largest"),
 ]  # fmt: skip
 FUSED = [  # Inductor's, named after the fused operators; products and attention are never among them
     ("optimizer", r"adam|lerp"),
