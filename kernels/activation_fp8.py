@@ -13,11 +13,8 @@ from torch import Tensor
 
 from .activation import as_rows
 from .fp8 import (
-    COLUMNS,
     FORWARD,
     GRADIENT,
-    ROWS,
-    WARPS,
     eights,
     fp8_cast_eager,
     load_pair,
@@ -26,6 +23,8 @@ from .fp8 import (
 )
 from .runtime import cdiv, tl, triton, triton_op, unit_stride, use_triton, wrap_triton
 from .tiles import load_columns, sum_chunks
+
+ROWS, COLUMNS, STEPS, STAGES, WARPS = 128, 64, 1, 1, 8  # of a tile; tiles per program, and loads ahead
 
 
 @triton.jit
@@ -47,21 +46,25 @@ def _zero_after(even, odd, pair, at, M):
 def activation_fp8_forward(
     f, x, bias, rows, columns, scale, most, M, PAIRS, x_row,
     BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (D + C - 1) // C
-    pair = (tl.program_id(0) // blocks).to(tl.int64) * (ROWS // 2)
+    first, factor = (tl.program_id(0) // blocks).to(tl.int64) * (STEPS * ROWS // 2), tl.load(scale)
     at, cols = tl.arange(0, ROWS // 2), eights((tl.program_id(0) % blocks) * C, C)
-    even, odd = load_pair(x, pair, at, x_row, cols, M, D)
-    even, odd = _add_bias(even, odd, bias, 0, cols, D, BIAS)
-    even, _ = f(even)
-    odd, _ = f(odd)
-    if HALVES == 2:
-        v_even, v_odd = load_pair(x + D, pair, at, x_row, cols, M, D)
-        v_even, v_odd = _add_bias(v_even, v_odd, bias, D, cols, D, BIAS)
-        even *= v_even
-        odd *= v_odd
-    even, odd = _zero_after(even, odd, pair, at, M)
-    seen = store_both(even, odd, rows, columns, pair, at, cols, tl.load(scale), M, PAIRS, D, D)
+    seen = 0.0
+    for step in tl.range(STEPS, num_stages=STAGES):
+        pair = first + step * (ROWS // 2)
+        even, odd = load_pair(x, pair, at, x_row, cols, M, D)
+        even, odd = _add_bias(even, odd, bias, 0, cols, D, BIAS)
+        even, _ = f(even)
+        odd, _ = f(odd)
+        if HALVES == 2:
+            v_even, v_odd = load_pair(x + D, pair, at, x_row, cols, M, D)
+            v_even, v_odd = _add_bias(v_even, v_odd, bias, D, cols, D, BIAS)
+            even *= v_even
+            odd *= v_odd
+        even, odd = _zero_after(even, odd, pair, at, M)
+        seen = tl.maximum(seen, store_both(even, odd, rows, columns, pair, at, cols, factor, M, PAIRS, D, D))
     tl.store(most + tl.program_id(0), seen)
 
 
@@ -69,34 +72,42 @@ def activation_fp8_forward(
 def activation_fp8_backward(
     f, d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row,
     BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write d_x as `store_both` does, its largest magnitude to `most`, and its sum over rows to partial if BIAS."""
     X: tl.constexpr = HALVES * D
     blocks: tl.constexpr = (D + C - 1) // C
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    pair, factor = chunk * (ROWS // 2), tl.load(scale)
     at, cols = tl.arange(0, ROWS // 2), eights((tl.program_id(0) % blocks) * C, C)
-    even, odd = load_pair(x, pair, at, x_row, cols, M, D)
-    even, odd = _add_bias(even, odd, bias, 0, cols, D, BIAS)
-    dy_even, dy_odd = load_pair(d_y, pair, at, dy_row, cols, M, D)
-    even, slope_even = f(even)
-    odd, slope_odd = f(odd)
-    seen = 0.0
-    if HALVES == 2:
-        d_even, d_odd = dy_even * even, dy_odd * odd
-        to = columns + D * PAIRS.to(tl.int64)
-        seen = store_both(d_even, d_odd, rows + D, to, pair, at, cols, factor, M, PAIRS, D, X)
-        if BIAS:
-            tl.store(partial + chunk * X + D + cols, tl.sum(d_even + d_odd, axis=0), mask=cols < D)
-        v_even, v_odd = load_pair(x + D, pair, at, x_row, cols, M, D)
-        v_even, v_odd = _add_bias(v_even, v_odd, bias, D, cols, D, BIAS)
-        dy_even *= v_even
-        dy_odd *= v_odd
-    even, odd = dy_even * slope_even, dy_odd * slope_odd
-    seen = tl.maximum(seen, store_both(even, odd, rows, columns, pair, at, cols, factor, M, PAIRS, D, X))
+    factor, seen = tl.load(scale), 0.0
+    total = tl.zeros([ROWS // 2, C], tl.float32)
+    total_v = total
+    for step in tl.range(STEPS, num_stages=STAGES):
+        pair = chunk * (STEPS * ROWS // 2) + step * (ROWS // 2)
+        even, odd = load_pair(x, pair, at, x_row, cols, M, D)
+        even, odd = _add_bias(even, odd, bias, 0, cols, D, BIAS)
+        dy_even, dy_odd = load_pair(d_y, pair, at, dy_row, cols, M, D)
+        even, slope_even = f(even)
+        odd, slope_odd = f(odd)
+        if HALVES == 2:
+            d_even, d_odd = dy_even * even, dy_odd * odd
+            to = columns + D * PAIRS.to(tl.int64)
+            seen = tl.maximum(
+                seen, store_both(d_even, d_odd, rows + D, to, pair, at, cols, factor, M, PAIRS, D, X)
+            )
+            total_v += d_even + d_odd
+            v_even, v_odd = load_pair(x + D, pair, at, x_row, cols, M, D)
+            v_even, v_odd = _add_bias(v_even, v_odd, bias, D, cols, D, BIAS)
+            dy_even *= v_even
+            dy_odd *= v_odd
+        even, odd = dy_even * slope_even, dy_odd * slope_odd
+        seen = tl.maximum(seen, store_both(even, odd, rows, columns, pair, at, cols, factor, M, PAIRS, D, X))
+        total += even + odd
     tl.store(most + tl.program_id(0), seen)
     if BIAS:
-        tl.store(partial + chunk * X + cols, tl.sum(even + odd, axis=0), mask=cols < D)
+        tl.store(partial + chunk * X + cols, tl.sum(total, axis=0), mask=cols < D)
+        if HALVES == 2:
+            tl.store(partial + chunk * X + D + cols, tl.sum(total_v, axis=0), mask=cols < D)
 
 
 def register_fp8(
@@ -109,17 +120,22 @@ def register_fp8(
     part. x (..., halves D), d_y (..., D), scale (1,).
     """
 
-    def launch(d: int) -> dict[str, int]:
-        return {"HALVES": halves, "D": d, "C": COLUMNS, "ROWS": ROWS, "num_warps": WARPS}
+    def launch(m: int, d: int) -> tuple[int, int, dict[str, int]]:
+        """Chunks of rows, programs and constants."""
+        chunks = cdiv(m, ROWS * STEPS)
+        constants = {"HALVES": halves, "D": d, "C": COLUMNS, "ROWS": ROWS, "STEPS": STEPS, "STAGES": STAGES}
+        return chunks, chunks * cdiv(d, COLUMNS), constants | {"num_warps": WARPS}
 
     @triton_op(f"fastdit::{name}_fp8")
     def op(x: Tensor, bias: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, bias = as_rows(x), unit_stride(bias)
         m, d = x.shape[0], x.shape[1] // halves
-        rows, columns, most = operands(m, d, FORWARD, x.device)
-        wrap_triton(forward)[(len(most),)](
+        rows, columns = operands(m, d, FORWARD, x.device)
+        _, programs, constants = launch(m, d)
+        most = torch.empty(programs, dtype=torch.float32, device=x.device)
+        wrap_triton(forward)[(programs,)](
             x, bias, rows, columns, scale, most, m, columns.shape[1], x.stride(0), BIAS=int(bias is not None),
-            **launch(d),
+            **constants,
         )  # fmt: skip
         return rows, columns.view(FORWARD), most
 
@@ -129,13 +145,13 @@ def register_fp8(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d_y, x, bias = as_rows(d_y), as_rows(x), unit_stride(bias)
         m, d = d_y.shape
-        rows, columns, most = operands(m, halves * d, GRADIENT, x.device)
-        most = most[: cdiv(m, ROWS) * cdiv(d, COLUMNS)]  # a program takes the tiles of all halves
-        chunks = 0 if bias is None else cdiv(m, ROWS)
-        partial = torch.empty((1, chunks, halves * d), dtype=torch.float32, device=x.device)
-        wrap_triton(backward)[(len(most),)](
+        rows, columns = operands(m, halves * d, GRADIENT, x.device)
+        chunks, programs, constants = launch(m, d)
+        most = torch.empty(programs, dtype=torch.float32, device=x.device)
+        partial = torch.empty((1, 0 if bias is None else chunks, halves * d), dtype=torch.float32, device=x.device)
+        wrap_triton(backward)[(programs,)](
             d_y, x, bias, rows, partial, columns, scale, most, m, columns.shape[1], d_y.stride(0), x.stride(0),
-            BIAS=int(bias is not None), **launch(d),
+            BIAS=int(bias is not None), **constants,
         )  # fmt: skip
         return rows, columns.view(GRADIENT), partial, most
 

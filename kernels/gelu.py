@@ -49,16 +49,22 @@ gelu, gelu_linear = GELU.public, GELU_LINEAR.public
 
 
 @triton.jit
-def _gelu_fp8_forward(x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr,
-                     D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    activation_fp8_forward(_gelu, x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS, HALVES, D, C, ROWS)
+def _gelu_fp8_forward(
+    x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_forward(_gelu, x, bias, rows, columns, scale, most, M, PAIRS, x_row,
+                           BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
 
 
 @triton.jit
-def _gelu_fp8_backward(d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
-                      HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _gelu_fp8_backward(
+    d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
+    HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
     activation_fp8_backward(_gelu, d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row,
-                            BIAS, HALVES, D, C, ROWS)  # fmt: skip
+                            BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
 
 
 def _backward_eager(d_y: Tensor, u: Tensor) -> Tensor:

@@ -45,16 +45,22 @@ swiglu, swiglu_linear = SWIGLU.public, SWIGLU_LINEAR.public
 
 
 @triton.jit
-def _swiglu_fp8_forward(x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr,
-                     D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    activation_fp8_forward(_silu, x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS, HALVES, D, C, ROWS)
+def _swiglu_fp8_forward(
+    x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_forward(_silu, x, bias, rows, columns, scale, most, M, PAIRS, x_row,
+                           BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
 
 
 @triton.jit
-def _swiglu_fp8_backward(d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
-                      HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _swiglu_fp8_backward(
+    d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
+    HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
     activation_fp8_backward(_silu, d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row,
-                            BIAS, HALVES, D, C, ROWS)  # fmt: skip
+                            BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
 
 
 def _backward_eager(d_y: Tensor, u: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def normalize_modulate(
     """Write h = norm(x) (1 + scale) + shift, and mean (0 for RMSNorm) and rstd to stats (2, T).
 
     The variance takes a second pass over the registers: E[x^2] - E[x]^2 would cancel. If h is e4m3, it is multiplied by
-    `factor` and saturates. Returns h before that.
+    `factor`; the conversion saturates. Returns h before that.
     """
     mean = row_sum(x_a, x_b, B, ROWS) * (0.0 if RMS else 1.0 / D)
     x_a -= mean[:, None]
@@ -117,15 +117,13 @@ def normalize_modulate(
     h_a = x_a * rstd[:, None] * (1.0 + scale_a)[None, :] + shift_a[None, :]
     h_b = x_b * a_to_b(rstd, ROWS)[:, None] * (1.0 + scale_b)[None, :] + shift_b[None, :]
     if h.dtype.element_ty == tl.float8e4nv:
-        out_a = tl.clamp(h_a * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        out_b = tl.clamp(h_b * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         # the compiler would give each thread 16 columns here, but 8 of x, and exchange values between threads: these
         # columns look to it as if only 8 of them were contiguous
         cols = tl.arange(0, A) // 8 * 8 + tl.arange(0, A) % 8
-        store(h, rows, D, cols, (rows < T)[:, None], out_a)
+        store(h, rows, D, cols, (rows < T)[:, None], h_a * factor)
         if B > 0:
             cols_b = A + tl.arange(0, B)
-            store(h, rows, D, cols_b, (rows < T)[:, None] & (cols_b < D)[None, :], out_b)
+            store(h, rows, D, cols_b, (rows < T)[:, None] & (cols_b < D)[None, :], h_b * factor)
     else:
         store_tiles(h, rows, D, T, h_a, h_b, D, A, B)
     tl.store(stats + rows, mean, mask=rows < T)

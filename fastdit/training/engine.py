@@ -146,7 +146,7 @@ class TorchEngine:
         if not self.adam.state:
             set_moments(self, {name: list(map(torch.zeros_like, self.masters)) for name in MOMENTS}, 0)
         states, [group] = [self.adam.state[master] for master in self.masters], self.adam.param_groups
-        torch._foreach_add_([state["step"] for state in states], (~skipped).float())
+        states[0]["step"].add_(~skipped)  # that of all parameters; the other entries are not read
         clip = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip else None  # as in clip_grad_norm_
         ema.set_step(number)
         rows = self.masters, gradients, *([state[name] for state in states] for name in MOMENTS), ema.average

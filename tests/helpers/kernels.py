@@ -32,7 +32,8 @@ def speed_up_the_interpreter() -> None:
 
 
 def round_to_fp8_correctly() -> None:
-    """The interpreter's own conversion to FP8 truncates, or rounds halves up; a GPU rounds to nearest, ties to even."""
+    """As a GPU does: to nearest, ties to even, saturating. The interpreter truncates, or rounds halves up, and
+    overflows."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -41,7 +42,8 @@ def round_to_fp8_correctly() -> None:
 
     def exact(value: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source == tl.float32 and target in formats:
-            rounded = torch.from_numpy(np.ascontiguousarray(value)).to(formats[target])
+            most = torch.finfo(formats[target]).max
+            rounded = torch.from_numpy(np.ascontiguousarray(value)).clamp(-most, most).to(formats[target])
             return rounded.view(torch.uint8).numpy().reshape(value.shape)
         return convert(value, source, target, rounding)
 
