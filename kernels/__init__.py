@@ -20,9 +20,14 @@ else:
     from .adaln import ADALN, adaln
     from .adamw_ema import ADAMW_EMA, adamw_ema
     from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
-    from .fp8 import fp8_cast, largest
+    from .fp8 import fp8_cast, fp8_cast_and_sum, fp8_transpose, largest
     from .gate_residual import GATE_RESIDUAL, gate_residual
-    from .gate_residual_adaln import GATE_RESIDUAL_ADALN, gate_residual_adaln
+    from .gate_residual_adaln import (
+        GATE_RESIDUAL_ADALN,
+        gate_residual_adaln,
+        gate_residual_adaln_backward,
+        gate_residual_adaln_fp8,
+    )
     from .gelu import GELU, GELU_LINEAR, gelu, gelu_fp8, gelu_linear
     from .qk_norm_rope import QK_NORM_ROPE, qk_norm_rope, rope_2d
     from .runtime import Op, choice

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .runtime import HAS_TRITON, INTERPRET, cdiv, tl, triton, triton_op, unit_stride, use_triton, wrap_triton
+from .tiles import sum_chunks
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 ROWS, COLUMNS, WARPS = 128, 64, 8  # a tile: 128 contiguous bytes per column of the transposed copy
@@ -96,13 +97,17 @@ def load_pair(base, pair, at, stride, cols, M, D: tl.constexpr):
 
 
 @triton.jit
-def _fp8_cast(x, scale, rows, columns, most, M, PAIRS, x_row, D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
+def _fp8_cast(x, scale, rows, columns, most, partial, M, PAIRS, x_row,
+              SUMS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     blocks: tl.constexpr = (D + C - 1) // C
     pair = (tl.program_id(0) // blocks).to(tl.int64) * (ROWS // 2)
     at, cols = tl.arange(0, ROWS // 2), eights((tl.program_id(0) % blocks) * C, C)
     even, odd = load_pair(x, pair, at, x_row, cols, M, D)
     seen = store_both(even, odd, rows, columns, pair, at, cols, tl.load(scale), M, PAIRS, D, D)
     tl.store(most + tl.program_id(0), seen)
+    if SUMS:
+        chunk = (tl.program_id(0) // blocks).to(tl.int64)
+        tl.store(partial + chunk * D + cols, tl.sum(even + odd, axis=0), mask=cols < D)
 
 
 def operands(m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -112,15 +117,18 @@ def operands(m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 @triton_op("fastdit::fp8_cast")
-def _op(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _op(x: Tensor, scale: Tensor, dtype: torch.dtype, sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last one: (1, chunks, D) fp32 partial sums over rows, no chunks unless `sums`."""
     x = unit_stride(x)
     m, d = x.shape
+    partial = torch.empty((1, cdiv(m, ROWS) if sums else 0, d), dtype=torch.float32, device=x.device)
     rows, columns = operands(m, d, dtype, x.device)
     most = torch.empty(cdiv(m, ROWS) * cdiv(d, COLUMNS), dtype=torch.float32, device=x.device)
     wrap_triton(_fp8_cast)[(len(most),)](
-        x, scale, rows, columns, most, m, columns.shape[1], x.stride(0), D=d, ROWS=ROWS, C=COLUMNS, num_warps=WARPS
-    )
-    return rows, columns.view(dtype), most
+        x, scale, rows, columns, most, partial, m, columns.shape[1], x.stride(0),
+        SUMS=int(sums), D=d, ROWS=ROWS, C=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return rows, columns.view(dtype), most, partial
 
 
 def fp8_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +136,17 @@ def fp8_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
     dtype: torch.float8_e4m3fn or torch.float8_e5m2. Values beyond its range saturate.
     """
-    return (_op if use_triton("fp8_cast", x.device.type, x.dtype) else fp8_cast_eager)(x, scale, dtype)
+    if use_triton("fp8_cast", x.device.type, x.dtype):
+        return _op(x, scale, dtype, False)[:3]
+    return fp8_cast_eager(x, scale, dtype)
+
+
+def fp8_cast_and_sum(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the sum of x over its rows (D,) in fp32."""
+    if use_triton("fp8_cast", x.device.type, x.dtype):
+        rows, columns, most, partial = _op(x, scale, dtype, True)
+        return rows, columns, most, sum_chunks(partial, torch.float32)[0]
+    return *fp8_cast_eager(x, scale, dtype), x.sum(0, dtype=torch.float32)
 
 
 @triton.jit

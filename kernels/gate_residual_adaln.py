@@ -248,13 +248,21 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[0], branch, gate, scale, bias, output[2])
 
 
-def _grad(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: None) -> tuple:
-    x_out, branch, gate, scale, bias, stats = ctx.saved_tensors
+def gate_residual_adaln_backward(
+    d_out: Tensor | None, d_h: Tensor | None, x_out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor,
+    bias: Tensor | None, stats: Tensor, shift_dtype: torch.dtype, rms: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, branch, gate, shift, scale and bias from those of x' (None: not used) and h."""
     if d_h is None:
         d_h = torch.zeros_like(branch)
-    d_x, d_branch, partial = _op_backward(d_out, d_h, x_out, branch, gate, scale, stats, bias is not None, ctx.rms)
+    d_x, d_branch, partial = _op_backward(d_out, d_h, x_out, branch, gate, scale, stats, bias is not None, rms)
     d_gate, (d_shift, d_scale), d_bias = finish(partial, gate, bias, 2)
-    return d_x, d_branch, d_gate, d_shift.to(ctx.shift_dtype), d_scale.to(scale.dtype), d_bias, None, None
+    return d_x, d_branch, d_gate, d_shift.to(shift_dtype), d_scale.to(scale.dtype), d_bias
+
+
+def _grad(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: None) -> tuple:
+    gradients = gate_residual_adaln_backward(d_out, d_h, *ctx.saved_tensors, ctx.shift_dtype, ctx.rms)
+    return *gradients, None, None
 
 
 _op.register_autograd(_grad, setup_context=_setup)

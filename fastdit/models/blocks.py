@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastdit.config import NetworkOptions
 from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.dropout import dropout
-from fastdit.models.layers import NORMS, Attention, CrossAttention, Mlp, Rope, learned_shift_and_scale
+from fastdit.models.layers import NORMS, Attention, CrossAttention, Linear, Mlp, Rope, learned_shift_and_scale
 
 BLOCKS = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}  # modulation vectors per branch
 
@@ -68,8 +68,8 @@ class DiTBlock(nn.Module):
         if self.cross is None:
             del branches[1]
         for i, (shift, scale, gate) in enumerate(self._vectors(c, x.shape[0])):
-            x, h = add_and_modulate(x, pending, shift, scale, self.norm)
             branch, context = branches[i]
+            x, h = add_and_modulate(x, pending, shift, scale, self.norm, branch.first)
             h, bias = branch(h, context)
             if keys is not None:
                 h, bias = dropout(h if bias is None else h + bias, keys[i], self.dropout), None
@@ -105,14 +105,16 @@ RECOMPUTE: dict[str, dict | None] = {
 
 
 def add_and_modulate(
-    x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: str = "layer"
+    x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: str = "layer", linear: Linear | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return r = x + gate (branch + bias) and norm(r) (1 + scale) + shift, both (N, T, D)."""
+    """Return r = x + gate (branch + bias) and norm(r) (1 + scale) + shift, both (N, T, D), the second for `linear`."""
     if pending is None:
         return x, adaln(x, shift, scale, norm=norm)
     branch, gate, bias = pending
     if gate is None:
         gate = branch.new_ones(1, branch.shape[-1]).expand(branch.shape[0], -1)
+    if linear is not None and linear.after_norm is not None:
+        return linear.after_norm(linear, x, branch, gate, shift, scale, bias, norm)
     return gate_residual_adaln(x, branch, gate, shift, scale, bias, norm=norm)
 
 

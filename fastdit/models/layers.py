@@ -38,19 +38,18 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
 class Linear(nn.Linear):
     """A linear whose matmul is also available without the bias (`product`), for a fused op to add it.
 
-    `models/fp8.py` sets `multiply`, (linear, x) -> x W^T.
+    `models/fp8.py` sets `multiply`, (linear, x, bias) -> x W^T + bias, and `after_norm`, the op that adds the previous
+    branch, normalizes and returns the input of this linear (see `blocks.add_and_modulate`).
     """
 
-    multiply: Callable[["Linear", Tensor], Tensor] | None = None
+    multiply: Callable[["Linear", Tensor, Tensor | None], Tensor] | None = None
+    after_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.multiply is None else self.multiply(self, x)
+        return F.linear(x, self.weight) if self.multiply is None else self.multiply(self, x, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.multiply is None:
-            return super().forward(x)
-        x = self.product(x)
-        return x if self.bias is None else x + self.bias.to(x.dtype)
+        return super().forward(x) if self.multiply is None else self.multiply(self, x, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -122,6 +121,10 @@ class Attention(nn.Module):
         if self.qk_norm != "none":
             self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads) for _ in range(2))  # hold the weights
 
+    @property
+    def first(self) -> Linear:
+        return self.qkv
+
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
         n, tokens, dim = x.shape
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
@@ -149,6 +152,10 @@ class CrossAttention(nn.Module):
         self.q = Linear(hidden_size, hidden_size, bias=options.qkv_bias)
         self.kv = Linear(hidden_size, 2 * hidden_size, bias=options.qkv_bias)
         self.proj = Linear(hidden_size, hidden_size, bias=options.proj_bias)
+
+    @property
+    def first(self) -> Linear:
+        return self.q
 
     def forward(self, x: Tensor, context: Tensor) -> Branch:
         n, tokens, dim = x.shape
@@ -194,6 +201,10 @@ class Mlp(nn.Module):
             width = -(-(2 * width // 3) // 8) * 8
         self.fc1 = Linear(hidden_size, 2 * width if gated else width, bias=options.mlp_bias)
         self.fc2 = Linear(width, hidden_size, bias=options.mlp_bias)
+
+    @property
+    def first(self) -> Linear:
+        return self.fc1
 
     def forward(self, x: Tensor, _: None = None) -> Branch:
         if self.fused is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdit import kernels
-from fastdit.kernels import OPS, fp8_cast, largest
+from fastdit.kernels import OPS, fp8_cast, fp8_cast_and_sum, fp8_transpose, gate_residual_adaln_fp8, largest
 from fastdit.kernels.fp8 import FORWARD, GRADIENT, fp8_cast_eager
 from helpers.kernels import DEVICE, DTYPES
 
@@ -111,3 +111,28 @@ def test_the_eager_definition_is_the_cast_of_eager(kind, monkeypatch):
 def test_the_largest_magnitudes_of_a_linear():
     parts = [torch.rand(size, device=DEVICE) for size in (1, 5000, 97)]
     assert largest(*parts).tolist() == [part.max().item() for part in parts]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_casts_and_sums(shape, monkeypatch):
+    x = wide(*shape)
+    *parts, total = fp8_cast_and_sum(x, at(4.0), GRADIENT)
+    assert_same(tuple(parts), fp8_cast(x, at(4.0), GRADIENT))
+    exact, rounding = x.double().sum(0), 1e-6 * x.double().abs().sum(0)
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    for found in (total, fp8_cast_and_sum(x, at(4.0), GRADIENT)[3]):
+        assert ((found - exact).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "eps": 1e-2}, {"bias": None}], ids=str)
+@pytest.mark.parametrize("shape", OPS["gate_residual_adaln"].shapes)
+def test_the_norm_casts_what_it_would_return(shape, options):
+    op = OPS["gate_residual_adaln"]
+    values = op.inputs(shape, torch.float32, DEVICE) | options
+    with torch.no_grad():
+        x, h = op.triton(**values)
+    rms, eps = values.pop("norm", "layer") == "rms", values.pop("eps", 1e-6)
+    values = {name: None if value is None else value.detach() for name, value in values.items()}
+    own_x, _, rows, most = gate_residual_adaln_fp8(**values, factor=at(32.0), eps=eps, rms=rms)
+    assert torch.equal(own_x, x)
+    assert_same((rows, fp8_transpose(rows), most), fp8_cast_eager(h.flatten(0, 1), at(32.0), FORWARD))
