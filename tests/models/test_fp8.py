@@ -82,10 +82,10 @@ def test_the_network_stays_near_the_exact_one(options):
 def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
     """On a GPU, the norm rounds what it writes, so that no unrounded copy exists; here, in the interpreter."""
     networks = {}
-    for kernels in ("eager", "triton"):
-        monkeypatch.setenv("FASTDIT_KERNELS", kernels)
-        networks[kernels] = model = network(**options)
-        assert (model.blocks[1].attn.qkv.after_norm is not None) == (kernels == "triton")
+    for how in ("eager", "triton"):
+        monkeypatch.setenv("FASTDIT_KERNELS", how)
+        networks[how] = model = network(**options)
+        assert (model.blocks[1].attn.qkv.after_norm is not None) == (how == "triton")
         for _ in range(2):
             backward(model)
             model.fp8.update(RANKS, GOOD)
