@@ -2,8 +2,9 @@
 
 A head of 72 is 64 + 16 columns: two products instead of one padded to 128. The forward pass follows Dao 2023 (online
 softmax, base 2). The backward pass recomputes the scores twice, for d_k and d_v and for d_q, so that one program owns
-each sum: no atomics, so results are deterministic. `model.attention=triton` selects it; `auto` selects it where it was
-measured to be fastest.
+each sum: no atomics, so results are deterministic. On Hopper a head of up to 256 tokens fits one program, which owns
+all three sums and computes the scores once (see `_whole`). `model.attention=triton` selects this op; `auto` selects it
+where it was measured to be fastest.
 """
 
 import dataclasses
@@ -14,18 +15,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_kernels import _attention_backward_kv, _attention_backward_q, _attention_forward
-from .runtime import Op, cdiv, check, random_inputs, triton_op, unit_stride, use_triton, wrap_triton
+from .attention_kernels import (
+    _attention_backward_kv,
+    _attention_backward_q,
+    _attention_backward_whole,
+    _attention_forward,
+)
+from .runtime import (
+    HAS_TRITON,
+    INTERPRET,
+    Op,
+    capability,
+    cdiv,
+    check,
+    random_inputs,
+    triton,
+    triton_op,
+    unit_stride,
+    use_triton,
+    wrap_triton,
+)
 from .tiles import split_columns
 
 LONGEST = 1024
 # By itemsize: fp32 operands take twice the shared memory.
-FORWARD = {2: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+FORWARD = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
            4: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}  # fmt: skip
 BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
               4: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}}  # fmt: skip
 BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
                4: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}  # fmt: skip
+BACKWARD_WHOLE = {2: {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}}  # 216 KiB of shared memory
+WHOLE_FITS = INTERPRET or HAS_TRITON and triton.__version__.startswith("3.6.")  # 3.9 needs 12 registers more: it spills
+
+
+def _whole(gpu: tuple[int, int], q: Tensor) -> bool:
+    """Whether one program holds a head, q (N, H, T, D), in the backward pass on a GPU of this compute capability."""
+    t, d = q.shape[2:]
+    tokens = t <= 128 or t in (192, 256)  # 129 to 255 are padded to 256, with a mask that does not fit beside them
+    return WHOLE_FITS and gpu[0] == 9 and q.dtype.itemsize == 2 and tokens and 64 <= d <= 80
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -78,9 +106,13 @@ def _op_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     n, h, t, d = q.shape
     d_qkv = torch.empty((n, t, 3, h, d), dtype=q.dtype, device=q.device)
-    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
     strides = [x.stride(dim) for dim in range(3) for x in (d_out.transpose(1, 2), q, k, v)]
     constants = _constants(q, scale)
+    if _whole(capability(q.device), q):
+        grid, config = _blocks(BACKWARD_WHOLE, q)
+        wrap_triton(_attention_backward_whole)[grid](d_out, q, k, v, out, lse, d_qkv, *strides, **constants, **config)
+        return d_qkv
+    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
     grid, config = _blocks(BACKWARD_Q, q)
     wrap_triton(_attention_backward_q)[grid](d_out, q, k, v, out, lse, delta, d_qkv, *strides, **constants, **config)
     grid, config = _blocks(BACKWARD_KV, q)
@@ -171,7 +203,8 @@ ATTENTION = Op(
     "attention", attention_eager, attention_triton, attention, inputs,
     tiny=(1, 2, 3, 8), shapes=((2, 2, 41, 72), (1, 1, 64, 64)), real=((256, 16, 256, 64), (256, 16, 256, 72)),
     minimum_bytes=minimum_bytes, most_bytes=4,  # keys and values are read once per block of queries, from the L2 cache
-    writes=(("out", "lse"), ("delta", "d_qkv"), ("d_qkv",)), variants=({"scale": 0.3},),
+    writes=(("out", "lse"), ("delta", "d_qkv"), ("d_qkv",)), writes_hopper=(("out", "lse"), ("d_qkv",)),
+    variants=({"scale": 0.3},),
 )  # fmt: skip
 ATTENTION_PACKED = dataclasses.replace(
     ATTENTION, name="attention_packed", eager=attention_packed_eager, triton=attention_packed_triton,

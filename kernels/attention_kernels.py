@@ -1,4 +1,4 @@
-"""The kernels of attention.py: forward, and backward in two passes, for d_q and for d_k and d_v."""
+"""The kernels of attention.py: forward; backward in two, for d_q and for d_k and d_v; backward in one."""
 
 from .runtime import tl, triton
 
@@ -172,3 +172,63 @@ def _attention_backward_kv(
         dk_a, dk_b = _accumulate(dk_a, dk_b, ds, q_a, q_b, B)
     _store(d_qkv + H * D, rows, 3 * H * D, dk_a * SCALE, dk_b * SCALE, T, D, A, B)
     _store(d_qkv + 2 * H * D, rows, 3 * H * D, dv_a, dv_b, T, D, A, B)
+
+
+@triton.jit
+def _attention_backward_whole(
+    d_out, q, k, v, out, lse, d_qkv, do_n, q_n, k_n, v_n,
+    do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
+    do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
+    SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per head: BLOCK_M >= T, so each operand is read once.
+
+    d_k and d_v are computed transposed, d_k^T = q^T dS: Hopper takes the second operand from shared memory as it is.
+    Their products have the width of a tile as their height, and that must be 64 there: q and d_out's second tile is
+    also held A wide, as c.
+    """
+    n, head, rows = _block_of(H, T, BLOCK_M)
+    q += n * q_n + head * q_h
+    k += n * k_n + head * k_h
+    v += n * v_n + head * v_h
+    d_out += n * do_n + head * do_h
+    out += (n * T * H + head) * D
+    d_qkv += (n * T * 3 * H + head) * D
+    # out first: its registers are free again before q is loaded
+    out_a, out_b = _load(out, rows, H * D, T, D, A, B)
+    do_a, do_b = _load(d_out, rows, do_t, T, D, A, B)
+    total = tl.sum(do_a.to(tl.float32) * out_a.to(tl.float32), axis=1)
+    if B > 0:
+        total += tl.sum(do_b.to(tl.float32) * out_b.to(tl.float32), axis=1)
+    q_a, q_b = _load(q, rows, q_t, T, D, A, B)
+    level = tl.load(lse + (n * H + head) * T + rows, mask=rows < T, other=float("inf"))
+    dq_a, dq_b = _zeros(BLOCK_M, A, B)
+    if B > 0:
+        q_c, _ = _load(q + A, rows, q_t, T, D - A, A, 0)
+        do_c, _ = _load(d_out + A, rows, do_t, T, D - A, A, 0)
+        q_c, do_c = tl.trans(q_c), tl.trans(do_c)
+    C: tl.constexpr = A if B > 0 else 0
+    for start in tl.range(0, T, BLOCK_N, disable_licm=True):  # hoisted loads and addresses would not fit
+        keys = start + tl.arange(0, BLOCK_N)
+        k_a, k_b = _load(k, keys, k_t, T, D, A, B)
+        v_a, v_b = _load(v, keys, v_t, T, D, A, B)
+        scores = _products(q_a, q_b, k_a, k_b, B)
+        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - level[:, None])
+        if T % BLOCK_N:
+            p = tl.where((keys < T)[None, :], p, 0.0)  # 2^(0 - level) may overflow there
+        low = p.to(k.dtype.element_ty)
+        dv_a = tl.trans(tl.dot(tl.trans(do_a), low, input_precision="ieee"))
+        dv_c = dv_a
+        if B > 0:
+            dv_c = tl.trans(tl.dot(do_c, low, input_precision="ieee"))
+        _store(d_qkv + 2 * H * D, keys, 3 * H * D, dv_a, dv_c, T, D, A, C)
+        dp = _products(do_a, do_b, v_a, v_b, B)
+        ds = (p * (dp - total[:, None])).to(k.dtype.element_ty)
+        dq_a, dq_b = _accumulate(dq_a, dq_b, ds, k_a, k_b, B)
+        dk_a = tl.trans(tl.dot(tl.trans(q_a), ds, input_precision="ieee"))
+        dk_c = dk_a
+        if B > 0:
+            dk_c = tl.trans(tl.dot(q_c, ds, input_precision="ieee"))
+        _store(d_qkv + H * D, keys, 3 * H * D, dk_a * SCALE, dk_c * SCALE, T, D, A, C)
+    _store(d_qkv, rows, 3 * H * D, dq_a * SCALE, dq_b * SCALE, T, D, A, B)
