@@ -36,8 +36,8 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.5"],
-        "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "torchao>=0.14", "liger-kernel>=0.6"],
-        "test": ["deepspeed>=0.19.5", "triton>=3.6", "torchao>=0.14", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9",
+        "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "liger-kernel>=0.6"],
+        "test": ["deepspeed>=0.19.5", "triton>=3.6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9",
                  "setuptools>=77"],  # fmt: skip
     },
     entry_points={"console_scripts": ["fastdit=fastdit.cli:main"]},

@@ -1,37 +1,44 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in commands under 9 minutes, each writing into one folder; no network, no installation.
+# Everything that needs a GPU, in one command that ends within a budget; no network, no installation.
 #
-#   bash bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]
+#   bash bench/gpu.sh OUT [--budget-s 480] [--wheels DIR] [--cache FILE] [--rehearse] [part ...]
 #
-# Parts: attention step tests kernels sample, the default, at most 535 s together; ablation (530 s); small-batch (the
-# step at batch 32, 230 s) and engines (200 s). bench/README.md has a plan of three calls.
-# OUT gets results.jsonl, report.md, step.png, a folder of raw results per step part, log.txt, traces.tar and
-# attention.json. --wheels: packages that the machine lacks, unpacked beside the checkout (pip download --no-deps -d DIR
-# NAME==VERSION on a machine with a network). --rehearse: tiny sizes, on the CPU if there is no GPU. Each part has its
-# own time limit: one that hangs or fails does not take time from the others. COMMIT=... names the commit of a checkout
-# without .git.
+# Parts, the most informative first, which is also their order by default: tests step kernels attention sample smoke
+# engines sizes small-batch ablation. At the start it prints what it will do in which second. A part that ends early
+# leaves its time to the next ones; one that does not fit into the rest of the budget is left out. Each has its own time
+# limit, so one that hangs or fails takes no time from the others. While the tests run, what the contestants of `step`
+# compile is compiled beside them.
+# --wheels: packages that the machine lacks, see bench/README.md. --cache: caches.tgz of an earlier run, which saves
+# compiling what has not changed. --rehearse: tiny sizes, on the CPU if there is no GPU. LIMITS="step 300 sample 60" in
+# the environment: other time limits. COMMIT=... names the commit of a checkout without .git.
+# OUT gets eight files: results.jsonl, report.md, step.png, log.txt, attention.json, oracle.json (copy it to
+# bench/results/), files.tgz (each turn's results, timelines, logs) and caches.tgz.
 set -uo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
-OUT=${1:?usage: bench/gpu.sh OUT [--wheels DIR] [--rehearse] [part ...]}
+OUT=${1:?usage: bench/gpu.sh OUT [--budget-s S] [--wheels DIR] [--cache FILE] [--rehearse] [part ...]}
 shift
-WHEELS="" REHEARSE="" PARTS=()
+BUDGET=480 WHEELS="" CACHE="" REHEARSE="" PARTS=()
 while (($#)); do
     case $1 in
+        --budget-s) BUDGET=$2; shift ;;
         --wheels) WHEELS=$2; shift ;;
+        --cache) CACHE=$2; shift ;;
         --rehearse) REHEARSE=1 ;;
         *) PARTS+=("$1") ;;
     esac
     shift
 done
-((${#PARTS[@]})) || PARTS=(attention step tests kernels sample)
+((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke engines sizes small-batch ablation)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export TORCHINDUCTOR_CACHE_DIR=$WORK/caches/inductor TRITON_CACHE_DIR=$WORK/caches/triton
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+mkdir "$WORK/caches" "$WORK/site"
+[[ -n $CACHE ]] && { tar -xzf "$CACHE" -C "$WORK/caches" || exit 1; }
 
 # fastdit and fastdit.kernels from the checkout, mapped as in setup.py, from any working directory
-mkdir "$WORK/site"
 cat >"$WORK/site/sitecustomize.py" <<MAP
 import importlib.util, sys
 class Kernels:
@@ -46,61 +53,117 @@ if [[ -n $WHEELS ]]; then
     export PYTHONPATH=$PYTHONPATH:$WORK/wheels
 fi
 
-has() { "$PYTHON" -c "import importlib.util as i, sys; sys.exit(i.find_spec('$1') is None)"; }
+# ---- what each part runs
 
+STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official)
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
-SMALL=(--batch 32 --contestants fastdit fastdit-all-on strong --profile)
+SMALL=(--batch 32 --contestants fastdit-all-on strong --profile)
 KERNELS=(bench.kernels)
 if [[ -n $REHEARSE ]]; then
-    LIMIT=(attention 30 step 300 tests 120 kernels 90 sample 90 ablation 300 small-batch 200 engines 200)
-    TINY=(--size tiny --rounds 1 --steps 2)
-    STEP=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
+    TINY=(--size tiny --rounds 1 --steps 2) SIZES=(tiny small)
+    STEP+=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
     SAMPLE=(--size tiny --share 0.05 --rounds 1 --batch 2)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
     KERNELS+=(--ops adaln)
-    TESTS=(tests/models/test_dit.py tests/bench/test_gpu.py $ON_DEVICE)
+    TESTS=(tests/models/test_dit.py $ON_DEVICE) TRAINED=()
+    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 engines 300 sizes 400 small-batch 200 ablation 300)
 else
-    LIMIT=(attention 60 step 280 tests 65 kernels 60 sample 70 ablation 530 small-batch 230 engines 200)
-    STEP=(--rounds 2 --steps 10 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
-    SAMPLE=(--rounds 2) SMALL+=(--rounds 3 --steps 30) KERNELS+=(--budget-s 42)
-    # tests that behave differently on a GPU; quick ones first, in case time runs out
-    TESTS=(-m "not slow" $ON_DEVICE
-        tests/bench/test_gpu.py::test_a_network_built_on_the_gpu_has_the_same_tables
-        tests/bench/test_gpu.py::test_a_graphed_step_is_the_step_that_it_captured
-        tests/bench/test_gpu.py::test_a_graphed_evaluation_is_the_networks)
-    # tests that train or sample in tests/helpers/runs.py's world, whose autoencoder is diffusers'
-    has diffusers && TESTS+=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
+    STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
+    SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
+    # tests that behave differently on a GPU; the long ones last, in case time runs out
+    TESTS=(tests/kernels/test_kernels.py tests/models/test_attention.py tests/models/test_fp8.py tests/models/test_dit.py
+        tests/diffusion/test_guidance.py $ON_DEVICE tests/bench/test_gpu.py -k "not gpu_run and not by_default")
+    TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
-    TESTS+=(tests/models/test_attention.py tests/models/test_dit.py tests/diffusion/test_guidance.py tests/kernels/test_kernels.py
-        tests/bench/test_gpu.py::test_predicted_memory_is_within_a_tenth_of_the_peak)
+    LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 engines 150 sizes 170 small-batch 120 ablation 530)
 fi
-
-read -ra OTHER <<<"${LIMITS:-}"  # LIMITS="step 300 sample 60" in the environment: other time limits, in seconds
+read -ra OTHER <<<"${LIMITS:-}"
 LIMIT=("${OTHER[@]}" "${LIMIT[@]}")
+LEAST=(tests 30 step 60 kernels 20 attention 15 sample 30 smoke 60 engines 60 sizes 60 small-batch 60 ablation 100)
 
-COMMON=(--truth "$WORK/truth.json" --out "$OUT")
-
-limit() {
-    for ((i = 0; i < ${#LIMIT[@]}; i += 2)); do
-        [[ ${LIMIT[i]} == "$1" ]] && echo "${LIMIT[i + 1]}" && return
+number() {  # of the part $1 in the list of pairs that follows
+    local part=$1
+    shift
+    while (($#)); do
+        [[ $1 == "$part" ]] && echo "$2" && return
+        shift 2
     done
 }
 
-command_of() {  # sets COMMAND
-    local inner=$(($(limit "$1") - 15))  # the programs stop by themselves and write what they have
-    case $1 in  # attention comes first: `model.attention=auto` then reads its table
-        attention) COMMAND=("$PYTHON" -m bench.kernels.attention --out "$OUT" --budget-s "$inner") ;;
-        step) COMMAND=("$PYTHON" -m bench.step "${STEP[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        small-batch) COMMAND=("$PYTHON" -m bench.step "${SMALL[@]}" "${COMMON[@]}" --label "$1" --budget-s "$inner") ;;
-        ablation) COMMAND=("$PYTHON" -m bench.step --ablation "${ABLATION[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        engines) COMMAND=("$PYTHON" -m bench.step --engines "${ENGINES[@]}" "${COMMON[@]}" --budget-s "$inner") ;;
-        sample) COMMAND=("$PYTHON" -m bench.sample "${SAMPLE[@]}" --out "$OUT" --budget-s "$inner") ;;
-        kernels) COMMAND=("$PYTHON" -m "${KERNELS[@]}" --out "$OUT") ;;
-        tests)  # interrupted, pytest reports what failed
-            COMMAND=(timeout --signal=INT "$inner" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${TESTS[@]}") ;;
-        *) echo "unknown part $1"; exit 2 ;;
+share() {  # sets MOST and LEAST_NOW: the seconds that part $1 may have and must have, at second $2
+    MOST=$(number "$1" "${LIMIT[@]}") LEAST_NOW=$(number "$1" "${LEAST[@]}")
+    ((LEAST_NOW > MOST)) && LEAST_NOW=$MOST
+    ((MOST > BUDGET - $2)) && MOST=$((BUDGET - $2))
+}
+
+ALL_SIZES='total=$1 sizes=$2  # what they compile is compiled at once
+shift 2
+for size in $sizes; do "$@" --size $size --label size-${size//\//-} --fill-caches --budget-s $((total / 2)) & done
+wait
+for size in $sizes; do "$@" --size $size --label size-${size//\//-} --budget-s $((total - SECONDS)); done'
+
+command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs stop by themselves, and write what they have
+    local inner=$(($2 > 20 ? $2 - 10 : $2))
+    local common=(--out "$OUT" --budget-s "$inner")
+    case $1 in
+        step) COMMAND=(-m bench.step "${STEP[@]}" "${common[@]}" --turn-s 25) ;;
+        small-batch) COMMAND=(-m bench.step "${SMALL[@]}" "${common[@]}" --turn-s 25 --label "$1") ;;
+        ablation) COMMAND=(-m bench.step --ablation "${ABLATION[@]}" "${common[@]}" --turn-s 25) ;;
+        engines) COMMAND=(-m bench.step --engines "${ENGINES[@]}" "${common[@]}" --turn-s 25) ;;
+        sizes)
+            COMMAND=(bash -c "$ALL_SIZES" sizes "$inner" "${SIZES[*]}" "$PYTHON" -m bench.step
+                --contestants fastdit-all-on --rounds 1 --steps 12 --turn-s 15 --out "$OUT")
+            return ;;
+        attention) COMMAND=(-m bench.kernels.attention "${common[@]}") ;;
+        sample) COMMAND=(-m bench.sample "${SAMPLE[@]}" "${common[@]}") ;;
+        smoke) COMMAND=(-m bench.smoke "${common[@]}") ;;
+        kernels) COMMAND=(-m "${KERNELS[@]}" --out "$OUT") ;;
+        tests)
+            has diffusers && TESTS=("${TRAINED[@]}" "${TESTS[@]}")  # they make an autoencoder
+            ((inner > 60)) && [[ -z $REHEARSE ]] && inner=60
+            COMMAND=(-m pytest -q -rfEs --tb=short --durations=0 -p no:cacheprovider "${TESTS[@]}")
+            has xdist && [[ -z $REHEARSE ]] && COMMAND+=(-n 6)
+            has pytest_timeout && COMMAND+=(--timeout 50)
+            COMMAND=(timeout --signal=INT "$inner" "$PYTHON" "${COMMAND[@]}")  # interrupted, it reports what failed
+            return ;;
     esac
+    COMMAND=("$PYTHON" "${COMMAND[@]}")
+}
+
+# ---- what is missing, and the plan
+
+has() { [[ " $MISSING " != *" $1 "* ]]; }
+DEEPSPEED="deepspeed hjson pydantic pydantic_core annotated_types typing_inspection"
+DATA="diffusers importlib_metadata webdataset braceexpand"
+NEEDS=(tests "$DATA" step torchao kernels liger_kernel smoke "$DEEPSPEED $DATA" engines "$DEEPSPEED")
+MISSING=$($PYTHON -c "
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))" \
+    $DEEPSPEED $DATA torchao liger_kernel xdist pytest_timeout) || exit 1
+
+plan() {  # sets KEPT
+    local at=$SECONDS needed absent
+    KEPT=()
+    echo "plan for $BUDGET s, the time of each part at most:"
+    for part in "${PARTS[@]}"; do
+        share "$part" "$at"
+        [[ -z $(number "$part" "${LEAST[@]}") ]] && echo "unknown part $part; use some of tests step kernels attention sample smoke engines" \
+            "sizes small-batch ablation" && exit 2
+        absent=""
+        for needed in $(number "$part" "${NEEDS[@]}"); do
+            has "$needed" || absent+=" $needed"
+        done
+        [[ -n $absent ]] && echo "  WARNING: $part lacks$absent; carry them with --wheels (bench/README.md)"
+        [[ $part == smoke && -n $absent ]] && echo "  $part: left out" && continue
+        KEPT+=("$part")
+        if ((MOST < LEAST_NOW)); then
+            printf '  %-12s if %s s are left\n' "$part" "$LEAST_NOW"
+        else
+            printf '  %-12s from second %3d to %3d\n' "$part" "$at" $((at + MOST))
+            at=$((at + MOST))
+        fi
+    done
 }
 
 cd "$ROOT" || exit 1
@@ -108,17 +171,39 @@ failed=()
 {
     date -u
     nvidia-smi 2>/dev/null | head -15
-    for part in "${PARTS[@]}"; do
-        command_of "$part"
-        echo "=== $part (at most $(limit "$part") s): ${COMMAND[*]}"
-        start=$SECONDS
-        timeout --kill-after=5 "$(limit "$part")" "${COMMAND[@]}" </dev/null 2>&1 || failed+=("$part($?)")
-        echo "=== $part took $((SECONDS - start)) s"
+    plan
+    for part in "${KEPT[@]}"; do
+        begin=$SECONDS
+        share "$part" "$begin"
+        most=$MOST
+        ((most < LEAST_NOW)) && echo "=== $part: left out, $most s are left" && continue
+        command_of "$part" "$most"
+        echo "=== $part (second $begin, at most $most s): ${COMMAND[*]}"
+        beside=""
+        if [[ $part == tests && " ${KEPT[*]} " == *" step "* ]]; then
+            timeout --kill-after=5 "$most" "$PYTHON" -m bench.step "${STEP[@]}" --fill-caches --budget-s $((most - 5)) \
+                </dev/null >"$OUT/caches.log" 2>&1 &
+            beside=$!
+        fi
+        if [[ $part == tests ]]; then
+            timeout --kill-after=5 "$most" "${COMMAND[@]}" </dev/null >"$OUT/tests.log" 2>&1
+        else
+            timeout --kill-after=5 "$most" "${COMMAND[@]}" </dev/null 2>&1
+        fi
+        code=$?
+        ((code)) && failed+=("$part($code)")
+        [[ $part == tests ]] && { grep -aE '^(FAILED|ERROR|SKIPPED)' "$OUT/tests.log"; tail -n 1 "$OUT/tests.log"; }
+        [[ -n $beside ]] && { wait "$beside"; grep -a "beside other work" "$OUT/caches.log"; }
+        echo "=== $part took $((SECONDS - begin)) s"
     done
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
-cat "$OUT"/{step,small-batch,ablation,engines,sample}.md >"$OUT/report.md" 2>/dev/null
-rm -f "$OUT"/{step,small-batch,ablation,engines,sample}.md
-[[ " ${PARTS[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
-(cd "$OUT" && tar -cf traces.tar */trace-*.json.gz 2>/dev/null && rm -f */trace-*.json.gz || rm -f traces.tar)
+TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,engines,size-*,small-batch,ablation}.md 2>/dev/null)
+(cd "$OUT" && cat $TABLES /dev/null >report.md && rm -f $TABLES)
+[[ " ${KEPT[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
+[[ -d $WORK/caches/inductor ]] && tar -czf "$OUT/caches.tgz" -C "$WORK/caches" .
+cd "$OUT" || exit 1
+OTHERS=$(find . -mindepth 1 -maxdepth 1 ! -name results.jsonl ! -name report.md ! -name step.png ! -name log.txt \
+    ! -name attention.json ! -name oracle.json ! -name caches.tgz)
+[[ -n $OTHERS ]] && tar -czf files.tgz $OTHERS && rm -rf $OTHERS
 exit ${#failed[@]}

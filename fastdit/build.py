@@ -95,7 +95,8 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
     if settings.joint_adaln:
         model.join_modulations()
     if settings.fp8:
-        use_fp8(model)
+        values = settings.global_batch * model.in_channels * model.patches * model.patch_size**2
+        model.fp8 = use_fp8(model, settings.fp8_history, settings.fp8_margin, values)
     if not settings.compile:
         return objective
     if uses_zero(settings) and settings.zero_stage == 3:

@@ -116,7 +116,9 @@ class TrainingConfig:
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)), for runs of a few hundred steps
     ema_stds: tuple[float, ...] = ()  # relative widths of averages to store for `fastdit ema`, such as [0.05, 0.1]
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, optimizer state and EMA are always fp32
-    fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; needs Ada, Hopper or newer, and torchao
+    fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; on a GPU, needs Ada, Hopper or newer
+    fp8_history: int = 16  # steps whose largest magnitudes set the FP8 scaling factors
+    fp8_margin: float = 2.0  # how many times larger than in the history a value may become before it saturates
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream between blocks, if precision is bf16
     cuda_graph: bool = False  # capture the whole step, including optimizer and EMA; needs one GPU and fixed shapes
     # what the backward pass recomputes: activation: GELU; selective: GELU and norms; auto: as little as memory allows
@@ -156,6 +158,8 @@ class TrainingConfig:
         _require(len(stds) != 1 and len(set(stds)) == len(stds), "training.ema_stds", list(stds), remedy)
         remedy = f"use widths between 0 and {MAX_EMA_STD:.4f}, that of a uniform average"
         _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
+        _require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
+        _require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")

@@ -58,6 +58,13 @@ class Ranks:
             value /= self.world
         return value
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of each value over all processes."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def gather(self, values: Tensor) -> Tensor:
         """Concatenates the values (n, ...) of all processes in rank order: (world * n, ...)."""
         if self.world == 1:

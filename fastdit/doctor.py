@@ -8,8 +8,8 @@ import sys
 import torch
 
 from fastdit import __version__, kernels
+from fastdit.cards import card_of
 from fastdit.environment import PACKAGES, version
-from fastdit.memory import card_of
 from fastdit.models.attention import ATTENTION, obstacle, resolve
 
 HEAD_DIM, TOKENS = 72, 256  # DiT-XL/2 at 256 px

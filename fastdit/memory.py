@@ -1,30 +1,25 @@
 """Memory and speed of a training step, predicted from the network's shapes, before anything runs.
 
 `fastdit plan`, `training.activation_checkpointing=auto` and `training.micro_batch=-1` share one ranking (`rank`):
-matrix products at a share of the datasheet's rate, everything else at a share of the memory bandwidth. The shares are
-assumptions until the step benchmark has run on the GPU in question.
+matrix products and attention at shares of the datasheet's rate, everything else at shares of the memory bandwidth
+(`cards.Efficiency`).
 """
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from fastdit import distributed
 from fastdit.build import uses_zero
+from fastdit.cards import GIB, GPU, GPUS, card_of
 from fastdit.config import Config, TrainingConfig
 from fastdit.models.dit import DiT
+from fastdit.models.fp8 import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
-from fastdit.registry import check
 
-GIB = 2**30
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
-GEMM_SHARE = 0.68  # of the datasheet's dense bf16 rate: an H200 reaches 0.80 on one large product, a step less
-FP8_SPEED = 1.6  # relative to bf16, in the products of the blocks' linears
 OPTIMIZER_BYTES = 44  # per parameter: norm, AdamW, EMA
 AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are read, it is written
 CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32
 ADD_BYTES = 12  # per parameter and further micro-batch: its gradient is added; its weight is also cast again
-MEMORY_SHARE = 0.76  # of the datasheet's bandwidth: an H200 copies at 0.90, fused kernels should reach 0.85 of that
 
 POLICIES = ("none", "activation", "selective", "full")  # of activation checkpointing, from fastest to smallest
 
@@ -74,8 +69,10 @@ def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False
     attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3) + cross * (2 * (1 + 1) + 2 * (1 + 1 + 1 + 1))
     packing = 2 * (3 + 3) + 2 * 3  # the gradients of q, k and v into one tensor; read again for the bias
     step = norm + norm_backward + activation + (activation + 2 * before) + attention + packing
-    if fp8:  # inputs and gradients of the linears: read for the maximum, read, written in both layouts
-        step += 6 * (1 + 1 + 1 + after + 3 + 1 + before + 1 + 4 * cross)
+    if fp8:  # inputs and gradients of the linears: read, written in both layouts, where no other kernel does so
+        step += 4 * ((1 + 1 + 1) + (3 + 1 + 1) + 4 * cross)
+        step += 0 if model.blocks[0].mlp.kind in FP8_FUSED else 4 * (after + before)
+        step += 2 * (3 + 3)  # the bias of qkv is added alone
     again = {
         "none": 0,
         "activation": 2 * after,  # written again by the activation's backward pass
@@ -116,51 +113,6 @@ def memory_bytes(
 
 
 @dataclass(frozen=True)
-class GPU:
-    """Datasheet: dense bf16 TFLOP/s, memory bandwidth in TB/s, memory in GiB."""
-
-    tflops: float
-    bandwidth: float
-    gib: float
-    has_fp8: bool = True
-
-
-GPUS = {
-    "A100-80G": GPU(312, 2.04, 80, has_fp8=False),
-    "H100": GPU(989, 3.35, 80),
-    "H200": GPU(989, 4.80, 141),
-    "B200": GPU(2250, 8.00, 180),
-    "L40S": GPU(362, 0.86, 48),
-    "L4": GPU(121, 0.30, 24),
-    "A10": GPU(125, 0.60, 24, has_fp8=False),
-    "RTX 5090": GPU(209, 1.79, 32),
-    "RTX 4090": GPU(165, 1.01, 24),
-    "RTX 3090": GPU(71, 0.94, 24, has_fp8=False),
-}
-NO_BF16 = ("T4", "V100", "P100", "RTX 2080")
-
-
-def card_name(gpu: str) -> str:
-    """The name in GPUS for --gpu, in any case and also without "RTX"; ValueError for an unknown GPU."""
-    names = {_plain(name): name for name in GPUS} | {"a100": "A100-80G"}
-    if _plain(gpu) in map(_plain, NO_BF16):
-        raise ValueError(f"--gpu={gpu!r} has no bf16, which fastdit trains in; use a GPU from Ampere on")
-    check(names.get(_plain(gpu), gpu), GPUS, "--gpu")
-    return names[_plain(gpu)]
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("rtx", "").replace(" ", "").replace("-", "")
-
-
-def card_of(device: torch.device) -> GPU | None:
-    """The GPUS entry of a device, with the memory that it really has; None where the table has none."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = [card for known, card in GPUS.items() if known.split("-")[0] in name]
-    return replace(found[0], gib=distributed.memory_of(device) / GIB) if found else None
-
-
-@dataclass(frozen=True)
 class Candidate:
     """One policy of activation checkpointing with its largest micro-batch that fits; bytes per GPU by kind."""
 
@@ -185,6 +137,10 @@ def rank(
     in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of one image's forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: twice the bytes per value, half the rate
     casts = CAST_BYTES if wide == 1 else 0
+    reached, bandwidth = card.efficiency, card.bandwidth * 1e12
+    attention = 4 * model.tokens**2 * model.hidden_size * len(model.blocks)  # FLOPs, also of one forward pass
+    products = model.flops_per_image() - attention - in_fp8 * (1 - 1 / reached.fp8)
+    forward_s = (products / reached.products + attention / reached.attention) / (card.tflops / wide * 1e12)
     optimizer_bytes = OPTIMIZER_BYTES + AVERAGE_BYTES * len(settings.ema_stds)
     weight_bytes = (optimizer_bytes / (world if uses_zero(settings) else 1) + casts) * count
     candidates = []
@@ -192,11 +148,15 @@ def rank(
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in micros}
         fitting = [m for m in micros if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(micros))
-        flops = 3 * (model.flops_per_image() - in_fp8 * (1 - 1 / FP8_SPEED)) * (4 / 3 if policy == "full" else 1)
-        moved = weight_bytes + (share // micro - 1) * (ADD_BYTES + casts / 2) * count
-        moved += share * wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=settings.fp8)
-        compute, bandwidth = card.tflops / wide * GEMM_SHARE * 1e12, card.bandwidth * MEMORY_SHARE * 1e12
-        step_s = share * flops / compute + moved / bandwidth
+        moved, with_fp8 = (
+            wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=fp8)
+            for fp8 in (False, settings.fp8)
+        )
+        image_s = (4 if policy == "full" else 3) * forward_s  # the backward pass takes two; full: one again
+        image_s += (moved / reached.memory + (with_fp8 - moved) / reached.fp8_operands) / bandwidth
+        per_step = weight_bytes + (share // micro - 1) * (ADD_BYTES + casts / 2) * count
+        step_s = share * image_s + per_step / reached.weights / bandwidth
+        step_s += share // micro * (reached.small_s + (0 if settings.cuda_graph else reached.launch_s))
         candidates.append(Candidate(policy, micro, memory[micro], bool(fitting), step_s))
     return sorted(candidates, key=lambda c: (not c.fits, c.step_s))
 

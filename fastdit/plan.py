@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 
 from fastdit.build import build_network, build_objective, uses_zero
+from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import Config, assumed
 from fastdit.data.images import size_text, width_height
-from fastdit.memory import FP8_SPEED, GEMM_SHARE, GIB, GPUS, MEMORY_SHARE, Candidate, candidates, card_name
+from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
 
 
@@ -64,12 +65,14 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
     chosen = f"training.activation_checkpointing={best.policy} training.micro_batch={best.micro_batch}"
     smaller = f"lower training.micro_batch={best.micro_batch}, or " * (best.micro_batch > 1)
     shards = "" if uses_zero(settings) else " with training.engine=deepspeed training.zero_stage=2"
-    other = f" ({FP8_SPEED} times that in FP8)" * settings.fp8 + " (half that in TF32)" * (settings.precision == "fp32")
+    reached = GPUS[gpu].efficiency
+    other = f" ({reached.fp8} times that in FP8)" * settings.fp8
+    other += " (half that in TF32)" * (settings.precision == "fp32")
     lines += [
         "",
         f"Fastest that fits: {chosen}." if best.fits else f"Nothing fits {gpu}: {smaller}use more GPUs{shards}.",
-        f"Predicted, not measured: products at {GEMM_SHARE:.0%} of {GPUS[gpu].tflops:.0f} TFLOP/s{other}, the rest at "
-        f"{MEMORY_SHARE:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
-        f"{settings.steps:,} steps.",
+        f"Predicted with the shares that {reached.source} reached: products at {reached.products:.0%} of "
+        f"{GPUS[gpu].tflops:.0f} TFLOP/s{other}, attention at {reached.attention:.0%}, norms and activations at "
+        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps.",
     ]
     return "\n".join(lines)

@@ -20,11 +20,12 @@ else:
     from .adaln import ADALN, adaln
     from .adamw_ema import ADAMW_EMA, adamw_ema
     from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
+    from .fp8 import fp8_cast, largest
     from .gate_residual import GATE_RESIDUAL, gate_residual
     from .gate_residual_adaln import GATE_RESIDUAL_ADALN, gate_residual_adaln
-    from .gelu import GELU, GELU_LINEAR, gelu, gelu_linear
+    from .gelu import GELU, GELU_LINEAR, gelu, gelu_fp8, gelu_linear
     from .qk_norm_rope import QK_NORM_ROPE, qk_norm_rope, rope_2d
     from .runtime import Op, choice
-    from .swiglu import SWIGLU, SWIGLU_LINEAR, swiglu, swiglu_linear
+    from .swiglu import SWIGLU, SWIGLU_LINEAR, swiglu, swiglu_fp8, swiglu_linear
 
     OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

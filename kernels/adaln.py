@@ -53,7 +53,7 @@ def _adaln_forward(
         rows = first + step * ROWS + tl.arange(0, ROWS)
         x_a, x_b = load_tiles(x + n * x_n, rows, x_t, T, D, A, B)
         normalize_modulate(x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T, rows, T,
-                           EPS, RMS, D, A, B, ROWS)  # fmt: skip
+                           1.0, EPS, RMS, D, A, B, ROWS)  # fmt: skip
 
 
 @triton.jit

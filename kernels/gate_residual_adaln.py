@@ -59,9 +59,9 @@ def _add_branch(x, branch, gate, bias, x_out, rows, x_t, branch_t, cols, mask, D
 
 @triton.jit
 def _gate_residual_adaln_forward(
-    x, branch, gate, bias, shift, scale, x_out, h, stats, T, chunks,
+    x, branch, gate, bias, shift, scale, x_out, h, stats, factor, most, T, chunks,
     x_n, x_t: tl.constexpr, branch_n, branch_t: tl.constexpr, gate_n, shift_n, scale_n,
-    EPS: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +74,8 @@ def _gate_residual_adaln_forward(
     if NORM:
         shift_a, shift_b = load_vector(shift + n * shift_n, D, A, B)
         scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
+    fp8_scale = tl.load(factor) if FP8 else 1.0
+    seen_a, seen_b = zero_sums(ROWS, A, B)
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS + tl.arange(0, ROWS)
         if B > 0:
@@ -86,8 +88,19 @@ def _gate_residual_adaln_forward(
         if B == 0:
             x_b = x_a
         if NORM:
-            normalize_modulate(x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T, rows, T,
-                               EPS, RMS, D, A, B, ROWS)  # fmt: skip
+            h_a, h_b = normalize_modulate(
+                x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T, rows, T, fp8_scale,
+                EPS, RMS, D, A, B, ROWS,
+            )  # fmt: skip
+            if FP8:
+                seen_a = tl.maximum(seen_a, tl.max(tl.where((rows < T)[:, None], tl.abs(h_a), 0.0), axis=0))
+                if B > 0:
+                    seen_b = tl.maximum(seen_b, tl.where(in_b, tl.abs(h_b), 0.0))
+    if FP8:
+        seen = tl.max(seen_a)
+        if B > 0:
+            seen = tl.maximum(seen, tl.max(seen_b))
+        tl.store(most + tl.program_id(0), seen)
 
 
 @triton.jit
@@ -142,15 +155,18 @@ def _gate_residual_adaln_backward(
 def launch_forward(
     x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, x_out: Tensor, shift: Tensor | None = None,
     scale: Tensor | None = None, h: Tensor | None = None, stats: Tensor | None = None, eps: float = 0.0,
-    rms: bool = False,
-) -> None:  # fmt: skip
-    """Write x_out and, if the tensors of the norm are given, h and stats."""
+    rms: bool = False, factor: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Write x_out and, if the tensors of the norm are given, h and stats. With `factor` (1,), h is in e4m3, scaled by
+    it, and the largest magnitudes of its parts are returned."""
     chunks, constants = row_programs(x, **FORWARD)
+    most = None if factor is None else torch.empty(len(x) * chunks, dtype=torch.float32, device=x.device)
     wrap_triton(_gate_residual_adaln_forward)[(len(x) * chunks,)](
-        x, branch, gate, bias, shift, scale, x_out, h, stats, x.shape[1], chunks,
+        x, branch, gate, bias, shift, scale, x_out, h, stats, factor, most, x.shape[1], chunks,
         *x.stride()[:2], *branch.stride()[:2], *(0 if v is None else v.stride(0) for v in (gate, shift, scale)),
-        EPS=eps, NORM=int(h is not None), RMS=rms, BIAS=int(bias is not None), **constants,
+        EPS=eps, NORM=int(h is not None), FP8=int(factor is not None), RMS=rms, BIAS=int(bias is not None), **constants,
     )  # fmt: skip
+    return most
 
 
 def launch_backward(
@@ -198,6 +214,21 @@ def _op_backward(
     d_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = launch_backward(d_out, branch, gate, d_branch, has_bias, d_h, x_out, scale, stats, d_x, rms)
     return d_x, d_branch, partial
+
+
+@triton_op("fastdit::gate_residual_adaln_fp8")
+def gate_residual_adaln_fp8(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, factor: Tensor,
+    eps: float, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> x', stats, and h (N T, D) in e4m3 times `factor` (1,), with the largest magnitudes of its parts."""
+    x, branch, gate, shift, scale = (unit_stride(v) for v in (x, branch, gate, shift, scale))
+    n, t, d = x.shape
+    x_out = torch.empty((n, t, d), dtype=x.dtype, device=x.device)
+    h = torch.empty((n * t, d), dtype=torch.float8_e4m3fn, device=x.device)
+    stats = torch.empty((n, 2, t), dtype=torch.float32, device=x.device)
+    most = launch_forward(x, branch, gate, unit_stride(bias), x_out, shift, scale, h, stats, eps, rms, factor)
+    return x_out, stats, h, most
 
 
 def finish(partial: Tensor, gate: Tensor, bias: Tensor | None, others: int) -> tuple[Tensor, list[Tensor], Any]:

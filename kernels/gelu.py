@@ -3,10 +3,12 @@
 gelu(u) = u sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3)): one exponential, no tanh.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activation, activation_backward, activation_forward
+from .activation_fp8 import activation_fp8_backward, activation_fp8_forward, register_fp8
 from .runtime import tl, triton
 
 
@@ -44,3 +46,29 @@ GELU, GELU_LINEAR = activation(
     shapes=((3, 41, 72), (1, 16, 1536), (5, 41, 64), (1, 256, 96)), real=((256, 256, 1536), (256, 256, 4608)),
 )  # fmt: skip
 gelu, gelu_linear = GELU.public, GELU_LINEAR.public
+
+
+@triton.jit
+def _gelu_fp8_forward(
+    x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_forward(_gelu, x, bias, rows, columns, scale, most, M, PAIRS, x_row,
+                           BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _gelu_fp8_backward(
+    d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
+    HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_backward(_gelu, d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row,
+                            BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
+
+
+def _backward_eager(d_y: Tensor, u: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(d_y, u, approximate="tanh")
+
+
+gelu_fp8 = register_fp8("gelu", _gelu_fp8_forward, _gelu_fp8_backward, gelu_eager, _backward_eager, halves=1)

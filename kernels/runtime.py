@@ -50,8 +50,9 @@ class Op:
     for benchmarks and static checks.
     minimum_bytes(shape, itemsize) -> (forward, backward): each input read once, each output written once.
     most_bytes: how many times the minimum the kernels may move.
-    writes: for each launch, forward and then backward, the kernel arguments that it writes. writes_hopper: the same for
-    shapes with kernels of their own on compute capability 9.
+    writes: for each launch, forward and then backward, the kernel arguments that it writes; none where the kernel finds
+    its tensors through a table of addresses. Such an op is not registered for torch.compile.
+    writes_hopper: the same for shapes with kernels of their own on compute capability 9.
     variants: changes to the keyword arguments that select other options, for the tests.
     """
 
@@ -139,10 +140,13 @@ def record_launches() -> Iterator[list[tuple]]:
 
 
 class wrap_triton:  # torch.library looks for this name in the source of an op to find its kernels
-    """wrap_triton(kernel)[grid](...) launches on the device of the first tensor; an empty grid launches nothing."""
+    """wrap_triton(kernel)[grid](...) launches on the device of the first tensor; an empty grid launches nothing.
 
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
+    `traced=False` for a launch that is not within a `triton_op`.
+    """
+
+    def __init__(self, kernel: Any, traced: bool = True):
+        self.kernel, self.traced = kernel, traced and not INTERPRET
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         return functools.partial(self._launch, grid)
@@ -150,12 +154,12 @@ class wrap_triton:  # torch.library looks for this name in the source of an op t
     def _launch(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         if 0 in grid:
             return
-        if _state.dry:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if _state.dry or device.type == "meta":
             if _state.launches is not None:
                 _state.launches.append((self.kernel, grid, args, kwargs))
             return
-        kernel = self.kernel if INTERPRET else torch.library.wrap_triton(self.kernel)
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        kernel = torch.library.wrap_triton(self.kernel) if self.traced else self.kernel
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[grid](*args, **kwargs)
 

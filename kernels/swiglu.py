@@ -1,9 +1,11 @@
 """swiglu: y = silu(a + bias_a) (v + bias_v), a, v the halves of x (Shazeer 2020), and swiglu_linear (activation.py)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activation, activation_backward, activation_forward
+from .activation_fp8 import activation_fp8_backward, activation_fp8_forward, register_fp8
 from .runtime import tl, triton
 
 
@@ -40,3 +42,30 @@ SWIGLU, SWIGLU_LINEAR = activation(
     "swiglu", swiglu_eager, _swiglu_forward, _swiglu_backward, halves=2, real=((256, 256, 3072),)
 )
 swiglu, swiglu_linear = SWIGLU.public, SWIGLU_LINEAR.public
+
+
+@triton.jit
+def _swiglu_fp8_forward(
+    x, bias, rows, columns, scale, most, M, PAIRS, x_row, BIAS: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_forward(_silu, x, bias, rows, columns, scale, most, M, PAIRS, x_row,
+                           BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _swiglu_fp8_backward(
+    d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row, BIAS: tl.constexpr,
+    HALVES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    activation_fp8_backward(_silu, d_y, x, bias, rows, partial, columns, scale, most, M, PAIRS, dy_row, x_row,
+                            BIAS, HALVES, D, C, ROWS, STEPS, STAGES)  # fmt: skip
+
+
+def _backward_eager(d_y: Tensor, u: Tensor) -> Tensor:
+    a, v = u.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(d_y * v, a), d_y * F.silu(a)], dim=-1)
+
+
+swiglu_fp8 = register_fp8("swiglu", _swiglu_fp8_forward, _swiglu_fp8_backward, swiglu_eager, _backward_eager, halves=2)

@@ -100,11 +100,13 @@ def row_sum(a, b, B: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def normalize_modulate(
     x_a, x_b, shift_a, shift_b, scale_a, scale_b, h, stats, rows, T,
-    EPS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
+    factor, EPS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write h = norm(x) (1 + scale) + shift, and mean (0 for RMSNorm) and rstd to stats (2, T).
 
-    The variance takes a second pass over the registers: E[x^2] - E[x]^2 would cancel.
+    The variance takes a second pass over the registers: E[x^2] - E[x]^2 would cancel. If h is e4m3, it is multiplied by
+    `factor`; the conversion saturates. Returns h before that.
     """
     mean = row_sum(x_a, x_b, B, ROWS) * (0.0 if RMS else 1.0 / D)
     x_a -= mean[:, None]
@@ -114,9 +116,19 @@ def normalize_modulate(
     rstd = 1.0 / tl.sqrt(row_sum(x_a * x_a, x_b * x_b, B, ROWS) * (1.0 / D) + EPS)
     h_a = x_a * rstd[:, None] * (1.0 + scale_a)[None, :] + shift_a[None, :]
     h_b = x_b * a_to_b(rstd, ROWS)[:, None] * (1.0 + scale_b)[None, :] + shift_b[None, :]
-    store_tiles(h, rows, D, T, h_a, h_b, D, A, B)
+    if h.dtype.element_ty == tl.float8e4nv:
+        # the compiler would give each thread 16 columns here, but 8 of x, and exchange values between threads: these
+        # columns look to it as if only 8 of them were contiguous
+        cols = tl.arange(0, A) // 8 * 8 + tl.arange(0, A) % 8
+        store(h, rows, D, cols, (rows < T)[:, None], h_a * factor)
+        if B > 0:
+            cols_b = A + tl.arange(0, B)
+            store(h, rows, D, cols_b, (rows < T)[:, None] & (cols_b < D)[None, :], h_b * factor)
+    else:
+        store_tiles(h, rows, D, T, h_a, h_b, D, A, B)
     tl.store(stats + rows, mean, mask=rows < T)
     tl.store(stats + T + rows, rstd, mask=rows < T)
+    return h_a, h_b
 
 
 @triton.jit

@@ -12,20 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import cli
 from fastdit.build import check_device
+from fastdit.cards import GIB, GPUS, card_name, card_of
 from fastdit.config import load_config
 from fastdit.distributed import Ranks
-from fastdit.memory import (
-    GIB,
-    GPUS,
-    POLICIES,
-    activation_bytes,
-    card_name,
-    card_of,
-    choose,
-    memory_by_kind,
-    memory_bytes,
-    moved_bytes,
-)
+from fastdit.memory import POLICIES, activation_bytes, choose, memory_by_kind, memory_bytes, moved_bytes
 from fastdit.models.dit import DiT
 from fastdit.plan import plan, report
 from helpers import ROOT
@@ -205,6 +195,20 @@ def test_fp8_counts_in_the_plan_and_is_refused_where_there_is_none():
         plan(config, "A100-80G")
 
 
+def measured_rows() -> list[tuple[list[str], int, float]]:
+    """(overrides, batch, ms a step) of fastdit in the README's table of one H200; the references are not predicted."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| fastdit, (.*?) \| (\d+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
+    return [(re.findall(r"training\.\w+=\w+", what), int(batch), float(ms)) for what, batch, ms in rows]
+
+
+@pytest.mark.parametrize("overrides, batch, ms", measured_rows(), ids=str)
+def test_a_measured_step_is_predicted_within_a_twentieth(overrides, batch, ms):
+    config = load_config(XL_PATH, [*overrides, f"training.global_batch={batch}", f"training.micro_batch={batch}"])
+    predicted = next(p for p in plan(config, "H200")[1] if p.policy == "none")
+    assert 1000 * predicted.step_s == pytest.approx(ms, rel=0.05)
+
+
 def test_the_page_of_plans_is_what_the_command_prints():
     page = (ROOT / "docs/plan.md").read_text()
     commands = re.findall(r"^    fastdit plan --config (\S+) (.*)$", page, flags=re.MULTILINE)
@@ -218,9 +222,9 @@ def test_the_page_of_plans_is_what_the_command_prints():
 def test_hours_follow_from_speed_and_steps():
     _, plans = plan(XL, "H100", world=8)
     speed, hours = re.search(r"\| yes \| (\d+) \| (\d+) \|", report(XL, "H100", world=8)).groups()
-    assert float(hours) == pytest.approx(400_000 * 256 / float(speed) / 3600, rel=0.02)
+    assert float(hours) == pytest.approx(400_000 * 256 / float(speed) / 3600, abs=0.51)  # printed as whole hours
     limit = GPUS["H100"].tflops * 1e12 * 8 / (3 * 237.2e9)
-    assert 0.3 * limit < 256 / plans[0].step_s < limit
+    assert 0.25 * limit < 256 / plans[0].step_s < limit
     assert float(speed) == pytest.approx(256 / plans[0].step_s, rel=0.01)
 
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 @contextlib.contextmanager
@@ -27,15 +28,12 @@ def poisoned() -> Iterator[None]:
 
 def cast(kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Detached copies of the arguments, floating tensors in dtype (None: their own, strides kept)."""
-    out = {}
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            wanted = value.requires_grad
-            value = value.detach()
-            if value.is_floating_point():
-                value = value.to(dtype or value.dtype).requires_grad_(wanted)
-        out[key] = value
-    return out
+
+    def one(value: Tensor) -> Tensor:
+        wanted, value = value.requires_grad, value.detach()
+        return value.to(dtype or value.dtype).requires_grad_(wanted) if value.is_floating_point() else value
+
+    return tree_map_only(Tensor, one, kwargs)
 
 
 def run(fn: Callable, kwargs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:

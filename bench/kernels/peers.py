@@ -29,13 +29,15 @@ def _liger_adaln() -> Callable:
 def _torch_fused_adamw() -> Callable:
     """PyTorch's fused AdamW, then the EMA and the copy as separate passes."""
 
-    def step(param, grad, exp_avg, exp_avg_sq, ema, copy, step, lr, ema_decay, grad_scale, weight_decay):
-        torch._fused_adamw_([param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step.float()], lr=lr, beta1=0.9,
-                            beta2=0.999, weight_decay=weight_decay, eps=1e-8, amsgrad=False, maximize=False,
-                            grad_scale=None, found_inf=None)  # fmt: skip
-        ema.lerp_(param, (1 - ema_decay).float())
-        copy.copy_(param)
-        return (param,)
+    def step(
+        params, grads, exp_avgs, exp_avg_sqs, emas, copies, step, lr, ema_weight, skip, grad_scale, weight_decay
+    ):  # fmt: skip
+        grads, steps = [grad.float() for grad in grads], [step.clone() for _ in params]
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=0.9, beta2=0.999,
+                            weight_decay=weight_decay, eps=1e-8, amsgrad=False, maximize=False, grad_scale=None,
+                            found_inf=skip.float())  # fmt: skip
+        torch._foreach_lerp_(emas, params, 0.01)  # ema_weight, which the host must not wait for
+        torch._foreach_copy_(copies, params)
 
     return step
 

@@ -1,6 +1,6 @@
 """The loss with FP8 linears beside bf16's on scikit-learn's digits: the quickstart's run, twice, from the same seed.
 
-    python -m bench.quality.fp8                  # real FP8 on a GPU; on a CPU torchao emulates the rounding
+    python -m bench.quality.fp8                  # real FP8 on a GPU; on a CPU the products are emulated
     python -m bench.quality.fp8 --set training.steps=400 model.variant=DiT-S/2
 
 Lines go to bench/results/fp8.jsonl, the picture to docs/fp8.png. `python -m bench.step --ablation` measures the speed.

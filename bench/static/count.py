@@ -9,7 +9,6 @@ training.joint_adaln, the joint projection are not counted.
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from fastdit.diffusion.objectives import OBJECTIVES, compiled
 from fastdit.errors import friendly_exit
 from fastdit.kernels import runtime
 from fastdit.models import attention
+from fastdit.training import engine
 
 WAITING_METHODS = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero __array__ pin_memory".split()
 WAITING_FUNCTIONS = "tensor as_tensor from_numpy nonzero masked_select unique equal allclose".split()
@@ -131,12 +131,6 @@ def _as_on_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(runtime, "ABSENT_GPU", (H200.major, H200.minor)))
         stack.enter_context(mock.patch.object(attention, "obstacle", lambda *_, **__: None))
         stack.enter_context(mock.patch.dict(attention.ATTENTION, dict.fromkeys(("sdpa", "sdpa-cudnn"), _cudnn)))
-        if importlib.util.find_spec("torchao"):
-            import torchao.float8
-
-            config = torchao.float8.Float8LinearConfig
-            real = lambda **options: config(**options | {"emulate": False})  # noqa: E731
-            stack.enter_context(mock.patch.object(torchao.float8, "Float8LinearConfig", real))
         stack.callback(runtime._decide.cache_clear)
         runtime._decide.cache_clear()
         yield
@@ -186,23 +180,26 @@ def bytes_by_kind(graph: Graph, size: Size) -> tuple[Counter[str], Counter[str]]
     return images, weights
 
 
-def optimizer_bytes(size: Size, overrides: tuple[str, ...] = ()) -> tuple[int, int]:
-    """(bytes that optimizer and EMA move in a step, parameters)."""
-    bench = Fastdit(eager_case(size, overrides))
+def optimizer_bytes(size: Size, overrides: tuple[str, ...] = (), one_pass: bool = True) -> tuple[int, int]:
+    """(bytes that optimizer and EMA move in a step, parameters); `one_pass`: as on a GPU, with kernels/adamw_ema.py."""
+    with mock.patch.object(engine, "use_triton", lambda *_: one_pass):
+        bench = Fastdit(eager_case(size, overrides))
     bench.step(0)
-    total = []
+    total, original = [], bench.engine.step
 
-    def counted(original):
-        def call(*args, **kwargs):
-            with Bytes() as count:
-                result = original(*args, **kwargs)
-            total.append(count.total)
-            return result
+    def kernel(params, grads, exp_avgs, exp_avg_sqs, emas, copies, *_) -> None:  # as counted in the static table
+        written = [*params, *exp_avgs, *exp_avg_sqs, *emas]
+        total.append(sum(tensor.nbytes for tensor in (*written, *written, *grads, *(copies or ()))))
 
-        return call
+    def counted(*args):
+        with Bytes() as count:
+            result = original(*args)
+        total.append(count.total)
+        return result
 
-    bench.engine.step, bench.ema.update = counted(bench.engine.step), counted(bench.ema.update)
-    bench.step(1)
+    bench.engine.step = counted
+    with mock.patch.object(engine, "adamw_ema", kernel):
+        bench.step(1)
     return sum(total), sum(p.numel() for p in bench.model.parameters() if p.requires_grad)
 
 

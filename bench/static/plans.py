@@ -9,11 +9,11 @@ from fastdit.plan import report
 
 HEAD = """# What DiT-XL/2 costs, as `fastdit plan` predicts it
 
-Written by `python -m bench.static.plans`; nothing on this page is measured on a GPU. The bytes that a step moves are
-within 4% of those counted in the code that a GPU would run (`bench/static/count.py`), and the activations are those
-that autograd saves; tests check both. The speeds are optimistic: on one H200 (commit 1d36714, torch 2.11.0+cu130,
-2026-11-26) 655, 675 and 747 images/s were measured where this page says 704 (1 x H200), 727 (bf16 residual stream) and
-826 (with FP8).
+Written by `python -m bench.static.plans`. The bytes that a step moves are within 4% of those counted in the code that a
+GPU would run (`bench/static/count.py`), and the activations are those that autograd saves; tests check both. How fast
+FLOPs and bytes pass is measured on one H200: `fastdit/cards.py` has the shares of the datasheet, and a test compares
+the README's measured rows of fastdit with what is predicted for them (within 5%). For every other card the same shares
+are assumed. The other stacks of that table are not predicted.
 """
 
 

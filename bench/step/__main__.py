@@ -21,8 +21,8 @@ import torch
 
 from bench.record import about, parser, record
 from bench.step.cases import CONTESTANTS, SIZES, cases_of, config_of
-from bench.step.contest import Processes, compete
-from bench.step.report import chart, figures, table
+from bench.step.contest import Processes, compete, fill_caches
+from bench.step.report import chart, figures, fitting, table
 
 
 def main() -> None:
@@ -37,24 +37,28 @@ def main() -> None:
     options.add_argument("--engines", action="store_true", help="fastdit, and under DDP and ZeRO-1, 2, 3")
     options.add_argument("--reference-repo", nargs="+", type=Path, default=[], metavar="PATH")
     options.add_argument("--rounds", type=int, default=2 if on_gpu else 3)
-    options.add_argument("--steps", type=int, default=10, help="timed per turn")
+    options.add_argument("--steps", type=int, default=10, help="timed per turn, at most")
+    options.add_argument("--turn-s", type=float, default=120.0, help="seconds: time fewer steps to hold them")
+    options.add_argument("--fill-caches", action="store_true", help="only compile what the contestants compile")
     options.add_argument("--warmup", type=int, default=6 if on_gpu else 1, help="steps before them")
     options.add_argument("--profile", action="store_true", help="timelines, and a step's time by kind of kernel")
     options.add_argument("--budget-s", type=float, default=3600.0, help="seconds, after which no turn begins")
-    options.add_argument("--truth", type=Path, help="file that keeps the oracle's results for other runs")
+    options.add_argument("--truth", type=Path, help="file that keeps the oracle's results: else OUT/oracle.json")
     options.add_argument("--label", help="name of the output files instead of step, ablation or engines")
     arguments = options.parse_args()
     try:
         cases = cases_of(arguments)
         for case in cases:
             config_of(case)
+        if not arguments.batch:
+            cases = fitting(cases)
     except ValueError as error:
         sys.exit(f"error: {error}")
     kind = "ablation" if arguments.ablation else "engines" if arguments.engines else "step"
     label, out, environment = arguments.label or kind, arguments.out and arguments.out.resolve(), about()
 
     def write(rows) -> str:
-        text = f"## {label}\n\n{table(figures(rows), environment)}\n"
+        text = f"## {label}\n\n{table(figures(rows), environment | {'caches': caches})}\n"
         if out:
             (out / f"{label}.md").write_text(text)
         return text
@@ -64,18 +68,23 @@ def main() -> None:
         os.environ.setdefault("TRITON_CACHE_DIR", f"{scratch}/triton")
         folder = out / label if out else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
+        compiled = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        caches = "warm" if compiled.is_dir() and any(compiled.iterdir()) else "empty"
         processes = Processes(folder, ahead=arguments.device != "cpu")
         try:
+            if arguments.fill_caches:
+                return fill_caches(cases, processes, arguments.budget_s)
             rows = compete(
                 cases, processes, rounds=arguments.rounds, steps=arguments.steps, warmup=arguments.warmup,
-                budget_s=arguments.budget_s, profile=arguments.profile, truth=arguments.truth,
-                traces=f"{folder}/trace-" if out else "", progress=write,
+                budget_s=arguments.budget_s, turn_s=arguments.turn_s, profile=arguments.profile,
+                truth=arguments.truth or (out and out / "oracle.json"), traces=f"{folder}/trace-" if out else "",
+                progress=write,
             )  # fmt: skip
         finally:
             processes.close()
     lines = figures(rows)
     for line in lines:
-        record(kind, out, **line)
+        record(kind, out, **line, caches=caches)
     print(write(rows))
     if out:
         chart(lines, environment["hardware"], out / f"{label}.png")

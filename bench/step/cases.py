@@ -53,18 +53,20 @@ SIZES = {
 
 CONTESTANTS = {  # name: description in the table
     "fastdit": "fastdit",
-    "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
     "fastdit-all-on": "fastdit, all on: bf16 residual stream, on a GPU the step as a CUDA graph",
-    "official": "official design: eager, TF32 on a GPU, EMA in a loop",
+    "fastdit-fp8": "fastdit, all on, and FP8 linears",
+    "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
     "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
+    "official": "official design: eager, TF32 on a GPU, EMA in a loop",
 }
 REFERENCES = ("official", "fast-dit", "strong")
 ALL_ON = ["training.residual=bf16", "training.cuda_graph=true"]  # there is no graph on a CPU
+FP8 = ["training.fp8=true"]
 
 ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
     "bf16 residual stream": ["training.residual=bf16"],
     "CUDA graph": ["training.cuda_graph=true"],
-    "FP8 linears": ["training.fp8=true"],
+    "FP8 linears": FP8,
     "attention sdpa-cudnn": ["model.attention=sdpa-cudnn"],
     "attention triton": ["model.attention=triton"],
     "no Triton kernels": ["FASTDIT_KERNELS=eager"],
@@ -85,7 +87,7 @@ ENGINES = {  # the same step in a process group of one: the cost of an engine be
     "no compile": ["training.compile=false"],
 }
 GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention triton", "attention sdpa-flash", "attention sdpa-cudnn",
-            "FP8 linears"}  # fmt: skip
+            "FP8 linears", "fastdit-fp8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     """The cases to compare, fastdit first in case time runs out; ValueError for unknown names."""
     on_gpu = arguments.device.startswith("cuda")
     all_on = [override for override in ALL_ON if on_gpu or override != "training.cuda_graph=true"]
-    changes = dict.fromkeys(CONTESTANTS, []) | {"fastdit-all-on": all_on}
+    changes = dict.fromkeys(CONTESTANTS, []) | {"fastdit-all-on": all_on, "fastdit-fp8": all_on + FP8}
     if varied := ABLATION if arguments.ablation else ENGINES if arguments.engines else {}:
         changes = {"fastdit": [], **varied}
     chosen = [name for name in arguments.contestants or changes if on_gpu or name not in GPU_ONLY]

@@ -4,6 +4,7 @@ In its first turn a contestant also runs the gate (gate.py): its figures count o
 network does. Separate processes keep each contestant's peak memory and out-of-memory errors apart from the others'.
 """
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -14,10 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.record import ROOT
-from bench.step.cases import CONTESTANTS, Case
+from bench.step.cases import SIZES, Case
 from bench.step.gate import Verdict, gate_errors, objection
+
+STORED = ROOT / "bench/results/oracle.json"  # the oracle's results by size, device and batch
 
 
 @dataclass
@@ -48,12 +52,22 @@ class Processes:
 
     def __call__(self, job: dict, timeout_s: float) -> dict:
         """The result of a job, which is also kept in the folder; RuntimeError or TimeoutError if there is none."""
+        return self.finish(*self.begin(job), timeout_s)
+
+    def begin(self, job: dict) -> tuple[subprocess.Popen, Path]:
+        """The process that does the job, and the file that it will write."""
         process, self.spare = self.spare or self.start(), self.start() if self.spare else None
         self.count += 1
         file = self.folder / f"{self.count:02}-{job['case']['name'].replace(' ', '-').replace('/', '-')}.json"
         file.unlink(missing_ok=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; `finish` says so
+            process.stdin.write(json.dumps({**job, "file": str(file)}))
+            process.stdin.close()
+        return process, file
+
+    def finish(self, process: subprocess.Popen, file: Path, timeout_s: float) -> dict:
         try:
-            process.communicate(json.dumps({**job, "file": str(file)}), timeout=timeout_s)
+            process.wait(timeout=max(timeout_s, 0))
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"no result within the {timeout_s:.0f} s that were left") from None
         finally:
@@ -71,41 +85,48 @@ class Processes:
 
 def compete(
     cases: list[Case], perform: Callable[[dict, float], dict], *, rounds: int, steps: int, warmup: int,
-    budget_s: float, profile: bool = False, traces: str = "", truth: Path | None = None,
+    budget_s: float, turn_s: float = 3600.0, profile: bool = False, traces: str = "", truth: Path | None = None,
     progress: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:  # fmt: skip
     """Gate and time all cases in rotation; an error ends only its own row.
 
-    `perform(job, timeout_s)` returns a result. `traces`: prefix of the timelines' file names. `truth`: file that keeps
-    the oracle's results for other runs. `progress` is called after each turn.
+    `perform(job, timeout_s)` returns a result. `turn_s`: what a turn should take; one of four times that is given up.
+    `traces`: prefix of the timelines' file names. `truth`: file that gets the oracle's results, for other runs; those
+    of STORED are used too. `progress` is called after each turn.
     """
     deadline, rows = time.monotonic() + budget_s, [Row(case) for case in cases]
-    truths = json.loads(truth.read_text()) if truth and truth.is_file() else {}
+    stored, fresh = (json.loads(file.read_text()) if file and file.is_file() else {} for file in (STORED, truth))
+    truths = stored | fresh
 
     def run(case: Case, **job) -> dict:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the budget of {budget_s:.0f} s was used up")
-        job = {"gate": True, "warmup": warmup, "steps": steps, "profile": 0, "trace": "", **job}
-        return perform({"case": asdict(case), **job}, left)
+        job = {"gate": True, "warmup": warmup, "steps": steps, "turn_s": turn_s, "profile": 0, "trace": "", **job}
+        if case.stack in ("official", "fast-dit"):
+            job["warmup"] = min(warmup, 2)  # nothing is compiled, and a step takes a second
+        return perform({"case": asdict(case), **job}, min(left, 4 * turn_s))
 
-    def oracle(case: Case) -> Verdict:
-        """The plain network's fp32 results for the size, device and batch of a case, computed once."""
-        key = f"{case.size} {case.device} {case.batch}"
-        if key not in truths:
+    def oracle(case: Case, drawn: Tensor) -> Verdict:
+        """The plain network's fp32 results for the size, device and batch of a case, from the inputs `drawn`."""
+        key = f"{case.size} {case.device.partition(':')[0]} {case.batch}"
+        known = verdict_of(truths[key]) if key in truths else None
+        if known is None or not torch.allclose(known.drawn, drawn, rtol=1e-5):  # else other seeds, or another PyTorch's
             result = run(replace(case, name="oracle", stack="oracle", overrides=(), repo=""), steps=0)
             if "failed" in result:
                 raise RuntimeError(result["failed"])
-            truths[key] = result
+            short = {name: rounded(result[name]) for name in ("losses", "moved", "drawn")}
+            truths[key] = fresh[key] = {**short, "precision": result["precision"]}
+            known = verdict_of(truths[key])
             if truth:
-                truth.write_text(json.dumps(truths))
-        return verdict_of(truths[key])
+                truth.write_text(json.dumps(fresh))
+        return known
 
     def first_turn(row: Row) -> dict:
         """With the gate; the batch is halved (to the first half of the images) until it fits into memory."""
         if rows[0].results:  # compare at the batch that the first contestant can hold
             row.case = replace(row.case, batch=min(row.case.batch, rows[0].case.batch))
-        profiled = profile and row.case.name in CONTESTANTS
+        profiled = profile and row.case.stack in ("fastdit", "strong")
         trace = f"{traces}{row.case.name}.json.gz" if traces and profiled else ""
         while True:
             result = run(row.case, profile=2 * profiled, trace=trace)
@@ -113,7 +134,8 @@ def compete(
                 break
             row.case = replace(row.case, batch=row.case.batch // 2)
         if "failed" not in result:
-            row.errors = gate_errors(verdict_of(result), oracle(row.case))
+            verdict = verdict_of(result)
+            row.errors = gate_errors(verdict, oracle(row.case, verdict.drawn))
             row.failed = objection(result["precision"], row.errors)
             say(f"{row.case.name}: {result['precision']}, batch {row.case.batch}, first step after "
                 f"{result['first_step_s']:.1f} s, losses off by {row.errors[0]:.0e}, "
@@ -127,7 +149,7 @@ def compete(
         if "failed" in result:
             raise RuntimeError(result["failed"])
         row.results.append(result)
-        say(f"{row.case.name}: {row.failed or f'{row.rates[-1]:.2f} images/s'}")
+        say(f"{row.case.name}: {row.failed or f'{row.rates[-1]:.2f} images/s'}, the turn took {result['turn_s']:.1f} s")
 
     for i in range(rounds):
         for row in rows[:: 1 if i % 2 == 0 else -1]:  # alternating, so that a drifting clock rate cancels
@@ -144,7 +166,35 @@ def compete(
 
 
 def verdict_of(result: dict) -> Verdict:
-    return Verdict(torch.tensor(result["losses"]), torch.tensor(result["moved"]), result["precision"], 0.0)
+    losses, moved, drawn = (torch.tensor(result[name]) for name in ("losses", "moved", "drawn"))
+    return Verdict(losses, moved, result["precision"], drawn, 0.0)
+
+
+def rounded(values: list | float) -> list | float:
+    """Eight digits: what fp32 holds."""
+    return [rounded(v) for v in values] if isinstance(values, list) else float(f"{values:.8g}")
+
+
+def fill_caches(cases: list[Case], processes: "Processes", timeout_s: float) -> None:
+    """Compile what the cases compile, all at once, so that their turns find it in the compiler's caches.
+
+    fastdit compiles block by block: three blocks are enough. The baseline's network is one graph.
+    """
+    deadline, started = time.monotonic() + timeout_s, []
+    for case in cases:
+        if case.stack in ("fastdit", "strong"):
+            size = SIZES[case.size]
+            few = f"model.variant=DiT-3x{size.hidden}x{size.heads}/{size.patch}"
+            overrides = (*case.overrides, few) if case.stack == "fastdit" else ()
+            job = {"case": asdict(replace(case, overrides=overrides)), "gate": True, "steps": 0, "profile": 0}
+            started.append((case, *processes.begin(job)))
+    for case, process, file in started:
+        try:
+            result = processes.finish(process, file, deadline - time.monotonic())
+            about = f"{result['first_step_s']:.1f} s" if "first_step_s" in result else result["failed"]
+        except (RuntimeError, TimeoutError) as error:
+            about = str(error)
+        say(f"{case.name}: compiled beside other work, first step after: {about.strip().splitlines()[-1]}")
 
 
 def say(line: str) -> None:

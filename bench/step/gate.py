@@ -29,6 +29,7 @@ class Verdict:
     losses: Tensor  # (steps, N)
     moved: Tensor  # norm of the displacement of each weight tensor, and of its average, from the start; by name
     precision: str  # a key of TOLERANCE
+    drawn: Tensor  # (steps, 4) mean absolute x_0, label, timestep and noise: the same for all who took the same steps
     first_done: float  # time.perf_counter() at the end of the first step
 
 

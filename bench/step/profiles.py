@@ -2,15 +2,17 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # the first match wins; names of kernels on a GPU, of operators on a CPU
 OURS = [  # kernels/*.py; the compiler may append a number
     ("attention", r"_attention_(forward|backward_q|backward_kv)"),
     ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
              r"|_qk_norm_rope_(forward|backward)"),
-    ("activation", r"_(gelu|swiglu)_(forward|backward)"),
+    ("activation", r"_(gelu|swiglu)_(fp8_)?(forward|backward)"),
     ("optimizer", r"_adamw_ema"),
+    ("FP8 operands", r"_fp8_(cast|transpose)|_largest"),
 ]  # fmt: skip
 FUSED = [  # Inductor's, named after the fused operators; products and attention are never among them
     ("optimizer", r"adam|lerp"),
@@ -44,17 +46,35 @@ def breakdown(events: Iterable, seconds: float, device: str) -> dict[str, float]
     """Seconds by kind, largest first; `gap` is the rest of `seconds`: an idle device, or the host's own code."""
     kinds: dict[str, float] = defaultdict(float)
     spans = []
-    for event in events:
-        if device == "cuda":
-            marked = event.is_user_annotation or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
-            if str(event.device_type).endswith("CUDA") and not marked:
-                kinds[kind_of(event.name)] += event.time_range.elapsed_us() / 1e6
-                spans.append((event.time_range.start, event.time_range.end))
-        else:
-            kinds[kind_of(event.name)] += event.self_cpu_time_total / 1e6
+    for event in filter(runs_on(device), events):
+        kinds[kind_of(event.name)] += seconds_of(event, device)
+        spans.append((event.time_range.start, event.time_range.end))
     busy = covered(spans) / 1e6 if device == "cuda" else sum(kinds.values())
     kinds[GAP] = max(seconds - busy, 0.0)
     return dict(sorted(kinds.items(), key=lambda pair: -pair[1]))
+
+
+def largest(events: Iterable, steps: int, device: str, count: int = 30) -> dict[str, tuple[float, float]]:
+    """(milliseconds, calls) of a step by name of the kernel, the `count` largest first."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in filter(runs_on(device), events):
+        found[event.name].append(seconds_of(event, device))
+    names = sorted(found, key=lambda name: -sum(found[name]))[:count]
+    return {name: (1000 * sum(found[name]) / steps, len(found[name]) / steps) for name in names}
+
+
+def runs_on(device: str) -> Callable[[Any], bool]:
+    """Which events are work of the device: on a GPU its kernels and copies, without the marks of ranges."""
+
+    def on_gpu(event) -> bool:
+        marked = event.is_user_annotation or event.name.startswith(("##", "Torch-Compiled", "ProfilerStep"))
+        return str(event.device_type).endswith("CUDA") and not marked
+
+    return on_gpu if device == "cuda" else lambda event: True
+
+
+def seconds_of(event, device: str) -> float:
+    return (event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total) / 1e6
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -1,6 +1,7 @@
 """The lines, the table and the chart of `python -m bench.step`."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from bench.record import compared, markdown, significant
 from bench.step.cases import CONTESTANTS, SIZES, Case, config_of
 from bench.step.contest import Row
 from fastdit.build import build_network, build_objective
-from fastdit.memory import GIB, card_of, memory_by_kind
+from fastdit.cards import GIB, card_of
+from fastdit.memory import RESERVED, memory_by_kind
 from fastdit.models.dit import DiT
 
 
@@ -23,6 +25,20 @@ def predicted_gib(case: Case) -> float:
     """Peak memory as `fastdit plan` predicts it."""
     settings, model = config_of(case).training, meta_network(case)
     return sum(memory_by_kind(model, settings, settings.activation_checkpointing, case.batch, world=1).values()) / GIB
+
+
+def fitting(cases: list[Case]) -> list[Case]:
+    """The cases at the batch, halved from their own, at which fastdit is predicted to fit this GPU with an fp32 stream.
+
+    The official design, eager in fp32, keeps more than twice as much and starts at half of that.
+    """
+    card = card_of(torch.device(cases[0].device))
+    if card is None:
+        return cases
+    plain = replace(cases[0], stack="fastdit", overrides=())
+    while predicted_gib(plain) > card.gib * (1 - RESERVED):
+        plain = replace(plain, batch=plain.batch // 2)
+    return [replace(case, batch=plain.batch // (2 if case.stack == "official" else 1)) for case in cases]
 
 
 def figures(rows: list[Row]) -> list[dict]:
@@ -43,6 +59,7 @@ def figures(rows: list[Row]) -> list[dict]:
                      "displacement_error": float(f"{row.errors[1]:.2g}")}  # fmt: skip
             if "profile_ms" in first:
                 line["profile_ms"] = {kind: round(ms, 3) for kind, ms in first["profile_ms"].items()}
+                line["kernels"] = {name[:120]: [round(ms, 3), calls] for name, (ms, calls) in first["kernels"].items()}
         if case.stack == "fastdit" and case.device != "cpu":  # a CPU's peak is that of the whole process
             line["predicted_gib"] = significant(predicted_gib(case))
         if row.failed:
@@ -77,7 +94,7 @@ def table(lines: list[dict], about: dict) -> str:
     """Markdown: one row per line with the ratios beside it, then a step's time by kind if it was profiled."""
     text = f"Size {lines[0]['size']}, {about['hardware']}, torch {about['torch']}, {about['commit']}, {about['date']}\n"
     ratios = {name for line in lines for name in line.get("over", {})}
-    against = [name for name in ("official", "strong", "fastdit") if name in ratios]
+    against = [name for name in ("strong", "fast-dit", "official", "fastdit") if name in ratios]
     header = ["contestant", "precision", "batch", "images/s", "min .. max", *(f"x {name}" for name in against),
               "TFLOP/s", "MFU", "of the product", "peak GiB", "predicted", "first step s", "loss error"]  # fmt: skip
     rows = []
@@ -94,11 +111,17 @@ def table(lines: list[dict], about: dict) -> str:
     text += "\n" + markdown([header, *rows])
     if product := next((line["product_tflops"] for line in lines if line.get("product_tflops")), None):
         text += f"\nA large bf16 matrix product in the same run: {product} TFLOP/s. Ratios: medians over the rounds.\n"
-    if profiled := [line for line in lines if "profile_ms" in line]:
+    if "caches" in about:
+        text += f"First step: with {about['caches']} compiler caches.\n"
+    profiled = [line for line in lines if "profile_ms" in line]
+    if profiled:
         kinds = sorted({kind for line in profiled for kind in line["profile_ms"]},
                        key=lambda kind: -max(line["profile_ms"].get(kind, 0) for line in profiled))  # fmt: skip
         rows = [[kind, *(f"{line['profile_ms'].get(kind, 0):.2f}" for line in profiled)] for kind in kinds]
         text += "\n" + markdown([["ms of a step", *(line["contestant"] for line in profiled)], *rows])
+    for line in profiled:
+        rows = [[f"`{name}`", f"{calls:g}", f"{ms:.2f}"] for name, (ms, calls) in line["kernels"].items()]
+        text += "\n" + markdown([[f"{line['contestant']}: the largest kernels", "calls a step", "ms a step"], *rows])
     return text
 
 

@@ -112,12 +112,14 @@ class Contestant:
         return Inputs(x_0, y, index, random.randn(*mean.shape[1:]))
 
     def gate(self) -> Verdict:
-        losses, first_done = [], 0.0
+        losses, drawn, first_done = [], [], 0.0
         for i, rate in enumerate(RATES):
-            losses.append(self.gate_step(i, self.gate_inputs(i), rate * self.lr).cpu())
+            inputs = self.gate_inputs(i)
+            losses.append(self.gate_step(i, inputs, rate * self.lr).cpu())
+            drawn.append(torch.stack([value.double().abs().mean() for value in vars(inputs).values()]).cpu())
             first_done = first_done or time.perf_counter()
         displacements = moved(self.shapes, self.device, *self.states()).cpu()
-        return Verdict(torch.stack(losses), displacements, self.precision, first_done)
+        return Verdict(torch.stack(losses), displacements, self.precision, torch.stack(drawn), first_done)
 
 
 class Reference(Contestant):

@@ -66,6 +66,7 @@ class DiT(nn.Module):
         self.grid = height // patch_size, width // patch_size
         self.patches = self.grid[0] * self.grid[1]
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.fp8 = None  # the scaling factors of FP8 training, see models/fp8.py
         self.residual_dtype: torch.dtype | None = None  # None: the dtype of the weights, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
         in_context = (2 if num_classes else 1) if options.block == "in_context" else 0  # tokens for time and label

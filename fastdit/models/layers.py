@@ -38,13 +38,13 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
 class Linear(nn.Linear):
     """A linear whose matmul is also available without the bias (`product`), for a fused op to add it.
 
-    `models/fp8.py` sets `multiply`, (x, W) -> x W^T.
+    `models/fp8.py` sets `multiply`, (linear, x) -> x W^T.
     """
 
-    multiply: Callable[[Tensor, Tensor], Tensor] | None = None
+    multiply: Callable[["Linear", Tensor], Tensor] | None = None
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.multiply is None else self.multiply(x, self.weight)
+        return F.linear(x, self.weight) if self.multiply is None else self.multiply(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiply is None:
@@ -181,8 +181,10 @@ class Mlp(nn.Module):
     """Two linears with the activation `options.mlp` between, over (N, T, D). SwiGLU's fc1 holds gates, then values.
 
     The hidden width is `mlp_ratio` D. SwiGLU has three matmuls, so its width is two thirds of that, rounded up to a
-    multiple of 8 (Shazeer 2020).
+    multiple of 8 (Shazeer 2020). `models/fp8.py` sets `fused`, (mlp, x) -> the output without the last bias.
     """
+
+    fused: Callable[["Mlp", Tensor], Tensor] | None = None
 
     def __init__(self, hidden_size: int, options: NetworkOptions):
         super().__init__()
@@ -194,6 +196,8 @@ class Mlp(nn.Module):
         self.fc2 = Linear(width, hidden_size, bias=options.mlp_bias)
 
     def forward(self, x: Tensor, _: None = None) -> Branch:
+        if self.fused is not None:
+            return self.fused(self, x), self.fc2.bias
         x = self.fc1.product(x)
         activation, activation_linear = ACTIVATIONS[self.kind]
         if self.recompute:

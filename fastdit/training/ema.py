@@ -14,6 +14,11 @@ from fastdit.config import MAX_EMA_STD, TrainingConfig
 AVERAGES = "averages"  # folder of a run; training/posthoc.py describes it
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class EMA:
     """`average <- average + (1 - decay)(weights - average)`, starting from a copy of the weights.
 
@@ -31,14 +36,14 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     def set_step(self, step: int) -> None:
-        """Set the decay of step number `step`. `update` does it, but a replayed CUDA graph cannot."""
-        self.weight.fill_(1 - self.decay_at(step))
+        """Set the decay of step number `step`. A replayed CUDA graph reads what was set before."""
+        if not capturing():
+            self.weight.fill_(1 - self.decay_at(step))
 
     @torch.no_grad()
     def update(self, masters: list[Tensor], step: int, skipped: Tensor) -> None:
         """Move toward `masters` after step number `step` (1 for the first), unless it was `skipped` (0-dim bool)."""
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.set_step(step)
+        self.set_step(step)
         weight = self.weight * (~skipped).float()  # on the device: the host does not wait for `skipped`
         for own, master in zip(self.average, masters, strict=True):
             own.lerp_(master.detach().float(), weight)

@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import kernels
+from fastdit.cards import card_of
 from fastdit.config import Config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.files import append_to, read_bytes, replace_text
-from fastdit.memory import card_of
 from fastdit.models.dit import DiT
 
 RECORDS = 1 << 30  # bytes of metrics.jsonl: 400,000 steps at log_every=1 take 120 MB

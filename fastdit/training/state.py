@@ -6,8 +6,8 @@ run_dir/checkpoints/step-0000500/
     ema.safetensors          their exponential moving average, likewise
     exp_avg.safetensors      AdamW's running mean of the gradient, likewise
     exp_avg_sq.safetensors   AdamW's running mean of its square, likewise
-    progress.safetensors     AdamW's number of updates, the losses since the last log line, and the loss history of
-                             training.loss_aware_times, where that is on
+    progress.safetensors     AdamW's number of updates, the losses since the last log line, and, where they are on,
+                             the histories of training.loss_aware_times and training.fp8
     power-0.050.safetensors  and so on: the averages of training.ema_stds, also kept in run_dir/averages/step-0000500/
     golden.npz               a recorded forward pass, in converted checkpoints only
     checkpoint.json          step, latents, ... and the size and SHA-256 of every file; training/checkpoint.py writes it
@@ -33,6 +33,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
+from fastdit.models import fp8
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
@@ -82,6 +83,8 @@ class TrainingState:
                 copies[file][name] = self._to_host((file, name), tensor)
         progress = {f"window.{name}": total for name, total in self.window.sums.items()}
         progress |= {f"times.{name}": tensor for name, tensor in self.times.state_dict().items()} if self.times else {}
+        factors = self.engine.module.fp8
+        progress |= {f"fp8.{name}": tensor for name, tensor in factors.state_dict().items()} if factors else {}
         copies["progress"] = {name: tensor.to("cpu", copy=True) for name, tensor in progress.items()}
         copies["progress"]["updates"] = torch.tensor(updates)
         if self.ranks.device.type == "cuda":
@@ -103,6 +106,9 @@ class TrainingState:
         self.window.load(below(progress, "window."))
         if self.times is not None and below(progress, "times."):  # absent if the run did not use them before
             self.times.load_state_dict(below(progress, "times."))
+        factors = self.engine.module.fp8
+        if factors is not None and below(progress, "fp8."):
+            factors.load_state_dict(below(progress, "fp8."))
         return checkpoint.read_meta(folder)["step"]
 
 
@@ -179,11 +185,13 @@ def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT
     expected = {name: model.state_dict() for name in ("model", "ema", *powers)}
     expected |= {name: dict(model.named_parameters()) for name in MOMENTS}
     progress = {"updates": torch.tensor(0)}
-    for name in header(folder / "progress.safetensors"):
+    for name, stored in header(folder / "progress.safetensors").items():
         if name.startswith("window."):
             progress[name] = torch.zeros(2)
         elif name.startswith("times."):
             progress |= {f"times.{key}": tensor for key, tensor in LossAwareTimes().state_dict().items()}
+        elif name == "fp8.history":  # of any length
+            progress[name] = torch.zeros(*stored.shape[:1], len(fp8.linears_of(model)), 3)
     for name, own in {**expected, "progress": progress}.items():
         path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
         for line in mismatches(own, stored) + other_types(own, stored):

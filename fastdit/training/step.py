@@ -59,6 +59,7 @@ class TrainStep:
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
         u, noise = random.rand(), random.randn(*shape)
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
+        fp8 = self.engine.module.fp8
         losses: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
         for i in range(self.accumulation):
@@ -68,6 +69,8 @@ class TrainStep:
             per_sample = loss.per_sample
             weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
             self.engine.backward(weighted.mean())
+            if fp8 is not None:
+                fp8.collect()
             losses.append(per_sample.detach() if factors is None else torch.stack([per_sample, weighted]).detach())
             for name, values in loss.parts.items() if len(loss.parts) > 1 else ():
                 parts.setdefault(name, []).append(values.detach())
@@ -80,8 +83,10 @@ class TrainStep:
         means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
         means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
         bad = ~means["loss"].isfinite()
-        grad_norm, skipped = self.engine.step(lr, bad)
-        for average in (self.ema, *self.averages):
+        grad_norm, skipped = self.engine.step(lr, bad, self.ema, step + 1)
+        if fp8 is not None:
+            fp8.update(self.ranks, skipped)
+        for average in self.averages:
             average.update(self.engine.master_parameters(), step + 1, skipped)
         return StepResult(means, grad_norm, skipped)
 

@@ -15,36 +15,77 @@ from helpers import ROOT
 from helpers.runs import ENVIRONMENT
 
 
-def test_the_gpu_run_hangs_and_fails_part_by_part(tmp_path):
-    """bench/gpu.sh with a python that hangs on one part and fails on another: the others run, all ends up in OUT."""
-    python = tmp_path / "python"
-    python.write_text(f"""#!/bin/sh
-case "$*" in
+@pytest.fixture
+def gpu_run(tmp_path):
+    """bench/gpu.sh with a python of one's own: f(body of its case statement, *arguments, **environment) -> process."""
+
+    def run(cases: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\ncase "$*" in\n{cases}\nesac\n')
+        python.chmod(0o755)
+        return subprocess.run(
+            ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out"), *arguments],
+            env={**ENVIRONMENT, "PYTHON": str(python), **environment}, capture_output=True, text=True,
+        )  # fmt: skip
+
+    return run
+
+
+def test_the_gpu_run_hangs_and_fails_part_by_part(gpu_run, tmp_path):
+    """A python that hangs on one part and fails on another: the others run, all ends up in OUT."""
+    cases = f"""
+    *find_spec*) ;;
     *bench.sample*) sleep 1000 ;;
     *bench.static.kernels*) exit 3 ;;
     *cuda*) exit 1 ;;
-    *) echo "ran $*"; echo '{{"bench": 1}}' >> {tmp_path}/out/results.jsonl; echo table > {tmp_path}/out/step.md ;;
-esac
-""")
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out"), "--rehearse", "sample", "kernels", "step"],
-        env={**ENVIRONMENT, "PYTHON": str(python), "LIMITS": "sample 1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    *fill-caches*) echo "strong: compiled beside other work" ;;
+    *"-m pytest"*) echo "3 passed in 1 s" ;;
+    *) echo "ran $*"; echo '{{"bench": 1}}' >> {tmp_path}/out/results.jsonl; echo table > {tmp_path}/out/step.md
+       touch {tmp_path}/out/raw.json ;;"""
+    done = gpu_run(cases, "--rehearse", "sample", "kernels", "tests", "step", LIMITS="sample 1")
     assert done.returncode == 2 and "failed: sample(124) kernels(3)" in done.stdout
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "results.jsonl", "report.md"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"log.txt", "results.jsonl", "report.md", "files.tgz"}  # others are in files.tgz
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "=== step took" in log and "ran -m bench.step" in log
+    assert log.index("3 passed") < log.index("compiled beside other work") < log.index("ran -m bench.step")
     assert (tmp_path / "out" / "report.md").read_text() == "table\n"
 
 
-def test_the_time_limits_of_a_call_stay_under_nine_minutes():
+def test_the_gpu_run_says_what_it_will_do_when_and_what_is_missing(gpu_run):
+    cases = "*find_spec*) echo torchao deepspeed ;;\n*) echo ran $* ;;"
+    done = gpu_run(cases, "--budget-s", "300", "tests", "smoke", "step", "attention", "engines")
+    plan = done.stdout[done.stdout.index("plan for 300 s") :]
+    lines = [re.sub(r" +", " ", line) for line in plan.splitlines()]
+    begin = int(re.search(r"tests from second (\d+)", lines[1])[1])  # what came before
+    assert lines[1:10] == [
+        f" tests from second {begin} to {begin + 90}",
+        " WARNING: smoke lacks deepspeed; carry them with --wheels (bench/README.md)",
+        " smoke: left out",
+        " WARNING: step lacks torchao; carry them with --wheels (bench/README.md)",
+        f" step from second {begin + 90} to {begin + 260}",
+        f" attention from second {begin + 260} to 300",
+        " WARNING: engines lacks deepspeed; carry them with --wheels (bench/README.md)",
+        " engines if 60 s are left",
+        lines[9],
+    ]
+    assert "ran -m bench.step --engines" in done.stdout and "bench.smoke" not in done.stdout  # nothing took its time
+    assert gpu_run(cases, "speed").returncode == 2
+
+
+def test_the_gpu_run_ends_within_its_budget(gpu_run):
+    done = gpu_run("*find_spec*) ;;\n*) sleep 100 ;;", "--budget-s", "6", "kernels", "attention", LIMITS="kernels 3")
+    assert re.search(r"=== kernels took [34] s\n=== attention: left out, [23] s are left", done.stdout), done.stdout
+
+
+def test_the_parts_that_run_by_default_are_the_ones_it_knows():
     script = (ROOT / "bench/gpu.sh").read_text()
-    words = re.findall(r"LIMIT=\((attention 60 [^)]*)\)", script)[0].split()
-    limits = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-    parts = re.search(r"PARTS=\((attention [^)]*)\)", script)[1].split()
-    assert sum(limits[part] for part in parts) == 535 and "at most 535 s" in script
-    assert limits["ablation"] < 540 and limits["small-batch"] + limits["engines"] < 540
+    parts = re.search(r"PARTS=\((tests [^)]*)\)", script)[1].split()
+    for name in ("LIMIT", "LEAST"):
+        for pairs in re.findall(rf"\b{name}=\((tests [^)]*)\)", script):
+            assert pairs.split()[::2] == parts
+    limits = dict(zip(*[iter(re.findall(r"LIMIT=\((tests 90 [^)]*)\)", script)[0].split())] * 2, strict=True))
+    assert sum(int(limits[part]) for part in parts[:5]) <= 480 - 60  # and the smoke test, if they take all their time
     for file, name in re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", script):
         assert f"def {name}" in (ROOT / file).read_text(), (file, name)
 

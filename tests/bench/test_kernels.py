@@ -10,6 +10,7 @@ import torch
 
 from bench.kernels import __main__ as kernels
 from bench.kernels import attention
+from fastdit.kernels import OPS
 
 
 def lines_of(out: Path) -> list[dict]:
@@ -82,18 +83,42 @@ def test_an_op_that_fails_and_a_peer_that_is_missing_leave_the_others_their_time
 
     ops = {name: SimpleNamespace(name=name, real=[(1,)], inputs=lambda *a: {}, minimum_bytes=lambda *a: (1e6, 1e6),
                                  triton=None, eager=lambda: None) for name in ("swiglu", "adaln")}  # fmt: skip
-    monkeypatch.setattr(kernels, "OPS", ops)
     monkeypatch.setattr(kernels, "correct", correct)
     monkeypatch.setattr(kernels, "copy_gbps", lambda ms: 1000.0)
     monkeypatch.setattr(kernels, "timed", lambda fn, kwargs, ms: {"forward": (1.0, 1.0, 1.0)})
     monkeypatch.setitem(kernels.PEERS, "adaln", {"liger": peer, "apex": lambda: None})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "GPU")
+    monkeypatch.setattr(kernels, "calls_of_step", lambda overrides, device: {"adaln": len(overrides)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["kernels", "--out", str(tmp_path)])
     with torch._functorch.config.patch(donated_buffer=True):  # the bench sets it
-        kernels.main()
+        kernels.run_all(list(ops.values()), 100.0, 1.0, tmp_path)
     lines = lines_of(tmp_path)
     assert lines[0]["op"] == "swiglu" and "shared memory" in lines[0]["failed"][0]
     assert [line["contestant"] for line in lines[1:]] == ["fastdit", "eager", "compiled", "liger", "apex"]
     assert "liger_kernel" in lines[4]["failed"][0] and lines[5]["ms"] == 1.0
+    assert lines[1]["calls"] == {"bf16": 2, "fp8": 3} == lines[1]["step_ms"] and len(lines) == 6
+    table = (tmp_path / "kernels.md").read_text()
+    assert "| adaln | 1 | forward | 1.0 | 1.0 | 1.0 | 1.0 | 0.1 % | 2.0, 3.0 |" in table
+
+
+def test_both_ways_are_timed_on_several_sets_of_inputs_in_turn(monkeypatch):
+    op, seen = OPS["gelu"], []
+
+    def measure(calls, ms):
+        seen.append([call() for call in calls])
+        return 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    kwargs = op.inputs(op.shapes[0], torch.float32, "cpu")
+    monkeypatch.setattr(kernels, "INPUTS", 3 * sum(value.nbytes for value in kwargs.values()))
+    assert list(kernels.timed(op.eager, kwargs, 1.0)) == ["forward", "backward"]
+    forward, backward = seen
+    assert len({out.data_ptr() for out in forward}) == 3 == len(backward)
+    assert all(torch.equal(out, forward[0]) for out in forward) and len(backward[0]) == len(kwargs)
+
+
+def test_the_calls_of_a_step_are_counted_on_the_network():
+    """DiT-XL/2 has 28 blocks of two branches; a branch joins the stream in the next addition and norm."""
+    found = kernels.calls_of_step(["training.residual=bf16"], "cpu")
+    assert {name: found[name] for name in ("adaln", "gate_residual_adaln", "gelu")} == {
+        "adaln": 1, "gate_residual_adaln": 56, "gelu": 28
+    }  # fmt: skip

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from bench.step import __main__ as program
-from bench.step import cases, contestant, gate, stacks
+from bench.step import cases, contest, contestant, gate, stacks
 from bench.step.cases import Case
 from bench.step.contest import Row, compete
 from bench.step.gate import gate_errors
@@ -208,10 +210,10 @@ def test_the_first_contestant_too_halves_its_batch_and_the_others_take_the_same(
 
 def test_the_first_turn_gates_and_profiles_and_the_others_only_time(here):
     rows = compete_here(here, "fastdit", "official")
-    assert all(row.results[0]["profile_ms"] and len(row.rates) == 2 for row in rows)
+    assert rows[0].results[0]["profile_ms"] and all(len(row.rates) == 2 for row in rows)
     assert [name for name, _ in names(here.jobs)] == ["fastdit", "oracle", "official", "official", "fastdit"]
     assert [job["gate"] for job in here.jobs] == [True] * 3 + [False] * 2
-    assert [job["profile"] for job in here.jobs] == [2, 0, 2, 0, 0]
+    assert [job["profile"] for job in here.jobs] == [2, 0, 0, 0, 0]  # references run no kernel of interest
 
 
 def test_a_profiler_that_fails_costs_no_turn(here, monkeypatch):
@@ -228,6 +230,62 @@ def test_the_oracle_runs_once_and_its_results_serve_other_runs(here, tmp_path):
     second = compete_here(here, "official", rounds=1, truth=tmp_path / "truth.json")
     assert [name for name, _ in names(here.jobs)] == ["official", "oracle", "official"]
     assert first[0].errors == second[0].errors and second[0].rates
+
+
+def test_the_oracles_results_of_other_inputs_are_not_used(here, tmp_path):
+    truth = tmp_path / "truth.json"
+    compete_here(here, "official", rounds=1, truth=truth)
+    kept = json.loads(truth.read_text())
+    kept["tiny cpu 4"]["drawn"][2][0] *= 1.001  # the third step's images
+    truth.write_text(json.dumps(kept))
+    (row,) = compete_here(here, "official", rounds=1, truth=truth)
+    assert [name for name, _ in names(here.jobs)] == ["official", "oracle"] * 2 and row.rates
+
+
+def test_the_stored_results_are_the_oracles_own(first, monkeypatch, tmp_path, here):
+    stored = tmp_path / "oracle.json"
+    compete_here(here, "official", rounds=1, truth=stored)
+    monkeypatch.setattr(contest, "STORED", stored)
+    compete_here(here, "official", rounds=1, truth=tmp_path / "new.json")
+    assert [name for name, _ in names(here.jobs)] == ["official", "oracle", "official"]
+    assert not (tmp_path / "new.json").exists()  # nothing to add
+    for key, result in json.loads(contest.STORED.read_text()).items():
+        losses, moved = (torch.tensor(result[name]) for name in ("losses", "moved"))
+        assert losses.shape == (len(gate.RATES), int(key.split()[-1])) and (moved > 0).all()
+
+
+def test_a_turn_times_fewer_steps_to_end_in_time():
+    bench = build_case(tiny("official", "official"))
+    right = bench.step
+
+    def step(i):
+        time.sleep(0.05)
+        return right(i)
+
+    bench.step = step
+    for turn_s, least, most in ((100, 40, 40), (1.0, 4, 20), (0.0, 3, 3)):
+        seconds = contestant.time_steps(bench, torch.device("cpu"), 1, 40, time.perf_counter() + turn_s)
+        assert least <= len(seconds) <= most
+
+
+def test_caches_are_filled_with_three_blocks_of_fastdit_and_the_whole_baseline(monkeypatch, tmp_path, capsys):
+    begun = []
+
+    class Starts:
+        def begin(self, job):
+            begun.append(job)
+            return None, tmp_path
+
+        def finish(self, process, file, timeout_s):
+            return {"first_step_s": 3.0} if len(begun) == 2 else {}
+
+    on = cases.Case("fastdit-all-on", "fastdit", "XL/2", 256, "cuda", ("training.residual=bf16",))
+    chosen = [on, *(replace(on, name=name, stack=name, overrides=()) for name in ("strong", "official"))]
+    contest.fill_caches(chosen, Starts(), 10.0)
+    assert [job["case"]["overrides"][-1:] for job in begun] == [("model.variant=DiT-3x1152x16/2",), ()]
+    assert capsys.readouterr().err.count("first step after: 3.0 s") == 2
+    few = cases.config_of(Case(**begun[0]["case"]))
+    assert few.model.variant == "DiT-3x1152x16/2" and few.training.residual == "bf16"
 
 
 def test_an_oracle_without_enough_memory_leaves_its_contestants_untimed(here, monkeypatch):
@@ -273,8 +331,9 @@ def test_a_run_writes_table_chart_and_lines(here, monkeypatch, tmp_path, capsys)
             assert line[key] > 0, key
         assert line["spread"][0] <= line["images_per_s"] <= line["spread"][1] and line["steps"] == 2
         assert line["loss_error"] < 1e-2 and line["hardware"] and line["commit"] and line["date"] and line["torch"]
-        assert line["profile_ms"]["GEMM"] > 0 and line["profile_ms"]["gap"] >= 0
     assert fastdit["over"]["official"] == pytest.approx(1 / official["over"]["fastdit"], rel=0.02)
+    assert fastdit["profile_ms"]["GEMM"] > 0 and fastdit["profile_ms"]["gap"] >= 0 and "profile_ms" not in official
+    assert 0 < len(fastdit["kernels"]) <= 30 and fastdit["caches"] == "empty"
     assert "predicted_gib" not in fastdit  # the peak beside it is the whole process's on a CPU
     table = (out / "step.md").read_text()
     assert table in said and all(f"**{line['images_per_s']}**" in table for line in lines)
@@ -299,7 +358,7 @@ def test_a_wrong_contestant_is_reported_without_a_time(here, monkeypatch, tmp_pa
 
 def test_a_dying_contestant_is_reported_and_the_others_are_timed(first, tmp_path):
     """The program as a user starts it, with its processes; but the oracle has run before."""
-    oracle = {"losses": first[1].losses.tolist(), "moved": first[1].moved.tolist(), "precision": "fp32"}
+    oracle = {name: getattr(first[1], name).tolist() for name in ("losses", "moved", "drawn")} | {"precision": "fp32"}
     (tmp_path / "truth.json").write_text(json.dumps({"tiny cpu 4": oracle}))
     dying = checkout(tmp_path / "fast-DiT", "import os; os._exit(9)  # checkpoint")
     arguments = "-m bench.step --size tiny --device cpu --rounds 1 --steps 1 --contestants fast-dit fastdit"

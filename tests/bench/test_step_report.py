@@ -7,6 +7,7 @@ import pytest
 
 from bench.step import cases, profiles, report
 from bench.step.cases import cases_of, config_of
+from fastdit.cards import GPUS
 
 KERNELS = {
     "attention": [
@@ -88,6 +89,33 @@ def test_all_on_is_a_contestant_of_its_own_and_has_no_graph_on_a_cpu():
     # a bf16 stream keeps 4 bytes a value less in each of 28 blocks, 256 images of 256 tokens, and 2 at the end
     saved = report.predicted_gib(plain) - report.predicted_gib(on)
     assert saved == pytest.approx(256 * 256 * 1152 * (28 * 4 + 2) / 2**30)
+
+
+def test_the_largest_kernels_by_name():
+    class Event:
+        is_user_annotation = False
+
+        def __init__(self, name, start, end, device="DeviceType.CUDA"):
+            self.name, self.device_type = name, device
+            self.time_range = Namespace(start=start, end=end, elapsed_us=lambda: end - start)
+
+    two_steps = [Event("gemm", 0, 3000), Event("norm", 3000, 3500), Event("gemm", 3500, 6500),
+                 Event("small", 6500, 6501),
+                 Event("aten::mm", 0, 9e9, "DeviceType.CPU"), Event("## Call CompiledFxGraph", 0, 9e9)]  # fmt: skip
+    assert profiles.largest(two_steps, 2, "cuda", count=2) == {"gemm": (3.0, 1.0), "norm": (0.25, 0.5)}
+    line = {"contestant": "fastdit", "size": "tiny", "profile_ms": {"GEMM": 3.0}, "kernels": {"gemm": [3.0, 1.0]}}
+    environment = dict.fromkeys(("hardware", "torch", "commit", "date"), "x") | {"caches": "warm"}
+    text = report.table([line], environment)
+    assert "| `gemm` | 1 | 3.00 |" in text and "with warm compiler caches" in text
+
+
+@pytest.mark.parametrize("gib, batch", [(140.0, 256), (79.6, 128), (22.0, 16)])
+def test_the_batch_is_one_that_fits(monkeypatch, gib, batch):
+    """DiT-XL/2 in the memory of an H200, an H100 and a small card; eager fp32 starts at half."""
+    monkeypatch.setattr(report, "card_of", lambda device: replace(GPUS["H100"], gib=gib))
+    asked = Namespace(device="cuda", size="XL/2", batch=None, override=[], reference_repo=[], ablation=False,
+                      engines=False, contestants=["fastdit-fp8", "strong", "official"])  # fmt: skip
+    assert [case.batch for case in report.fitting(cases_of(asked))] == [batch, batch, batch // 2]
 
 
 @pytest.mark.parametrize("installed", [True, False])

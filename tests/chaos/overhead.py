@@ -16,6 +16,7 @@ from torch import nn
 from chaos.table import Table
 from fastdit.config import load_config
 from fastdit.training import checkpoint, loop
+from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine
 from fastdit.training.guard import Guard
 from fastdit.training.log import Log
@@ -62,8 +63,9 @@ class Bench:
             if self.variant != NOTHING:
                 add(guard, done, skipped, *flags)
 
-        def stepping(engine, lr, bad):
-            return plain_step(engine, lr) if self.variant == NOTHING else step(engine, lr, bad)
+        def stepping(engine, lr, bad, ema, number):
+            plain = self.variant == NOTHING
+            return plain_step(engine, lr, ema, number) if plain else step(engine, lr, bad, ema, number)
 
         def copying(state):
             if self.variant in (NOTHING, CHECKS):
@@ -101,14 +103,15 @@ class Bench:
         return lambda log: self.turn(log)
 
 
-def plain_step(engine: TorchEngine, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_step(engine: TorchEngine, lr: float, ema: EMA, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """TorchEngine.step without the finite check; the norm is logged in any case."""
     norm = nn.utils.get_total_norm([p.grad for p in engine.parameters])
     engine.adam.found_inf = None
     engine.set_lr(lr)
     engine.adam.step()
     engine.adam.zero_grad(set_to_none=True)
-    return norm, torch.tensor(False)
+    ema.update(engine.parameters, number, skipped := torch.tensor(False))
+    return norm, skipped
 
 
 def run(place: Path, seed: int) -> Table:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,28 @@ def speed_up_the_interpreter() -> None:
     InterpretedFunction.__call__ = call
 
 
+def round_to_fp8_correctly() -> None:
+    """As a GPU does: to nearest, ties to even, saturating. The interpreter truncates, or rounds halves up, and
+    overflows."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    formats = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    convert = interpreter._convert_float
+
+    def exact(value: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target in formats:
+            most = torch.finfo(formats[target]).max
+            rounded = torch.from_numpy(np.ascontiguousarray(value)).clamp(-most, most).to(formats[target])
+            return rounded.view(torch.uint8).numpy().reshape(value.shape)
+        return convert(value, source, target, rounding)
+
+    interpreter._convert_float = exact
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     speed_up_the_interpreter()
+    round_to_fp8_correctly()
 
 
 def strided(kwargs: dict[str, Any], how: str) -> dict[str, Any]:

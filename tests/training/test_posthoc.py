@@ -92,9 +92,9 @@ def test_a_replayed_graph_reads_the_decay_that_was_set_before(monkeypatch):
     capturing = SimpleNamespace(is_available=lambda: True, is_current_stream_capturing=lambda: True)
     for step in range(1, 6):
         ordinary.update([torch.ones(1)], step, NEVER)
+        graphed.set_step(step)
         with monkeypatch.context() as patch:
             patch.setattr("fastdit.training.ema.torch.cuda", capturing)
-            graphed.set_step(step)
             graphed.update([torch.ones(1)], 1, NEVER)  # the step of the capture
     assert torch.equal(ordinary.average[0], graphed.average[0]) and 0 < ordinary.average[0] < 1
 

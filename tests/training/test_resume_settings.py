@@ -49,6 +49,10 @@ class Run:
         return torch.cat([tensor.flatten() for key, tensor in state.items() if key.startswith("final_layer.linear.")])
 
     @property
+    def fp8_history(self) -> Tensor:
+        return read_weights(self.folder / "checkpoints" / "step-0000003" / "progress.safetensors")["fp8.history"]
+
+    @property
     def change(self) -> Tensor:
         """By step 3, the first after the resume."""
         return self.weights(3) - self.weights(2)
@@ -106,6 +110,14 @@ APPLIED = {
         lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=1e-2),
     ),
     "fp8": (["precision=bf16", "fp8=true"], lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=0.1)),
+    "fp8_history": (
+        ["precision=bf16", "fp8=true", "fp8_history=5"],
+        lambda r: [len(run.fp8_history) for run in (r, r.plain)] == [5, 16],
+    ),
+    "fp8_margin": (  # small values are then rounded more coarsely
+        ["precision=bf16", "fp8=true", "steps=5", "fp8_margin=64"],
+        lambda r: r.logged("loss")[5] != r.plain.logged("loss")[5] == pytest.approx(r.logged("loss")[5], rel=0.1),
+    ),
     "activation_checkpointing": (
         ["activation_checkpointing=full"],
         lambda r: "checkpointing full" in r.said and r.loss == pytest.approx(r.plain.loss, rel=1e-5),
@@ -202,8 +214,6 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
 
 @pytest.mark.parametrize("key", APPLIED)
 def test_a_changed_key_is_applied(world, begun, tmp_path, capsys, monkeypatch, key):
-    if key == "fp8":
-        pytest.importorskip("torchao")
     changes, applied = APPLIED[key]
     objective = "ddpm" if key == "loss_aware_times" else "flow"
     others = [change for change in changes if not change.startswith(f"{key}=")]

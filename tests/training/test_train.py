@@ -13,9 +13,10 @@ from fastdit.config import load_config
 from fastdit.memory import micro_batches
 from fastdit.quickstart.small_vae import small_vae
 from fastdit.training import checkpoint
-from fastdit.training.engine import TorchEngine, merge_deepspeed
+from fastdit.training.engine import TorchEngine
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
+from fastdit.training.zero import merge_deepspeed
 from helpers import ROOT
 from helpers.runs import losses, rendezvous, run, run_command, train_here
 
@@ -183,11 +184,11 @@ def test_out_of_memory_names_the_keys_that_help_and_loses_no_checkpoint(world, t
     """The GPU's own error, at the third step; the run resumes from the checkpoint of the second."""
     step, calls = TorchEngine.step, []
 
-    def full(self, lr, bad):
+    def full(self, lr, *rest):
         calls.append(lr)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
-        return step(self, lr, bad)
+        return step(self, lr, *rest)
 
     monkeypatch.setattr(TorchEngine, "step", full)
     options = ["training.steps=3", "training.checkpoint_every=2", "training.micro_batch=6"]

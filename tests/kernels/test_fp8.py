@@ -1,0 +1,113 @@
+"""FP8 operands: every fused cast against the cast of what the unfused kernel computes, bit for bit."""
+
+import math
+
+import pytest
+import torch
+
+from fastdit import kernels
+from fastdit.kernels import OPS, fp8_cast, largest
+from fastdit.kernels.fp8 import FORWARD, GRADIENT, fp8_cast_eager
+from helpers.kernels import DEVICE, DTYPES
+
+FORMATS = (FORWARD, GRADIENT)
+SHAPES = [(41, 96), (130, 72), (16, 1152), (1, 16)]  # rows and columns that fill no tile, and one that does
+KINDS = {"gelu": 1, "swiglu": 2}  # halves
+
+
+@pytest.fixture(autouse=True)
+def triton_only(monkeypatch):
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+
+
+def wide(m: int, d: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal values over ten orders of magnitude: some vanish in FP8, some exceed its range."""
+    rng = torch.Generator().manual_seed(m)
+    return (torch.randn(m, d, generator=rng) * torch.logspace(-6, 4, d)).to(DEVICE, dtype)
+
+
+def at(value: float) -> torch.Tensor:
+    return torch.tensor([value], device=DEVICE)
+
+
+def assert_same(got: tuple, expected: tuple) -> None:
+    """Rows, columns and largest magnitude; -0 counts as 0 in the padding alone."""
+    m = len(expected[0])
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(got[1][:, :m].contiguous().view(torch.uint8), expected[1][:, :m].contiguous().view(torch.uint8))
+    assert not got[1][:, m:].float().any()
+    assert got[2].max() == expected[2].max()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_casts_as_the_definition_does(shape, source, dtype):
+    x = wide(*shape, source)
+    assert_same(fp8_cast(x, at(4.0), dtype), fp8_cast_eager(x, at(4.0), dtype))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_casts_views(dtype):
+    x = wide(41, 96)
+    expected = fp8_cast_eager(x, at(0.5), dtype)
+    for view in (torch.nn.functional.pad(x, (3, 5))[:, 3:-5], x.T.contiguous().T):
+        assert_same(fp8_cast(view, at(0.5), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_nan_stays_and_infinity_saturates_but_is_seen(dtype):
+    x = torch.ones(3, 16, device=DEVICE)
+    x[0, 1], x[1, 2], x[2, 3] = math.nan, math.inf, -math.inf
+    for cast in (fp8_cast, fp8_cast_eager):
+        rows, columns, most = cast(x, at(1.0), dtype)
+        for values in (rows.float(), columns.float().T[:3]):
+            assert values[0, 1].isnan() and values.isnan().sum() == 1
+            assert values[1, 2] == -values[2, 3] == torch.finfo(dtype).max
+        assert cast(x[1:], at(1.0), dtype)[2].max() == math.inf
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_activation_casts_what_it_would_return(kind, shape, bias):
+    """Forward and backward: the same bits as the unfused kernel in fp32, then the cast; and the same bias gradient."""
+    (m, d), halves = shape, KINDS[kind]
+    x = wide(m, halves * d).clamp(-20, 20).requires_grad_()
+    bias = torch.linspace(-1, 1, halves * d, device=DEVICE).requires_grad_() if bias else None
+    d_y = wide(m, d).flip(1) * 1e-4
+    activation, fused = getattr(kernels, kind), getattr(kernels, f"{kind}_fp8")
+    y = activation(x, bias)
+    y.backward(d_y)
+    with torch.no_grad():
+        assert_same(fused.forward(x, bias, at(16.0)), fp8_cast_eager(y, at(16.0), FORWARD))
+        rows, columns, d_bias, most = fused.backward(d_y, x, bias, at(2.0**18))
+        assert_same((rows, columns, most), fp8_cast_eager(x.grad, at(2.0**18), GRADIENT))
+        if bias is not None:
+            torch.testing.assert_close(d_bias, bias.grad)
+        else:
+            assert d_bias is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_eager_definition_is_the_cast_of_eager(kind, monkeypatch):
+    """What a CPU computes without Triton: the same, up to the rounding of the activation in fp32."""
+    halves = KINDS[kind]
+    x, bias = wide(41, halves * 96).clamp(-20, 20).requires_grad_(), torch.ones(halves * 96, device=DEVICE)
+    d_y, fused = wide(41, 96).flip(1) * 1e-4, getattr(kernels, f"{kind}_fp8")
+    OPS[kind].eager(x, bias).backward(d_y)
+    monkeypatch.setenv("FASTDIT_KERNELS", "eager")
+    with torch.no_grad():
+        assert_same(fused.forward(x, bias, at(16.0)), fp8_cast_eager(OPS[kind].eager(x, bias), at(16.0), FORWARD))
+        rows, _, d_bias, most = fused.backward(d_y, x, bias, at(2.0**18))
+    expected = fp8_cast_eager(x.grad, at(2.0**18), GRADIENT)
+    assert (rows.view(torch.uint8) != expected[0].view(torch.uint8)).float().mean() < 1e-3
+    torch.testing.assert_close(d_bias, x.grad.sum(0))
+    torch.testing.assert_close(most.max(), expected[2].max())
+
+
+def test_the_largest_magnitudes_of_a_linear():
+    parts = [torch.rand(size, device=DEVICE) for size in (1, 5000, 97)]
+    assert largest(*parts).tolist() == [part.max().item() for part in parts]
