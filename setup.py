@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
     package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
-    package_data={"fastdit.report": ["page.css"]},
+    package_data={"fastdit.report": ["page.css"], "fastdit.models": ["attention.json"]},
     data_files=[("share/fastdit/configs", sorted(glob("configs/*.yaml")))],
     install_requires=[
         "torch>=2.11",

@@ -2,8 +2,9 @@
 
 A head of 72 is 64 + 16 columns: two products instead of one padded to 128. The forward pass follows Dao 2023 (online
 softmax, base 2). The backward pass recomputes the scores twice, for d_k and d_v and for d_q, so that one program owns
-each sum: no atomics, so results are deterministic. `model.attention=triton` selects it; `auto` selects it where it was
-measured to be fastest.
+each sum: no atomics, so results are deterministic. On Hopper a head of up to 256 tokens fits one program, which owns
+all three sums and computes the scores once (see `_whole`). `model.attention=triton` selects this op; `auto` selects it
+where it was measured to be fastest.
 """
 
 import dataclasses
@@ -14,17 +15,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import Op, cdiv, check, random_inputs, tl, triton, triton_op, unit_stride, use_triton, wrap_triton
+from .attention_kernels import (
+    _attention_backward_kv,
+    _attention_backward_q,
+    _attention_backward_whole,
+    _attention_forward,
+)
+from .runtime import (
+    HAS_TRITON,
+    INTERPRET,
+    Op,
+    capability,
+    cdiv,
+    check,
+    random_inputs,
+    triton,
+    triton_op,
+    unit_stride,
+    use_triton,
+    wrap_triton,
+)
 from .tiles import split_columns
 
 LONGEST = 1024
 # By itemsize: fp32 operands take twice the shared memory.
-FORWARD = {2: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+FORWARD = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
            4: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}  # fmt: skip
 BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
               4: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}}  # fmt: skip
 BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
                4: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}  # fmt: skip
+BACKWARD_WHOLE = {2: {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}}  # 216 KiB of shared memory
+WHOLE_FITS = INTERPRET or HAS_TRITON and triton.__version__.startswith("3.6.")  # 3.9 needs 12 registers more: it spills
+
+
+def _whole(gpu: tuple[int, int], q: Tensor) -> bool:
+    """Whether one program holds a head, q (N, H, T, D), in the backward pass on a GPU of this compute capability."""
+    t, d = q.shape[2:]
+    tokens = t <= 128 or t in (192, 256)  # 129 to 255 are padded to 256, with a mask that does not fit beside them
+    return WHOLE_FITS and gpu[0] == 9 and q.dtype.itemsize == 2 and tokens and 64 <= d <= 80
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -32,178 +61,6 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q * scale) @ k.transpose(-2, -1)  # (N, H, T, T)
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
-
-
-# The D columns of a head are two tiles, a (A wide) and b (B wide, absent if B = 0), as in tiles.py.
-
-
-@triton.jit
-def _load(base, rows, stride: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Both tiles of these rows, in their own dtype; 0 at or past T and D."""
-    cols = tl.arange(0, A)
-    mask = (rows < T)[:, None] & (cols < D)[None, :]
-    a = tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-    b = a
-    if B > 0:
-        cols = A + tl.arange(0, B)
-        mask = (rows < T)[:, None] & (cols < D)[None, :]
-        b = tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-    return a, b
-
-
-@triton.jit
-def _store(base, rows, stride: tl.constexpr, a, b, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    cols = tl.arange(0, A)
-    mask = (rows < T)[:, None] & (cols < D)[None, :]
-    tl.store(base + rows[:, None] * stride + cols[None, :], a.to(base.dtype.element_ty), mask=mask)
-    if B > 0:
-        cols = A + tl.arange(0, B)
-        mask = (rows < T)[:, None] & (cols < D)[None, :]
-        tl.store(base + rows[:, None] * stride + cols[None, :], b.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    a = tl.zeros([ROWS, A], tl.float32)
-    b = a
-    if B > 0:
-        b = tl.zeros([ROWS, B], tl.float32)
-    return a, b
-
-
-@triton.jit
-def _products(x_a, x_b, y_a, y_b, B: tl.constexpr):
-    """x y^T, over the columns of both tiles."""
-    out = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
-    if B > 0:
-        out = tl.dot(x_b, tl.trans(y_b), out, input_precision="ieee")
-    return out
-
-
-@triton.jit
-def _accumulate(sum_a, sum_b, p, x_a, x_b, B: tl.constexpr):
-    """sum + p x, both tiles."""
-    sum_a = tl.dot(p, x_a, sum_a, input_precision="ieee")
-    if B > 0:
-        sum_b = tl.dot(p, x_b, sum_b, input_precision="ieee")
-    return sum_a, sum_b
-
-
-@triton.jit
-def _block_of(H: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's sample, head and rows."""
-    blocks: tl.constexpr = (T + BLOCK - 1) // BLOCK
-    n = (tl.program_id(0) // (H * blocks)).to(tl.int64)
-    return n, tl.program_id(0) // blocks % H, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def _attention_forward(
-    q, k, v, out, lse, q_n, k_n, v_n, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
-    q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
-    SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)
-    q += n * q_n + head * q_h
-    k += n * k_n + head * k_h
-    v += n * v_n + head * v_h
-    q_a, q_b = _load(q, rows, q_t, T, D, A, B)
-    sum_a, sum_b = _zeros(BLOCK_M, A, B)
-    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, T, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_a, k_b = _load(k, keys, k_t, T, D, A, B)
-        scores = _products(q_a, q_b, k_a, k_b, B) * (SCALE * 1.4426950408889634)  # powers of 2
-        if T % BLOCK_N:
-            scores = tl.where((keys < T)[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, axis=1))
-        fade = tl.exp2(most - higher)
-        p = tl.exp2(scores - higher[:, None])
-        most = higher
-        total = total * fade + tl.sum(p, axis=1)
-        v_a, v_b = _load(v, keys, v_t, T, D, A, B)
-        p = p.to(v.dtype.element_ty)
-        sum_a, sum_b = _accumulate(sum_a * fade[:, None], sum_b * fade[:, None], p, v_a, v_b, B)
-    out += (n * T * H + head) * D
-    _store(out, rows, H * D, sum_a / total[:, None], sum_b / total[:, None], T, D, A, B)
-    tl.store(lse + (n * H + head) * T + rows, most + tl.log2(total), mask=rows < T)
-
-
-@triton.jit
-def _attention_backward_q(
-    d_out, q, k, v, out, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
-    do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
-    do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
-    SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)
-    q += n * q_n + head * q_h
-    k += n * k_n + head * k_h
-    v += n * v_n + head * v_h
-    d_out += n * do_n + head * do_h
-    out += (n * T * H + head) * D
-    d_qkv += (n * T * 3 * H + head) * D
-    stats = (n * H + head) * T + rows
-    q_a, q_b = _load(q, rows, q_t, T, D, A, B)
-    do_a, do_b = _load(d_out, rows, do_t, T, D, A, B)
-    out_a, out_b = _load(out, rows, H * D, T, D, A, B)
-    total = tl.sum(do_a.to(tl.float32) * out_a.to(tl.float32), axis=1)
-    if B > 0:
-        total += tl.sum(do_b.to(tl.float32) * out_b.to(tl.float32), axis=1)
-    dq_a, dq_b = _zeros(BLOCK_M, A, B)
-    tl.store(delta + stats, total, mask=rows < T)
-    level = tl.load(lse + stats, mask=rows < T, other=float("inf"))
-    for start in tl.range(0, T, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_a, k_b = _load(k, keys, k_t, T, D, A, B)
-        v_a, v_b = _load(v, keys, v_t, T, D, A, B)
-        scores = _products(q_a, q_b, k_a, k_b, B)
-        dp = _products(do_a, do_b, v_a, v_b, B)
-        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - level[:, None])
-        if T % BLOCK_N:
-            p = tl.where((keys < T)[None, :], p, 0.0)  # 2^(0 - level) may overflow there
-        ds = (p * (dp - total[:, None])).to(k.dtype.element_ty)
-        dq_a, dq_b = _accumulate(dq_a, dq_b, ds, k_a, k_b, B)
-    _store(d_qkv, rows, 3 * H * D, dq_a * SCALE, dq_b * SCALE, T, D, A, B)
-
-
-@triton.jit
-def _attention_backward_kv(
-    d_out, q, k, v, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
-    do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
-    do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
-    SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)  # rows are keys; scores are (keys, queries) here
-    q += n * q_n + head * q_h
-    k += n * k_n + head * k_h
-    v += n * v_n + head * v_h
-    d_out += n * do_n + head * do_h
-    d_qkv += (n * T * 3 * H + head) * D
-    stats = (n * H + head) * T
-    k_a, k_b = _load(k, rows, k_t, T, D, A, B)
-    v_a, v_b = _load(v, rows, v_t, T, D, A, B)
-    dk_a, dk_b = _zeros(BLOCK_M, A, B)
-    dv_a, dv_b = _zeros(BLOCK_M, A, B)
-    for start in tl.range(0, T, BLOCK_N):
-        queries = start + tl.arange(0, BLOCK_N)
-        q_a, q_b = _load(q, queries, q_t, T, D, A, B)
-        do_a, do_b = _load(d_out, queries, do_t, T, D, A, B)
-        scores = _products(k_a, k_b, q_a, q_b, B)
-        dp = _products(v_a, v_b, do_a, do_b, B)
-        # a query at or past T has probability 2^-inf = 0
-        level = tl.load(lse + stats + queries, mask=queries < T, other=float("inf"))
-        total = tl.load(delta + stats + queries, mask=queries < T, other=0.0)
-        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - level[None, :])
-        ds = (p * (dp - total[None, :])).to(q.dtype.element_ty)
-        dv_a, dv_b = _accumulate(dv_a, dv_b, p.to(d_out.dtype.element_ty), do_a, do_b, B)
-        dk_a, dk_b = _accumulate(dk_a, dk_b, ds, q_a, q_b, B)
-    _store(d_qkv + H * D, rows, 3 * H * D, dk_a * SCALE, dk_b * SCALE, T, D, A, B)
-    _store(d_qkv + 2 * H * D, rows, 3 * H * D, dv_a, dv_b, T, D, A, B)
 
 
 def _constants(q: Tensor, scale: float) -> dict[str, Any]:
@@ -249,9 +106,13 @@ def _op_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
     n, h, t, d = q.shape
     d_qkv = torch.empty((n, t, 3, h, d), dtype=q.dtype, device=q.device)
-    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
     strides = [x.stride(dim) for dim in range(3) for x in (d_out.transpose(1, 2), q, k, v)]
     constants = _constants(q, scale)
+    if _whole(capability(q.device), q):
+        grid, config = _blocks(BACKWARD_WHOLE, q)
+        wrap_triton(_attention_backward_whole)[grid](d_out, q, k, v, out, lse, d_qkv, *strides, **constants, **config)
+        return d_qkv
+    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
     grid, config = _blocks(BACKWARD_Q, q)
     wrap_triton(_attention_backward_q)[grid](d_out, q, k, v, out, lse, delta, d_qkv, *strides, **constants, **config)
     grid, config = _blocks(BACKWARD_KV, q)
@@ -342,7 +203,8 @@ ATTENTION = Op(
     "attention", attention_eager, attention_triton, attention, inputs,
     tiny=(1, 2, 3, 8), shapes=((2, 2, 41, 72), (1, 1, 64, 64)), real=((256, 16, 256, 64), (256, 16, 256, 72)),
     minimum_bytes=minimum_bytes, most_bytes=4,  # keys and values are read once per block of queries, from the L2 cache
-    writes=(("out", "lse"), ("delta", "d_qkv"), ("d_qkv",)), variants=({"scale": 0.3},),
+    writes=(("out", "lse"), ("delta", "d_qkv"), ("d_qkv",)), writes_hopper=(("out", "lse"), ("d_qkv",)),
+    variants=({"scale": 0.3},),
 )  # fmt: skip
 ATTENTION_PACKED = dataclasses.replace(
     ATTENTION, name="attention_packed", eager=attention_packed_eager, triton=attention_packed_triton,

@@ -52,6 +52,7 @@ class Op:
     most_bytes: how many times the minimum the kernels may move.
     writes: for each launch, forward and then backward, the kernel arguments that it writes; none where the kernel finds
     its tensors through a table of addresses. Such an op is not registered for torch.compile.
+    writes_hopper: the same for shapes with kernels of their own on compute capability 9.
     variants: changes to the keyword arguments that select other options, for the tests.
     """
 
@@ -65,6 +66,7 @@ class Op:
     real: tuple[tuple[int, ...], ...]
     minimum_bytes: Callable[[tuple[int, ...], int], tuple[int, int]]
     writes: tuple[tuple[str, ...], ...]
+    writes_hopper: tuple[tuple[str, ...], ...] = ()
     variants: tuple[dict[str, Any], ...] = ()
     most_bytes: float = 1.05
 
@@ -107,6 +109,14 @@ def choice() -> str:
     """What runs on the current device, for a log line: "triton", or "eager" with the reason, as in "eager (no GPU)"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _decide("the kernels", os.environ.get("FASTDIT_KERNELS", "auto"), device, ())
+
+
+ABSENT_GPU = (8, 0)  # whose kernels run in the interpreter and are recorded on meta tensors
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the device, or of the GPU that it stands for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else ABSENT_GPU
 
 
 # ---- registration and launch

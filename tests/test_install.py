@@ -79,4 +79,5 @@ def test_the_wheel_holds_the_kernels_under_fastdit_alone(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"fastdit/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
     assert {f"fastdit/{path.relative_to(ROOT / 'fastdit')}" for path in (ROOT / "fastdit").rglob("*.py")} <= names
+    assert {"fastdit/models/attention.json", "fastdit/report/page.css"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastdit"}

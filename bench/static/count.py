@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.record import parser, record
-from bench.static.cuda_target import Graph, build, bytes_of, compiled_graphs
+from bench.static.cuda_target import H200, Graph, build, bytes_of, compiled_graphs
 from bench.step.cases import SIZES, Case, Size
 from bench.step.stacks import Fastdit
 from fastdit.diffusion.objectives import OBJECTIVES, compiled
@@ -128,6 +128,7 @@ def _as_on_gpu() -> Iterator[None]:
         raise ValueError("TRITON_INTERPRET=1 hides the kernels from the compiler; unset it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(runtime, "_obstacle", lambda *_: None))
+        stack.enter_context(mock.patch.object(runtime, "ABSENT_GPU", (H200.major, H200.minor)))
         stack.enter_context(mock.patch.object(attention, "obstacle", lambda *_, **__: None))
         stack.enter_context(mock.patch.dict(attention.ATTENTION, dict.fromkeys(("sdpa", "sdpa-cudnn"), _cudnn)))
         stack.callback(runtime._decide.cache_clear)

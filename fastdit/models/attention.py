@@ -2,9 +2,10 @@
 
 No backend copies q, k, v out of the packed projection. Backends in PACKED also write its gradient in one piece; the
 others return three gradients, which autograd copies into one tensor. `auto` picks the backend that
-`bench/kernels/attention.py` measured as fastest for this GPU and shape (attention.json beside this file). Without a
-measurement it picks FlashAttention on Ampere, cuDNN on Hopper and newer if the number of tokens is a multiple of 128,
-and PyTorch's default otherwise. cuDNN and FlashAttention support only half precision; fp32 uses PyTorch's default.
+`bench/kernels/attention.py` measured as fastest for this GPU and shape: attention.json beside this file, shipped with
+the results of an H200, which also stand for an H100. Without a measurement it picks FlashAttention on Ampere, cuDNN on
+Hopper and newer if the number of tokens is a multiple of 128, and PyTorch's default otherwise. cuDNN and FlashAttention
+support only half precision; fp32 uses PyTorch's default.
 """
 
 import importlib.util

@@ -43,8 +43,10 @@ class Plant:
     old: str
     new: str
     fast: bool = False
+    hopper: bool = False  # with the kernels for compute capability 9, in fp16
 
 
+HEAD = (2, 2, 67, 72)  # two blocks of keys, the second one partial
 TALL, WIDE = (2, 37, 24), (2, 5, 88)  # three chunks of tokens, the last one partial; masked columns
 PLANTS = [
     Plant("wrong sample", "adaln", TALL, "adaln.py", "shift + n * shift_n, D", "shift, D", fast=True),
@@ -52,10 +54,12 @@ PLANTS = [
     Plant("wrong sample", "gate_residual_adaln", TALL, "gate_residual_adaln.py", "gate + n * gate_n, D", "gate, D"),
     Plant("wrong sample", "gate_residual", TALL, "gate_residual_adaln.py", "branch + n * branch_n", "branch"),
     Plant("wrong sample", "qk_norm_rope", (2, 19, 3, 24), "qk_norm_rope.py", "qkv + n * qkv_n", "qkv"),
-    Plant("wrong sample", "attention", (2, 2, 17, 24), "attention.py", "k += n * k_n + head", "k += head", fast=True),
+    Plant("wrong sample", "attention", (2, 2, 17, 24), "attention_kernels.py", "k += n * k_n + head", "k += head",
+          fast=True),
     Plant("missing mask", "adaln", WIDE, "tiles.py", "tl.where((A + tl.arange(0, B) < D)[None, :], x_b, 0.0)",
           "x_b", fast=True),
-    Plant("missing mask", "attention", (1, 2, 41, 24), "attention.py", "if T % BLOCK_N:", "if T < 0:", fast=True),
+    Plant("missing mask", "attention", (1, 2, 41, 24), "attention_kernels.py", "if T % BLOCK_N:", "if T < 0:",
+          fast=True),
     Plant("unreduced chunk", "adaln", TALL, "tiles.py", "(rows < CHUNKS)", "(rows < 1)", fast=True),
     Plant("unreduced chunk", "gate_residual_adaln", TALL, "gate_residual_adaln.py",
           "partial + tl.program_id(0).to(tl.int64) * SUMS", "partial + n * SUMS"),
@@ -92,8 +96,16 @@ PLANTS = [
     Plant("lost term", "adamw_ema", (100,), "adamw_ema.py", "g *= tl.load(grad_scale)",
           "g *= 1 + 0 * tl.load(grad_scale)"),
     Plant("lost term", "adamw_ema", (100,), "adamw_ema.py", "p *= 1.0 - rate * DECAY", "p *= 1.0"),
-    Plant("lost term", "attention", (1, 2, 17, 24), "attention.py", "dk_b * SCALE", "dk_b"),
-    Plant("lost term", "attention", (1, 2, 17, 24), "attention.py", "dp - total[:, None]", "dp"),
+    Plant("lost term", "attention", (1, 2, 17, 24), "attention_kernels.py", "dk_b * SCALE", "dk_b"),
+    Plant("lost term", "attention", (1, 2, 17, 24), "attention_kernels.py", "dp - total[:, None]", "dp"),
+    Plant("wrong sample", "attention", HEAD, "attention_kernels.py", "level = tl.load(lse + (n * H + head) * T + rows",
+          "level = tl.load(lse + rows", hopper=True),
+    Plant("wrong place", "attention", HEAD, "attention_kernels.py", "_load(q + A, rows, q_t, T, D - A, A, 0)",
+          "_load(q + A - 8, rows, q_t, T, A, A, 0)", hopper=True),
+    Plant("stale output", "attention", HEAD, "attention_kernels.py", "T, D, A, C)", "T, A, A, 0)", hopper=True,
+          fast=True),
+    Plant("lost term", "attention", HEAD, "attention_kernels.py", "dk_c * SCALE", "dk_c", hopper=True),
+    Plant("lost term", "attention", HEAD, "attention_kernels.py", "dp - total[:, None]", "dp", hopper=True),
     Plant("wrong place", "qk_norm_rope", (2, 5, 3, 24), "qk_norm_rope.py", "-sin_a, -sin_b", "sin_a, sin_b"),
     Plant("wrong place", "qk_norm_rope", (2, 5, 3, 24), "qk_norm_rope.py", "load_vector(cos + t *",
           "load_vector(cos + 0 * t *"),
@@ -109,18 +121,21 @@ def load(folder: Path, name: str) -> ModuleType:
     return module
 
 
-def complaints(package: ModuleType, op: str, shape: tuple[int, ...]) -> list[str]:
+def complaints(package: ModuleType, op: str, shape: tuple[int, ...], hopper: bool = False) -> list[str]:
+    gpu, dtype = ((9, 0), torch.float16) if hopper else ((8, 0), torch.float32)
     try:
-        return compare(package.OPS[op], package.OPS[op].inputs(shape, torch.float32, DEVICE))
+        with mock.patch.object(package.runtime, "ABSENT_GPU", gpu):
+            return compare(package.OPS[op], package.OPS[op].inputs(shape, dtype, DEVICE))
     except Exception as error:
         return [f"{type(error).__name__}: {str(error)[:80]}"]
 
 
-def launches(package: ModuleType, name: str, fast: bool) -> list[tuple[str, list[str]]]:
+def launches(package: ModuleType, name: str, fast: bool, hopper: bool) -> list[tuple[str, list[str]]]:
     """(bug, complaints) for bugs in the launches of this op: the last program missing, an output written elsewhere."""
     found, op = [], package.OPS[name]
     launch = package.runtime.wrap_triton._launch
-    for index, written in enumerate(op.writes):
+    shape, kernels = (op.shapes[0], " on Hopper") if hopper else (op.tiny, "")
+    for index, written in enumerate(op.writes_hopper if hopper else op.writes):
         for output in (None, *(written[:1] if fast else written)):
             calls = itertools.count()
 
@@ -135,7 +150,7 @@ def launches(package: ModuleType, name: str, fast: bool) -> list[tuple[str, list
 
             with mock.patch.object(package.runtime.wrap_triton, "_launch", wrong):
                 bug = f"{output} written elsewhere" if output else "last program missing"
-                found.append((f"{bug} in launch {index} of {name}", complaints(package, name, op.tiny)))
+                found.append((f"{bug} in launch {index} of {name}{kernels}", complaints(package, name, shape, hopper)))
     return found
 
 
@@ -147,11 +162,12 @@ def main() -> int:
     bugs = missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         untouched = load(KERNELS, "untouched")
-        for op, shape in sorted({(plant.op, plant.shape) for plant in plants}):
-            if found := complaints(untouched, op, shape):
+        for op, shape, hopper in sorted({(plant.op, plant.shape, plant.hopper) for plant in plants}):
+            if found := complaints(untouched, op, shape, hopper):
                 print(f"untouched {op} {shape}: {found}")
                 missed += 1
-        for bug, found in (pair for name in untouched.OPS for pair in launches(untouched, name, fast)):
+        kinds = [(name, hopper) for name in untouched.OPS for hopper in (False, True)]
+        for bug, found in (pair for name, hopper in kinds for pair in launches(untouched, name, fast, hopper)):
             bugs += 1
             missed += not found
             print(f"{bug}: {f'caught: {found[0]}' if found else 'MISSED'}", flush=True)
@@ -162,7 +178,7 @@ def main() -> int:
             if plant.old not in text:
                 raise ValueError(f"{plant.file} no longer holds {plant.old!r}; update the plant")
             (folder / plant.file).write_text(text.replace(plant.old, plant.new))
-            found = complaints(load(folder, f"mutant{index}"), plant.op, plant.shape)
+            found = complaints(load(folder, f"mutant{index}"), plant.op, plant.shape, plant.hopper)
             missed += not found
             verdict = f"caught: {found[0]}" if found else "MISSED"
             print(f"{plant.sort} in {plant.op} ({plant.old[:40]} -> {plant.new[:40]}): {verdict}", flush=True)

@@ -61,6 +61,7 @@ def test_the_compiler_sees_the_kernels_and_what_they_write() -> None:
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = {name: list(map(list, op.writes)) for name, op in OPS.items() if any(op.writes)}
-    assert {line["op"]: line["written"] for line in lines} == expected
+    expected = {(name, False): list(map(list, op.writes)) for name, op in OPS.items() if any(op.writes)}
+    expected |= {(name, True): list(map(list, op.writes_hopper)) for name, op in OPS.items() if op.writes_hopper}
+    assert {(line["op"], line["hopper"]): line["written"] for line in lines} == expected
     assert not any(line["opaque"] for line in lines)

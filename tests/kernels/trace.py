@@ -1,9 +1,12 @@
 """Compiles every op on CPU tensors up to the graph that Inductor would get, and prints one JSON line per op.
 
+Ops with kernels of their own for Hopper are compiled with these too, in a line of their own.
+
 Triton itself runs here, not its interpreter, with a driver that only names a target. So this is the compiler's real
 view of the kernels: the launches that it sees, and the tensors that they write according to its analysis.
 """
 
+import importlib
 import json
 import warnings
 
@@ -12,7 +15,7 @@ import triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
-from fastdit.kernels import OPS
+from fastdit.kernels import OPS, runtime
 
 
 class Driver:
@@ -26,9 +29,11 @@ class Driver:
 def main() -> None:
     warnings.simplefilter("ignore")
     triton.runtime.driver.set_active(Driver())
-    for name, op in OPS.items():
-        if not any(op.writes):
-            continue  # not for the compiler
+    importlib.import_module("fastdit.kernels.attention").WHOLE_FITS = True  # whatever this version makes of it
+    for name, hopper in [(name, hopper) for name in OPS for hopper in (False, True)]:
+        op, runtime.ABSENT_GPU = OPS[name], (9, 0) if hopper else (8, 0)
+        if not any(op.writes_hopper if hopper else op.writes):
+            continue  # the same, or not for the compiler
         torch._dynamo.reset()
         graphs = []
 
@@ -40,7 +45,7 @@ def main() -> None:
                 torch.empty_strided(m.shape, m.stride(), dtype=m.dtype) if torch.is_tensor(m) else m for m in metas
             ]
 
-        kwargs = op.inputs(op.tiny, torch.bfloat16)
+        kwargs = op.inputs(op.shapes[0] if hopper else op.tiny, torch.bfloat16)
         backend = aot_autograd(fw_compiler=compiler)
         step = torch.compile(lambda kw, op=op: op.triton(**kw), fullgraph=True, backend=backend)
         out = step(kwargs)
@@ -51,7 +56,8 @@ def main() -> None:
         calls = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
         launches = [node for node in calls if "triton_kernel_wrapper" in str(node.target)]
         opaque = [str(node.target) for node in calls if "fastdit" in str(node.target)]
-        print(json.dumps({"op": name, "written": [n.kwargs["tensors_to_clone"] for n in launches], "opaque": opaque}))
+        written = [n.kwargs["tensors_to_clone"] for n in launches]
+        print(json.dumps({"op": name, "hopper": hopper, "written": written, "opaque": opaque}))
 
 
 if __name__ == "__main__":

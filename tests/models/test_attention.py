@@ -92,6 +92,14 @@ def test_auto_takes_what_was_measured_and_else_the_gpus_default(gpu, tmp_path, m
     assert resolve("auto", device=CUDA, head_dim=72, tokens=256) == "sdpa-flash"
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_auto_knows_hopper_from_the_table_that_is_shipped(gpu, name):
+    gpu(name, (9, 0))
+    for head_dim, tokens in ((64, 256), (72, 256), (64, 1024), (72, 1024)):
+        assert resolve("auto", device=CUDA, head_dim=head_dim, tokens=tokens) == "triton"
+    assert resolve("auto", device=CUDA, head_dim=72, tokens=4096) == "sdpa-cudnn"
+
+
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith(("sdpa-", "flash-"))])
 def test_half_precision_kernels_leave_fp32_to_pytorch(name):
     """Sampling and the likelihood compute in fp32 by default, whatever backend was used in training."""
