@@ -1,6 +1,6 @@
 """The quickstart's time from images to report, by stage, and the quality of its samples; each seed in turn.
 
-    python -m bench.quality.quickstart --out results          # three seeds, about seven minutes on two cores
+    python -m bench.quality.quickstart --out results          # three seeds, about six minutes on two cores
 """
 
 import json
