@@ -204,7 +204,7 @@ failed=()
     done
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
-TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,engines,size-*,small-batch,ablation}.md 2>/dev/null)
+TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,extract,engines,size-*,small-batch,ablation}.md 2>/dev/null)
 (cd "$OUT" && cat $TABLES /dev/null >report.md && rm -f $TABLES)
 [[ " ${KEPT[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
 [[ -d $WORK/caches/inductor ]] && tar -czf "$OUT/caches.tgz" -C "$WORK/caches" .

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.record import compared, parser, record
+from bench.record import compared, markdown, parser, record
 from fastdit.data import extract
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
@@ -113,6 +113,14 @@ def ours(out: Path, precision: str, compile: bool, **common) -> tuple[float, dic
     return rate, facts | ({"fp32_psnr_db": float(decibel[1])} if decibel else {})
 
 
+def table(lines: list[dict]) -> str:
+    header = ["way", "images/s", "min .. max", "x fastdit-fp32", "setup s", "dB to fp32"]
+    return "## extract\n\n" + markdown([header] + [
+        [line["way"], f"**{line['images_per_s']}**", "{} .. {}".format(*line["spread"]),
+         line["over"].get("fastdit-fp32", 1), line.get("setup_s", ""), line.get("fp32_psnr_db", "")] for line in lines
+    ])  # fmt: skip
+
+
 def main() -> None:
     options = parser(__doc__)
     ranks = init()
@@ -162,8 +170,10 @@ def main() -> None:
             LatentCodec.load = load
             settings = {"image_size": size, "batch_size": batch, "workers": workers, "images": len(folder),
                         "vae_parameters": sum(p.numel() for p in codec.vae.parameters())}  # fmt: skip
-            for way, figures in compared(rates).items():
-                record("extract", arguments.out, way=way, **figures, **facts[way], **settings)
+            lines = [record("extract", arguments.out, way=way, **figures, **facts[way], **settings)
+                     for way, figures in compared(rates).items()]  # fmt: skip
+            if arguments.out:
+                (arguments.out / "extract.md").write_text(table(lines))
     if missing := [way for way in arguments.ways if way not in rates]:
         sys.exit(f"not timed, the budget was used up: {', '.join(missing)}")
 
