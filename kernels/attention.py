@@ -52,8 +52,8 @@ WHOLE_FITS = INTERPRET or HAS_TRITON and triton.__version__.startswith("3.6.")  
 def _whole(gpu: tuple[int, int], q: Tensor) -> bool:
     """Whether one program holds a head, q (N, H, T, D), in the backward pass on a GPU of this compute capability."""
     t, d = q.shape[2:]
-    # 129 to 255 are padded to 256, with a mask that does not fit beside them; up to 64 was not verified on a GPU, but is
-    # what the tests in the interpreter can afford
+    # 129 to 255 are padded to 256, with a mask that does not fit beside them; up to 64 was not verified on a GPU, but
+    # the tests in the interpreter are short
     tokens = (64 if not INTERPRET else 0) < t <= 128 or t in (192, 256)
     return WHOLE_FITS and gpu[0] == 9 and q.dtype.itemsize == 2 and tokens and 64 <= d <= 80
 
