@@ -30,8 +30,8 @@ def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: in
     Per token and block, in units of D values of `itemsize` bytes: the input of qkv 1, qkv 3, attention's output 1, both
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
     bytes per value; more where the network has options. `activation` recomputes the activation's output; `selective`
-    also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv, fc1
-    and fc2 are kept in one byte per value, and that of proj also so.
+    also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv,
+    fc1 and fc2 are kept in one byte per value, and that of proj in another one.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     before, after = activation_widths(model)
