@@ -57,7 +57,7 @@ fi
 
 STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official)
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
-SMALL=(--batch 32 --contestants fastdit-all-on strong --profile)
+SMALL=(training.joint_adaln=true --batch 32 --contestants fastdit-all-on strong fastdit-fp8 --profile)
 KERNELS=(bench.kernels)
 if [[ -n $REHEARSE ]]; then
     TINY=(--size tiny --rounds 1 --steps 2) SIZES=(tiny small)
@@ -74,7 +74,8 @@ else
     EXTRACT=(--count 1024 --rounds 2) QUICKSTART=()
     SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
     # tests that behave differently on a GPU; the long ones last, in case time runs out
-    TESTS=(tests/kernels/test_kernels.py tests/models/test_attention.py tests/models/test_fp8.py tests/models/test_dit.py
+    TESTS=(tests/kernels/test_fp8.py tests/kernels/test_attention.py tests/kernels/test_kernels.py tests/training/test_engine.py
+        tests/models/test_attention.py tests/models/test_fp8.py tests/models/test_dit.py
         tests/diffusion/test_guidance.py $ON_DEVICE tests/bench/test_gpu.py -k "not gpu_run and not by_default")
     TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses

@@ -16,21 +16,22 @@ from fastdit.models.fp8 import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
 
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
-OPTIMIZER_BYTES = 44  # per parameter: norm, AdamW, EMA
+OPTIMIZER_BYTES = 40  # per parameter: norm, AdamW and EMA in one pass
 AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are read, it is written
-CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32
+CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32, unless AdamW's pass writes and reads bf16
 ADD_BYTES = 12  # per parameter and further micro-batch: its gradient is added; its weight is also cast again
 
 POLICIES = ("none", "activation", "selective", "full")  # of activation checkpointing, from fastest to smallest
 
 
-def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: int = 4) -> int:
+def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: int = 4, fp8: bool = False) -> int:
     """Bytes that one image keeps from the forward to the backward pass, with the fused kernels.
 
     Per token and block, in units of D values of `itemsize` bytes: the input of qkv 1, qkv 3, attention's output 1, both
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
     bytes per value; more where the network has options. `activation` recomputes the activation's output; `selective`
-    also the norms' outputs; `full` keeps only a block's residual and branch.
+    also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv,
+    fc1 and fc2 are kept in one byte per value, and that of proj in another one.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
     before, after = activation_widths(model)
@@ -46,7 +47,8 @@ def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: in
         "full": (1, 1),
     }[policy]
     ends = residual + itemsize  # the residual and the input of the final layer
-    return round(d * tokens * (blocks * (itemsize * units + residual * residuals) + ends))
+    in_bytes = -(1 + 1 + after) + 1 if fp8 and policy == "none" else 0
+    return round(d * tokens * (blocks * (itemsize * units + in_bytes + residual * residuals) + ends))
 
 
 def activation_widths(model: DiT) -> tuple[float, float]:
@@ -69,10 +71,11 @@ def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False
     attention = 2 * (3 + 1) + 2 * (3 + 1 + 1 + 3) + cross * (2 * (1 + 1) + 2 * (1 + 1 + 1 + 1))
     packing = 2 * (3 + 3) + 2 * 3  # the gradients of q, k and v into one tensor; read again for the bias
     step = norm + norm_backward + activation + (activation + 2 * before) + attention + packing
-    if fp8:  # inputs and gradients of the linears: read, written in both layouts, where no other kernel does so
-        step += 4 * ((1 + 1 + 1) + (3 + 1 + 1) + 4 * cross)
-        step += 0 if model.blocks[0].mlp.kind in FP8_FUSED else 4 * (after + before)
-        step += 2 * (3 + 3)  # the bias of qkv is added alone
+    if fp8:  # inputs and gradients of the linears: read, and written in both layouts
+        step += 4 * (1 + (3 + 1 + 1)) + 12 * cross  # of attention; gradients of qkv and of the branches
+        step += 0 if model.blocks[0].mlp.kind in FP8_FUSED else 4 * (after + before)  # else by the activation
+        step += (2 + cross) * (2 - 1)  # the norm writes a byte instead of two, which is then transposed
+        step -= 2 * 3  # the cast also sums the gradient of qkv's bias
     again = {
         "none": 0,
         "activation": 2 * after,  # written again by the activation's backward pass
@@ -92,13 +95,14 @@ def memory_bytes(
     precision: str = "bf16",
     residual: int = 4,
     averages: int = 1,
+    fp8: bool = False,
 ) -> dict[str, float]:
     """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream.
 
     `averages`: the EMA, and one more for each of training.ema_stds.
     """
     count = sum(p.numel() for p in model.parameters())
-    width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual}
+    width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual, "fp8": fp8}
     kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
     recomputed = (whole - kept) / len(model.blocks)  # by the backward pass, for one block at a time
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
@@ -136,13 +140,14 @@ def rank(
     weights = sum(n for name, n in linears.items() if not name.endswith("cross.kv"))  # applied to two tokens only
     in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of one image's forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: twice the bytes per value, half the rate
-    casts = CAST_BYTES if wide == 1 else 0
+    alone = world == 1 and not uses_zero(settings)  # then the optimizer's pass writes bf16 weights, see engine.py
+    casts = 0 if wide == 2 else CAST_BYTES
     reached, bandwidth = card.efficiency, card.bandwidth * 1e12
     attention = 4 * model.tokens**2 * model.hidden_size * len(model.blocks)  # FLOPs, also of one forward pass
     products = model.flops_per_image() - attention - in_fp8 * (1 - 1 / reached.fp8)
     forward_s = (products / reached.products + attention / reached.attention) / (card.tflops / wide * 1e12)
     optimizer_bytes = OPTIMIZER_BYTES + AVERAGE_BYTES * len(settings.ema_stds)
-    weight_bytes = (optimizer_bytes / (world if uses_zero(settings) else 1) + casts) * count
+    weight_bytes = optimizer_bytes / (world if uses_zero(settings) else 1) * count
     candidates = []
     for policy in policies:
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in micros}
@@ -154,7 +159,8 @@ def rank(
         )
         image_s = (4 if policy == "full" else 3) * forward_s  # the backward pass takes two; full: one again
         image_s += (moved / reached.memory + (with_fp8 - moved) / reached.fp8_operands) / bandwidth
-        per_step = weight_bytes + (share // micro - 1) * (ADD_BYTES + casts / 2) * count
+        per_step = weight_bytes + (0 if alone and micro == share else casts) * count
+        per_step += (share // micro - 1) * (ADD_BYTES + casts / 2) * count
         step_s = share * image_s + per_step / reached.weights / bandwidth
         step_s += share // micro * (reached.small_s + (0 if settings.cuda_graph else reached.launch_s))
         candidates.append(Candidate(policy, micro, memory[micro], bool(fitting), step_s))
@@ -215,6 +221,7 @@ def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int
         precision=settings.precision,
         residual=settings.residual_bytes,
         averages=1 + len(settings.ema_stds),
+        fp8=settings.fp8,
     )
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 BARS = {  # start of a row in the table -> label
-    "fastdit, `training.residual=bf16 training.fp8=true`": "fastdit, FP8",
-    "fastdit, `training.residual=bf16 training.cuda_graph=true` | 256": "fastdit, bf16",
+    "fastdit, `training.residual=bf16 training.cuda_graph=true training.fp8=true`": "fastdit, FP8",
+    "fastdit, `training.residual=bf16 training.cuda_graph=true` |": "fastdit, bf16",
     "strong baseline": "strong baseline (bf16, torch.compile, SDPA)",
     "fast-DiT's recipe": "fast-DiT",
     "official recipe": "official DiT (TF32)",

@@ -28,9 +28,11 @@ from bench.static.cuda_target import cuobjdump, resources
 from fastdit.kernels import OPS, runtime
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-         torch.float64: "fp64", torch.bool: "i1"}  # fmt: skip
+         torch.float64: "fp64", torch.bool: "i1", torch.int16: "i16", torch.uint8: "u8",
+         torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}  # fmt: skip
 TARGETS = (80, 90, 100)
-SIZES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i1": 1, "i8": 1, "f64": 8}
+SIZES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i1": 1, "i8": 1, "f64": 8, "i16": 2,
+         "f8E4M3FN": 1, "f8E5M2": 1}  # fmt: skip
 SHARED = {80: 164, 90: 228, 100: 228}  # KiB per multiprocessor
 ACCESS = re.compile(
     r"\b(tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b"

@@ -1,6 +1,11 @@
 """FP8 operands: every fused cast against the cast of what the unfused kernel computes, bit for bit."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from fastdit.kernels import OPS, fp8_cast, fp8_cast_and_sum, fp8_transpose, gate
 from fastdit.kernels.fp8 import FORWARD, GRADIENT, fp8_cast_eager
 from helpers.kernels import DEVICE, DTYPES
 
+ROOT = Path(__file__).parents[2]
 FORMATS = (FORWARD, GRADIENT)
 SHAPES = [(41, 96), (130, 72), (16, 1152), (1, 16)]  # rows and columns that fill no tile, and one that does
 KINDS = {"gelu": 1, "swiglu": 2}  # halves
@@ -146,3 +152,57 @@ def test_the_norm_casts_what_it_would_return(shape, options):
     own_x, _, rows, most = gate_residual_adaln_fp8(**values, factor=at(32.0), eps=eps, rms=rms)
     assert torch.equal(own_x, x)
     assert_same((rows, fp8_transpose(rows), most), fp8_cast_eager(h.flatten(0, 1), at(32.0), FORWARD), alike=True)
+
+
+STATIC = """
+import json, re
+import torch
+from bench.static import kernels as static
+from bench.static.cuda_target import cuobjdump
+from fastdit.kernels import OPS, fp8_transpose, runtime
+from fastdit.kernels.fp8 import FORWARD, GRADIENT
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+built = []
+compile = static.triton.compile
+
+def keep(*args, **kwargs):
+    built.append(compile(*args, **kwargs))
+    return built[-1]
+
+static.triton.compile = keep
+m, d, one, ops = 65536, 1152, meta(1, dtype=torch.float32), torch.ops.fastdit
+with runtime.record_launches() as launches:
+    ops.fp8_cast(meta(m, 3 * d), one, GRADIENT, True)
+    ops.fp8_cast(meta(4 * d, d, dtype=torch.float32), one, FORWARD, False)
+    fp8_transpose(meta(m, d, dtype=FORWARD))
+    for name, wide in (("gelu", 1), ("swiglu", 2)):
+        x, bias = meta(m, wide * 3072), meta(wide * 3072, dtype=torch.float32)
+        getattr(ops, f"{name}_fp8")(x, bias, one)
+        getattr(ops, f"{name}_backward_fp8")(meta(m, 3072), x, bias, one)
+    values = OPS["gate_residual_adaln"].inputs((256, 256, d), torch.bfloat16, "meta")
+    values = {name: value.detach() for name, value in values.items()}
+    ops.gate_residual_adaln_fp8(**values, factor=one, eps=1e-6, rms=False)
+for launch in launches:
+    if "sum_chunks" not in launch[0].__name__:
+        row = static.build(launch, 90)
+        sass = cuobjdump(built[-1].asm["cubin"], "-sass")
+        row["merged"] = re.findall(r"F2FP[^;]*\\bR1\\b[^;]*", sass)
+        row["widths"] = dict(row["widths"])
+        print(json.dumps(row))
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the values themselves are compared")
+def test_the_code_for_hopper_spills_nothing_and_merges_no_value_with_the_stack_pointer():
+    """ptxas 12.8 did the latter, with FP8 values that were stored both whole and in parts: the bytes were wrong."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "FASTDIT_KERNELS": "triton"}
+    done = subprocess.run([sys.executable, "-c", STATIC], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 8
+    for row in rows:
+        assert (row["spills"], row["merged"]) == (0, []), row
+        assert row["widths"]["load 128"] > 0 and row["widths"]["store 128"] > 0, row
