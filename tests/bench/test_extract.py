@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def measured(monkeypatch, out, *arguments: str) -> dict[str, dict]:
     monkeypatch.setattr(sys, "argv", ["extract", "--count", "12", "--out", str(out), *arguments])
+    monkeypatch.setattr(extract.signal, "signal", lambda *_: None)
     extract.main()
     return {line["way"]: line for line in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
 
