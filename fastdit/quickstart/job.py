@@ -33,18 +33,17 @@ from fastdit.training.loop import train
 
 VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
 SAMPLES = 500
-# threads at most, where the operators take microseconds: a second one trains the autoencoder 1.3 times as fast
-VAE_THREADS, DIT_THREADS = 2, 1
+THREADS = 2  # at most: an operator of these networks takes microseconds, and waking more threads takes longer
 ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling takes longer than it would save here
 
 
 @contextmanager
-def few_threads(most: int) -> Iterator[None]:
-    """Uses at most `most` threads in PyTorch and one in NumPy's matrix products."""
+def few_threads() -> Iterator[None]:
+    """Uses at most THREADS threads in PyTorch and one in NumPy's matrix products."""
     from threadpoolctl import threadpool_limits  # scikit-learn needs it
 
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most))
+    torch.set_num_threads(min(before, THREADS))
     try:
         with threadpool_limits(1, "blas"):
             yield
@@ -52,7 +51,7 @@ def few_threads(most: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@few_threads(VAE_THREADS)
+@few_threads()
 def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), say: Callable = print) -> dict:
     """Run the full pipeline, write to `out` (new or empty), and return the contents of report.json.
 
@@ -91,7 +90,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
             ranks=ranks,
         )  # fmt: skip
 
-    with stage("train", f"training {config.model.variant} for {config.training.steps} steps"), few_threads(DIT_THREADS):
+    with stage("train", f"training {config.model.variant} for {config.training.steps} steps"):
         checkpoint = train(config)
 
     with stage("sample", f"sampling {SAMPLES} images"):
