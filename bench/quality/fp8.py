@@ -1,4 +1,4 @@
-"""The loss with FP8 linears beside bf16's on scikit-learn's digits, and beside that of other seeds: the quickstart's run.
+"""The loss with FP8 linears beside bf16's, and beside other seeds', on digits: the quickstart's run.
 
     python -m bench.quality.fp8                  # real FP8 on a GPU; on a CPU the products are emulated
     python -m bench.quality.fp8 --set training.steps=400 model.variant=DiT-S/2
