@@ -4,7 +4,7 @@
 #   bash bench/gpu.sh OUT [--budget-s 480] [--wheels DIR] [--cache FILE] [--rehearse] [part ...]
 #
 # Parts, the most informative first, which is also their order by default: tests step kernels attention sample smoke
-# engines sizes small-batch ablation. At the start it prints what it will do in which second. A part that ends early
+# extract quickstart engines sizes small-batch ablation. At the start it prints what it will do in which second. A part that ends early
 # leaves its time to the next ones; one that does not fit into the rest of the budget is left out. Each has its own time
 # limit, so one that hangs or fails takes no time from the others. While the tests run, what the contestants of `step`
 # compile is compiled beside them.
@@ -28,7 +28,7 @@ while (($#)); do
     esac
     shift
 done
-((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke engines sizes small-batch ablation)
+((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke extract quickstart engines sizes small-batch ablation)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
@@ -63,12 +63,15 @@ if [[ -n $REHEARSE ]]; then
     TINY=(--size tiny --rounds 1 --steps 2) SIZES=(tiny small)
     STEP+=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
     SAMPLE=(--size tiny --share 0.05 --rounds 1 --batch 2)
+    EXTRACT=(--count 48 --rounds 1 --ways fastdit-fp32 fastdit-bf16-compiled loader)
+    QUICKSTART=(training.steps=20 sampling.steps=2)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
     KERNELS+=(--ops adaln)
     TESTS=(tests/models/test_dit.py $ON_DEVICE) TRAINED=()
-    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 engines 300 sizes 400 small-batch 200 ablation 300)
+    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 extract 120 quickstart 200 engines 300 sizes 400 small-batch 200 ablation 300)
 else
     STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
+    EXTRACT=(--count 1024 --rounds 2) QUICKSTART=()
     SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
     # tests that behave differently on a GPU; the long ones last, in case time runs out
     TESTS=(tests/kernels/test_fp8.py tests/kernels/test_attention.py tests/kernels/test_kernels.py tests/training/test_engine.py
@@ -77,11 +80,11 @@ else
     TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
-    LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 engines 150 sizes 170 small-batch 120 ablation 530)
+    LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 extract 60 quickstart 70 engines 150 sizes 170 small-batch 120 ablation 530)
 fi
 read -ra OTHER <<<"${LIMITS:-}"
 LIMIT=("${OTHER[@]}" "${LIMIT[@]}")
-LEAST=(tests 30 step 60 kernels 20 attention 15 sample 30 smoke 60 engines 60 sizes 60 small-batch 60 ablation 100)
+LEAST=(tests 30 step 60 kernels 20 attention 15 sample 30 smoke 60 extract 40 quickstart 50 engines 60 sizes 60 small-batch 60 ablation 100)
 
 number() {  # of the part $1 in the list of pairs that follows
     local part=$1
@@ -119,6 +122,8 @@ command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs sto
         attention) COMMAND=(-m bench.kernels.attention "${common[@]}") ;;
         sample) COMMAND=(-m bench.sample "${SAMPLE[@]}" "${common[@]}") ;;
         smoke) COMMAND=(-m bench.smoke "${common[@]}") ;;
+        extract) COMMAND=(-m bench.io.extract "${common[@]}" "${EXTRACT[@]}") ;;
+        quickstart) COMMAND=(-m bench.quality.quickstart --out "$OUT" "${QUICKSTART[@]}" --seeds 0) ;;
         kernels) COMMAND=(-m "${KERNELS[@]}" --out "$OUT") ;;
         tests)
             has diffusers && TESTS=("${TRAINED[@]}" "${TESTS[@]}")  # they make an autoencoder
@@ -137,11 +142,12 @@ command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs sto
 has() { [[ " $MISSING " != *" $1 "* ]]; }
 DEEPSPEED="deepspeed hjson pydantic pydantic_core annotated_types typing_inspection"
 DATA="diffusers importlib_metadata webdataset braceexpand"
-NEEDS=(tests "$DATA" step torchao kernels liger_kernel smoke "$DEEPSPEED $DATA" engines "$DEEPSPEED")
+NEEDS=(tests "$DATA" kernels liger_kernel smoke "$DEEPSPEED $DATA" extract "$DATA" quickstart "$DATA sklearn"
+    engines "$DEEPSPEED")
 MISSING=$($PYTHON -c "
 import importlib.util, sys
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))" \
-    $DEEPSPEED $DATA torchao liger_kernel xdist pytest_timeout) || exit 1
+    $DEEPSPEED $DATA sklearn liger_kernel xdist pytest_timeout) || exit 1
 
 plan() {  # sets KEPT
     local at=$SECONDS needed absent
@@ -149,14 +155,14 @@ plan() {  # sets KEPT
     echo "plan for $BUDGET s, the time of each part at most:"
     for part in "${PARTS[@]}"; do
         share "$part" "$at"
-        [[ -z $(number "$part" "${LEAST[@]}") ]] && echo "unknown part $part; use some of tests step kernels attention sample smoke engines" \
-            "sizes small-batch ablation" && exit 2
+        [[ -z $(number "$part" "${LEAST[@]}") ]] && echo "unknown part $part; use some of tests step kernels attention sample smoke" \
+            "extract quickstart engines sizes small-batch ablation" && exit 2
         absent=""
         for needed in $(number "$part" "${NEEDS[@]}"); do
             has "$needed" || absent+=" $needed"
         done
         [[ -n $absent ]] && echo "  WARNING: $part lacks$absent; carry them with --wheels (bench/README.md)"
-        [[ $part == smoke && -n $absent ]] && echo "  $part: left out" && continue
+        [[ $part =~ ^(smoke|extract|quickstart)$ && -n $absent ]] && echo "  $part: left out" && continue
         KEPT+=("$part")
         if ((MOST < LEAST_NOW)); then
             printf '  %-12s if %s s are left\n' "$part" "$LEAST_NOW"
@@ -199,7 +205,7 @@ failed=()
     done
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
-TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,engines,size-*,small-batch,ablation}.md 2>/dev/null)
+TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,extract,engines,size-*,small-batch,ablation}.md 2>/dev/null)
 (cd "$OUT" && cat $TABLES /dev/null >report.md && rm -f $TABLES)
 [[ " ${KEPT[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
 [[ -d $WORK/caches/inductor ]] && tar -czf "$OUT/caches.tgz" -C "$WORK/caches" .

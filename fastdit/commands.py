@@ -47,7 +47,8 @@ def extract(parser: ArgumentParser) -> Command:
     parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
     parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")
-    parser.add_argument("--precision", help="of the VAE: float32 (default on a CPU), bfloat16 (on a GPU) or float16")
+    parser.add_argument("--precision",
+                        help="of the VAE: float32, bfloat16 (default on a GPU from Ampere on) or float16")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="compile the encoder (default: on a GPU, for 10,000 images or more)")  # fmt: skip
     parser.add_argument("--adm-exact", action="store_true",

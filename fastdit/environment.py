@@ -17,7 +17,7 @@ from fastdit.distributed import Ranks, under_deepspeed
 from fastdit.files import append_to
 
 FILE = "environment.jsonl"
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "deepspeed", "torchao", "flash-attn")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "deepspeed", "flash-attn")
 
 
 def version(package: str) -> str | None:

@@ -1,35 +1,52 @@
-"""Extraction, images/s: `extract_features` and two plain ways to do it, in rotation.
+"""Extraction, images/s: `extract_features` in several precisions and two plain ways to do it, in rotation.
 
-"loader": torch's DataLoader with worker processes, the same batch and crop, one .npy per image and orientation.
-"one by one": the same without workers and with batches of one, as most latent scripts do.
+"fastdit-fp32", "fastdit-bf16", "fastdit-bf16-compiled": our command; on a GPU all three are channels-last. Their rate
+is the one that the command reports, from the first batch to the finished shards; `setup_s` is what comes before it:
+the preview and, where it is compiled, the compilation.
+"loader": torch's DataLoader with worker processes, the same batch and crop, fp32, one .npy per image and orientation.
+"one-by-one": the same without workers and with batches of one, as most latent scripts do.
 All encode each image and its mirror image with the same weights. Starting the workers counts, loading the autoencoder
-does not. Without --images, noisy JPEGs of 500 x 375, ImageNet's typical size, are generated. Without --vae the weights
-are random: on a GPU the released autoencoder's size and 256 px; on a CPU, where the encoder would dominate, the
-quickstart's order of size and 32 px.
+does not. On a GPU "float32" allows TF32, as everywhere in fastdit. Without --images, noisy JPEGs of 500 x 375,
+ImageNet's typical size, are generated. Without --vae the weights are random: on a GPU the released autoencoder's size
+and 256 px; on a CPU, where the encoder would dominate, the quickstart's order of size and 32 px.
 
     python -m bench.io.extract [--images DIR] [--vae NAME_OR_DIR] [--image-size 256] [--count 512] [--rounds 5]
+    python -m bench.io.extract --ways fastdit-fp32 fastdit-bf16-compiled loader
 """
 
+import copy
+import os
+import re
+import signal
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from bench.record import compared, parser, record, rotate
-from fastdit.data.extract import PRECISIONS, extract_features
+from bench.record import compared, markdown, parser, record
+from fastdit.data import extract
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.sources import ImageSource, list_images
 from fastdit.distributed import init
 
+# name: (precision, compile) of extract_features; None: a plain way
+WAYS = {
+    "fastdit-fp32": ("float32", False), "fastdit-bf16-compiled": ("bfloat16", True),
+    "fastdit-bf16": ("bfloat16", False), "loader": None, "one-by-one": None,
+}  # fmt: skip
+
 
 def make_images(folder: Path, count: int) -> Path:
     """JPEGs with as much detail as photographs: noise at every scale."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
+
+    def make(i: int) -> None:
+        rng = np.random.default_rng(i)
         image = np.zeros((375, 500, 3))
         for side in (4, 16, 64, 250):
             noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
@@ -37,6 +54,9 @@ def make_images(folder: Path, count: int) -> Path:
         path = folder / str(i % 4) / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.astype(np.uint8)).save(path, quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make, range(count)))
     return folder
 
 
@@ -76,49 +96,86 @@ def plain(codec: LatentCodec, folder: ImageSource, out: Path, size: int, batch: 
         done += len(crops)
 
 
+def ours(out: Path, precision: str, compile: bool, **common) -> tuple[float, dict]:
+    """Images/s as extract_features reports them, and what else is known about the way."""
+    lines, said, start = [], extract.say, time.perf_counter()
+    extract.say = lines.append
+    try:
+        manifest = extract.extract_features(out=out, precision=precision, compile=compile, **common)
+    finally:
+        extract.say = said
+    text = "\n".join(lines)
+    if "runs without torch.compile" in text:
+        raise RuntimeError(text)
+    rate = float(re.search(r"images in \d+ shards, ([\d.]+) images/s", text)[1])
+    decibel = re.search(r"against float32: ([\d.]+) dB", text)
+    facts = {"setup_s": round(time.perf_counter() - start - len(manifest) / rate, 1)}
+    return rate, facts | ({"fp32_psnr_db": float(decibel[1])} if decibel else {})
+
+
+def table(lines: list[dict]) -> str:
+    header = ["way", "images/s", "min .. max", "x fastdit-fp32", "setup s", "dB to fp32"]
+    return "## extract\n\n" + markdown([header] + [
+        [line["way"], f"**{line['images_per_s']}**", "{} .. {}".format(*line["spread"]),
+         line["over"].get("fastdit-fp32", 1), line.get("setup_s", ""), line.get("fp32_psnr_db", "")] for line in lines
+    ])  # fmt: skip
+
+
 def main() -> None:
     options = parser(__doc__)
+    ranks = init()
+    on_gpu, cores = ranks.device.type == "cuda", len(os.sched_getaffinity(0))
+    usual = [way for way in WAYS if way != "one-by-one"] if on_gpu else ["fastdit-fp32", "loader", "one-by-one"]
     options.add_argument("--images")
     options.add_argument("--vae")
-    options.add_argument("--image-size", type=int)
+    options.add_argument("--image-size", type=int, default=256 if on_gpu else 32)
     options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--precision", default="float32", choices=PRECISIONS)
-    options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=usual)
+    options.add_argument("--workers", type=int, default=cores if on_gpu else 2)
     options.add_argument("--count", type=int, default=512, help="images to generate")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--budget-s", type=float, default=3600.0, help="seconds, after which no run begins")
     arguments = options.parse_args()
-    ranks = init()
-    device, on_gpu, batch, workers = ranks.device, ranks.device.type == "cuda", arguments.batch_size, arguments.workers
-    size = arguments.image_size or (256 if on_gpu else 32)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what was measured is recorded
+    deadline = time.monotonic() + arguments.budget_s
+    device, batch, workers, size = ranks.device, arguments.batch_size, arguments.workers, arguments.image_size
+    rates: dict[str, list[float]] = {}
+    facts: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         images = arguments.images or make_images(base / "images", arguments.count)
         vae = arguments.vae or make_vae(base / "vae", large=on_gpu)
         folder = list_images(images)
-        codec = LatentCodec.load(vae, PRECISIONS[arguments.precision], device)
-        codec.encode(torch.zeros(batch, 3, size, size, device=device))  # the first call tunes and allocates
-        load, LatentCodec.load = LatentCodec.load, lambda *_: codec  # loading is not timed
-        ways = {
-            "fastdit": lambda out: extract_features(
-                images=images, out=out, vae=vae, image_size=size, batch_size=batch, workers=workers,
-                precision=arguments.precision, ranks=ranks,
-            ),
-            "loader": lambda out: plain(codec, folder, out, size, batch, workers, device),
-            "one by one": lambda out: plain(codec, folder, out, size, 1, 0, device),
-        }  # fmt: skip
+        codec = LatentCodec.load(vae, torch.float32, device)
+        plain_codec = copy.deepcopy(codec)  # fastdit's own are changed in place
+        plain_codec.encode(torch.zeros(batch, 3, size, size, device=device))  # the first call tunes and allocates
+        load, LatentCodec.load = LatentCodec.load, lambda *_: copy.deepcopy(codec)  # loading is not timed
+        common = dict(images=images, vae=vae, image_size=size, batch_size=batch, workers=workers, ranks=ranks)
 
-        def rate(extract) -> float:
+        def run(way: str) -> None:
             out = Path(tempfile.mkdtemp(dir=base)) / "latents"
-            start = time.perf_counter()
-            extract(out)
-            return len(folder) / (time.perf_counter() - start)
+            if WAYS[way]:
+                rate, facts[way] = ours(out, *WAYS[way], **common)
+            else:
+                start = time.perf_counter()
+                plain(plain_codec, folder, out, size, *((batch, workers) if way == "loader" else (1, 0)), device)
+                rate, facts[way] = len(folder) / (time.perf_counter() - start), {}
+            rates.setdefault(way, []).append(rate)
 
-        rates = rotate({way: lambda run=run: rate(run) for way, run in ways.items()}, arguments.rounds)
-        LatentCodec.load = load
-    settings = {"image_size": size, "batch_size": batch, "workers": workers, "precision": arguments.precision,
-                "vae_parameters": sum(p.numel() for p in codec.vae.parameters())}  # fmt: skip
-    for way, figures in compared(rates).items():
-        record("extract", arguments.out, way=way, **figures, **settings)
+        try:
+            for way in arguments.ways * arguments.rounds:
+                if time.monotonic() < deadline:
+                    run(way)
+        finally:
+            LatentCodec.load = load
+            settings = {"image_size": size, "batch_size": batch, "workers": workers, "images": len(folder),
+                        "vae_parameters": sum(p.numel() for p in codec.vae.parameters())}  # fmt: skip
+            lines = [record("extract", arguments.out, way=way, **figures, **facts[way], **settings)
+                     for way, figures in compared(rates).items()]  # fmt: skip
+            if arguments.out:
+                (arguments.out / "extract.md").write_text(table(lines))
+    if missing := [way for way in arguments.ways if way not in rates]:
+        sys.exit(f"not timed, the budget was used up: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -49,17 +49,24 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative difference of the latents in
 class Bench:
     """One sampler, through fastdit and through the plain loop, on the same weights."""
 
-    def __init__(self, name: str, size: str, batch: int, device: torch.device, overrides: tuple[str, ...]):
+    def __init__(
+        self, name: str, size: str, batch: int, device: torch.device, overrides: tuple[str, ...],
+        like: "Bench | None" = None,
+    ):  # fmt: skip
+        """`like`: one for another sampler, whose networks, compiled and captured, this one shares."""
         self.options, self.whole, self.loop = SAMPLINGS[name]
         self.case = Case(name, "fastdit", size, batch, device.type, overrides)
         self.spec, self.null, self.device = SIZES[size].latents, SIZES[size].classes, device
         generator = torch.Generator().manual_seed(SEED)
         self.y = torch.randint(0, self.null, (batch,), generator=generator).to(device)
+        self.inferences: dict[str, Inference] = like.inferences if like else {}  # by precision
+        if like:
+            self.plain = like.plain
+            return
         with device:
             self.plain = plain_network(SIZES[size])
         self.plain = self.plain.to(device).eval()
         fill(self.plain)
-        self.inferences: dict[str, Inference] = {}  # by precision
 
     def fastdit(self, steps: int, precision: str) -> Tensor:
         """x_0 (N, C, h, w) after `steps` steps, as sample_ddp.py samples."""
@@ -103,7 +110,6 @@ def measure(bench: Bench, steps: int, rounds: int, deadline: float) -> tuple[dic
     error = difference(bench.fastdit(GATE_STEPS, "fp32"), truth)
     if not error <= TOLERANCE[bench.device.type]:
         raise ValueError(f"differs by {error:.1e} from the plain loop and was not timed")
-    bench.inferences.clear()  # the memory of its graph
     noise = difference(bench.fastdit(GATE_STEPS, "bf16"), truth)
     ways = {"plain, fp32": (bench.reference, "fp32"), "plain, bf16": (bench.reference, "bf16"),
             "fastdit": (bench.fastdit, "bf16")}  # fmt: skip
@@ -138,12 +144,12 @@ def main() -> None:
     deadline = time.monotonic() + arguments.budget_s
     torch.set_float32_matmul_precision("high")
     device, out = torch.device(arguments.device), arguments.out
-    lines, wrong = [], []
+    lines, wrong, bench = [], [], None
     for name in arguments.samplings:
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("was not started: the budget was used up")
-            bench = Bench(name, arguments.size, arguments.batch, device, tuple(arguments.override))
+            bench = Bench(name, arguments.size, arguments.batch, device, tuple(arguments.override), bench)
             steps = max(4, round(arguments.share * bench.whole))
             figures, error, noise = measure(bench, steps, arguments.rounds, deadline)
         except (ValueError, RuntimeError, TimeoutError) as failure:  # the other samplers go on

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,11 @@ def extract_features(
     ranks = ranks or Ranks(rank=0, local_rank=0, world=1, device=torch.device(device))
     on_gpu = ranks.device.type == "cuda"
     out, image_size = check_out(out, overwrite), parse_size(image_size)
-    precision = precision or ("bfloat16" if on_gpu else "float32")
+    precision = precision or ("bfloat16" if on_gpu and has_bfloat16(ranks.device) else "float32")
     workers = workers if workers is not None else _cores_per_process()
     check(dtype, DTYPES, "dtype")
     check(precision, PRECISIONS, "precision")
+    check_precision(precision, ranks.device)
     for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
@@ -82,7 +84,8 @@ def extract_features(
     exact.check_image_size(*width_height(image_size))
     codec = exact if precision == "float32" else copy.deepcopy(exact).to(PRECISIONS[precision])
     compile = on_gpu and len(source) >= WORTH_COMPILING if compile is None else compile
-    about = Manifest(exact.spec(image_size), dtype, source.class_names, images=len(source), source=source.kind)
+    latents = replace(exact.spec(image_size), precision=precision)
+    about = Manifest(latents, dtype, source.class_names, images=len(source), source=source.kind)
     settings = {
         "images": source.identity,
         "vae": exact.fingerprint,
@@ -103,7 +106,7 @@ def extract_features(
             for line in remarks(source):
                 say(line)
             seen = look(source, exact, codec, image_size, adm_exact, ranks.device)
-            for line in seen.remarks if seen else ():
+            for line in (*seen.remarks, *seen.precision_remarks(precision)) if seen else ():
                 say(f"warning: {line}")
         ranks.barrier()
         if not progress.partial.is_dir():
@@ -141,6 +144,23 @@ def extract_features(
         raise
     finally:
         held.close()
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ValueError for a device that cannot compute in `precision`, a key of PRECISIONS."""
+    if device.type == "cuda":
+        if precision == "bfloat16" and not has_bfloat16(device):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"precision={precision} needs a GPU from Ampere on, but this is a {name}; use float16")
+    elif precision != "float32":
+        ops = torch.ops.mkldnn
+        supported = ops._is_mkldnn_bf16_supported if precision == "bfloat16" else ops._is_mkldnn_fp16_supported
+        if not (torch.backends.mkldnn.is_available() and supported()):
+            raise ValueError(f"precision={precision} is not supported by this CPU; use float32")
+
+
+def has_bfloat16(gpu: torch.device) -> bool:
+    return torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
 def say(line: str) -> None:

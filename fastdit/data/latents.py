@@ -31,6 +31,7 @@ class LatentSpec:
     vae: str  # the autoencoder's folder or hub name
     codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
     image_size: Size  # pixels per side of a square, or (width, height)
+    precision: str = ""  # in which the autoencoder encoded them; "" if unknown
 
     def __post_init__(self):
         for key in ("shape", "scale", "shift", "image_size"):  # JSON has lists
@@ -49,8 +50,9 @@ class LatentSpec:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "LatentSpec":
         """What `to_json` returned; raises a KeyError, TypeError or ValueError if it is damaged."""
-        kinds = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int}
+        kinds = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int, "precision": str}
         channels, height, width = map(int, stored["shape"])
+        stored = {"precision": "", **stored}  # earlier versions did not record it
         others = {key: [*map(kind, v)] if isinstance(v := stored[key], list | tuple) else kind(v)
                   for key, kind in kinds.items()}  # fmt: skip
         return cls((channels, height, width), **others)
@@ -66,17 +68,24 @@ class LatentSpec:
     def names(cls) -> list[str]:
         return [f.name for f in fields(cls)]
 
-    def differences(self, other: "LatentSpec") -> list[tuple[str, object, object]]:
-        """(field, own value, other's value) of each differing field that affects the latents' values."""
-        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", "codec")]
-        return [(key, a, b) for key, a, b in pairs if a != b and not (key == "codec" and "" in (a, b))]
+    def differences(self, other: "LatentSpec", *more: str) -> list[tuple[str, object, object]]:
+        """(field, own value, other's value) of each differing field that affects the latents' values.
 
-    def check(self, other: "LatentSpec", mine: str, theirs: str) -> None:
-        """Raises a ValueError unless these latents, from `mine`, are compatible with `other`, from `theirs`."""
-        for key, own, value in self.differences(other):
+        Both kinds work with one network if only the precision differs; `more` ("precision") compares that, too.
+        """
+        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", "codec", *more)]
+        return [(key, a, b) for key, a, b in pairs if a != b and "" not in (a, b)]
+
+    def check(self, other: "LatentSpec", mine: str, theirs: str, *more: str) -> None:
+        """Raises a ValueError unless these latents, from `mine`, are compatible with `other`, from `theirs`.
+
+        `more`: see `differences`.
+        """
+        for key, own, value in self.differences(other, *more):
+            remedy = "precision" if key == "precision" else "autoencoder and image size"
             raise ValueError(
                 f"the latents of {theirs} have {key} {value}, but {mine} has latents with {key} {own} (autoencoder "
-                f"{self.vae}); use the same autoencoder and image size for both"
+                f"{self.vae}); use the same {remedy} for both"
             )
 
 
@@ -170,7 +179,8 @@ class LatentCodec:
         if compile_for:
             self.vae.encoder.compile(dynamic=False)
             try:
-                self.encode(torch.zeros(compile_for, device=self.vae.device))
+                zeros = torch.zeros(compile_for, device=self.vae.device)
+                self.encode(zeros.contiguous(memory_format=torch.channels_last))  # the strides that to_pixels makes
             except Exception as error:
                 self.vae.encoder._compiled_call_impl = None
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -86,7 +86,7 @@ class Manifest:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
                 del stored[derived]
             stored["shape"] = stored.pop("latent_shape")
-            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names()})
+            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
             manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder)
             check(manifest.dtype, DTYPES, "dtype")
             for shard in manifest.shards:

@@ -163,7 +163,7 @@ def forget_averages(run_dir: Path, step: int) -> None:
 def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
-    latents_of(meta).check(manifest.latents, str(folder), "this run's shards")
+    latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
     for key, value in describe(config, manifest.latents, manifest.class_names).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")

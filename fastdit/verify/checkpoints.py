@@ -114,7 +114,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
             manifest = Manifest.load(shards)
         except ValueError as error:
             return found.add("latents", str(error))
-        for key, own, other in latents.differences(manifest.latents):
+        for key, own, other in latents.differences(manifest.latents, "precision"):
             found.add("latents", f"the latents in {shards} have {key} {other}, but the checkpoint says {own}")
 
 

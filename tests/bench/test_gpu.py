@@ -53,8 +53,8 @@ def test_the_gpu_run_hangs_and_fails_part_by_part(gpu_run, tmp_path):
 
 
 def test_the_gpu_run_says_what_it_will_do_when_and_what_is_missing(gpu_run):
-    cases = "*find_spec*) echo torchao deepspeed ;;\n*) echo ran $* ;;"
-    done = gpu_run(cases, "--budget-s", "300", "tests", "smoke", "step", "attention", "engines")
+    cases = "*find_spec*) echo liger_kernel deepspeed ;;\n*) echo ran $* ;;"
+    done = gpu_run(cases, "--budget-s", "300", "tests", "smoke", "step", "kernels", "engines")
     plan = done.stdout[done.stdout.index("plan for 300 s") :]
     lines = [re.sub(r" +", " ", line) for line in plan.splitlines()]
     begin = int(re.search(r"tests from second (\d+)", lines[1])[1])  # what came before
@@ -62,9 +62,9 @@ def test_the_gpu_run_says_what_it_will_do_when_and_what_is_missing(gpu_run):
         f" tests from second {begin} to {begin + 90}",
         " WARNING: smoke lacks deepspeed; carry them with --wheels (bench/README.md)",
         " smoke: left out",
-        " WARNING: step lacks torchao; carry them with --wheels (bench/README.md)",
         f" step from second {begin + 90} to {begin + 260}",
-        f" attention from second {begin + 260} to 300",
+        " WARNING: kernels lacks liger_kernel; carry them with --wheels (bench/README.md)",
+        f" kernels from second {begin + 260} to 300",
         " WARNING: engines lacks deepspeed; carry them with --wheels (bench/README.md)",
         " engines if 60 s are left",
         lines[9],

@@ -19,10 +19,13 @@ from fastdit.data import autoencoders
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec, LatentSpec, sample_latents, scale_remarks
 from fastdit.data.manifest import Manifest
-from fastdit.data.preview import psnr
+from fastdit.data.preview import Preview, psnr
 from fastdit.data.sources import list_images
+from fastdit.distributed import Ranks
 from fastdit.quickstart.small_vae import small_vae
+from fastdit.training import checkpoint
 from fastdit.training.loop import train
+from fastdit.training.state import latents_of
 from helpers.data import tiny_vae, write_digits
 from helpers.extraction import files_of, run
 
@@ -114,7 +117,7 @@ def test_every_autoencoder_is_extracted_with_the_statistics_of_its_latents(tmp_p
     deviation = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()
     np.testing.assert_allclose(manifest.channel_mean, mean.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(manifest.channel_std, deviation, rtol=1e-4)
-    assert manifest.latents == codec.spec(32) == Manifest.load(tmp_path / "out").latents
+    assert manifest.latents == replace(codec.spec(32), precision="float32") == Manifest.load(tmp_path / "out").latents
 
 
 def test_a_network_on_latents_of_an_autoencoder_dc_is_sampled(tmp_path):
@@ -154,6 +157,15 @@ def test_channels_last_and_compiled_it_computes_the_same():
     assert sorted(fast.vae.state_dict()) == sorted(plain.vae.state_dict())
 
 
+def test_the_images_need_no_second_compilation(tmp_path, monkeypatch):
+    """The warm-up once had other strides than the images, and the first batch compiled the encoder again."""
+    write_digits(tmp_path / "images", 20)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(tmp_path, tmp_path / "out", compile=True)
+
+
 def test_without_a_compiler_it_runs_uncompiled_and_says_so(tmp_path, monkeypatch, capfd):
     write_digits(tmp_path / "images", 20)
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -179,8 +191,55 @@ def test_the_report_says_what_a_precision_costs(tmp_path, capfd):
     said = capfd.readouterr().err
     decibel = float(said.split("bfloat16 against float32: ")[1].split(" dB")[0])
     assert 35 < decibel < 70  # 8 bits of a mantissa
-    assert exact.latents == half.latents and exact.shards != half.shards
+    assert exact.latents == replace(half.latents, precision="float32") and exact.shards != half.shards
+    assert half.latents.precision == "bfloat16" and "changes the reconstructions" not in said
     assert len(files_of(tmp_path / "exact")["preview.png"]) > 1000
+
+
+def test_a_precision_that_the_reconstructions_show_is_said():
+    def made(cost):
+        return Preview(Image.new("RGB", (1, 1)), (29.0, 31.0), cost, [])
+
+    assert made(None).precision_remarks("float32") == made(40.0).precision_remarks("bfloat16") == []
+    assert made(39.9).precision_remarks("bfloat16") == [
+        "precision=bfloat16 changes the reconstructions by 39.9 dB PSNR, less than 10 dB above their own 30.0 dB; use "
+        "float32"
+    ]
+
+
+@pytest.mark.parametrize(("on", "precision", "message"), [
+    ("cuda", "bfloat16", "precision=bfloat16 needs a GPU from Ampere on, but this is a Tesla T4; use float16"),
+    ("cpu", "bfloat16", "precision=bfloat16 is not supported by this CPU; use float32"),
+    ("cpu", "float16", "precision=float16 is not supported by this CPU; use float32"),
+])  # fmt: skip
+def test_a_device_without_a_precision_is_one_line(tmp_path, monkeypatch, on, precision, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    write_digits(tmp_path / "images", 20)
+    ranks = Ranks(0, 0, 1, torch.device(on))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, tmp_path / "out", precision=precision, ranks=ranks)
+    with pytest.raises(ValueError, match="vae=.* is not a folder"):  # float32 is the default there
+        run(tmp_path, tmp_path / "out", ranks=ranks)
+
+
+def test_a_run_continues_only_on_latents_of_the_precision_that_it_began_with(world, tmp_path):
+    """The fingerprint is the autoencoder's and the same for both; samples and other uses do not depend on it."""
+    for precision in ("float32", "bfloat16"):
+        run(world, tmp_path / precision, precision=precision)
+    lines = [f"run_dir={tmp_path}/run", "training.log_every=1", f"data.vae={world}/vae"]
+    last = train(load_config(world / "config.yaml", [*lines, f"data.shards={tmp_path}/float32", "training.steps=1"]))
+    more = load_config(world / "config.yaml", [*lines, f"data.shards={tmp_path}/bfloat16", "training.steps=2"])
+    with pytest.raises(ValueError, match="have precision bfloat16, but .* with precision float32 .*; use the same pre"):
+        train(more, resume=True)
+    own, other = (Manifest.load(tmp_path / name).latents for name in ("float32", "bfloat16"))
+    assert own.differences(other) == [] and latents_of(checkpoint.read_meta(last)) == own
+    stored = json.loads((tmp_path / "bfloat16" / "manifest.json").read_text())
+    assert stored.pop("precision") == "bfloat16"
+    (tmp_path / "bfloat16" / "manifest.json").write_text(json.dumps(stored))  # as earlier versions wrote it
+    assert Manifest.load(tmp_path / "bfloat16").latents == replace(other, precision="")
+    train(more, resume=True)
 
 
 def test_the_preview_shows_images_above_their_reconstructions(tmp_path):

@@ -4,21 +4,28 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_info
 
 import fastdit.quickstart.job as main_job
+from fastdit.environment import hardware
 from fastdit.quickstart.judge import Judge, thumbnails
 
 
 @pytest.fixture(scope="module")
 def shortened(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "out"
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(main_job.VAE, "steps", 60)
         patch.setattr(main_job, "SAMPLES", 40)
         changes = ["training.steps=30", "training.log_every=10", "sampling.steps=4"]
+        torch.set_num_threads(16)
         report = main_job.quickstart(out, seed=1, overrides=changes, say=lambda _: None)
+        assert torch.get_num_threads() == 16
+    torch.set_num_threads(threads)
     return out, report
 
 
@@ -56,6 +63,23 @@ def test_the_judge_tells_right_from_wrong_labels(shortened):
     judge = Judge(*held)
     assert judge.accuracy(images, labels) > 0.9 > 0.1 > judge.accuracy(images, (labels + 1) % 10)
     assert judge.features(images).shape == (1198, 64)
+
+
+def test_many_cores_get_no_more_threads_than_these_networks_can_use(shortened):
+    out, report = shortened
+    assert report["machine"]["threads"] == 2
+    assert json.loads((out / "run" / "environment.jsonl").read_text())["threads"] == 1
+    with main_job.few_threads(2):
+        [*pools] = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+        assert pools and set(pools) == {1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_every_network_runs_there(shortened):
+    out, report = shortened
+    assert report["config"]["training"]["cuda_graph"] and report["machine"]["hardware"] == hardware()
+    environment = json.loads((out / "run" / "environment.jsonl").read_text())
+    assert environment["device"] == "cuda" and report["seconds"]["autoencoder"] < 10  # 60 steps; on 16 cores minutes
 
 
 def test_an_existing_folder_is_never_overwritten(shortened):
