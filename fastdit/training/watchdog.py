@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.distributed import Ranks
-from fastdit.files import replace_text
+from fastdit.files import read_json, read_text, replace_text
 from fastdit.lock import started
 
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
@@ -88,7 +88,8 @@ class Watchdog:
             line = self._sentence(behind, what, last[0])
         if not alive or alive[0]["rank"] == self.ranks.rank:  # none: the disk was full from the start
             for path in sorted(self.folder.glob("rank-*.txt")):
-                print(f"{path.stem}, {path.read_text().partition(OTHERS)[0]}", file=sys.stderr)
+                with suppress(OSError, ValueError):  # the line below must come out whatever this file is
+                    print(f"{path.stem}, {read_text(path).partition(OTHERS)[0]}", file=sys.stderr)
             print("error:", line, file=sys.stderr, flush=True)
         else:
             time.sleep(self.interval)  # the launcher ends the others when one ends: let it speak first
@@ -98,7 +99,7 @@ class Watchdog:
         found = []
         for path in sorted(self.folder.glob("rank-*.json"))[: self.ranks.world]:
             try:
-                found.append(json.loads(path.read_text()))
+                found.append(read_json(path))
             except (OSError, ValueError):  # just being replaced
                 continue
         return found

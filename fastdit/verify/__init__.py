@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastdit.training import checkpoint
-from fastdit.verify.checkpoints import verify_checkpoint
+from fastdit.verify.checkpoints import verify_averages, verify_checkpoint
 from fastdit.verify.findings import Findings
 from fastdit.verify.shards import verify_shards
 
 
 def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    """Check the newest checkpoint of a run, one checkpoint, or a folder of latents. Returns the problems found.
+    """Check the newest checkpoint and the stored averages of a run, one checkpoint, or a folder of latents.
+
+    Returns the problems found.
 
     `say` receives a summary of what was checked. Raises ValueError if `path` is none of these.
     """
@@ -21,4 +23,5 @@ def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
         verify_shards(path, found, say)
     else:
         verify_checkpoint(checkpoint.find(path), found, say)
+        verify_averages(path, found, say)
     return found.all()

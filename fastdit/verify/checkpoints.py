@@ -14,6 +14,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
 from fastdit.training import checkpoint
+from fastdit.training.ema import AVERAGES
 from fastdit.training.engine import MOMENTS
 from fastdit.training.state import CONFIG, GOLDEN, latents_of
 from fastdit.training.weights import TYPES, mismatches, read_weights
@@ -52,6 +53,20 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
     say(f"{folder}: {config.model.variant}, step {meta.get('step')}, {model.parameter_count():,} parameters, fp32 EMA")
     model.load_state_dict({name: tensor.float() for name, tensor in states["ema"].items()}, assign=True)
     check_forward(model, objective, latents.shape, folder / GOLDEN, found, say)
+
+
+def verify_averages(run_dir: Path, found: Findings, say: Callable[[str], None]) -> None:
+    """Check what `fastdit ema` rebuilds averages from: run_dir/averages/step-*/."""
+    folders = [path for path in sorted((run_dir / AVERAGES).glob("step-*")) if checkpoint.NAME.fullmatch(path.name)]
+    for folder in folders:
+        meta, faults = checkpoint.inspect(folder)
+        for fault in faults:
+            found.add("averages", fault)
+        for name in () if faults else meta["files"]:
+            if name.endswith(".safetensors"):
+                check_weights(folder / name, {}, found)
+    if folders:
+        say(f"{run_dir / AVERAGES}: averages of {len(folders)} steps")
 
 
 def check_weights(path: Path, expected: dict[str, Tensor], found: Findings) -> dict[str, Tensor]:

@@ -277,6 +277,20 @@ def test_a_checkpoint_is_held_against_the_shards_it_names(place, tmp_path):
     assert f"the latents in {place}/latents have codec 000" in line
 
 
+def test_stored_averages_are_checked_too(world, tmp_path):
+    """A flipped bit, and a value that is not finite in a file that is otherwise as recorded."""
+    settings = ["steps=2", "checkpoint_every=1", "ema_stds=[0.05,0.1]"]
+    train_here(world, tmp_path / "run", *(f"training.{setting}" for setting in settings))
+    averages = tmp_path / "run" / "averages"
+    heard = []
+    assert verify(tmp_path / "run", heard.append) == [] and f"{averages}: averages of 2 steps" in heard
+    flip(averages / "step-0000001" / "power-0.050.safetensors", -5)
+    edit(averages / "step-0000002", "power-0.100", lambda state: poked(state, "final_layer.linear.bias", float("nan")))
+    flipped, poisoned = verify(tmp_path / "run", quiet)
+    assert "step-0000001/power-0.050.safetensors is damaged: its SHA-256 is not the recorded one" in flipped
+    assert "power-0.100.safetensors: final_layer.linear.bias has 2 of" in poisoned and "not finite" in poisoned
+
+
 def test_the_command_ends_with_exit_code_2(place, tmp_path, capsys, monkeypatch):
     folder = copy(place, tmp_path, "latents")
     flip(folder / SHARD, 3000)
