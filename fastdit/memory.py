@@ -177,14 +177,16 @@ def candidates(config: Config, model: DiT, card: GPU, world: int) -> tuple[list[
     return rank(model, settings, card, share, world, policies, micros), share
 
 
-def choose(config: Config, model: DiT, ranks: distributed.Ranks) -> tuple[str, int, int]:
-    """Policy of activation checkpointing, micro-batch and accumulation of a run on `ranks.device`.
+def choose(config: Config, model: DiT, ranks: distributed.Ranks) -> tuple[str, int, int, float]:
+    """Policy of activation checkpointing, micro-batch and accumulation of a run on `ranks.device`, and the predicted
+    seconds of a step (0 on a device that is not in GPUS).
 
     What the config states is taken as it is. What it leaves open (`auto`, -1) is the fastest candidate predicted to
     fit; on a device that is not in GPUS, its own memory counts with an H100's speed. ValueError when nothing fits.
     """
     settings = config.training
-    card = card_of(ranks.device) or replace(GPUS["H100"], gib=distributed.memory_of(ranks.device) / GIB)
+    known = card_of(ranks.device)
+    card = known or replace(GPUS["H100"], gib=distributed.memory_of(ranks.device) / GIB)
     found, share = candidates(config, model, card, ranks.world)
     best = found[0]
     if not best.fits and (settings.activation_checkpointing == "auto" or settings.micro_batch < 0):
@@ -194,7 +196,7 @@ def choose(config: Config, model: DiT, ranks: distributed.Ranks) -> tuple[str, i
             f"{sum(least.memory.values()) / GIB:.1f} GiB of {card.gib * (1 - RESERVED):.1f}; use more GPUs, a higher "
             "training.zero_stage, or a smaller model.variant"
         )
-    return best.policy, best.micro_batch, share // best.micro_batch
+    return best.policy, best.micro_batch, share // best.micro_batch, best.step_s if known else 0.0
 
 
 def smaller_batch(policy: str, micro: int) -> str:

@@ -19,6 +19,7 @@ from fastdit.memory import POLICIES, activation_bytes, choose, memory_by_kind, m
 from fastdit.models.dit import DiT
 from fastdit.plan import plan, report
 from helpers import ROOT
+from helpers.runs import train_here
 
 XL_PATH = ROOT / "configs" / "dit_xl_2.yaml"
 XL = load_config(XL_PATH)
@@ -119,13 +120,21 @@ def test_a_run_takes_what_the_plan_ranks_first(monkeypatch, overrides):
         model, (best, *_) = plan(config, gpu)
         assert best.fits
         one = Ranks(0, 0, 1, torch.device("cpu"))
-        assert choose(config, model, one) == (best.policy, best.micro_batch, 256 // best.micro_batch)
+        assert choose(config, model, one) == (best.policy, best.micro_batch, 256 // best.micro_batch, best.step_s)
         # what the config states is taken, and only the rest chosen
         stated = load_config(XL_PATH, [*overrides, "training.micro_batch=-1", "training.activation_checkpointing=full"])
-        policy, micro, accumulation = choose(stated, model, one)
+        policy, micro, accumulation, _ = choose(stated, model, one)
         assert policy == "full" and micro * accumulation == 256
         smaller = memory_by_kind(model, stated.training, "full", micro, 1)
         assert sum(smaller.values()) <= gib * GIB * 0.94
+
+
+@pytest.mark.parametrize("card, said", [(GPUS["H200"], ", predicted to take 0:00:0"), (None, "")])
+def test_a_run_says_how_long_it_is_predicted_to_take(world, tmp_path, monkeypatch, capsys, card, said):
+    monkeypatch.setattr("fastdit.memory.card_of", lambda device: card)
+    train_here(world, tmp_path / "run", "training.steps=3", "training.compile=false")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 steps = " in line)
+    assert line.partition("from random weights")[2].startswith(said) and ("predicted" in line) == bool(said)
 
 
 def test_what_fits_nowhere_says_what_would_help(monkeypatch):

@@ -143,14 +143,19 @@ def start_line(
     policy: str,
     batch: tuple[int, int, int],
     origin: str,
+    predicted_s: float,
 ) -> str:
-    """What a run has resolved, in one line; `batch`: processes, images per forward pass, forward passes per step."""
+    """What a run has resolved, in one line; `batch`: processes, images per forward pass, forward passes per step.
+
+    `predicted_s`: of the training; 0: unknown.
+    """
     steps, images = config.training.steps, config.training.global_batch
     return (
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
         f"{ranks.world} x {ranks.device} ({engine}), attention {model.blocks[0].attn.backend}, "
         f"kernels {kernels.choice()}, checkpointing {policy}, batch {' x '.join(map(str, batch))}, "
         f"{steps:,} steps = {steps * images / len(manifest):.1f} epochs, {origin}"
+        + (f", predicted to take {timedelta(seconds=round(predicted_s))}" if predicted_s else "")
     )
 
 

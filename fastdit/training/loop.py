@@ -93,7 +93,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
         model.load_state_dict(initial[0])
         origin = f"from {settings.init_from}" + (f", except for {', '.join(kept)}" if kept else "")
-    policy, micro, accumulation = choose(config, model, ranks)
+    policy, micro, accumulation, step_s = choose(config, model, ranks)
     objective = prepare_for_training(model, objective, settings, policy)
     engine = build_engine(model, settings, ranks, micro, accumulation)
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
@@ -121,7 +121,8 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
     batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
     origin = f"resumed at step {start}" if start else origin
-    for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin), *remarks):
+    predicted_s = step_s * (settings.steps - start)
+    for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
