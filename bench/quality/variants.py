@@ -26,7 +26,7 @@ from fastdit.config import Config, load_config, shipped_config
 from fastdit.data.extract import extract_features
 from fastdit.diffusion.paths import INTERPOLANTS, SCHEDULES
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS
-from fastdit.evaluation.frechet import frechet_distance
+from fastdit.evaluation.metrics import frechet_distance
 from fastdit.models.blocks import BLOCKS
 from fastdit.models.layers import ACTIVATIONS, NORMS
 from fastdit.quickstart.digits import read_folder, write_digits

@@ -21,7 +21,7 @@ from fastdit.data.images import to_pixels
 from fastdit.distributed import init
 from fastdit.environment import hardware
 from fastdit.errors import make_folder
-from fastdit.evaluation.frechet import frechet_distance
+from fastdit.evaluation.metrics import frechet_distance
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
 from fastdit.quickstart.small_vae import psnr, small_vae, train_vae

@@ -1,0 +1,178 @@
+"""Metrics against OpenAI's evaluator, direct transcriptions of their formulas, and closed forms; sums in any order."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from fastdit.evaluation.metrics import (
+    METRICS,
+    Features,
+    density_coverage,
+    frechet_distance,
+    frechet_infinity,
+    inception_score,
+    kernel_distance,
+    neighbor_radii,
+    precision_recall,
+)
+from fastdit.evaluation.moments import GRID, Moments, MomentSums, moments_of
+from helpers import GOLDEN
+
+ARRAYS = np.load(GOLDEN / "evaluator.npz", allow_pickle=False)
+REFERENCE, SAMPLES = ARRAYS["reference_features"], ARRAYS["sample_features"]
+RANDOM = np.random.default_rng(0)
+X, Y = (RANDOM.normal(size=(n, 7)).astype(np.float32) + shift for n, shift in ((90, 0.0), (70, 0.3)))
+
+
+def rows(array):
+    return torch.from_numpy(array).double()
+
+
+def test_the_frechet_distance_equals_the_evaluators():
+    assert frechet_distance(SAMPLES, REFERENCE) == pytest.approx(float(ARRAYS["frechet_distance"]), rel=1e-6)
+    few, expected = int(ARRAYS["few"]), float(ARRAYS["frechet_distance_few"])
+    assert frechet_distance(SAMPLES[:few], REFERENCE) == pytest.approx(expected, rel=1e-5)
+
+
+def test_precision_and_recall_equal_the_evaluators_exactly():
+    for features, key in ((REFERENCE, "radii_reference_k3"), (SAMPLES, "radii_sample_k3")):
+        squares = neighbor_radii(rows(features), 3) ** 2
+        rounding = 2**-11 * (features**2).sum(1).max()  # the evaluator computes |x|^2 + |y|^2 - 2xy in half precision
+        np.testing.assert_allclose(squares, ARRAYS[key][:, 0], rtol=0, atol=rounding)
+    assert precision_recall(rows(SAMPLES), rows(REFERENCE)) == (ARRAYS["precision"].item(), ARRAYS["recall"].item())
+
+
+def test_the_inception_score_equals_the_evaluators():
+    score = inception_score(ARRAYS["probabilities"], int(ARRAYS["inception_split_size"]))
+    assert score == pytest.approx(float(ARRAYS["inception_score"]), rel=1e-12)
+    assert inception_score(np.eye(10)) == pytest.approx(10)  # sure of one class each, all classes equally often
+    assert inception_score(np.full((10, 10), 0.1)) == pytest.approx(1)
+
+
+def test_the_frechet_distance_equals_scipys_matrix_square_root():
+    a, b = np.cov(X.T.astype(np.float64)), np.cov(Y.T.astype(np.float64))
+    mean = X.mean(0, dtype=np.float64) - Y.mean(0, dtype=np.float64)
+    expected = mean @ mean + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert frechet_distance(X, Y) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(moments_of(X), Y) == frechet_distance(X, moments_of(Y)) == frechet_distance(X, Y)
+
+
+def test_the_frechet_distance_of_gaussians_has_a_closed_form():
+    x = np.random.default_rng(0).normal(size=(500, 6))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-8)
+    assert frechet_distance(x, 2 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(np.trace(np.cov(x.T)), rel=1e-8)
+    a, b = np.array([4.0, 9.0, 0.0]), np.array([1.0, 0.0, 25.0])  # both singular
+    distance = frechet_distance(Moments(np.zeros(3), np.diag(a)), Moments(np.ones(3), np.diag(b)))
+    assert distance == pytest.approx(3 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
+
+
+def test_infinitely_many_samples_have_the_distance_of_their_gaussian_within_the_error_bar():
+    a, b = Moments(np.full(8, 0.1), np.diag(np.linspace(0.2, 2, 8))), Moments(np.zeros(8), np.eye(8))
+    truth, found, biased = frechet_distance(a, b), [], []
+    for seed in range(24):
+        samples = a.mu + np.random.default_rng(seed).normal(size=(100, 8)) * np.sqrt(np.diag(a.sigma))
+        found.append(frechet_infinity(samples, b, seed=seed))
+        biased.append(frechet_distance(samples, b) - truth)
+    values, errors = np.array(found).T
+    assert abs(values.mean() - truth) < 3 * values.std() / 24**0.5 < np.mean(biased)  # the bias is found, and removed
+    assert values.std() == pytest.approx(errors.mean(), rel=0.4)
+
+
+def test_precision_recall_density_and_coverage_follow_their_formulas():
+    def distances(a, b):
+        return np.linalg.norm(a[:, None].astype(np.float64) - b[None], axis=2)
+
+    def radius(a, k):
+        return np.sort(distances(a, a), axis=1)[:, k]
+
+    between = distances(X, Y)
+    expected = (between <= radius(Y, 3)).any(1).mean(), (between <= radius(X, 3)[:, None]).any(0).mean()
+    assert precision_recall(rows(X), rows(Y)) == pytest.approx(expected, rel=1e-12)
+    within = between <= radius(Y, 5)
+    assert density_coverage(rows(X), rows(Y)) == pytest.approx((within.sum() / (5 * len(X)), within.any(0).mean()))
+    assert precision_recall(rows(X), rows(X)) == (1, 1) and precision_recall(rows(X), rows(Y) + 99) == (0, 0)
+    assert density_coverage(rows(X), rows(X))[1] == 1
+
+
+def test_blocks_of_rows_change_no_neighbor(monkeypatch):
+    whole = precision_recall(rows(X), rows(Y)), density_coverage(rows(X), rows(Y))
+    monkeypatch.setattr("fastdit.evaluation.metrics.BLOCK", 16)
+    assert (precision_recall(rows(X), rows(Y)), density_coverage(rows(X), rows(Y))) == whole
+
+
+def test_the_kernel_distance_is_the_unbiased_mmd_of_the_cubic_kernel():
+    def kernel(a, b):
+        return (float(a.astype(np.float64) @ b) / 7 + 1) ** 3
+
+    def within(a):
+        return np.mean([kernel(a[i], a[j]) for i, j in itertools.permutations(range(20), 2)])
+
+    x, y = X[:20], Y[:20]
+    expected = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    value, error = kernel_distance(rows(x), rows(y), subsets=3)  # all 20 each time
+    assert value == pytest.approx(expected, rel=1e-6) and error < 1e-12
+    random = np.random.default_rng(3).normal(size=(2, 3000, 7))
+    value, error = kernel_distance(rows(random[0]), rows(random[1]), subset_size=200)
+    assert abs(value) < 4 * error and error > 0  # unbiased: no distance between equal distributions
+    values = [kernel_distance(rows(X), rows(Y), subset_size=30, seed=seed) for seed in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sums_are_exact_in_any_batches_order_and_parts(size, parts):
+    features = np.concatenate([REFERENCE, -100 * REFERENCE, 1e-6 * SAMPLES])
+    order = np.random.default_rng(size).permutation(len(features))
+    sums = [MomentSums(features.shape[1]) for _ in range(parts)]
+    for number, start in enumerate(range(0, len(features), size)):
+        sums[number % parts].add(features[order[start : start + size]])
+    for other in sums[1:]:
+        sums[0].merge(other)
+    found, expected = sums[0].moments(), moments_of(features)
+    assert found.count == expected.count == len(features)
+    assert (found.mu == expected.mu).all() and (found.sigma == expected.sigma).all()
+    np.testing.assert_allclose(found.mu, features.mean(0, dtype=np.float64), rtol=1e-9, atol=1 / GRID)
+    covariance = np.cov(features.T.astype(np.float64))
+    np.testing.assert_allclose(found.sigma, covariance, rtol=1e-9, atol=1e-9 * covariance.max())
+
+
+def test_the_number_of_threads_changes_no_digit():
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append([frechet_distance(SAMPLES, REFERENCE), frechet_infinity(SAMPLES, REFERENCE)])
+    torch.set_num_threads(before)
+    assert results[0] == results[1]
+
+
+def test_every_metric_returns_named_finite_numbers():
+    samples, reference = Features(SAMPLES, ARRAYS["probabilities"]), Features(REFERENCE)
+    values = {}
+    for metric in METRICS.values():
+        values |= metric(samples, reference, 0)
+    assert len(values) == 10 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
+    assert values["frechet_infinity"] < values["frechet"]
+    stated = Features(None, stated=moments_of(REFERENCE))
+    assert METRICS["frechet"](samples, stated, 0)["frechet"] == values["frechet"]
+    with pytest.raises(ValueError, match="mu and sigma only"):
+        METRICS["kid"](samples, stated, 0)
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 4\)"):
+        frechet_distance(np.zeros((5, 3)), np.zeros((5, 4)))
+    with pytest.raises(ValueError, match="1 rows"):
+        frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+    for bad in (np.nan, np.inf, 2000):
+        with pytest.raises(ValueError, match="finite and within 1024"):
+            moments_of(np.full((3, 2), bad))
+    with pytest.raises(ValueError, match="neighbor number 3; use 4"):
+        precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(ValueError, match="30 samples or more, not 29"):
+        frechet_infinity(np.zeros((29, 2)), np.zeros((9, 2)))
+    with pytest.raises(ValueError, match="class probabilities"):
+        METRICS["inception_score"](Features(X), Features(Y), 0)
