@@ -1,6 +1,7 @@
 """The subcommands of `fastdit`: each function adds its arguments to a parser and returns what runs it."""
 
 import argparse
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -131,6 +132,55 @@ def sample(parser: ArgumentParser) -> Command:
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             print(f"{arguments.num_samples} images in {out}; see {out / 'grid.png'}")
+
+    return run
+
+
+def evaluate(parser: ArgumentParser) -> Command:
+    """Measure samples against real images, or compare two measurements.
+
+    fastdit evaluate samples --reference images --out results.jsonl
+    fastdit evaluate --compare a.jsonl b.jsonl
+    SAMPLES: a folder that fastdit sample wrote, a folder of images, or an .npz file with arr_0, uint8 (N, H, W, 3).
+    --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
+    The digits do not depend on the number of processes. --compare reads the last line of each file.
+    """
+    parser.add_argument("--reference", help="real images, or their statistics")
+    parser.add_argument("--features", default="efficientnet-lite0", metavar="NAME[=PATH]",
+                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER")  # fmt: skip
+    parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
+                                          "inception_score, with commas between (default: all that apply)")  # fmt: skip
+    parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
+    parser.add_argument("--seed", type=int, default=0, help="of the random subsets")
+    parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
+    parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --out")
+    parser.add_argument("--device", help=DEVICE)
+    parser.add_argument("--samples", help=argparse.SUPPRESS)
+    _words(parser, "SAMPLES", overrides=False)
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.distributed import close, init
+        from fastdit.evaluation.evaluate import compare, evaluate, summary
+        from fastdit.files import append_to
+
+        if arguments.compare:
+            return print(compare(*arguments.compare))
+        samples = _name(arguments, "samples", "folder or .npz file of samples")
+        if not arguments.reference:
+            arguments.parser.error("give real images with --reference")
+        metrics = arguments.metrics.split(",") if arguments.metrics else None
+        ranks = init(arguments.device)
+        try:
+            chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+            result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
+        finally:
+            close()
+        if ranks.is_main:
+            print(summary(result))
+            if arguments.out:
+                with append_to(Path(arguments.out)) as file:
+                    file.write(json.dumps(result) + "\n")
 
     return run
 
@@ -303,8 +353,8 @@ def launch(parser: ArgumentParser) -> Command:
     parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="COMMAND ...")
 
     def run(arguments: Namespace) -> None:
-        if not arguments.command_line or arguments.command_line[0] not in ("extract", "train", "sample"):
-            parser.error("name extract, train or sample after the options")
+        if not arguments.command_line or arguments.command_line[0] not in ("extract", "train", "sample", "evaluate"):
+            parser.error("name extract, train, sample or evaluate after the options")
         if arguments.nodes > 1 and not arguments.master:
             parser.error("several nodes need --master HOST:PORT, the same on all of them")
         places = ["--standalone"]
@@ -318,6 +368,6 @@ def launch(parser: ArgumentParser) -> Command:
 
 COMMANDS = {
     command.__name__: command
-    for command in (extract, train, sample, report, plan, convert, verify, ema, likelihood, configs, doctor, quickstart,
-                    launch)  # fmt: skip
+    for command in (extract, train, sample, evaluate, report, plan, convert, verify, ema, likelihood, configs, doctor,
+                    quickstart, launch)  # fmt: skip
 }

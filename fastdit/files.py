@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 YAML_BYTES, JSON_BYTES = 1 << 17, 1 << 26  # PyYAML reads 100 kB in a second
+SAMPLING = "sampling.json"  # how the images in a folder were sampled
 DEPTH = 50  # levels of lists and objects; a config has four
 
 

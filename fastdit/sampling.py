@@ -30,14 +30,12 @@ from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import make_folder, out_of_memory_says
-from fastdit.files import read_json, replace_text, replacing
+from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.models.dit import DiT
 from fastdit.registry import bind
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.state import VAE, load_network
-
-SETTINGS = "sampling.json"
 
 
 class Inference:
@@ -303,7 +301,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
 
 def _claim(out: Path, settings: dict) -> None:
     """Create `out`, or check that it was started with the same settings."""
-    path = out / SETTINGS
+    path = out / SAMPLING
     if path.is_file():
         before = read_json(path)
         for key, value in settings.items():
@@ -312,7 +310,7 @@ def _claim(out: Path, settings: dict) -> None:
                     f"--out {out} holds samples with {key}={before.get(key)!r}, not {value!r}; choose another --out"
                 )
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty and holds no {SETTINGS}; choose another --out")
+        raise ValueError(f"--out {out} is not empty and holds no {SAMPLING}; choose another --out")
     else:
         make_folder(out / "images", "--out")
         replace_text(path, json.dumps(settings, indent=1))

@@ -61,11 +61,12 @@ def load_crop(opened: Opened, size: Size, adm_exact: bool = False) -> np.ndarray
     return read_image(opened, size, adm_exact)[0]
 
 
-def read_image(opened: Opened, size: Size, adm_exact: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_image(opened: Opened, size: Size | None, adm_exact: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
     """The crop (height, width, 3) uint8 of an image, and what was done to it.
 
-    `opened`: a path, a binary file or an image. Takes the first frame, applies the EXIF orientation, puts transparent
-    pixels on white and scales 16-bit values to 8 bits. `adm_exact` does none of this, as ADM's and DiT's own code.
+    `opened`: a path, a binary file or an image. Without a size, nothing is cropped. Takes the first frame, applies the
+    EXIF orientation, puts transparent pixels on white and scales 16-bit values to 8 bits. `adm_exact` does none of
+    this, as ADM's and DiT's own code.
     Opens raster formats only. Raises a ValueError with the reason if the image cannot be read.
     """
     try:
@@ -76,7 +77,7 @@ def read_image(opened: Opened, size: Size, adm_exact: bool = False) -> tuple[np.
                 done = treatments(image, size, adm_exact)
                 image.load()
                 rgb = image.convert("RGB") if adm_exact else to_rgb(upright(image))
-                return np.array(center_crop(rgb, size)), done  # a copy: writable for torch
+                return np.array(center_crop(rgb, size) if size else rgb), done  # a copy: writable for torch
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds of errors on damaged files
@@ -98,14 +99,14 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
-def treatments(image: Image.Image, size: Size, adm_exact: bool = False) -> tuple[str, ...]:
+def treatments(image: Image.Image, size: Size | None, adm_exact: bool = False) -> tuple[str, ...]:
     """What the conversion of an image that is not yet decoded means for it, in words for the summary."""
     width, height = image.size
     deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     turned = orientation(image) != 1
     if orientation(image) > 4 and not adm_exact and image.format != "TIFF":  # a TIFF's size is that of the turned image
         width, height = height, width
-    wanted = width_height(size)
+    wanted = width_height(size or 1)
     found = {
         "EXIF orientation applied": turned and not adm_exact,
         "EXIF orientation not applied": turned and adm_exact,

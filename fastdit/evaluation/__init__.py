@@ -1,1 +1,1 @@
-"""Feature extraction and distances between sets of images."""
+"""Distances and scores of generated images: features, metrics, and results that carry their protocol."""

@@ -77,16 +77,18 @@ def frechet_infinity(
     """The Frechet distance for N -> infinity samples, and its standard error (Chong & Forsyth 2020, arXiv 1911.07023).
 
     The distance of N samples is biased by a term in 1/N. A line through the distances of `points` random subsets of
-    N/10 to N of the samples (N, D), as a function of 1/size, has the extrapolated value as its intercept. The standard
+    N/2 to N of the samples (N, D), as a function of 1/size, has the extrapolated value as its intercept. The standard
     error combines that of the intercept with the sampling error of the samples, from a jackknife over 10 groups. The
-    bias and the error of the reference's own size stay.
+    bias and the error of the reference's own size stay. Sizes start at N/2, not at the paper's N/10, and N must be at
+    least 4 D: where subsets have few more images than features, the bias is not linear in 1/N.
     """
-    count = len(samples)
-    if count < 2 * points:
-        raise ValueError(f"frechet_infinity needs {2 * points} samples or more, not {count}; use more, or leave it out")
+    count, least = len(samples), max(2 * points, 4 * samples.shape[1])
+    if count < least:
+        raise ValueError(f"{samples.shape[1]} features need {least} samples or more to extrapolate from, not {count}; "
+                         "use more, or leave it out")  # fmt: skip
     b = reference if isinstance(reference, Moments) else moments_of(reference)
     random = np.random.default_rng(seed)
-    sizes = np.linspace(max(2, count // 10), count, points).round().astype(int)
+    sizes = np.linspace(count // 2, count, points).round().astype(int)
     with one_thread(CPU):
         root = _root(b.sigma)
         values = [_frechet(moments_of(samples[random.permutation(count)[:size]]), b, root) for size in sizes]
@@ -160,11 +162,12 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID and its standard error over subsets (Binkowski et al. 2018, arXiv 1801.01401).
 
-    The unbiased MMD^2 with the kernel (x y / D + 1)^3, averaged over random subsets of both.
+    The unbiased MMD^2 with the kernel (x y / D + 1)^3, averaged over random subsets of both. A subset has at most half
+    of a set, or subsets would not differ.
     """
-    n = min(subset_size, len(samples), len(reference))
+    n = min(subset_size, len(samples) // 2, len(reference) // 2)
     if n < 2:
-        raise ValueError(f"kid needs 2 images or more in both sets, not {len(samples)} and {len(reference)}")
+        raise ValueError(f"kid needs 4 images or more in both sets, not {len(samples)} and {len(reference)}")
     random = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):

@@ -51,7 +51,7 @@ class LiteBlock(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """(N, 3, 224, 224) -> (N, 1280), without squeeze-and-excitation, with ReLU6. `_fc` gives the logits of ImageNet's 1,000 classes."""
+    """(N, 3, 224, 224) -> (N, 1280), without squeeze-and-excitation, with ReLU6. `_fc` gives 1,000 logits."""
 
     def __init__(self):
         super().__init__()

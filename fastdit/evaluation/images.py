@@ -1,0 +1,167 @@
+"""Images and statistics that an evaluation reads: npz files, folders, archives, and what `fastdit sample` wrote."""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fastdit.data.archives import open_images
+from fastdit.data.images import Size, parse_size, read_image
+from fastdit.evaluation.features import BLOCK
+from fastdit.evaluation.metrics import Features
+from fastdit.evaluation.moments import Moments
+from fastdit.files import SAMPLING, read_json, replacing
+
+Blocks = Callable[[Iterable[int]], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`count` images of one size (width, height). `blocks` reads those of ascending numbers: uint8 (<= 32, H, W, 3)."""
+
+    path: Path
+    count: int
+    size: tuple[int, int]
+    blocks: Blocks
+    sampling: dict | None = None  # what `fastdit sample` recorded about them
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an npz file without images holds: moments, perhaps the features themselves, and what is known about them."""
+
+    features: Features
+    about: dict = field(default_factory=dict)  # extractor, extractor_sha256, sha256, images, size; empty: ADM's
+
+
+def open_set(path: str | Path, key: str, image_size: str | None = None) -> ImageSet:
+    """The images at `path`: an npz with arr_0, a folder that `fastdit sample` wrote, or what `open_images` takes.
+
+    `image_size`: center-crop images that are not in an npz, as `fastdit extract` does. ValueError names `key`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{key}={path} does not exist; give an .npz file or a folder of images")
+    if path.suffix == ".npz":
+        found = _array(path, key)
+        record = path.parent / SAMPLING
+        return _sampled(found, record, key) if path.name == "samples.npz" and record.is_file() else found
+    if (record := path / SAMPLING).is_file():
+        return _sampled(_folder(path / "images", key, None), record, key)
+    return _folder(path, key, image_size)
+
+
+def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:
+    sampling = read_json(record)
+    if images.count != sampling.get("num_samples"):
+        raise ValueError(f"{key}={record.parent} holds {images.count} of {sampling.get('num_samples')} samples; repeat "
+                         "its sample command to complete it")  # fmt: skip
+    return ImageSet(images.path, images.count, images.size, images.blocks, sampling)
+
+
+def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
+    try:
+        source = open_images(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("images=", f"{key}=", 1)) from None
+    wanted: Size | None = parse_size(image_size) if image_size else None
+
+    def read(i: int) -> np.ndarray:
+        try:
+            return read_image(source.open(i), wanted)[0]
+        except ValueError as error:
+            raise ValueError(f"{key}={path}: {source.paths[i]} cannot be read ({error}); repair or remove it") from None
+
+    first = read(0)
+
+    def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(4) as pool:
+            for b in numbers:
+                indices = range(b * BLOCK, min((b + 1) * BLOCK, len(source)))
+                images = list(pool.map(read, indices))
+                for i, image in zip(indices, images, strict=True):
+                    if image.shape != first.shape:
+                        raise ValueError(
+                            f"{key}={path}: {source.paths[i]} has {_pixels(image)} pixels, {source.paths[0]} "
+                            f"{_pixels(first)}; center-crop all with --image-size {min(first.shape[:2])}"
+                        )
+                yield np.stack(images)
+
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks)
+
+
+def _pixels(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]}"
+
+
+def _array(path: Path, key: str) -> ImageSet:
+    """arr_0 of an npz file, which is not read as a whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise ValueError(f"it has no arr_0, only {', '.join(archive.namelist())[:200]}")
+            with archive.open("arr_0.npy") as file:
+                shape, fortran, dtype = _header(file)
+                start = file.tell()
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{key}={path} cannot be read ({error}); give an npz with arr_0, uint8 (N, H, W, 3)") from None
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"{key}={path} holds {dtype} {shape}; arr_0 must be uint8 (N, H, W, 3) in C order")
+    return ImageSet(path, shape[0], (shape[2], shape[1]), partial(_array_blocks, path, key, shape, start))
+
+
+def _header(file) -> tuple[tuple, bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    image = math.prod(shape[1:])
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        for b in numbers:
+            file.seek(start + b * BLOCK * image)
+            count = min(BLOCK, shape[0] - b * BLOCK)
+            try:
+                data = file.read(count * image)
+            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+                raise ValueError(f"{key}={path} is damaged ({error}); write it again") from None
+            if len(data) < count * image:
+                raise ValueError(f"{key}={path} is damaged: arr_0 ends in image block {b}; write it again")
+            yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+def read_statistics(path: str | Path, key: str) -> Statistics | None:
+    """mu, sigma and, from `save_statistics`, features of an npz file; None if it has no mu."""
+    if Path(path).suffix != ".npz" or not Path(path).is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "mu" not in arrays:
+                return None
+            mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+            about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+            values = arrays["features"] if "features" in arrays else None
+    except Exception as error:  # of many kinds, from zipfile, numpy and json
+        raise ValueError(f"{key}={path} cannot be read ({error}); write it again with --save-reference") from None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or (values is not None and values.shape[1:] != mu.shape):
+        raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and isinstance(about, dict)):
+        raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite; write it again with --save-reference")
+    return Statistics(Features(values, stated=Moments(mu, sigma, about.get("images", 0))), about)
+
+
+def save_statistics(path: Path, features: Features, about: dict) -> None:
+    """Write what `read_statistics` reads, with the features (N, D) where they are known."""
+    moments = features.moments
+    arrays = {"mu": moments.mu, "sigma": moments.sigma, "about": np.array(json.dumps(about))}
+    if features.values is not None:
+        arrays["features"] = features.values
+    with replacing(path) as file:
+        np.savez(file, **arrays)

