@@ -169,6 +169,8 @@ def evaluate(parser: ArgumentParser) -> Command:
         samples = _name(arguments, "samples", "folder or .npz file of samples")
         if not arguments.reference:
             arguments.parser.error("give real images with --reference")
+        if arguments.out and not Path(arguments.out).parent.is_dir():
+            raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
         metrics = arguments.metrics.split(",") if arguments.metrics else None
         ranks = init(arguments.device)
         try:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastdit.config import load_config
+from fastdit.evaluation.images import open_set
 from fastdit.quickstart.small_vae import small_vae
 from fastdit.sampling import grid, image_labels, load_pipeline, sample
 from fastdit.training import checkpoint
@@ -119,6 +120,13 @@ def test_labels():
     drawn = image_labels("random", 3000, 3, 0)
     assert drawn[:10] == image_labels("random", 10, 3, 0) and all(900 < drawn.count(c) < 1100 for c in range(3))
     assert image_labels("balanced", 2, 0, 0) == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["", "samples.npz"])
+def test_an_evaluation_reads_the_folder_and_how_it_was_sampled(reference, name):
+    images = open_set(reference / name, "SAMPLES")
+    assert images.sampling == json.loads((reference / "sampling.json").read_text())
+    assert (np.concatenate([*images.blocks(range(-(-images.count // 32)))]) == array(reference)).all()
 
 
 def test_a_grid_has_one_class_per_row(tmp_path):

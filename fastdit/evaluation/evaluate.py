@@ -54,8 +54,8 @@ def evaluate(
     """
     for name in metrics or ():
         check(name, METRICS, "--metrics")
-    if save_reference and Path(save_reference).suffix != ".npz":
-        raise ValueError(f"--save-reference={save_reference} must end in .npz")
+    if save_reference and not (Path(save_reference).suffix == ".npz" and Path(save_reference).parent.is_dir()):
+        raise ValueError(f"--save-reference={save_reference} must end in .npz and be in a folder that exists")
     extractor = load_features(features, ranks.device)
     images = open_set(samples, "SAMPLES", image_size)
     real, about = _reference(reference, extractor, images, image_size, ranks)
@@ -202,15 +202,19 @@ def summary(result: dict[str, Any]) -> str:
     known = protocol["reference"]["images"] or "an unknown number"
     lines = [f"{protocol['num_images']} images, {known} in the reference"]
     if "frechet" in values:
-        lines.append(f"{result['distance']:<26}{values['frechet']:.4f}")
+        lines.append(f"{result['distance']:<26}{_number('frechet', values)}")
     if real:
         counts = f"{real['num_images']} against {real['reference_images']} images"
         lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
     for name, title in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
         if name in values:
-            lines.append(f"{title:<26}{values[name]:.4f} +- {values[f'{name}_error']:.4f}")
+            lines.append(f"{title:<26}{_number(name, values)} +- {_number(f'{name}_error', values)}")
     rest = [key for key in values if not key.startswith(("frechet", "kid"))]
-    return "\n".join(lines + [f"{key.replace('_', ' '):<26}{values[key]:.4f}" for key in rest])
+    return "\n".join(lines + [f"{key.replace('_', ' '):<26}{_number(key, values)}" for key in rest])
+
+
+def _number(key: str, values: dict[str, float]) -> str:
+    return f"{values[key]:.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
 
 
 def compare(a: str | Path, b: str | Path) -> str:
@@ -227,13 +231,13 @@ def compare(a: str | Path, b: str | Path) -> str:
         raise ValueError(f"{a} and {b} were not measured alike: {'; '.join(unlike)}; measure both the same way")
     rows = [["", str(a), str(b)]]
     for key in ("samples", "sha256"):
-        rows.append([key, *(str(result["subject"][key]) for result in results)])
+        rows.append([key, *(str(result["subject"].get(key)) for result in results)])
     for key in results[0]["values"]:
         if key in results[1]["values"]:
             title = results[0]["distance"] if key == "frechet" else key.replace("_", " ")
-            rows.append([title, *(f"{result['values'][key]:.4f}" for result in results)])
-    if results[0]["real"]:
-        rows.append(["real against real", *(f"{result['real']['frechet']:.4f}" for result in results)])
+            rows.append([title, *(_number(key, result["values"]) for result in results)])
+    if all(result["real"] for result in results):
+        rows.append(["real against real", *(_number("frechet", result["real"]) for result in results)])
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -18,6 +18,7 @@ from fastdit.evaluation.metrics import Features
 from fastdit.evaluation.moments import Moments
 from fastdit.files import SAMPLING, read_json, replacing
 
+ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}
 Blocks = Callable[[Iterable[int]], Iterator[np.ndarray]]
 
 
@@ -37,7 +38,7 @@ class Statistics:
     """What an npz file without images holds: moments, perhaps the features themselves, and what is known about them."""
 
     features: Features
-    about: dict = field(default_factory=dict)  # extractor, extractor_sha256, sha256, images, size; empty: ADM's
+    about: dict = field(default_factory=dict)  # the keys of ABOUT; empty: ADM's
 
 
 def open_set(path: str | Path, key: str, image_size: str | None = None) -> ImageSet:
@@ -152,8 +153,10 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
         raise ValueError(f"{key}={path} cannot be read ({error}); write it again with --save-reference") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or (values is not None and values.shape[1:] != mu.shape):
         raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and isinstance(about, dict)):
-        raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite; write it again with --save-reference")
+    known = isinstance(about, dict) and (not about or about.keys() == ABOUT)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and known):
+        raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
+                         "with --save-reference")  # fmt: skip
     return Statistics(Features(values, stated=Moments(mu, sigma, about.get("images", 0))), about)
 
 

@@ -1,4 +1,4 @@
-"""Distances and scores between sets of features, in float64 on one thread of the CPU: the same digits everywhere.
+"""Distances and scores between sets of features, in float64 on the CPU, whose number of threads changes no digit.
 
 Every entry of METRICS takes (samples, reference, seed) as `Features` and returns named numbers.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdit.distributed import one_thread
-from fastdit.evaluation.moments import Moments, moments_of
+from fastdit.evaluation.moments import Moments, moments_of, sums_of
 
 CPU = torch.device("cpu")
 GROUPS = 10  # of the jackknife
@@ -93,7 +93,12 @@ def frechet_infinity(
         root = _root(b.sigma)
         values = [_frechet(moments_of(samples[random.permutation(count)[:size]]), b, root) for size in sizes]
         groups = random.permutation(count) % GROUPS
-        without = [_frechet(moments_of(samples[groups != group]), b, root) for group in range(GROUPS)]
+        sums, without = sums_of(samples), []
+        for group in range(GROUPS):
+            part = sums_of(samples[groups == group])
+            sums.merge(part, -1)
+            without.append(_frechet(sums.moments(), b, root))
+            sums.merge(part)
     x = np.stack([np.ones(points), 1 / sizes], axis=1)  # (points, 2)
     solution = np.linalg.lstsq(x, np.array(values), rcond=None)[0]
     fit = ((values - x @ solution) ** 2).sum() / (points - 2) * np.linalg.inv(x.T @ x)[0, 0]
@@ -170,12 +175,13 @@ def kernel_distance(
         raise ValueError(f"kid needs 4 images or more in both sets, not {len(samples)} and {len(reference)}")
     random = np.random.default_rng(seed)
     values = []
-    for _ in range(subsets):
-        x = samples[torch.from_numpy(random.permutation(len(samples))[:n])]
-        y = reference[torch.from_numpy(random.permutation(len(reference))[:n])]
-        xx, yy, xy = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
-        values.append((within - 2 * xy.mean()).item())
+    with one_thread(CPU):
+        for _ in range(subsets):
+            x = samples[torch.from_numpy(random.permutation(len(samples))[:n])]
+            y = reference[torch.from_numpy(random.permutation(len(reference))[:n])]
+            xx, yy, xy = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+            within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
+            values.append((within - 2 * xy.mean()).item())
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
 
 

@@ -47,11 +47,11 @@ class MomentSums:
         if self.count > MOST_ROWS:
             raise ValueError(f"{self.count} images are more than the {MOST_ROWS} that can be summed exactly; use fewer")
 
-    def merge(self, other: "MomentSums") -> None:
-        """Add the sums of another part, such as another process's."""
-        self.count += other.count
-        self.sums += other.sums
-        self.products += other.products
+    def merge(self, other: "MomentSums", sign: int = 1) -> None:
+        """Add the sums of another part, such as another process's, or take them away (sign -1)."""
+        self.count += sign * other.count
+        self.sums += sign * other.sums
+        self.products += sign * other.products
 
     def moments(self) -> Moments:
         """ValueError for fewer than 2 rows."""
@@ -65,8 +65,13 @@ class MomentSums:
         return Moments(mu, sigma, self.count)
 
 
-def moments_of(features: np.ndarray) -> Moments:
-    """The moments of features (N, D)."""
+def sums_of(features: np.ndarray) -> MomentSums:
+    """The sums of features (N, D)."""
     sums = MomentSums(features.shape[1])
     sums.add(features)
-    return sums.moments()
+    return sums
+
+
+def moments_of(features: np.ndarray) -> Moments:
+    """The moments of features (N, D)."""
+    return sums_of(features).moments()

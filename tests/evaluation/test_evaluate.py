@@ -194,6 +194,7 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "large.npz", pictures(4, size=64))
     (tmp_path / "cut.npz").write_bytes((folder / "samples.npz").read_bytes()[:-5000])
+    np.savez(tmp_path / "damaged.npz", mu=np.full(48, np.nan), sigma=np.eye(48))
     mixed = tmp_path / "mixed"
     write_pngs(mixed, pictures(3))
     Image.fromarray(pictures(1, size=64)[0]).save(mixed / "zzz.png")
@@ -216,6 +217,8 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([good, *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: 48 features need 192"),
         ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
         ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must end in .npz"),
+        ([good, *reference, "--out", tmp_path / "no" / "r.jsonl"], "no; create it"),
+        ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
         (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
         (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),
     ):
