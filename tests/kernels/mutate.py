@@ -122,7 +122,7 @@ PLANTS = [
           "total_v += d_even + d_odd", "total_v += d_even"),
     Plant("stale output", "fp8_activation", TILES, "activation_fp8.py", "d_odd, rows + D, to", "d_odd, rows, to"),
     Plant("unreduced chunk", "fp8_activation", TILES, "activation_fp8.py",
-          "tl.maximum(seen, store_both(even, odd, rows, columns", "tl.maximum(0.0, store_both(even, odd, rows, columns"),
+          "tl.maximum(seen, store_both(even, odd, rows, col", "tl.maximum(0.0, store_both(even, odd, rows, col"),
     Plant("lost term", "fp8_norm", TILES, "tiles.py", "h_a * factor)", "h_a)"),
     Plant("lost term", "fp8_norm", TILES, "gate_residual_adaln.py",
           "seen = tl.maximum(seen, tl.max(seen_b))", "seen = tl.max(seen_b)"),
