@@ -46,15 +46,15 @@ BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
                4: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}  # fmt: skip
 BACKWARD_WHOLE = {2: {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}}  # 216 KiB of shared memory
+UNVERIFIED = 0 if INTERPRET else 64  # tokens up to which the kernel for a whole head was not run on a GPU
 WHOLE_FITS = INTERPRET or HAS_TRITON and triton.__version__.startswith("3.6.")  # 3.9 needs 12 registers more: it spills
 
 
 def _whole(gpu: tuple[int, int], q: Tensor) -> bool:
     """Whether one program holds a head, q (N, H, T, D), in the backward pass on a GPU of this compute capability."""
     t, d = q.shape[2:]
-    # 129 to 255 are padded to 256, with a mask that does not fit beside them; up to 64 was not verified on a GPU, but
-    # the tests in the interpreter are short
-    tokens = (64 if not INTERPRET else 0) < t <= 128 or t in (192, 256)
+    # 129 to 255 are padded to 256, with a mask that does not fit beside them
+    tokens = UNVERIFIED < t <= 128 or t in (192, 256)
     return WHOLE_FITS and gpu[0] == 9 and q.dtype.itemsize == 2 and tokens and 64 <= d <= 80
 
 

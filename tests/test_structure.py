@@ -1,6 +1,7 @@
 """The rules of the code base: imports go only downwards, and a file has one topic and a docstring."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,10 @@ def test_diffusion_knows_torch_alone(path):
 def test_a_file_is_one_thing_and_says_which(path):
     assert len(path.read_text().splitlines()) <= 400
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_the_faults_of_make_chaos_can_be_imported(monkeypatch):
+    """They run by hand only, and a name that is missing would show after twenty minutes."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    for path in sorted((ROOT / "tests" / "chaos").glob("[a-z]*.py")):
+        importlib.import_module(f"chaos.{path.stem}")

@@ -35,21 +35,19 @@ def main() -> None:
             losses = {step: round(loss, 4) for step, loss in curves[name].items()}
             record("fp8", ROOT / "bench" / "results", name="fp8.jsonl", run=name, variant=config.model.variant,
                    overrides=arguments.set, losses=losses, **figures)  # fmt: skip
-    apart = {name: statistics.median(abs(curve[step] / loss - 1) for step, loss in curves["bf16"].items())
-             for name, curve in curves.items() if name != "bf16"}  # fmt: skip
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in apart.items())
-    draw(curves, f"training loss on digits; median difference from bf16: {shares}")
+    draw(curves)
 
 
-def draw(curves: dict[str, dict[int, float]], title: str) -> None:
+def draw(curves: dict[str, dict[int, float]]) -> None:
+    """The curves, each with its median difference from the first one."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":", ":"), strict=True):
-        axes.plot(list(curve), list(curve.values()), style, label=name)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.set_title(title, fontsize=8)
+        apart = statistics.median(abs(curve[step] / loss - 1) for step, loss in curves["bf16"].items())
+        axes.plot(list(curve), list(curve.values()), style, label=name + (f", {apart:.1%} from bf16" if apart else ""))
+    axes.set(xlabel="step", ylabel="training loss on digits", yscale="log")
     axes.legend()
     figure.savefig(ROOT / "docs" / "fp8.png", dpi=120)
 

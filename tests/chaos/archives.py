@@ -15,7 +15,7 @@ import numpy as np
 from chaos import contents
 from chaos.contents import Payload
 from chaos.corpus import Case, Good, copied
-from chaos.crafted import MEMBERS, member
+from chaos.pictures import MEMBERS, member
 
 
 def cases(good: Good) -> Iterator[Case]:

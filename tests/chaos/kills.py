@@ -101,7 +101,7 @@ class Killer:
                 killed = not self.finish(run)
             said = run.said()
         expected = f"resumed at step {before}" if before else "from random weights"
-        started = expected in said or (killed and "parameters" not in said)  # killed before it could say so
+        started = expected in said or (killed and " parameters, " not in said)  # killed before its start line
         if not self.table.check(started and "damaged" not in said, f"{run_dir.name}: no '{expected}' in: {said}"):
             self.unloadable += 1
         if killed:

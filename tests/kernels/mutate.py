@@ -48,6 +48,7 @@ class Plant:
 
 HEAD = (2, 2, 67, 72)  # two blocks of keys, the second one partial
 TALL, WIDE = (2, 37, 24), (2, 5, 88)  # three chunks of tokens, the last one partial; masked columns
+TILES = (131, 72)  # of FP8: several tiles of rows, the last one partial and odd
 PLANTS = [
     Plant("wrong sample", "adaln", TALL, "adaln.py", "shift + n * shift_n, D", "shift, D", fast=True),
     Plant("wrong sample", "adaln", TALL, "adaln.py", "load_tiles(x + n * x_n", "load_tiles(x"),
@@ -109,6 +110,24 @@ PLANTS = [
     Plant("wrong place", "qk_norm_rope", (2, 5, 3, 24), "qk_norm_rope.py", "-sin_a, -sin_b", "sin_a, sin_b"),
     Plant("wrong place", "qk_norm_rope", (2, 5, 3, 24), "qk_norm_rope.py", "load_vector(cos + t *",
           "load_vector(cos + 0 * t *"),
+    Plant("lost term", "fp8_cast", TILES, "fp8.py", "even * scale, odd * scale", "even * scale, odd", fast=True),
+    Plant("lost term", "fp8_cast", TILES, "fp8.py", "tl.maximum(tl.abs(even), tl.abs(odd))", "tl.abs(even)"),
+    Plant("lost term", "fp8_cast", TILES, "fp8.py", "tl.sum(even + odd, axis=0)", "tl.sum(even, axis=0)"),
+    Plant("swapped", "fp8_cast", TILES, "fp8.py", "tl.load(source + stride, mask", "tl.load(source, mask"),
+    Plant("missing mask", "fp8_activation", TILES, "activation_fp8.py",
+          "tl.where((2 * (pair + at) + 1 < M)[:, None], odd, 0.0)", "odd", fast=True),
+    Plant("unreduced chunk", "fp8_activation", TILES, "activation_fp8.py",
+          "total += even + odd", "total = even + odd"),
+    Plant("lost term", "fp8_activation", TILES, "activation_fp8.py",
+          "total_v += d_even + d_odd", "total_v += d_even"),
+    Plant("stale output", "fp8_activation", TILES, "activation_fp8.py", "d_odd, rows + D, to", "d_odd, rows, to"),
+    Plant("unreduced chunk", "fp8_activation", TILES, "activation_fp8.py",
+          "tl.maximum(seen, store_both(even, odd, rows, col", "tl.maximum(0.0, store_both(even, odd, rows, col"),
+    Plant("lost term", "fp8_norm", TILES, "tiles.py", "h_a * factor)", "h_a)"),
+    Plant("lost term", "fp8_norm", TILES, "gate_residual_adaln.py",
+          "seen = tl.maximum(seen, tl.max(seen_b))", "seen = tl.max(seen_b)"),
+    Plant("lost term", "fp8_norm", TILES, "fp8.py",
+          "(odd.to(tl.int16) << 8), columns", "(even.to(tl.int16) << 8), columns"),
 ]  # fmt: skip
 
 
@@ -121,9 +140,52 @@ def load(folder: Path, name: str) -> ModuleType:
     return module
 
 
+def fp8_complaints(package: ModuleType, op: str, shape: tuple[int, int]) -> list[str]:
+    """What differs between a fused cast and the cast of what the unfused kernels of this package compute."""
+    rng, fp8 = torch.Generator().manual_seed(0), package.fp8
+    (m, d), scale, found = shape, torch.tensor([16.0], device=DEVICE), []
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=rng).to(DEVICE)
+
+    def differ(name: str, got: tuple, value: torch.Tensor, dtype: torch.dtype) -> None:
+        expected = fp8.fp8_cast_eager(value, scale, dtype)
+        same = [torch.equal(a.float(), b.float()) for a, b in zip(got[:2], expected[:2], strict=True)]
+        same.append(bool(torch.isclose(got[2].max(), expected[2].max())))
+        parts = zip(("rows", "columns", "largest"), same, strict=True)
+        found.extend(f"{name}: {part}" for part, equal in parts if not equal)
+
+    if op == "fp8_cast":
+        x = normal(m, d)
+        *got, total = fp8.fp8_cast_and_sum(x, scale, fp8.GRADIENT)
+        differ("cast", got, x, fp8.GRADIENT)
+        found += [] if torch.allclose(total, x.sum(0), atol=1e-4) else ["cast: sum"]
+    elif op == "fp8_norm":
+        values = package.OPS["gate_residual_adaln"].inputs((1, m, d), torch.float32, DEVICE)
+        values = {name: value.detach() for name, value in values.items()}
+        h = package.OPS["gate_residual_adaln"].triton(**values)[1][0]
+        _, _, rows, most = package.gate_residual_adaln_fp8(**values, factor=scale, eps=1e-6, rms=False)
+        differ("norm", (rows, package.fp8_transpose(rows), most), h, fp8.FORWARD)
+    else:
+        for name, halves in (("gelu", 1), ("swiglu", 2)):
+            x, bias, d_y = normal(m, halves * d).requires_grad_(), normal(halves * d).requires_grad_(), normal(m, d)
+            y = package.OPS[name].triton(x, bias)
+            y.backward(d_y)
+            fused = getattr(package, f"{name}_fp8")
+            with torch.no_grad():
+                differ(name, fused.forward(x, bias, scale), y, fp8.FORWARD)
+                rows, columns, d_bias, most = fused.backward(d_y, x, bias, scale)
+            differ(f"{name} backward", (rows, columns, most), x.grad, fp8.GRADIENT)
+            found += [] if torch.allclose(d_bias, bias.grad, atol=1e-4) else [f"{name}: d_bias"]
+    return found
+
+
 def complaints(package: ModuleType, op: str, shape: tuple[int, ...], hopper: bool = False) -> list[str]:
     gpu, dtype = ((9, 0), torch.float16) if hopper else ((8, 0), torch.float32)
     try:
+        if op.startswith("fp8"):
+            with mock.patch.dict(os.environ, FASTDIT_KERNELS="triton"):
+                return fp8_complaints(package, op, shape)
         with mock.patch.object(package.runtime, "ABSENT_GPU", gpu):
             return compare(package.OPS[op], package.OPS[op].inputs(shape, dtype, DEVICE))
     except Exception as error:

@@ -29,7 +29,8 @@ class Driver:
 def main() -> None:
     warnings.simplefilter("ignore")
     triton.runtime.driver.set_active(Driver())
-    importlib.import_module("fastdit.kernels.attention").WHOLE_FITS = True  # whatever this version makes of it
+    module = importlib.import_module("fastdit.kernels.attention")
+    module.WHOLE_FITS, module.UNVERIFIED = True, 0  # whatever this version makes of it, and at the tests' few tokens
     for name, hopper in [(name, hopper) for name in OPS for hopper in (False, True)]:
         op, runtime.ABSENT_GPU = OPS[name], (9, 0) if hopper else (8, 0)
         if not any(op.writes_hopper if hopper else op.writes):

@@ -96,6 +96,18 @@ def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
         assert (parameter.grad - other.grad).norm() < 0.02 * parameter.grad.norm(), name
 
 
+@pytest.mark.parametrize("how", ["eager", "triton"])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(policy, how, monkeypatch):
+    monkeypatch.setenv("FASTDIT_KERNELS", how)
+    plain, model = network(), network()
+    model.set_activation_checkpointing(policy)
+    backward(plain), backward(model)
+    for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad), name
+    assert torch.equal(model.fp8.seen, plain.fp8.seen)
+
+
 def test_the_blocks_linears_and_no_other_multiply_in_fp8(model):
     fp8 = {name for name, m in model.named_modules() if getattr(m, "multiply", None) is not None}
     of_a_block = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

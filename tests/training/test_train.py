@@ -131,6 +131,18 @@ def test_zero_on_two_processes_gives_the_single_process_losses_and_resumes_exact
         torch.testing.assert_close(ours[name], tensor, atol=2e-3, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_fp8_on_two_processes_gives_the_single_process_losses_and_history(world, tmp_path, engine):
+    common = ["--config", str(world / "config.yaml"), "training.fp8=true", "training.steps=6", "training.compile=false"]
+    run("train.py", *common, f"run_dir={tmp_path}/one")
+    run("train.py", *common, f"training.engine={engine}", f"run_dir={tmp_path}/two", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+    one, two = (load_file(checkpoint.find(tmp_path / name) / "progress.safetensors") for name in ("one", "two"))
+    # a process averages its gradient over half of the images: it is twice as large
+    halves = one["fp8.history"] * torch.tensor([1.0, 1.0, 2.0])
+    torch.testing.assert_close(two["fp8.history"][:6], halves[:6], rtol=0.2, atol=0)  # single values, with bf16's noise
+
+
 def test_the_deepspeed_launcher_trains_on_two_processes(world, whole, tmp_path):
     store, environment = rendezvous()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
