@@ -81,7 +81,7 @@ def evaluate(
             "version": PROTOCOL,
             "num_images": images.count,
             "image_size": list(images.size),
-            "image_size_option": image_size,
+            "cropped": images.cropped,
             "samples": {key: value for key, value in sampling.items() if key not in SUBJECT},
             "reference": about,
             "features": extractor.name,

@@ -5,14 +5,14 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fastdit.data.archives import open_images
-from fastdit.data.images import Size, parse_size, read_image
+from fastdit.data.images import Size, parse_size, read_image, size_text
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
 from fastdit.evaluation.moments import Moments
@@ -31,6 +31,7 @@ class ImageSet:
     size: tuple[int, int]
     blocks: Blocks
     sampling: dict | None = None  # what `fastdit sample` recorded about them
+    cropped: str | None = None  # the size that they were center-cropped to
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:
     if images.count != sampling.get("num_samples"):
         raise ValueError(f"{key}={record.parent} holds {images.count} of {sampling.get('num_samples')} samples; repeat "
                          "its sample command to complete it")  # fmt: skip
-    return ImageSet(images.path, images.count, images.size, images.blocks, sampling)
+    return replace(images, sampling=sampling)
 
 
 def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
@@ -94,7 +95,7 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                         )
                 yield np.stack(images)
 
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks)
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=size_text(wanted) if wanted else None)
 
 
 def _pixels(image: np.ndarray) -> str:

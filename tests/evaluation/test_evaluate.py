@@ -225,7 +225,11 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         assert words in mistake(capsys, *argv, "--device", "cpu"), words
 
 
-def test_a_crop_makes_sizes_equal_and_is_recorded(folder, small, tmp_path):
-    write_pngs(tmp_path / "wide", np.repeat(pictures(30, size=48), 2, axis=2))
-    result = evaluate(folder / "samples.npz", "--reference", tmp_path / "wide", "--image-size", "48")
-    assert result["protocol"]["reference"]["size"] == [48, 48] and result["protocol"]["image_size_option"] == "48"
+def test_a_crop_makes_sizes_equal(folder, small, tmp_path, capsys):
+    write_pngs(tmp_path / "wide", np.repeat(pictures(30), 2, axis=2))
+    saved, results = tmp_path / "saved.npz", []
+    for reference, *options in ((tmp_path / "wide", "--image-size", "48", "--save-reference", saved), (saved,)):
+        results.append(evaluate(folder / "samples.npz", "--reference", reference, *options))
+    assert results[0]["protocol"]["reference"]["size"] == [48, 48] and results[0]["protocol"] == results[1]["protocol"]
+    assert evaluate(tmp_path / "wide", "--reference", saved, "--image-size", "48")["protocol"]["cropped"] == "48"
+    assert "96x48 pixels, --reference=" in mistake(capsys, tmp_path / "wide", "--reference", saved)
