@@ -95,7 +95,8 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                         )
                 yield np.stack(images)
 
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=size_text(wanted) if wanted else None)
+    cropped = size_text(wanted) if wanted else None
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped)
 
 
 def _pixels(image: np.ndarray) -> str:
