@@ -54,6 +54,8 @@ def open_set(path: str | Path, key: str, image_size: str | None = None) -> Image
         found = _array(path, key)
         record = path.parent / SAMPLING
         return _sampled(found, record, key) if path.name == "samples.npz" and record.is_file() else found
+    if (path / "checkpoints").is_dir() or (path / "checkpoint.json").is_file():
+        raise ValueError(f"{key}={path} is a run or a checkpoint; sample it first: fastdit sample {path} --out samples")
     if (record := path / SAMPLING).is_file():
         return _sampled(_folder(path / "images", key, None), record, key)
     return _folder(path, key, image_size)

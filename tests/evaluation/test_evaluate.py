@@ -189,6 +189,7 @@ def mistake(capsys, *argv):
 
 def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     np.savez(tmp_path / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez(tmp_path / "planar.npz", np.zeros((4, 3, 8, 8), np.uint8))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
@@ -204,6 +205,7 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         (reference, "name one folder or .npz file of samples"),
         ([good], "give real images with --reference"),
         ([tmp_path / "nowhere", *reference], "nowhere does not exist; give an .npz file or a folder of images"),
+        ([tmp_path / "run", *reference], "run is a run or a checkpoint; sample it first: fastdit sample"),
         ([tmp_path / "empty", *reference], "empty is empty; it needs images"),
         ([good, "--reference", tmp_path / "empty"], "--reference="),
         ([tmp_path / "floats.npz", *reference], "holds float64 (4, 8, 8, 3); arr_0 must be uint8 (N, H, W, 3)"),
