@@ -1,4 +1,4 @@
-"""fp8_cast: a matrix in FP8, stored both ways round, and its largest magnitude (Micikevicius et al. 2022).
+"""fp8_cast: a matrix in FP8, stored in both layouts, and its largest magnitude (Micikevicius et al. 2022).
 
 Hopper's FP8 products need the dimension that is summed to be contiguous in both operands. The input of a linear is
 summed over its columns in the forward product and over its rows in the gradient of the weight, so every operand is

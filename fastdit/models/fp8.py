@@ -6,7 +6,7 @@ factor comes from the largest magnitudes of the last steps (the history), and th
 it for later steps. A value that outgrows the range saturates. Weights, their gradients and the optimizer's state stay
 fp32. On a CPU the products are emulated: the rounding is the same, the speed is not.
 
-A magnitude leaves the network as the gradient of a dummy leaf, `Linear.magnitudes`: so compiled code, activation
+A magnitude leaves the network as the gradient of a dummy leaf, `Linear.magnitudes`. This way, compiled code, activation
 checkpointing and CUDA graphs need no side effects.
 """
 
@@ -86,6 +86,10 @@ class Fp8:
         self.seen.copy_(torch.maximum(self.seen, measured))
         for linear in self.linears.values():
             linear.magnitudes.grad = None
+
+    def not_finite(self, ranks: Ranks) -> Tensor:
+        """Whether any process saw an infinity in this step (0-dim bool): FP8 saturates it, and the loss may hide it."""
+        return ~ranks.max(self.seen).isfinite().all()
 
     @torch.no_grad()
     def update(self, ranks: Ranks, skipped: Tensor) -> None:

@@ -83,6 +83,8 @@ class TrainStep:
         means = {"loss": losses.mean()} | {name: torch.cat(values).mean() for name, values in parts.items()}
         means = dict(zip(means, self.ranks.mean(torch.stack(list(means.values()))), strict=True))
         bad = ~means["loss"].isfinite()
+        if fp8 is not None:
+            bad = bad | fp8.not_finite(self.ranks)
         grad_norm, skipped = self.engine.step(lr, bad, self.ema, step + 1)
         if fp8 is not None:
             fp8.update(self.ranks, skipped)

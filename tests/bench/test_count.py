@@ -115,7 +115,7 @@ def test_fp8_multiplies_in_fp8_and_reads_an_operand_once(counted):
     casts = {way: [size for _, name, size in fp8[way] if name == "fp8_cast"] for way in ("forward", "backward")}
     assert [len(casts[way]) for way in casts] == [5, 3]
     assert [size for _, name, size in fp8["forward"] if name == "fp8_transpose"] == [UNIT, UNIT]
-    least = 2 * UNIT  # bf16 read, a byte written both ways round; then the largest magnitudes
+    least = 2 * UNIT  # bf16 read, a byte written in both layouts; then the largest magnitudes
     assert sum(size >= least for size in casts["forward"]) == 1
     assert sum(casts["backward"]) == pytest.approx(5 * least, rel=0.01)
     for way, factor in (("forward", 4 * (2 + 2)), ("backward", 4 * (2 + 2 + 2))):

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastdit.distributed import Ranks
 from fastdit.models.dit import create_dit
-from fastdit.models.fp8 import INPUT, OUTPUT, WEIGHT, use_fp8
+from fastdit.models.fp8 import INPUT, OUTPUT, WEIGHT, Fp8, use_fp8
 from fastdit.models.layers import Linear
+from fastdit.training.weights import read_weights
 from helpers import kernels  # noqa: F401  the interpreter's rounding
 from helpers.runs import losses, train_here
 
@@ -147,7 +148,9 @@ def test_a_skipped_step_leaves_the_factors(model):
     backward(model)
     model.fp8.update(RANKS, GOOD)
     before, scale = model.fp8.history.clone(), model.fp8.scale.clone()
+    assert not model.fp8.not_finite(RANKS)
     backward(model, float("inf"))
+    assert model.fp8.not_finite(RANKS)
     model.fp8.update(RANKS, BAD)
     assert torch.equal(model.fp8.history, before) and torch.equal(model.fp8.scale, scale)
     backward(model, 3.0)  # and nothing of it is left for the next step
@@ -211,6 +214,26 @@ def test_a_resume_is_exact(world, tmp_path, one_thread):
     for name in ("model", "ema", "exp_avg_sq", "progress"):
         file = f"{name}.safetensors"
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), name
+
+
+def test_an_infinity_that_fp8_would_hide_skips_the_step(world, tmp_path, monkeypatch, capsys):
+    """Saturated, it leaves a finite loss: only the largest magnitude shows it."""
+    seen = Fp8.collect
+
+    def with_infinity(self):
+        seen(self)
+        with_infinity.steps += 1
+        if with_infinity.steps == 2:
+            self.seen[3, INPUT] = float("inf")
+
+    with_infinity.steps = 0
+    monkeypatch.setattr(Fp8, "collect", with_infinity)
+    few = ["training.fp8=true", "training.steps=4", "training.compile=false", "training.checkpoint_every=1"]
+    last = train_here(world, tmp_path / "run", *few, "training.keep_checkpoints=0")
+    one, two = (read_weights(last.parent / f"step-000000{n}" / "model.safetensors") for n in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    updates = read_weights(last / "progress.safetensors")
+    assert int(updates["updates"]) == 3 and updates["fp8.history"].isfinite().all()
 
 
 @pytest.mark.parametrize("wrong", [
