@@ -1,4 +1,4 @@
-"""The `fastdit` command: one parser for the subcommands in commands.py, and answers to typing mistakes.
+"""The `fastdit` command: one parser for the subcommands in commands/, and answers to typing mistakes.
 
 Arguments without `=` are names (of a config, a run, ...), those with `=` override config values.
 """

@@ -242,6 +242,9 @@ def config_from(tree: dict[str, Any], where: str | Path, overrides: Iterable[str
     tree = copy.deepcopy(tree)
     for override in overrides:
         _override(tree, override)
+    data = tree.get("data")
+    if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
+        data["image_size"] = [int(side) for side in data["image_size"].split("x")]
     try:
         return convert(Config, tree, "")
     except UnknownKey as error:

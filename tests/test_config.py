@@ -115,3 +115,9 @@ def test_a_config_takes_from_the_shards_what_only_they_tell(world):
             resolved(load_config("sit_s_2", [*few, override]), manifest)
     data = assumed(load_config("dit_xl_2_512")).data
     assert (data.image_size, data.num_classes, data.vae) == (512, 1000, "stabilityai/sd-vae-ft-ema")
+
+
+def test_an_image_size_is_also_written_as_a_command_line_takes_it():
+    assert load_config("sit_s_2", ["data.image_size=512x256"]).data.image_size == (512, 256)
+    with pytest.raises(ValueError, match="data.image_size"):
+        load_config("sit_s_2", ["data.image_size=512x"])

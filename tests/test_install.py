@@ -1,5 +1,6 @@
 """`kernels/` is installed as fastdit.kernels, and Hugging Face's package `kernels` keeps its name."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -81,3 +82,65 @@ def test_the_wheel_holds_the_kernels_under_fastdit_alone(tmp_path):
     assert {f"fastdit/{path.relative_to(ROOT / 'fastdit')}" for path in (ROOT / "fastdit").rglob("*.py")} <= names
     assert {"fastdit/models/attention.json", "fastdit/report/page.css"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastdit"}
+
+
+def test_importing_fastdit_sets_how_threads_wait_unless_the_user_did(tmp_path, monkeypatch):
+    code = "import fastdit, os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert python(code, ROOT) == "PASSIVE 1000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert python(code, ROOT) == "ACTIVE None"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert python(code, ROOT) == "None 7"
+
+
+MACOS = """
+import json, os, pathlib, resource, sys
+import diffusers, deepspeed, torch, torch.utils.tensorboard
+read, usage = pathlib.Path.read_text, resource.getrusage
+def read_text(self, *args, **options):
+    if str(self).startswith("/proc"):
+        raise FileNotFoundError(str(self))
+    return read(self, *args, **options)
+class InBytes:
+    def __init__(self, who):
+        self.ru_maxrss = 1024 * usage(who).ru_maxrss
+exists = pathlib.Path.exists
+pathlib.Path.read_text = read_text
+pathlib.Path.exists = lambda self, **options: not str(self).startswith("/proc") and exists(self, **options)
+resource.getrusage = InBytes
+for name in ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "memfd_create", "copy_file_range"):
+    if hasattr(os, name):
+        delattr(os, name)
+sys.platform = "darwin"
+from fastdit.cli import main
+for words in json.load(sys.stdin):
+    main(words)
+"""
+
+
+def test_everything_runs_without_what_only_linux_has(world, tmp_path):
+    """A run, its samples and their measurement on a machine like macOS: no /proc, no affinity, peak memory in bytes."""
+    few = ["training.steps=2", "training.global_batch=8", "training.log_every=1", "training.precision=fp32",
+           "training.compile=false", "sampling.steps=2", "sampling.batch_size=4"]  # fmt: skip
+    where = [f"data.shards={world / 'latents'}", "run_dir=run"]
+    images = str(world / "held_out")
+    commands = [
+        ["extract", "--images", images, "--out", "latents", "--vae", str(world / "vae"), "--image-size", "32"],
+        ["train", "sit_s_2", "model.variant=DiT-1x32x2/2", *where, *few],
+        ["train", "sit_s_2", "model.variant=DiT-1x32x2/2", *where, *few, "training.steps=3", "--resume"],
+        ["sample", "run", "--out", "samples", "--num-samples", "8"],
+        ["evaluate", "samples", "--reference", "samples", "--metrics", "frechet"],
+        ["verify", "run"],
+        ["report", "run"],
+        ["doctor"],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", MACOS], cwd=tmp_path, env=environment, input=json.dumps(commands),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / name).exists() for name in ("latents/manifest.json", "samples/grid.png", "run/report.html"))
+    peaks = [line for line in (tmp_path / "run/train.log").read_text().splitlines() if "peak" in line]
+    assert peaks and all(0.1 < float(line.partition("peak ")[2].split()[0]) < 20 for line in peaks)

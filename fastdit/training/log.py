@@ -150,9 +150,14 @@ def start_line(
     `predicted_s`: of the training; 0: unknown.
     """
     steps, images = config.training.steps, config.training.global_batch
+    threads = ""
+    if ranks.device.type == "cpu":
+        waiting = f"waiting {os.environ.get('OMP_WAIT_POLICY', 'default')}"
+        spin = f", spin {os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
+        threads = f", {torch.get_num_threads()} threads {waiting}{spin}"
     return (
         f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
-        f"{ranks.world} x {ranks.device} ({engine}), attention {model.blocks[0].attn.backend}, "
+        f"{ranks.world} x {ranks.device} ({engine}{threads}), attention {model.blocks[0].attn.backend}, "
         f"kernels {kernels.choice()}, checkpointing {policy}, batch {' x '.join(map(str, batch))}, "
         f"{steps:,} steps = {steps * images / len(manifest):.1f} epochs, {origin}"
         + (f", predicted to take {timedelta(seconds=round(predicted_s))}" if predicted_s else "")
@@ -208,7 +213,7 @@ def peak_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: of the GPU's allocator, or of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # B, KiB
 
 
 def peak_flops_of(device: torch.device) -> float:

@@ -1,0 +1,131 @@
+"""Judging a run: evaluate, report, likelihood and verify.
+
+Each function adds its arguments to a parser and returns what runs it.
+"""
+
+import argparse
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fastdit.commands.arguments import DEVICE, RUN, Command, one_name, take_words
+from fastdit.errors import EXIT_CODE
+
+
+def evaluate(parser: ArgumentParser) -> Command:
+    """Measure samples against real images, or compare two measurements.
+
+    fastdit evaluate samples --reference images --out results.jsonl
+    fastdit evaluate --compare a.jsonl b.jsonl
+    SAMPLES: a folder that fastdit sample wrote, a folder of images, or an .npz file with arr_0, uint8 (N, H, W, 3).
+    --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
+    The digits do not depend on the number of processes. --compare reads the last line of each file.
+    """
+    parser.add_argument("--reference", help="real images, or their statistics")
+    parser.add_argument("--features", default="efficientnet-lite0", metavar="NAME[=PATH]",
+                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER")  # fmt: skip
+    parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
+                                          "inception_score, with commas between (default: all that apply)")  # fmt: skip
+    parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
+    parser.add_argument("--seed", type=int, default=0, help="of the random subsets")
+    parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
+    parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --out")
+    parser.add_argument("--device", help=DEVICE)
+    parser.add_argument("--samples", help=argparse.SUPPRESS)
+    take_words(parser, "SAMPLES", overrides=False)
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.distributed import close, init
+        from fastdit.evaluation.evaluate import compare, evaluate, summary
+        from fastdit.files import append_to
+
+        if arguments.compare:
+            return print(compare(*arguments.compare))
+        samples = one_name(arguments, "samples", "folder or .npz file of samples")
+        if not arguments.reference:
+            arguments.parser.error("give real images with --reference")
+        if arguments.out and not Path(arguments.out).parent.is_dir():
+            raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
+        metrics = arguments.metrics.split(",") if arguments.metrics else None
+        ranks = init(arguments.device)
+        try:
+            chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+            result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
+        finally:
+            close()
+        if ranks.is_main:
+            print(summary(result))
+            if arguments.out:
+                with append_to(Path(arguments.out)) as file:
+                    file.write(json.dumps(result) + "\n")
+
+    return run
+
+
+def report(parser: ArgumentParser) -> Command:
+    """Show a run on one HTML page, or several side by side.
+
+    fastdit report runs/mine
+    fastdit report runs/a runs/b --out comparison.html sampling.cfg_scale=4
+    Training writes the page of its run at its end.
+    """
+    parser.add_argument("--out", help="the page (RUN/report.html; for several runs: report.html)")
+    parser.add_argument("--device", help=DEVICE)
+    take_words(parser, "RUN ...")
+    parser.set_defaults(max_names=4)
+
+    def run(arguments: Namespace) -> None:
+        if not arguments.names:
+            arguments.parser.error("name one run, or up to four")
+        from fastdit.distributed import init
+        from fastdit.report import write_report
+
+        device = init(arguments.device).device
+        print(write_report(arguments.names, arguments.out, device=device, overrides=arguments.overrides))
+
+    return run
+
+
+def likelihood(parser: ArgumentParser) -> Command:
+    """Compute the likelihood of latents under a checkpoint."""
+    parser.add_argument("--checkpoint", required=True, help=RUN)
+    parser.add_argument("--shards", required=True, help="a folder of latents")
+    parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--probes", type=int, default=4, help="random directions for the divergence")
+    parser.add_argument("--steps", type=int, default=50, help="number of ODE steps")
+    parser.add_argument("--method", choices=("heun", "euler", "vlb"), default="heun", help="vlb: bound, DDPM only")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help=DEVICE)
+    options = [a.dest for a in parser._actions if a.dest not in ("help", "checkpoint", "shards")]
+    parser.add_argument("--out", help="a JSON file for the results")
+    take_words(parser, None)
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.likelihood import likelihood, write_report
+
+        chosen = {key: getattr(arguments, key) for key in options}
+        report = likelihood(arguments.checkpoint, arguments.shards, overrides=arguments.overrides, **chosen)
+        if arguments.out:
+            write_report(report, arguments.out)
+
+    return run
+
+
+def verify(parser: ArgumentParser) -> Command:
+    """Check a checkpoint or a folder of latents for damage."""
+    parser.add_argument("path", help=f"{RUN}, or a folder of latents")
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.verify import verify
+
+        findings = verify(arguments.path)
+        for line in findings:
+            print("wrong:", line)
+        if findings:
+            raise SystemExit(EXIT_CODE)
+        print("all is well")
+
+    return run

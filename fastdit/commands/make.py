@@ -1,0 +1,153 @@
+"""From images to samples: extract, train, sample, quickstart and launch.
+
+Each function adds its arguments to a parser and returns what runs it.
+"""
+
+import argparse
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
+from fastdit.config import load_config
+
+
+def extract(parser: ArgumentParser) -> Command:
+    """Encode images to latent shards.
+
+    Any number of processes writes the same files: fastdit launch --gpus 8 extract --images DIR --out DIR --vae VAE
+    After an interruption, the same command keeps the shards that were finished.
+    """
+    parser.add_argument(
+        "--images",
+        required=True,
+        help="a folder with a subfolder per class, a folder of images, a CSV or JSONL file with path and label, a "
+        "WebDataset, ImageNet's or CIFAR's archive, or Parquet files of the Hugging Face hub",
+    )
+    parser.add_argument("--out", required=True, help="output folder; it appears once it is complete")
+    parser.add_argument("--vae", required=True, help="AutoencoderKL or AutoencoderDC: a local folder or a hub name")
+    parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
+    parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")
+    parser.add_argument("--precision",
+                        help="of the VAE: float32, bfloat16 (default on a GPU from Ampere on) or float16")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compile the encoder (default: on a GPU, for 10,000 images or more)")  # fmt: skip
+    parser.add_argument("--adm-exact", action="store_true",
+                        help="read images as ADM and DiT: EXIF, transparency and 16 bits not handled")  # fmt: skip
+    parser.add_argument("--workers", type=int, help="decoding threads per process (default: its share of the cores)")
+    parser.add_argument("--shard-size", type=int, default=2048, help="images per shard (2048)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")
+    parser.add_argument("--device", help=DEVICE)
+    options = [action.dest for action in parser._actions if action.dest not in ("help", "device")]
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.data.extract import extract_features
+        from fastdit.distributed import close, init
+
+        ranks = init(arguments.device)
+        try:
+            extract_features(**{key: getattr(arguments, key) for key in options}, ranks=ranks)
+        finally:
+            close()
+
+    return run
+
+
+def train(parser: ArgumentParser) -> Command:
+    """Train a network on latents.
+
+    fastdit train sit_s_2 data.shards=latents run_dir=runs/mine
+    CONFIG is a YAML file, or the name of an included config (fastdit configs). Repeat the command with --resume to
+    continue; if the run folder does not exist, training starts from the beginning.
+    """
+    parser.add_argument("--config", help="the same as CONFIG")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in run_dir")
+    parser.add_argument("--images", help="extract the latents of these images first, if data.shards does not exist yet")
+    parser.add_argument("--device", help=DEVICE)
+    parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    take_words(parser, "CONFIG")
+
+    def run(arguments: Namespace) -> None:
+        if arguments.help_config:
+            from fastdit.listings import keys
+
+            return print(keys())
+        config = load_config(one_name(arguments, "config", "config, such as sit_s_2"), arguments.overrides)
+
+        from fastdit.convert import read_initial
+        from fastdit.report import report_at_end
+        from fastdit.training.loop import train  # after load_config: importing torch takes seconds
+
+        if arguments.images:
+            from fastdit.api import with_latents
+
+            config = with_latents(config, arguments.images, arguments.device)
+        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end)
+
+    return run
+
+
+def sample(parser: ArgumentParser) -> Command:
+    """Sample images from a run to PNG files, an .npz file for evaluation and a grid.
+
+    fastdit sample runs/mine --out samples --num-samples 64 sampling.cfg_scale=4
+    The files do not depend on the number of processes. To continue an interrupted run, repeat the command.
+    """
+    parser.add_argument("--checkpoint", help="the same as RUN")
+    parser.add_argument("--out", help="output folder (RUN/samples)")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--labels", default="balanced", help="balanced, random, or classes by name or number: 207,360")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help=DEVICE)
+    take_words(parser, "RUN")
+
+    def run(arguments: Namespace) -> None:
+        path = one_name(arguments, "checkpoint", "run")
+        from fastdit.sampling import sample
+
+        out = sample(path, arguments.out or Path(path) / "samples", arguments.num_samples,
+                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,
+                     weights=arguments.weights, device=arguments.device)  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{arguments.num_samples} images in {out}; see {out / 'grid.png'}")
+
+    return run
+
+
+def quickstart(parser: ArgumentParser) -> Command:
+    """Train a DiT on images of digits and sample from it, in minutes."""
+    parser.add_argument("--out", default="quickstart", help="a new or empty output folder")
+    parser.add_argument("--seed", type=int, default=0)
+    take_words(parser, None)
+
+    def run(arguments: Namespace) -> None:
+        from fastdit.quickstart import quickstart
+
+        quickstart(arguments.out, seed=arguments.seed, overrides=arguments.overrides)
+
+    return run
+
+
+def launch(parser: ArgumentParser) -> Command:
+    """Run a command on several GPUs or nodes: fastdit launch --gpus 8 train ..."""
+    parser.add_argument("--gpus", type=int, required=True, help="processes on this node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--master", help="HOST:PORT of the first node, the same on all; needed with --nodes")
+    parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+
+    def run(arguments: Namespace) -> None:
+        if not arguments.command_line or arguments.command_line[0] not in ("extract", "train", "sample", "evaluate"):
+            parser.error("name extract, train, sample or evaluate after the options")
+        if arguments.nodes > 1 and not arguments.master:
+            parser.error("several nodes need --master HOST:PORT, the same on all of them")
+        places = ["--standalone"]
+        if arguments.nodes > 1:
+            places = ["--nnodes", str(arguments.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", arguments.master]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(arguments.gpus), *places]
+        os.execv(sys.executable, [*torchrun, "-m", "fastdit.cli", *arguments.command_line])
+
+    return run

@@ -1,0 +1,148 @@
+"""A trained network that makes images: its evaluation, its sampler, and the label of each image."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdit.config import Config
+from fastdit.data.images import to_uint8
+from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
+from fastdit.diffusion.objectives import Objective
+from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.distributed import ImageRandom, seed_of
+from fastdit.models.dit import DiT
+from fastdit.registry import bind
+
+
+class Inference:
+    """A DiT for inference: computes in `precision`, returns fp32. Its weights must not change afterwards.
+
+    With `compile` on a GPU, the blocks are compiled and each input shape is replayed as a CUDA graph.
+    """
+
+    def __init__(self, model: DiT, precision: str, compile: bool):
+        self.model, self.null_label = model, model.null_label
+        device = next(model.parameters()).device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        self.graphs: dict[tuple, tuple] | None = {} if compile and device.type == "cuda" else None
+        if self.graphs is not None:
+            model.compile_blocks()
+        if precision == "bf16":
+            for module in model.modules():
+                if isinstance(module, nn.Linear):  # cast once; autocast would cast at every evaluation
+                    module.weight.data = module.weight.data.bfloat16()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if self.graphs is None:
+            return self._evaluate(x, t, y)
+        given = [tensor for tensor in (x, t, y) if tensor is not None]
+        shape = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture([tensor.clone() for tensor in given])
+        graph, places, out = self.graphs[shape]
+        for place, tensor in zip(places, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return out.clone()  # the next replay overwrites it
+
+    def _evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        with self.autocast:
+            return self.model(x, t, y).float()
+
+    def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile, and let the libraries allocate their workspaces
+                self._evaluate(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            out = self._evaluate(*places)
+        return graph, places, out
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """A trained network with its objective, sampler and codec, ready to make images."""
+
+    config: Config
+    inference: Inference
+    weak: Inference | None  # of sampling.weak_checkpoint
+    objective: Objective
+    codec: LatentCodec
+    spec: LatentSpec
+    identity: str = ""  # SHA-256 of the weights' file
+    class_names: tuple[str, ...] = ()  # where they are known
+
+    @torch.no_grad()
+    def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
+        """x_0 (N, C, h, w) of the images `indices` with labels (N,).
+
+        `on_step(t, x_t, prediction)` sees every evaluation. `denoised_fn(x_0)` replaces the predicted x_0 at every
+        evaluation; without it, sampling.clip does.
+        """
+        settings = self.config.sampling
+        noise = ImageRandom([seed_of(seed, i) for i in indices])
+        x_1 = noise(torch.empty(len(indices), *self.spec.shape, device=labels.device))
+        denoise = guided(
+            self.objective,
+            self.inference,
+            labels,
+            settings.cfg_scale,
+            settings.cfg_channels or None,
+            cfg_interval=settings.cfg_interval,
+            cfg_rescale=settings.cfg_rescale,
+            weak_model=self.weak,
+        )
+        denoised_fn = denoised_fn or CLIPS[settings.clip]
+        if denoised_fn is not None:
+            denoise = processed(denoise, self.objective.path, denoised_fn)
+        if on_step is not None:
+            denoise = watched(denoise, on_step)
+        sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
+        return sampler(denoise, x_1, self.objective.timesteps(settings.steps), self.objective.path, noise=noise)
+
+    def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        pixels = self.codec.decode(self.latents(indices, labels, seed))
+        if not pixels.isfinite().all():
+            raise ValueError("the sampled images are not finite: check the weights with fastdit verify")
+        return to_uint8(pixels).cpu().numpy()
+
+    @property
+    def model(self) -> DiT:
+        return self.inference.model
+
+
+def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:
+    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels.
+
+    Where the names are known, `balanced` and `random` take only classes that the training data had.
+    """
+    if not num_classes:
+        return [0] * count
+    trained = min(num_classes, len(class_names) or num_classes)
+    if labels == "balanced":
+        return [i % trained for i in range(count)]
+    if labels == "random":
+        return [seed_of(seed, i, 1) % trained for i in range(count)]
+    chosen = []
+    for part in labels.split(","):
+        if part in class_names:
+            chosen.append(class_names.index(part))
+        elif part.strip().isdigit() and int(part) < num_classes:
+            chosen.append(int(part))
+        else:
+            near = difflib.get_close_matches(part, class_names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"--labels={labels!r}: {part!r} is not a class of this model; {hint}use balanced, random, or classes "
+                f"by name or by number in 0..{num_classes - 1}, such as 207,360"
+            )
+    return [chosen[i % len(chosen)] for i in range(count)]
