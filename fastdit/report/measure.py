@@ -16,9 +16,11 @@ from fastdit.data.images import to_uint8
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
+from fastdit.distributed import ImageRandom, seed_of
 from fastdit.likelihood import batches, mean_and_error
+from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
-from fastdit.sampling import ImagePipeline, Inference, load_pipeline
+from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.state import VAE, load_network
@@ -144,10 +146,9 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str], device: torch.device) -> Tensor:
     """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
-    classes = min(run.config.data.num_classes or 1, len(pipeline.class_names) or math.inf)
-    count = min(classes, CLASSES)
+    classes = few_classes(run.config.data.num_classes, pipeline.class_names, CLASSES)
     found.names = pipeline.class_names if run.config.data.num_classes else ("",)
-    found.labels = [i % count * classes // count for i in range(SAMPLES)]
+    found.labels = [classes[i % len(classes)] for i in range(SAMPLES)]
     labels = torch.tensor(found.labels, device=device)
     settings, used = run.config.sampling, pipeline.config.sampling
     found.sampling = (
@@ -156,11 +157,9 @@ def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str
         + (f" (the run's own setting is {settings.sampler.name}, {settings.steps} steps, guidance "
            f"{settings.cfg_scale:g})" if (settings.sampler, settings.steps) != (used.sampler, used.steps) else "")
     )  # fmt: skip
-    seen: list[Tensor] = []
-    x_0 = pipeline.latents(list(range(SAMPLES)), labels, SEED, on_step=lambda t, x_t, _: seen.append(x_t))
-    seen = [*seen, x_0]
-    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, min(FRAMES, len(seen))).round().astype(int)]
-    found.frames = np.stack([decoded(pipeline, x_t) for x_t in chosen])
+    noise = ImageRandom([seed_of(SEED, i) for i in range(SAMPLES)])
+    _, path, _ = pipeline.trajectory(noise, labels, FRAMES)
+    found.frames, x_0 = np.stack([decoded(pipeline, x_t) for x_t in path]), path[-1]
     found.samples = found.frames[-1]
     kept = [run.checkpoints[i] for i in spread(len(run.checkpoints), CHECKPOINTS)]
     for folder in kept[:-1]:
@@ -177,11 +176,6 @@ def decoded(pipeline: ImagePipeline, x_0: Tensor) -> np.ndarray:
     if not x_0.isfinite().all():
         raise ValueError("the sampled latents are not finite: check the weights with fastdit verify")
     return np.concatenate([to_uint8(pipeline.codec.decode(part)).cpu().numpy() for part in x_0.split(8)])
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})
 
 
 @torch.no_grad()
