@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from fastdit.files import replacing
 
 Picture = np.ndarray | Image.Image  # uint8 (H, W, 3), or an image
 Rows = Sequence[Sequence[Picture]]
@@ -74,7 +77,7 @@ def labelled(
     y = top
     for r, row in enumerate(rows):
         if beside:
-            write(beside[r], margin - space + gap, y + (max(height, line * len(beside[r])) - line * len(beside[r])) / 2, "ra")
+            write(beside[r], margin - space + gap, y + max(0, height - line * len(beside[r])) / 2, "ra")
         for c, image in enumerate(row):
             x = margin + gap + c * (column + gap)
             page.paste(image, (x + (column - image.width) // 2, y + (height - image.height) // 2))
@@ -98,6 +101,12 @@ def animated(frames: Sequence[Image.Image], frame_ms: int = 150, held_ms: int = 
     """What `frames[0].save` needs to write a GIF of all frames that repeats, with the last one held."""
     durations = [frame_ms] * (len(frames) - 1) + [held_ms]
     return {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0, "disposal": 2}
+
+
+def save(images: list[Image.Image], out: Path) -> None:
+    """Write a PNG, or several frames as a GIF."""
+    with replacing(out) as file:
+        images[0].save(file, format=out.suffix[1:], **animated(images) if len(images) > 1 else {})
 
 
 def fitted(picture: Picture, side: int) -> Image.Image:

@@ -4,10 +4,11 @@ Each command's function adds its arguments to a parser and returns what runs it.
 """
 
 import argparse
+import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastdit.commands.arguments import Command, one_name, take_words
+from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
 
 SETTINGS = {"cfg_scale": "sampling.cfg_scale", "steps": "sampling.steps", "samplers": "sampling.sampler"}
 AXES = ("classes", "seeds", *SETTINGS, "checkpoints")
@@ -16,8 +17,8 @@ AXES = ("classes", "seeds", *SETTINGS, "checkpoints")
 def take_pictures(parser: ArgumentParser) -> None:
     """The options of `fastdit sample` that make a picture instead of a folder."""
     group = parser.add_argument_group(
-        "pictures", "With these options, RUN/sheet.png or --out shows every combination of the values. Each image is image "
-        "0 of fastdit sample for its class, seed and settings.")  # fmt: skip
+        "pictures", "With these options, RUN/sheet.png or --out shows every combination of the values. Each image is "
+        "image 0 of fastdit sample for its class, seed and settings.")  # fmt: skip
     group.add_argument("--classes", metavar="A,B,...", help="by name or number (up to eight)")
     group.add_argument("--seeds", metavar="0-7", help="ranges and numbers, such as 0-3,10")
     group.add_argument("--cfg-scale", metavar="1,1.5,4", help="a single value only sets it, here and in the next two")
@@ -65,7 +66,8 @@ def make_picture(path: str, arguments: Namespace) -> None:
 
     from fastdit.distributed import close, init
     from fastdit.gallery.axes import read_axes
-    from fastdit.gallery.pages import interpolation, save, sheet, trajectory
+    from fastdit.gallery.pages import interpolation, sheet, trajectory
+    from fastdit.sheets import save
 
     ranks, points = init(arguments.device), () if arguments.points is None else (arguments.points,)
     try:
@@ -112,11 +114,65 @@ def grid(parser: ArgumentParser) -> Command:
 
     def run(arguments: Namespace) -> None:
         from fastdit.gallery.folders import folder_grid
-        from fastdit.gallery.pages import save
+        from fastdit.sheets import save
 
         out, chosen = checked_out(arguments.out, "png"), one_name(arguments, "folder", "folder of images")
         image = folder_grid(chosen, arguments.rows, arguments.columns, labels=arguments.labels, side=arguments.size)
         save([image], out)
         print(out)
+
+    return run
+
+
+def neighbors(parser: ArgumentParser) -> Command:
+    """Show the training images nearest to samples, and measure memorization.
+
+    fastdit neighbors samples --reference images --held-out new_images
+    fastdit neighbors samples --reference latents
+    SAMPLES: a folder that fastdit sample wrote, a folder of images, or an .npz file with arr_0, uint8 (N, H, W, 3).
+    --reference: the training images, or their latents; distances are then between latents, also of mirror images.
+    A sample counts as memorized if it is nearer to the training images than 99% of the held-out images are. Without
+    --held-out, training images and their nearest others take the place of the held-out images.
+    """
+    parser.add_argument("--reference", help="the training images, or their latents")
+    parser.add_argument("--held-out", help="images, or latents, that were not trained on")
+    parser.add_argument("--features", metavar="NAME[=PATH]", help="latents (default with latents), or as for evaluate")
+    parser.add_argument("-k", type=int, default=5, help="training images to show for each sample (5)")
+    parser.add_argument("--rows", type=int, default=8, help="samples to show, those nearest to a training image (8)")
+    parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
+    parser.add_argument("--vae", help="the autoencoder of the latents, if it was moved")
+    parser.add_argument("--seed", type=int, default=0, help="of resamples, and of the choice of training images")
+    parser.add_argument("--out", default="neighbors.png", help="the sheet (neighbors.png)")
+    parser.add_argument("--results", metavar="FILE", help="append the result and its protocol, as one JSON line")
+    parser.add_argument("--device", help=DEVICE)
+    parser.add_argument("--samples", help=argparse.SUPPRESS)
+    take_words(parser, "SAMPLES", overrides=False)
+
+    def run(arguments: Namespace) -> None:
+        samples = one_name(arguments, "samples", "folder or .npz file of samples")
+        out, results = checked_out(arguments.out, "png"), arguments.results
+        if not arguments.reference:
+            arguments.parser.error("give the training images with --reference")
+        if results and not Path(results).parent.is_dir():
+            raise ValueError(f"--results={results}: there is no folder {Path(results).parent}; create it")
+        from fastdit.distributed import close, init
+        from fastdit.evaluation.memorization import neighbors, summary
+        from fastdit.files import append_to
+        from fastdit.sheets import save
+
+        ranks = init(arguments.device)
+        try:
+            chosen = {key: getattr(arguments, key)
+                      for key in ("held_out", "features", "k", "rows", "seed", "image_size", "vae")}  # fmt: skip
+            result, sheet = neighbors(samples, arguments.reference, ranks, **chosen)
+        finally:
+            close()
+        if ranks.is_main:
+            save([sheet], out)
+            print(summary(result))
+            print(out)
+            if results:
+                with append_to(Path(results)) as file:
+                    file.write(json.dumps(result) + "\n")
 
     return run

@@ -3,7 +3,7 @@
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ class ImageSet:
     blocks: Blocks
     sampling: dict | None = None  # what `fastdit sample` recorded about them
     cropped: str | None = None  # the size that they were center-cropped to
+    names: Sequence[str] = ()  # of the images, where they are files
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                 yield np.stack(images)
 
     cropped = size_text(wanted) if wanted else None
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped)
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped, names=source.paths)
 
 
 def _pixels(image: np.ndarray) -> str:

@@ -3,19 +3,17 @@
 import math
 import sys
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from fastdit.distributed import Ranks
-from fastdit.files import replacing
 from fastdit.gallery.axes import KEYS, OPTIONS, Axes
 from fastdit.gallery.cells import Cell, drawn, mix_classes, path_of
 from fastdit.pipeline import ImagePipeline
 from fastdit.registry import check
-from fastdit.sheets import animated, in_rows, labelled, stacked
+from fastdit.sheets import in_rows, labelled, stacked
 
 ACROSS = 8  # images in a row where only one axis varies
 FRAMES, STRIP, POINTS = 24, 12, 11  # times in a GIF and in a strip; columns of an interpolation
@@ -60,8 +58,8 @@ def sheet(axes: Axes, ranks: Ranks, rows: str | None = None, columns: str | None
         shown = [[at(**fixed, **{rows or "": r, columns or "": c}) for c in range(len(column_values))]
                  for r in range(len(row_values))]  # fmt: skip
         if not rows and columns and len(column_values) > ACROSS:
-            captions = in_rows([axes.text(columns, value) for value in column_values], ACROSS)
-            pages.append(labelled(in_rows(shown[0], ACROSS), title=title, captions=captions))
+            captions = in_rows([axes.short(columns, value) for value in column_values], ACROSS)
+            pages.append(labelled(in_rows(shown[0], ACROSS), title=title, columns_title=columns, captions=captions))
             continue
         row_labels = [axes.text(rows, value) for value in row_values] if rows else ()
         labels = [axes.short(columns, value) for value in column_values] if columns else ()
@@ -134,9 +132,3 @@ def one_setting(axes: Axes, option: str) -> ImagePipeline:
         if axis in axes.varying:
             raise ValueError(f"{option} takes several classes and seeds only; give one value of --{OPTIONS[axis]}")
     return axes.variants(axes.values["checkpoint"][0])[0]
-
-
-def save(images: list[Image.Image], out: Path) -> None:
-    """Write a PNG, or several frames as a GIF."""
-    with replacing(out) as file:
-        images[0].save(file, format=out.suffix[1:], **animated(images) if len(images) > 1 else {})

@@ -17,6 +17,7 @@ from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import ImageRandom, seed_of
+from fastdit.evaluation.neighbors import nearest
 from fastdit.likelihood import batches, mean_and_error
 from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
@@ -187,7 +188,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
     """
     index, spec, random = manifest.index(), manifest.latents, np.random.default_rng(SEED)
     real: list[Tensor | None] = [None] * SAMPLES
-    nearest, between = [], []
+    entries, between = [], []
     for label in dict.fromkeys(found.labels):
         rows = index[index["label"] == label] if pipeline.config.data.num_classes else index
         rows = rows[np.sort(random.permutation(len(rows))[:CANDIDATES])]
@@ -200,23 +201,18 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
         shown = known[random.permutation(len(known))[np.arange(len(places)) % len(known)]]
         for i, latent in zip(places, shown, strict=True):
             real[i] = latent
+        vectors = known.flatten(1) / known[0].numel() ** 0.5  # (n, D)
         if len(known) > 1:
-            between += distances(known[:SEARCHED], known).topk(2, largest=False)[0][:, 1].tolist()
-        for i in places:
-            if i < SEARCHED:
-                query = torch.stack([x_0[i], x_0[i].flip(-1)])
-                values, order = distances(query, known).amin(0).topk(min(NEAREST, len(known)), largest=False)
-                images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
-                nearest.append((i, Neighbors(label, images, values.tolist())))
-    found.neighbors = [entry for _, entry in sorted(nearest, key=lambda pair: pair[0])]
+            between += nearest(vectors[:SEARCHED, None], [vectors], 1, torch.arange(len(vectors[:SEARCHED])))[0].tolist()
+        searched = [i for i in places if i < SEARCHED]
+        views = torch.stack([x_0[searched], x_0[searched].flip(-1)], 1).flatten(2) / known[0].numel() ** 0.5
+        for i, values, order in zip(searched, *nearest(views, [vectors], min(NEAREST, len(known))), strict=True):
+            images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
+            entries.append((i, Neighbors(label, images, values.tolist())))
+    found.neighbors = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
     found.between_real = float(np.median(between)) if between else math.nan
     if all(latent is not None for latent in real):
         found.real = decoded(pipeline, torch.stack(real))
-
-
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square differences (n, m) of latents (n, C, h, w) and (m, C, h, w)."""
-    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist") / a[0].numel() ** 0.5
 
 
 @torch.no_grad()
