@@ -1,5 +1,6 @@
-"""Sheets of images: rows and columns, with or without labels. Every picture that shows several images is made here."""
+"""Sheets of images: rows and columns, with or without labels."""
 
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from fastdit.files import replacing
 Picture = np.ndarray | Image.Image  # uint8 (H, W, 3), or an image
 Rows = Sequence[Sequence[Picture]]
 INK, PAPER = "black", "white"
-SMALLEST, LARGEST, WIDEST = 11, 64, 12  # font sizes in pixels; width of a label in font sizes, at most
+SMALLEST, WIDEST = 11, 12  # font size in pixels, at least; width of a label in font sizes, at most
 CHARACTERS = 34  # font sizes in the width of a sheet: on a phone, a letter is then about as high as in a text
 
 
@@ -121,21 +122,16 @@ def in_rows(items: Sequence, columns: int) -> list[Sequence]:
     return [items[i : i + columns] for i in range(0, len(items), columns)]
 
 
-def drawable(text: str) -> bool:
-    """Whether the font has all letters of a text; it has those of western European languages."""
-    return all(not letter.isspace() or letter == " " for letter in text) and all(map(_has, set(text) - {" "}))
-
-
-@lru_cache(4096)
-def _has(letter: str) -> bool:
-    font = ImageFont.load_default(20)
-    return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
+def in_letters(text: str, otherwise: str) -> str:
+    """The text without accents, which Pillow's font lacks; `otherwise` where the font lacks its letters, too."""
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return plain if plain.isascii() and plain.isprintable() else otherwise
 
 
 @lru_cache(64)
 def font_of(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own font in the nearest size that can be read and is not out of proportion."""
-    return ImageFont.load_default(round(min(max(size, SMALLEST), LARGEST)))
+    """Pillow's own font in this size, or in the smallest one that can be read."""
+    return ImageFont.load_default(round(max(size, SMALLEST)))
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:

@@ -13,7 +13,7 @@ from fastdit.build import check_sampling
 from fastdit.config import config_from, to_tree
 from fastdit.pipeline import ImagePipeline, classes_of, few_classes
 from fastdit.sampling import load_pipeline
-from fastdit.sheets import drawable
+from fastdit.sheets import in_letters
 from fastdit.training import checkpoint
 
 OPTIONS = {"class": "classes", "seed": "seeds", "guidance": "cfg_scale", "steps": "steps", "sampler": "samplers",
@@ -73,7 +73,7 @@ class Axes:
         """A value as a label below the name of its axis."""
         if axis == "class":
             names = self.pipeline.class_names
-            return names[value] if value < len(names) and drawable(names[value]) else str(value)
+            return in_letters(names[value], str(value)) if value < len(names) else str(value)
         if axis == "checkpoint":
             step = checkpoint.NAME.fullmatch(value.name)
             run = value.parent.parent.name

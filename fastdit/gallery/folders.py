@@ -9,7 +9,7 @@ from fastdit.data.archives import open_images
 from fastdit.data.images import read_image
 from fastdit.evaluation.images import open_set
 from fastdit.files import SAMPLING
-from fastdit.sheets import drawable, fitted, in_rows, labelled, tiled
+from fastdit.sheets import fitted, in_letters, in_rows, labelled, tiled
 
 
 def folder_grid(
@@ -47,7 +47,7 @@ def folder_grid(
     else:
         kept = sorted(by_class)[:rows]
         chosen = [by_class[label][:columns] for label in kept]
-        names = [name if drawable(name := source.class_names[label]) else f"class {label}" for label in kept]
+        names = [in_letters(source.class_names[label], f"class {label}") for label in kept]
 
     def read(i: int) -> Image.Image:
         try:

@@ -203,7 +203,8 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
             real[i] = latent
         vectors = known.flatten(1) / known[0].numel() ** 0.5  # (n, D)
         if len(known) > 1:
-            between += nearest(vectors[:SEARCHED, None], [vectors], 1, torch.arange(len(vectors[:SEARCHED])))[0].tolist()
+            few = vectors[:SEARCHED, None]
+            between += nearest(few, [vectors], 1, own=torch.arange(len(few)))[0].tolist()
         searched = [i for i in places if i < SEARCHED]
         views = torch.stack([x_0[searched], x_0[searched].flip(-1)], 1).flatten(2) / known[0].numel() ** 0.5
         for i, values, order in zip(searched, *nearest(views, [vectors], min(NEAREST, len(known))), strict=True):
