@@ -95,7 +95,7 @@ def memorized(
     is over bootstrap resamples of both sets. Meehan et al. 2020 (arXiv 2004.05675) compare the same distances by ranks.
     """
     rank = max(1, int(quantile * len(others)))
-    random = np.random.default_rng(seed)
+    samples, others, random = np.sort(samples), np.sort(others), np.random.default_rng(seed)  # of any order
 
     def share(a: np.ndarray, b: np.ndarray) -> float:
         return float((a < np.partition(b, rank - 1)[rank - 1]).mean())

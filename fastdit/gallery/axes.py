@@ -76,9 +76,9 @@ class Axes:
             return in_letters(names[value], str(value)) if value < len(names) else str(value)
         if axis == "checkpoint":
             step = checkpoint.NAME.fullmatch(value.name)
-            run = value.parent.parent.name
+            run = in_letters(value.parent.parent.name, "run")
             several = len({folder.parent for folder in self.values[axis]}) > 1
-            return (f"{run} " * several + f"step {int(step[1])}") if step else value.name
+            return (f"{run} " * several + f"step {int(step[1])}") if step else in_letters(value.name, "checkpoint")
         return str(value)
 
     def title(self) -> str:
