@@ -14,7 +14,7 @@ Picture = np.ndarray | Image.Image  # uint8 (H, W, 3), or an image
 Rows = Sequence[Sequence[Picture]]
 INK, PAPER = "black", "white"
 SMALLEST, WIDEST = 11, 12  # font size in pixels, at least; width of a label in font sizes, at most
-CHARACTERS = 34  # font sizes in the width of a sheet: on a phone, a letter is then about as high as in a text
+CHARACTERS = 30  # font sizes in the width of a sheet: on a phone, a letter is then about as high as in a text
 
 
 def tiled(rows: Rows, gap: int = 2, background: str | None = "grey") -> Image.Image:
@@ -52,15 +52,16 @@ def labelled(
     column = max([width, *(min(widest, _width(word, font)) for text in texts for word in text.split())])
     beside = [wrapped(text, font, widest) for text in row_labels]
     space = font.size // 2  # between a label and an image, and below a title
-    margin = max([_width(line, font) + space for lines in beside for line in lines], default=0)
+    margin = max([_width(text, font) + space for lines in beside for text in lines], default=0)
     above = [wrapped(text, font, column) for text in column_labels]
     below = [[wrapped(text, font, column) for text in row] for row in captions]
     line = sum(font.getmetrics())
     page_width = margin + count * (column + gap) + gap
-    page_width = max(page_width, min(20 * font.size, max(_width(line, font) for line in title.split("\n")) + 2 * gap))
+    page_width = max(page_width, min(20 * font.size, max(_width(text, font) for text in title.split("\n")) + 2 * gap))
     heads = wrapped(title, font, page_width - 2 * gap)
     names = wrapped(columns_title, font, page_width - margin - 2 * gap)
-    top = gap + line * (len(heads) + len(names) + max(map(len, above), default=0)) + (space if heads else 0)
+    under_title = gap + line * len(heads) + space * bool(heads)
+    top = under_title + line * (len(names) + max(map(len, above), default=0))
     under = [line * max(map(len, row), default=0) for row in below] or [0] * len(rows)
     steps = [max(height + under[r], line * len(beside[r]) if beside else 0) + gap for r in range(len(rows))]
     page = Image.new("RGB", (page_width, top + sum(steps) + gap), PAPER)
@@ -72,7 +73,8 @@ def labelled(
             draw.text((x, y + i * line), text, INK, font, anchor)
 
     write(heads, gap, gap, "la")
-    write(names, margin + gap + count * (column + gap) / 2, gap + line * len(heads) + (space if heads else 0), "ma")
+    half = max((font.getlength(text) / 2 for text in names), default=0)
+    write(names, margin + gap + max(half, count * (column + gap) / 2), under_title, "ma")
     for c, lines in enumerate(above):
         write(lines, margin + gap + c * (column + gap) + column / 2, top - line * len(lines), "ma")
     y = top

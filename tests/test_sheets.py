@@ -50,6 +50,7 @@ def test_labels_take_room_and_are_never_cut():
     bare, long = labelled(images), labelled(images, column_labels=["Cardigan Welsh corgi", "x" * 200])
     assert bare.width < long.width <= 2 * 12 * 11 + 20 and long.height > bare.height + 5 * 11  # wrapped, not endless
     assert not ink_at_the_edge(labelled(images, title="words " * 40, row_labels=["y" * 100]))
+    assert not ink_at_the_edge(labelled(images, title="a title that is wide", columns_title="and what the columns are"))
     font = font_of(12)
     for text in ("Cardigan Welsh corgi", "x" * 200, "a\nb c", ""):
         lines = wrapped(text, font, 60)
