@@ -4,7 +4,6 @@ Each function adds its arguments to a parser and returns what runs it.
 """
 
 import argparse
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -20,14 +19,15 @@ def evaluate(parser: ArgumentParser) -> Command:
     fastdit evaluate --compare a.jsonl b.jsonl
     SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
     run, whose samples are the images that fastdit sample would write.
-    --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
+    --reference also takes archives as fastdit extract does, latents, files of --save-reference, and ADM's statistics.
     The digits do not depend on the number of processes. --compare reads the last line of each file.
     """
     parser.add_argument("--reference", help="real images, or their statistics")
     parser.add_argument("--features", default="efficientnet-lite0", metavar="NAME[=PATH]",
-                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER")  # fmt: skip
-    parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
-                                          "inception_score, with commas between (default: all that apply)")  # fmt: skip
+                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER, "
+                                        "classifier=FILE")  # fmt: skip
+    parser.add_argument("--metrics", help="frechet, frechet_infinity, spatial_frechet, kid, precision_recall, "
+                                          "density_coverage, inception_score, with commas between (all)")  # fmt: skip
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
     parser.add_argument("--num-samples", type=int, help="of a run")
     parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
@@ -44,8 +44,7 @@ def evaluate(parser: ArgumentParser) -> Command:
         from fastdit.distributed import close, init
         from fastdit.evaluation.evaluate import evaluate
         from fastdit.evaluation.images import is_run
-        from fastdit.evaluation.protocol import compare, summary
-        from fastdit.files import append_to
+        from fastdit.evaluation.protocol import append_result, compare, summary
 
         if arguments.compare:
             return print(compare(*arguments.compare))
@@ -71,8 +70,7 @@ def evaluate(parser: ArgumentParser) -> Command:
         if ranks.is_main:
             print(summary(result))
             if arguments.out:
-                with append_to(Path(arguments.out)) as file:
-                    file.write(json.dumps(result) + "\n")
+                append_result(arguments.out, result)
 
     return run
 

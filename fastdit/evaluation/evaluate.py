@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def evaluate(
     if save_reference and not (Path(save_reference).suffix == ".npz" and Path(save_reference).parent.is_dir()):
         raise ValueError(f"--save-reference={save_reference} must end in .npz and be in a folder that exists")
     extractor = load_features(features, ranks.device)
-    images = samples if isinstance(samples, ImageSet) else open_set(samples, "SAMPLES", image_size)
+    images = samples if isinstance(samples, ImageSet) else open_set(samples, "SAMPLES", image_size, ranks.device)
     real = load_reference(reference, images.size, extractor, ranks, image_size)
     if save_reference and ranks.is_main:
         save_statistics(Path(save_reference), real.features, real.about)
@@ -74,6 +74,9 @@ def evaluate(
     if ranks.is_main:
         for name, reason in result["left_out"].items():
             print(f"{name} is left out: {reason}", file=sys.stderr)
+        if "decoded_by" in real.about:
+            print(f"note: --reference={reference} was decoded from latents, so the distance leaves out the "
+                  "autoencoder's own error; give the images themselves to include it", file=sys.stderr)  # fmt: skip
         _warn(images.count, real.about["images"], extractor)
     return result
 
@@ -94,7 +97,8 @@ def measure(
     values, digest = extract(images, extractor, ranks)
     if not ranks.is_main:
         return {}
-    generated = Features(values, extractor.probabilities(values))
+    generated = as_features(values, extractor)
+    generated = replace(generated, probabilities=extractor.probabilities(generated.values))
     found, kept, left_out = {}, [], {}
     for name in metrics or METRICS:
         try:
@@ -135,13 +139,13 @@ def measure(
 
 
 def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.ndarray, str]:
-    """On every process: the features (N, D) of all images, and the SHA-256 of their pixels.
+    """On every process: the features (N, dim + spatial) of all images, and the SHA-256 of their pixels.
 
     Block b of the images belongs to process b mod world. The hash is that of the hashes of the images.
     """
     count = math.ceil(images.count / images.block)
     share = math.ceil(count / ranks.world)
-    values = np.zeros((share, images.block, extractor.dim), np.float32)
+    values = np.zeros((share, images.block, extractor.dim + extractor.spatial), np.float32)
     digests = np.zeros((share, images.block, 32), np.uint8)
     own = range(ranks.rank, count, ranks.world)
     quiet = not ranks.is_main or not sys.stderr.isatty()
@@ -175,7 +179,7 @@ def load_reference(
     if use and stated.features.moments.mu.shape != (extractor.dim,):
         raise ValueError(f"--reference={path} has mu {stated.features.moments.mu.shape}, not ({extractor.dim},)")
     try:
-        real = open_set(path, "--reference", image_size)
+        real = open_set(path, "--reference", image_size, ranks.device)
     except ValueError:
         if not stated:
             raise
@@ -188,11 +192,19 @@ def load_reference(
     _same_size(size, real.size, path)
     values, digest = extract(real, extractor, ranks)
     about |= {"sha256": digest, "images": real.count, "size": list(real.size)}
+    if real.sampling and "latents" in real.sampling:
+        about["decoded_by"] = real.sampling["vae_fingerprint"]
     if use:  # ADM's: moments of all images, and some of these images
-        moments = stated.features.moments
-        digest = hashlib.sha256(digest.encode() + moments.mu.tobytes() + moments.sigma.tobytes()).hexdigest()
-        return Reference(Features(values, stated=moments), about | {"sha256": digest})
-    return Reference(Features(values), about)
+        known = replace(stated.features, values=values[:, : extractor.dim])
+        parts = [part for m in (known.stated, known.spatial) if m for part in (m.mu.tobytes(), m.sigma.tobytes())]
+        return Reference(known, about | {"sha256": hashlib.sha256(digest.encode() + b"".join(parts)).hexdigest()})
+    return Reference(as_features(values, extractor), about)
+
+
+def as_features(values: np.ndarray, extractor: Extractor) -> Features:
+    """What `extract` returned (N, dim + spatial), in its parts."""
+    spatial = np.ascontiguousarray(values[:, extractor.dim :]) if extractor.spatial else None
+    return Features(np.ascontiguousarray(values[:, : extractor.dim]), spatial=spatial)
 
 
 def _same_size(size: Sequence[int], reference: Sequence[int] | None, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.evaluation import metrics as formulas
-from fastdit.files import read_text
+from fastdit.files import append_to, read_text
 
 PROTOCOL = 2  # increases when the same files and settings give other digits or hashes
 SUBJECT = ("checkpoint", "sha256", "vae", "fastdit")  # of samples: what may differ between results that are compared
@@ -37,11 +37,16 @@ def summary(result: dict[str, Any]) -> str:
     if real:
         counts = f"{real['num_images']} against {real['reference_images']} images"
         lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
-    for name, title in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
+    for name, words in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
         if name in values:
-            lines.append(f"{title:<26}{_number(name, values)} +- {_number(f'{name}_error', values)}")
+            lines.append(f"{words:<26}{_number(name, values)} +- {_number(f'{name}_error', values)}")
     rest = [key for key in values if not key.startswith(("frechet", "kid"))]
-    return "\n".join(lines + [f"{key.replace('_', ' '):<26}{_number(key, values)}" for key in rest])
+    return "\n".join(lines + [f"{title(key, result):<26}{_number(key, values)}" for key in rest])
+
+
+def title(key: str, result: dict[str, Any]) -> str:
+    """What a value is called."""
+    return {"frechet": result["distance"], "spatial_frechet": "sFID", "kid": "KID"}.get(key, key.replace("_", " "))
 
 
 def _number(key: str, values: dict[str, float]) -> str:
@@ -65,12 +70,17 @@ def compare(a: str | Path, b: str | Path) -> str:
         rows.append([key, *(str(result["subject"].get(key)) for result in results)])
     for key in results[0]["values"]:
         if key in results[1]["values"]:
-            title = results[0]["distance"] if key == "frechet" else key.replace("_", " ")
-            rows.append([title, *(_number(key, result["values"]) for result in results)])
+            rows.append([title(key, results[0]), *(_number(key, result["values"]) for result in results)])
     if all(result["real"] for result in results):
         rows.append(["real against real", *(_number("frechet", result["real"]) for result in results)])
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def append_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Append a result as one JSON line."""
+    with append_to(Path(path)) as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,27 +126,36 @@ def test_unlike_protocols_are_not_compared(folder, small, tmp_path, capsys):
 
 def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatch, capsys):
     def named(path, device):
-        extractor = tiny(path, device)
-        extractor.name, extractor.distance = "inception-v3", "FID"
-        return extractor
+        """The first 30 of the features as pooled, the others as spatial ones."""
+        return replace(tiny(path, device), name="inception-v3", distance="FID", dim=30, spatial=18,
+                       head=(torch.eye(10, 30), 0.0))  # fmt: skip
 
     monkeypatch.setitem(features.FEATURES, "inception-v3", named)
     real = pictures(90, seed=1)
-    moments = moments_of(named(None, torch.device("cpu"))(real))
-    arrays = {"mu": moments.mu, "sigma": moments.sigma, "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    values = tiny(None, torch.device("cpu"))(real)
+    pooled, spatial = moments_of(values[:, :30]), moments_of(values[:, 30:])
+    arrays = {"mu": pooled.mu, "sigma": pooled.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
     np.savez(tmp_path / "adm.npz", **arrays)
+    np.savez(tmp_path / "pooled.npz", mu=pooled.mu, sigma=pooled.sigma)
     np.savez(tmp_path / "both.npz", arr_0=real[:50], **arrays)
     np.savez(tmp_path / "samples.npz", pictures(70, "stripes"))
     arguments = tmp_path / "samples.npz", "--features", "inception-v3", "--reference"
     alone, both = (evaluate(*arguments, tmp_path / name) for name in ("adm.npz", "both.npz"))
-    expected = evaluate(*arguments, folder / "reference.npz")["values"]["frechet"]
-    assert alone["values"]["frechet"] == both["values"]["frechet"] == expected  # mu and sigma, not the 50 images
-    assert alone["values"].keys() == {"frechet", "inception_score"} and alone["real"] is None
+    images = evaluate(*arguments, folder / "reference.npz", "--save-reference", tmp_path / "saved.npz")
+    saved = evaluate(*arguments, tmp_path / "saved.npz")
+    for key in ("frechet", "spatial_frechet"):  # from mu and sigma, not the 50 images
+        assert alone["values"][key] == both["values"][key] == images["values"][key] == saved["values"][key] > 0
+    samples = tiny(None, torch.device("cpu"))(pictures(70, "stripes"))
+    assert images["values"]["spatial_frechet"] == frechet_distance(samples[:, 30:], values[:, 30:])
+    assert alone["values"].keys() == {"frechet", "spatial_frechet", "inception_score"} and alone["real"] is None
+    assert "sFID" in capsys.readouterr().out
     assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
     said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
     assert "holds Inception's mu and sigma only; use --features inception-v3, or give images" in said
-    said = mistake(capsys, *arguments, tmp_path / "adm.npz", "--metrics", "kid")
-    assert "--metrics=kid: the reference holds mu and sigma only" in said
+    for name, metric, words in (("adm", "kid", "the reference holds mu and sigma only"),
+                                ("pooled", "spatial_frechet", "it needs Inception's spatial")):  # fmt: skip
+        said = mistake(capsys, *arguments, tmp_path / f"{name}.npz", "--metrics", metric)
+        assert f"--metrics={metric}: {words}" in said
 
 
 def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):

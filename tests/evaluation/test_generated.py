@@ -1,15 +1,22 @@
 """Samples of a run, made on the fly: the digits and the protocol of their folder, on any number of processes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from fastdit.data.images import to_uint8
+from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.loader import read_moments
+from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.evaluation.evaluate import load_reference, measure
 from fastdit.evaluation.features import FEATURES, load_features
 from fastdit.evaluation.generated import generated
+from fastdit.evaluation.images import open_set
+from fastdit.evaluation.protocol import append_result
 from fastdit.sampling import load_pipeline, sample
 from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny
 from helpers.runs import Forks
@@ -72,6 +79,36 @@ def test_a_reference_serves_several_measurements_in_memory(trained, folder, smal
                for seed in (0, 0, 1)]  # fmt: skip
     assert results[0]["values"] == results[1]["values"] != results[2]["values"]
     assert results[0]["real"] == results[2]["real"] and results[2]["protocol"]["samples"]["seed"] == 1
+
+
+def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder, tmp_path, small, capsys):
+    arguments, saved = [folder / "samples", "--reference"], tmp_path / "saved.npz"
+    result = evaluate(*arguments, world / "latents", "--save-reference", saved)
+    manifest = Manifest.load(world / "latents")
+    codec, spec = LatentCodec.load(world / "vae"), manifest.latents
+    moments = read_moments(manifest, manifest.index()[:8])
+    z = sample_latents(moments, torch.zeros_like(moments[:, :4]), spec.scale)
+    images = np.concatenate([*open_set(world / "latents", "SAMPLES").blocks([0, manifest.index().size // 32])])
+    assert (images[:8] == to_uint8(codec.decode(z)).numpy()).all() and len(images) == 32 + 1198 % 32
+    about = result["protocol"]["reference"]
+    assert about["images"] == 1198 and about["decoded_by"] == codec.fingerprint
+    assert "was decoded from latents, so the distance leaves out the autoencoder's own error" in capsys.readouterr().err
+    assert evaluate(*arguments, saved)["values"] == result["values"]
+    files = two(tmp_path, result, evaluate(*arguments, world / "images"))
+    assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "--compare", *files)
+    own = evaluate(world / "latents", "--reference", world / "images", out=tmp_path / "own.jsonl")
+    assert own["protocol"]["samples"] == {"latents": "posterior mean", "vae_fingerprint": codec.fingerprint}
+    shutil.copytree(world / "latents", tmp_path / "other")
+    text = (world / "latents" / "manifest.json").read_text()
+    (tmp_path / "other" / "manifest.json").write_text(text.replace(codec.fingerprint, "0" * len(codec.fingerprint)))
+    assert "use the same autoencoder" in mistake(capsys, *arguments, tmp_path / "other")
+
+
+def two(folder, *results):
+    """Files with one result each."""
+    for i, result in enumerate(results):
+        append_result(folder / f"{i}.jsonl", result)
+    return [folder / f"{i}.jsonl" for i in range(2)]
 
 
 def test_mistakes_are_answered_before_anything_is_sampled(trained, folder, small, capsys, monkeypatch):
