@@ -16,6 +16,7 @@ def evaluate(parser: ArgumentParser) -> Command:
 
     fastdit evaluate samples --reference images --out results.jsonl
     fastdit evaluate runs/mine --reference images --num-samples 10000 sampling.cfg_scale=1.5
+    fastdit evaluate runs/mine --reference images --num-samples 1000 --sweep cfg_scale=1,1.5,2 weights=ema,model
     fastdit evaluate --compare a.jsonl b.jsonl
     SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
     run, whose samples are the images that fastdit sample would write.
@@ -35,16 +36,16 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
     parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
     parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
+    parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUE,VALUE",
+                        help="of a run: all combinations of values of weights and of sampling.KEY, as a table; with "
+                             "--out, a plot next to it, and lines that it has are not measured again")  # fmt: skip
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --out")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--samples", help=argparse.SUPPRESS)
     take_words(parser, "SAMPLES")
 
     def run(arguments: Namespace) -> None:
-        from fastdit.distributed import close, init
-        from fastdit.evaluation.evaluate import evaluate
-        from fastdit.evaluation.images import is_run
-        from fastdit.evaluation.protocol import append_result, compare, summary
+        from fastdit.evaluation.protocol import compare
 
         if arguments.compare:
             return print(compare(*arguments.compare))
@@ -53,39 +54,44 @@ def evaluate(parser: ArgumentParser) -> Command:
             arguments.parser.error("give real images with --reference")
         if arguments.out and not Path(arguments.out).parent.is_dir():
             raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
-        metrics = arguments.metrics.split(",") if arguments.metrics else None
-        of_run = {key: getattr(arguments, key) for key in ("num_samples", "labels", "weights", "overrides")}
-        if not is_run(samples) and any(of_run.values()):
-            given = [f"--{key.replace('_', '-')}" for key in of_run if of_run[key] and key != "overrides"]
-            given += arguments.overrides
-            raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
-        ranks = init(arguments.device)
-        try:
-            if is_run(samples):
-                samples = samples_of(samples, seed=arguments.seed, device=ranks.device, **of_run)
-            chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
-            result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
-        finally:
-            close()
-        if ranks.is_main:
-            print(summary(result))
-            if arguments.out:
-                append_result(arguments.out, result)
+        _measure(arguments, samples)
 
     return run
 
 
-def samples_of(
-    run: str, num_samples: int | None, labels: str | None, weights: str | None, overrides: list[str], seed: int, device
-):
-    """The images that `fastdit sample` would write, as `evaluate` takes them."""
-    from fastdit.evaluation.generated import generated
-    from fastdit.sampling import load_pipeline
+def _measure(arguments: Namespace, samples: str) -> None:
+    from fastdit.distributed import close, init
+    from fastdit.evaluation.evaluate import evaluate
+    from fastdit.evaluation.images import is_run
+    from fastdit.evaluation.protocol import append_result, summary
+    from fastdit.sweep import plot, points, samples_of, sweep, table
 
-    if num_samples is None:
-        raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
-    pipeline = load_pipeline(run, overrides, weights=weights or "ema", device=device)
-    return generated(pipeline, num_samples, seed, labels or "balanced")
+    of_run = {key: getattr(arguments, key) for key in ("num_samples", "labels", "weights", "overrides")}
+    given = [f"--{key.replace('_', '-')}" for key in of_run if of_run[key] and key != "overrides"]
+    given += ["--sweep"] * bool(arguments.sweep) + arguments.overrides
+    if given and not is_run(samples):
+        raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
+    chosen = points(arguments.sweep or ())
+    options = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+    options["metrics"] = arguments.metrics.split(",") if arguments.metrics else None
+    ranks = init(arguments.device)
+    try:
+        images = samples_of(samples, ranks.device, chosen, seed=arguments.seed, **of_run) if is_run(samples) else []
+        if arguments.sweep:
+            results = sweep(chosen, images, arguments.reference, ranks, out=arguments.out, **options)
+        else:
+            result = evaluate(images[0] if images else samples, arguments.reference, ranks, **options)
+    finally:
+        close()
+    if ranks.is_main and arguments.sweep:
+        print(table(chosen, results))
+        if arguments.out:
+            plot(chosen, results, picture := Path(arguments.out).with_suffix(".png"))
+            print(f"plot: {picture}")
+    elif ranks.is_main:
+        print(summary(result))
+        if arguments.out:
+            append_result(arguments.out, result)
 
 
 def report(parser: ArgumentParser) -> Command:

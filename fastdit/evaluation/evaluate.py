@@ -20,7 +20,7 @@ from fastdit.environment import commit, hardware
 from fastdit.evaluation.features import Extractor, load_features
 from fastdit.evaluation.images import ImageSet, open_set, read_statistics, save_statistics
 from fastdit.evaluation.metrics import METRICS, Features, frechet_distance
-from fastdit.evaluation.protocol import PROTOCOL, SUBJECT, defaults
+from fastdit.evaluation.protocol import defaults, remarks, stamp, subject
 from fastdit.registry import check
 
 
@@ -61,24 +61,22 @@ def evaluate(
 
     ValueError for what cannot be read or compared. Prints what was left out, and where images are too few.
     """
+    check_options(metrics, save_reference)
+    extractor = load_features(features, ranks.device)
+    images = samples if isinstance(samples, ImageSet) else open_set(samples, "SAMPLES", image_size, ranks.device)
+    real = load_reference(reference, images.size, extractor, ranks, image_size, save_reference)
+    result = measure(images, real, ranks, extractor=extractor, metrics=metrics, seed=seed)
+    for line in remarks(result):
+        print(line, file=sys.stderr)
+    return result
+
+
+def check_options(metrics: Sequence[str] | None, save_reference: str | None) -> None:
+    """ValueError for an unknown metric, or a file that cannot be written."""
     for name in metrics or ():
         check(name, METRICS, "--metrics")
     if save_reference and not (Path(save_reference).suffix == ".npz" and Path(save_reference).parent.is_dir()):
         raise ValueError(f"--save-reference={save_reference} must end in .npz and be in a folder that exists")
-    extractor = load_features(features, ranks.device)
-    images = samples if isinstance(samples, ImageSet) else open_set(samples, "SAMPLES", image_size, ranks.device)
-    real = load_reference(reference, images.size, extractor, ranks, image_size)
-    if save_reference and ranks.is_main:
-        save_statistics(Path(save_reference), real.features, real.about)
-    result = measure(images, real, ranks, extractor=extractor, metrics=metrics, seed=seed)
-    if ranks.is_main:
-        for name, reason in result["left_out"].items():
-            print(f"{name} is left out: {reason}", file=sys.stderr)
-        if "decoded_by" in real.about:
-            print(f"note: --reference={reference} was decoded from latents, so the distance leaves out the "
-                  "autoencoder's own error; give the images themselves to include it", file=sys.stderr)  # fmt: skip
-        _warn(images.count, real.about["images"], extractor)
-    return result
 
 
 def measure(
@@ -97,33 +95,20 @@ def measure(
     values, digest = extract(images, extractor, ranks)
     if not ranks.is_main:
         return {}
-    generated = as_features(values, extractor)
-    generated = replace(generated, probabilities=extractor.probabilities(generated.values))
+    features = as_features(values, extractor)
+    features = replace(features, probabilities=extractor.probabilities(features.values))
     found, kept, left_out = {}, [], {}
     for name in metrics or METRICS:
         try:
-            found |= METRICS[name](generated, reference.features, seed)
+            found |= METRICS[name](features, reference.features, seed)
             kept.append(name)
         except ValueError as error:
             if metrics:
                 raise ValueError(f"--metrics={name}: {error}") from None
             left_out[name] = str(error)
-    sampling = images.sampling or {}
     return {
-        "protocol": {
-            "version": PROTOCOL,
-            "num_images": images.count,
-            "image_size": list(images.size),
-            "cropped": images.cropped,
-            "samples": {key: value for key, value in sampling.items() if key not in SUBJECT},
-            "reference": reference.about,
-            "features": extractor.name,
-            "features_sha256": extractor.hash,
-            "seed": seed,
-            "metrics": {name: defaults(name) for name in kept},
-        },
-        "subject": {"samples": str(images.path), "samples_sha256": digest}
-        | {key: sampling.get(key) for key in SUBJECT},
+        "protocol": stamp(images, reference.about, extractor, seed) | {"metrics": {n: defaults(n) for n in kept}},
+        "subject": {"samples": str(images.path), "samples_sha256": digest, **subject(images)},
         "distance": extractor.distance,
         "values": found,
         "real": reference.real(images.count),
@@ -163,9 +148,26 @@ def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.nd
 
 
 def load_reference(
-    path: str | Path, size: Sequence[int], extractor: Extractor, ranks: Ranks, image_size: str | None = None
+    path: str | Path,
+    size: Sequence[int],
+    extractor: Extractor,
+    ranks: Ranks,
+    image_size: str | None = None,
+    save_to: str | None = None,
 ) -> Reference:
-    """The real images or statistics at `path`, for samples of `size` (width, height). A collective call."""
+    """The real images or statistics at `path`, for samples of `size` (width, height). A collective call.
+
+    `save_to`: the main process writes their statistics to this .npz file.
+    """
+    reference = _read_reference(path, size, extractor, ranks, image_size)
+    if save_to and ranks.is_main:
+        save_statistics(Path(save_to), reference.features, reference.about)
+    return reference
+
+
+def _read_reference(
+    path: str | Path, size: Sequence[int], extractor: Extractor, ranks: Ranks, image_size: str | None
+) -> Reference:
     stated = read_statistics(path, "--reference")
     if stated and stated.about:
         made_with = stated.about.get("extractor"), stated.about.get("extractor_sha256")
@@ -212,10 +214,3 @@ def _same_size(size: Sequence[int], reference: Sequence[int] | None, path: str |
         ours, theirs = ("x".join(map(str, sides)) for sides in (size, reference))
         raise ValueError(f"SAMPLES has images of {ours} pixels, --reference={path} of {theirs}; only the extractor "
                          f"resizes: give a reference of {ours}, or --image-size for a folder")  # fmt: skip
-
-
-def _warn(samples: int, reference: int, extractor: Extractor) -> None:
-    for name, count in (("SAMPLES", samples), ("--reference", reference)):
-        if 0 < count <= extractor.dim:
-            print(f"warning: {name}: {count} images are too few for a covariance of {extractor.dim} features; compare "
-                  f"at equal numbers only, or use more than {extractor.dim}", file=sys.stderr)  # fmt: skip

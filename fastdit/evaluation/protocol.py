@@ -2,10 +2,13 @@
 
 import inspect
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastdit.evaluation import metrics as formulas
+from fastdit.evaluation.features import Extractor
+from fastdit.evaluation.images import ImageSet
 from fastdit.files import append_to, read_text
 
 PROTOCOL = 2  # increases when the same files and settings give other digits or hashes
@@ -17,6 +20,44 @@ FUNCTIONS = {  # whose defaults are part of the protocol
     "density_coverage": formulas.density_coverage,
     "inception_score": formulas.inception_score,
 }
+
+
+def stamp(images: ImageSet, reference: dict[str, Any], extractor: Extractor, seed: int) -> dict[str, Any]:
+    """The protocol of measuring these images, but for its metrics; `reference`: what is known about the real images."""
+    return {
+        "version": PROTOCOL,
+        "num_images": images.count,
+        "image_size": list(images.size),
+        "cropped": images.cropped,
+        "samples": {key: value for key, value in (images.sampling or {}).items() if key not in SUBJECT},
+        "reference": reference,
+        "features": extractor.name,
+        "features_sha256": extractor.hash,
+        "features_dim": extractor.dim,
+        "seed": seed,
+    }
+
+
+def subject(images: ImageSet) -> dict[str, Any]:
+    """What may differ between comparable results: the weights, and the names of files."""
+    return {key: (images.sampling or {}).get(key) for key in SUBJECT}
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader of the values must know: metrics left out, a decoded reference, and where images are too few."""
+    if not result:  # of a process that is not the main one
+        return []
+    protocol = result["protocol"]
+    lines = [f"{name} is left out: {reason}" for name, reason in result["left_out"].items()]
+    if "decoded_by" in protocol["reference"]:
+        lines.append("note: --reference was decoded from latents, so the distance leaves out the autoencoder's own "
+                     "error; give the images themselves to include it")  # fmt: skip
+    dim = protocol["features_dim"]
+    for name, count in (("SAMPLES", protocol["num_images"]), ("--reference", protocol["reference"]["images"])):
+        if 0 < count <= dim:
+            lines.append(f"warning: {name}: {count} images are too few for a covariance of {dim} features; compare at "
+                         f"equal numbers only, or use more than {dim}")  # fmt: skip
+    return lines
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -33,15 +74,15 @@ def summary(result: dict[str, Any]) -> str:
     known = protocol["reference"]["images"] or "an unknown number"
     lines = [f"{protocol['num_images']} images, {known} in the reference"]
     if "frechet" in values:
-        lines.append(f"{result['distance']:<26}{_number('frechet', values)}")
+        lines.append(f"{result['distance']:<26}{number('frechet', values)}")
     if real:
         counts = f"{real['num_images']} against {real['reference_images']} images"
         lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
     for name, words in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
         if name in values:
-            lines.append(f"{words:<26}{_number(name, values)} +- {_number(f'{name}_error', values)}")
+            lines.append(f"{words:<26}{number(name, values)} +- {number(f'{name}_error', values)}")
     rest = [key for key in values if not key.startswith(("frechet", "kid"))]
-    return "\n".join(lines + [f"{title(key, result):<26}{_number(key, values)}" for key in rest])
+    return "\n".join(lines + [f"{title(key, result):<26}{number(key, values)}" for key in rest])
 
 
 def title(key: str, result: dict[str, Any]) -> str:
@@ -49,7 +90,7 @@ def title(key: str, result: dict[str, Any]) -> str:
     return {"frechet": result["distance"], "spatial_frechet": "sFID", "kid": "KID"}.get(key, key.replace("_", " "))
 
 
-def _number(key: str, values: dict[str, float]) -> str:
+def number(key: str, values: dict[str, float]) -> str:
     return f"{values[key]:.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
 
 
@@ -70,10 +111,15 @@ def compare(a: str | Path, b: str | Path) -> str:
         rows.append([key, *(str(result["subject"].get(key)) for result in results)])
     for key in results[0]["values"]:
         if key in results[1]["values"]:
-            rows.append([title(key, results[0]), *(_number(key, result["values"]) for result in results)])
+            rows.append([title(key, results[0]), *(number(key, result["values"]) for result in results)])
     if all(result["real"] for result in results):
-        rows.append(["real against real", *(_number("frechet", result["real"]) for result in results)])
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        rows.append(["real against real", *(number("frechet", result["real"]) for result in results)])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as lines of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
@@ -81,6 +127,23 @@ def append_result(path: str | Path, result: dict[str, Any]) -> None:
     """Append a result as one JSON line."""
     with append_to(Path(path)) as file:
         file.write(json.dumps(result) + "\n")
+
+
+def find_result(
+    path: str | Path, images: ImageSet, reference: dict, extractor: Extractor, seed: int, metrics: Iterable[str]
+) -> dict[str, Any] | None:
+    """The result in a file of JSON lines that the same measurement of the same weights gave, if it is there."""
+    wanted, weights = stamp(images, reference, extractor, seed), subject(images)["sha256"]
+    for line in read_text(Path(path)).splitlines() if Path(path).is_file() else ():
+        try:
+            result = json.loads(line)
+            same = {k: v for k, v in result["protocol"].items() if k != "metrics"} == wanted
+            tried = result["protocol"]["metrics"].keys() | result["left_out"].keys()
+            if same and result["subject"]["sha256"] == weights and set(metrics) <= tried:
+                return result
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # a line of another kind
+    return None
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
