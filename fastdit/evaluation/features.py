@@ -177,7 +177,7 @@ def classifier(path: str | None, device: torch.device) -> Extractor:
     if path is None or not Path(path).is_file():
         given = f"{path} does not exist" if path else "--features=classifier needs its file"
         raise ValueError(f"{given}; fastdit quickstart writes OUT/judge.npz: give --features classifier=OUT/judge.npz")
-    data = read_bytes(Path(path), 1 << 28)
+    data = read_bytes(Path(path), 1 << 20)  # small, because its arrays may be compressed
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             weight, bias, head, head_bias = (torch.from_numpy(arrays[name]).float() for name in CLASSIFIER)
