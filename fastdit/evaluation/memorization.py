@@ -1,6 +1,5 @@
 """`fastdit neighbors`: the training images nearest to samples, and the share of samples that are too near to be new."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdit import __version__
 from fastdit.data.loader import permutation
 from fastdit.distributed import Ranks
-from fastdit.environment import commit, hardware
-from fastdit.evaluation.evaluate import SUBJECT
-from fastdit.evaluation.images import open_set
+from fastdit.evaluation.images import is_shards, open_set
 from fastdit.evaluation.neighbors import QUANTILE, RESAMPLES, memorized, nearest
-from fastdit.evaluation.spaces import FeatureSpace, LatentSpace, is_shards, pictures_of
+from fastdit.evaluation.protocol import made_on, stamp, subject
+from fastdit.evaluation.spaces import FeatureSpace, LatentSpace, pictures_of
 from fastdit.sheets import labelled
 
-PROTOCOL = 1  # increases when the same files and settings give other digits
 LEAST = 1000  # training images whose own neighbors are the yardstick without held-out images, if there are as many
 
 
@@ -55,7 +51,7 @@ def neighbors(
     count = space.about["images"]
     if count < 2:
         raise ValueError(f"--reference={reference} has one image; give two or more")
-    queries, subject = space.embed(images)
+    queries, made_of = space.embed(images)
     held, about = space.stored(held_out, "--held-out") if held_out else (None, None)
     if not ranks.is_main:
         return {}, None
@@ -68,23 +64,11 @@ def neighbors(
     others = nearest(held, space.blocks(), 1)[0][:, 0].numpy() if held_out else between[len(closest) :]
     share, error, chance = memorized(first, others, seed=seed)
     shown = np.argsort(first, kind="stable")[:rows]
-    sampling = images.sampling or {}
+    others_are = about or f"{len(others)} training images, each against the others"
+    metrics = {"memorized": {"quantile": QUANTILE, "resamples": RESAMPLES}, "authenticity": {}}
     result = {
-        "protocol": {
-            "version": PROTOCOL,
-            "num_images": images.count,
-            "image_size": list(images.size),
-            "cropped": images.cropped,
-            "samples": {key: value for key, value in sampling.items() if key not in SUBJECT},
-            "reference": space.about,
-            "held_out": about or f"{len(others)} training images, each against the others",
-            "features": space.name,
-            "features_sha256": space.hash,
-            "seed": seed,
-            "metrics": {"memorized": {"quantile": QUANTILE, "resamples": RESAMPLES}, "authenticity": {}},
-        },
-        "subject": {"samples": str(samples), "samples_sha256": subject["sha256"]}
-        | {key: sampling.get(key) for key in SUBJECT},
+        "protocol": stamp(images, space.about, space, seed) | {"held_out": others_are, "metrics": metrics},
+        "subject": {"samples": str(samples), "samples_sha256": made_of["sha256"], **subject(images)},
         "distance": space.distance,
         "values": {
             "memorized": share,
@@ -97,13 +81,7 @@ def neighbors(
         "real": None,
         "nearest": [{"sample": int(i), "distances": distances[i].tolist(), "training_images": space.names(indices[i])}
                     for i in shown],
-        "environment": {
-            "fastdit": __version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "hardware": hardware(ranks.device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
+        "environment": made_on(ranks.device),
     }  # fmt: skip
     pictures = [[own, *space.pictures(indices[i])] for own, i in zip(pictures_of(images, shown), shown, strict=True)]
     captions = [["", *(f"{d:#.3g}" for d in distances[i])] for i in shown]

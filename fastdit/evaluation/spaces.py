@@ -20,9 +20,9 @@ from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.distributed import Ranks, one_thread
-from fastdit.evaluation.evaluate import extract
-from fastdit.evaluation.features import BLOCK, load_features
-from fastdit.evaluation.images import ImageSet, open_set
+from fastdit.evaluation.evaluate import digest_of, extract
+from fastdit.evaluation.features import load_features
+from fastdit.evaluation.images import ImageSet, is_shards, open_set
 
 PART = 4096  # training images in memory at once
 Embedded = tuple[Tensor, dict[str, Any]]
@@ -35,16 +35,16 @@ class FeatureSpace:
 
     def __init__(self, name: str, reference: str | Path, size: tuple[int, int], ranks: Ranks):
         self.ranks, self.size, self.extractor = ranks, size, load_features(name, ranks.device)
-        self.name, self.hash = self.extractor.name, self.extractor.hash
-        self.images = images_of(reference, "--reference", size)
+        self.name, self.hash, self.dim = self.extractor.name, self.extractor.hash, self.extractor.dim
+        self.images = images_of(reference, "--reference", size, ranks.device)
         self.values, self.about = self.embed(self.images)
 
     def embed(self, images: ImageSet) -> Embedded:
         values, digest = extract(images, self.extractor, self.ranks)
-        return torch.from_numpy(values)[:, None].to(self.ranks.device), about(images, digest)
+        return torch.from_numpy(values[:, None, : self.dim]).to(self.ranks.device), about(images, digest)
 
     def stored(self, path: str | Path, key: str) -> Embedded:
-        return self.embed(images_of(path, key, self.size))
+        return self.embed(images_of(path, key, self.size, self.ranks.device))
 
     def blocks(self) -> Iterator[Tensor]:
         return iter(self.values[:, 0].split(PART))
@@ -74,19 +74,20 @@ class LatentSpace:
         made = self.codec.spec(self.spec.image_size, self.spec.shape)
         self.spec.check(made, f"--reference={reference}", f"vae={self.codec.name}")
         self.hash, self.about = self.codec.fingerprint, about_shards(self.manifest)
+        self.dim = math.prod(self.spec.shape)
 
     def embed(self, images: ImageSet) -> Embedded:
         dtype, found, digest = DTYPES[self.manifest.dtype], [], hashlib.sha256()
-        for block in images.blocks(range(-(-images.count // BLOCK))):
-            both = encode_both(self.codec, list(block), BLOCK, self.ranks.device)[: len(block)]  # (n, 2, 2C, h, w)
-            both = torch.from_numpy(both.cpu().numpy().astype(dtype).astype(np.float32))
+        for block in images.blocks(range(-(-images.count // images.block))):
+            both = encode_both(self.codec, list(block), images.block, self.ranks.device)  # (block, 2, 2C, h, w)
+            both = torch.from_numpy(both[: len(block)].cpu().numpy().astype(dtype).astype(np.float32))
             found.append(self.vectors(both.flatten(0, 1)).unflatten(0, (-1, 2)))
-            digest.update(block.tobytes())
+            digest.update(b"".join(map(digest_of, block)))
         return torch.cat(found), about(images, digest.hexdigest())
 
     def stored(self, path: str | Path, key: str) -> Embedded:
         if not is_shards(path):
-            return self.embed(images_of(path, key, self.size))
+            return self.embed(images_of(path, key, self.size, self.ranks.device))
         other = load_shards(path, key, self.size)
         self.spec.check(other.latents, "--reference", f"{key}={path}")
         return self.both_views(other, other.index()), about_shards(other)
@@ -96,7 +97,7 @@ class LatentSpace:
 
     def vectors(self, moments: Tensor) -> Tensor:
         """Moments (n, 2C, h, w) -> (n, D) on the device, whose Euclidean distance is the root mean square."""
-        return self.means(moments).flatten(1) / math.prod(self.spec.shape) ** 0.5
+        return self.means(moments).flatten(1) / self.dim**0.5
 
     def means(self, moments: Tensor) -> Tensor:
         moments = moments.to(self.ranks.device)
@@ -119,11 +120,6 @@ class LatentSpace:
             return [to_uint8(self.codec.decode(latent[None]))[0].cpu().numpy() for latent in latents]
 
 
-def is_shards(path: str | Path) -> bool:
-    """Whether `path` is a folder of latents."""
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.npy").is_file()
-
-
 def load_shards(path: str | Path, key: str, size: tuple[int, int]) -> Manifest:
     """The latents at `path`, which must be of images of this size (width, height)."""
     if not is_shards(path):
@@ -134,9 +130,9 @@ def load_shards(path: str | Path, key: str, size: tuple[int, int]) -> Manifest:
     return manifest
 
 
-def images_of(path: str | Path, key: str, size: tuple[int, int]) -> ImageSet:
+def images_of(path: str | Path, key: str, size: tuple[int, int], device: torch.device) -> ImageSet:
     """The images at `path`; those of a folder are center-cropped to this size, as `fastdit extract` does."""
-    images = open_set(path, key, size_text(size))
+    images = open_set(path, key, size_text(size), device)
     _same_size(images.size, size, path, key)
     return images
 
@@ -157,9 +153,9 @@ def read_all(manifest: Manifest, index: np.ndarray, mirrored: bool = False) -> T
 
 def pictures_of(images: ImageSet, indices: Sequence[int]) -> list[np.ndarray]:
     """Some of the images, (H, W, 3) each; only their blocks are read."""
-    numbers = sorted({i // BLOCK for i in indices})
+    numbers = sorted({i // images.block for i in indices})
     blocks = dict(zip(numbers, images.blocks(numbers), strict=True))
-    return [blocks[i // BLOCK][i % BLOCK] for i in indices]
+    return [blocks[i // images.block][i % images.block] for i in indices]
 
 
 def about(images: ImageSet, digest: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastdit.data.archives import open_images
 from fastdit.data.images import read_image
-from fastdit.evaluation.images import open_set
+from fastdit.evaluation.images import is_run, is_shards, open_set
 from fastdit.files import SAMPLING
 from fastdit.sheets import fitted, in_letters, in_rows, labelled, tiled
 
@@ -15,7 +15,7 @@ from fastdit.sheets import fitted, in_letters, in_rows, labelled, tiled
 def folder_grid(
     path: str | Path, rows: int = 10, columns: int = 10, *, labels: bool | None = None, side: int = 256
 ) -> Image.Image:
-    """The first images at `path`: what `open_images` takes, a folder of `fastdit sample`, or an npz with arr_0.
+    """The first images at `path`: what `open_images` takes, a folder of `fastdit sample`, latents, an npz.
 
     Images with classes, such as subfolders, have a labelled row for each class; `labels=False` shows them in order.
     Larger ones are scaled down to `side` pixels in width and height, others are shown pixel by pixel. ValueError for
@@ -27,7 +27,7 @@ def folder_grid(
             raise ValueError(f"--{name}={value} must be 1 or more")
     if not path.exists():
         raise ValueError(f"FOLDER={path} does not exist; give a folder of images or an .npz file")
-    if path.suffix == ".npz" or (path / "checkpoints").is_dir():
+    if path.suffix == ".npz" or is_run(path) or is_shards(path):
         if labels:
             raise ValueError(f"--labels: {path} has no classes; leave it out")
         found = open_set(path, "FOLDER")
