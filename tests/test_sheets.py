@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastdit
 from fastdit.sheets import fitted, font_of, in_letters, in_rows, labelled, stacked, tiled, wrapped
 
 
@@ -93,3 +94,13 @@ def test_names_are_written_in_letters_that_the_font_has():
         assert in_letters(name, "class 3") == "class 3"
     font, lacking = font_of(20), bytes(font_of(20).getmask("\uffff"))
     assert all(bytes(font.getmask(chr(code))) != lacking for code in range(33, 127))
+
+
+def test_the_same_from_python():
+    images = [Image.fromarray(image) for image in colors(5)]
+    assert np.array_equal(np.asarray(fastdit.grid(images, columns=2)), np.asarray(tiled(in_rows(images, 2))))
+    page = fastdit.grid(images, 2, captions="abcde")
+    assert all(len(places(page, np.asarray(image))) == 1 for image in images) and not ink_at_the_edge(page)
+    for arguments in ({"images": []}, {"images": images, "columns": 0}, {"images": images, "captions": ["a"]}):
+        with pytest.raises(ValueError, match=r"grid\(\) got .* give one or more images"):
+            fastdit.grid(**arguments)
