@@ -90,13 +90,11 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
     return Model(path, weights, pipeline, chosen)
 
 
-def grid(
-    images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()
-) -> Image.Image:
-    """Images of one size in rows of `columns`, with a caption below each if there are any; as the commands draw them."""
+def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
+    """Images of one size in rows of `columns`, with a caption below each if there are any."""
     if not len(images) or columns < 1 or len(captions) not in (0, len(images)):
-        raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one or "
-                         "more images, and a caption for each or none")  # fmt: skip
+        raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one "
+                         "or more images, and a caption for each or none")  # fmt: skip
     rows = in_rows(images, columns)
     return labelled(rows, captions=in_rows(captions, columns)) if captions else tiled(rows)
 

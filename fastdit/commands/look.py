@@ -17,13 +17,13 @@ AXES = ("classes", "seeds", *SETTINGS, "checkpoints")
 def take_pictures(parser: ArgumentParser) -> None:
     """The options of `fastdit sample` that make a picture instead of a folder."""
     group = parser.add_argument_group(
-        "pictures", "With these options, RUN/sheet.png or --out shows every combination of the values. Each image is "
-        "image 0 of fastdit sample for its class, seed and settings.")  # fmt: skip
+        "pictures", "With these options, RUN/sheet.png or --out shows every combination of the values.\n"
+        "Each image is image 0 of fastdit sample for its class, seed and settings.")  # fmt: skip
     group.add_argument("--classes", metavar="A,B,...", help="by name or number (up to eight)")
     group.add_argument("--seeds", metavar="0-7", help="ranges and numbers, such as 0-3,10")
     group.add_argument("--cfg-scale", metavar="1,1.5,4", help="a single value only sets it, here and in the next two")
     group.add_argument("--steps", metavar="10,20,50")
-    group.add_argument("--samplers", "--sampler", metavar="heun,dpmpp_2m")
+    group.add_argument("--samplers", metavar="heun,dpmpp_2m")
     group.add_argument("--checkpoints", metavar="step-1000,...", help="steps of RUN, or paths of runs and checkpoints")
     axes = "class, seed, guidance, steps, sampler or checkpoint"
     group.add_argument("--rows", metavar="AXIS", help=f"{axes} (the first that varies)")

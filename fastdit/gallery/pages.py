@@ -78,7 +78,8 @@ def trajectory(axes: Axes, kind: str) -> list[Image.Image]:
     pipeline, pairs = one_setting(axes, "--trajectory"), list(product(axes.values["class"], axes.values["seed"]))
     if len(pairs) > (size := pipeline.config.sampling.batch_size):
         raise ValueError(f"--trajectory shows up to sampling.batch_size={size} images, not {len(pairs)}; choose fewer")
-    names = [", ".join(axes.text(axis, value) for axis, value in zip(("class", "seed"), pair, strict=True)
+    said = axes.short if kind == "gif" and len(axes.varying) == 1 else axes.text
+    names = [", ".join(said(axis, value) for axis, value in zip(("class", "seed"), pair, strict=True)
                        if axis in axes.varying) for pair in pairs]  # fmt: skip
     times, images = path_of(pipeline, [Cell(*pair) for pair in pairs], STRIP if kind == "png" else FRAMES)
     if kind == "png":
