@@ -10,8 +10,9 @@ import numpy as np
 
 from fastdit import __version__
 from fastdit.data.images import size_text
+from fastdit.evaluation.loss import BINS, IMAGES
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
-from fastdit.report.measure import BINS, PER_BIN, Measured
+from fastdit.report.measure import Measured
 from fastdit.report.pictures import Series, animation, picture, plot, short, smoothed
 
 RECORDED = ("step", "loss", "grad_norm", "lr", "steps_per_s", "images_per_s", "mfu", "peak_gib", "time")
@@ -208,9 +209,9 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
     shown = "".join(plots)
     about = "Faint: as recorded; strong: the mean over 5% of the run around each step."
     if bins:
-        images = min(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins)
-        about += (f" The loss per timestep is of the last checkpoint, on {min(PER_BIN, images)} training images, the "
-                  f"same in each of {BINS} bins; the band is the standard error.")  # fmt: skip
+        images = min(IMAGES, *(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins))
+        about += (f" The loss per timestep is of the last checkpoint, on {images:,} training images in {BINS} bins; "
+                  "the band is the standard error.")  # fmt: skip
     return f'<div class="plots">{shown}</div><p class="muted">{about}</p>' if shown else ""
 
 

@@ -11,7 +11,6 @@ import torch
 
 from fastdit.config import config_from
 from fastdit.data.loader import read_moments
-from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.environment import command, hardware, version
 from fastdit.report import measure
 from fastdit.report.facts import Run, reproduce, warnings
@@ -76,25 +75,6 @@ def test_the_environment_is_this_one(monkeypatch):
     assert command() == "python train.py --resume"
     assert version("torch") == torch.__version__.partition("+")[0] or version("torch") == torch.__version__
     assert version("no-such-package") is None and "cores" in hardware(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(time_distribution="logit_normal")])
-def test_the_loss_of_a_network_that_predicts_zero_is_known_in_every_bin(shards, objective):
-    """E (eps - x_0)^2 = 1 + E x_0^2, whatever t is."""
-    network = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
-    bins = measure.loss_per_bin(objective, network, shards, "cpu")
-    second = np.mean(np.square(shards.channel_std) + np.square(shards.channel_mean))
-    assert len(bins) == 20
-    for loss, error in bins:
-        assert abs(loss - (1 + second)) < 4 * error < 0.2
-
-
-def test_times_that_training_never_draws_have_no_loss_and_ddpm_has_all(shards):
-    network = lambda x, t, y: torch.zeros(len(x), 8, 8, 8)  # noqa: E731
-    objective = SimpleNamespace(sample_t=lambda u: 0.5 + u / 2, loss=FlowMatching().loss)
-    bins = np.array(measure.loss_per_bin(objective, lambda x, t, y: torch.zeros_like(x), shards, "cpu"))
-    assert np.isnan(bins[:10]).all() and np.isfinite(bins[10:]).all()
-    assert np.isfinite(measure.loss_per_bin(DDPM(), network, shards, "cpu")).all()
 
 
 def test_a_copy_of_a_training_image_is_found_also_mirrored(shards):
