@@ -46,8 +46,8 @@ def validation_loss(
     `on_batch()` is called for every batch; once it returns True, the rest is left out, and what comes back is nan.
     """
     shares, times = stratified(objective, math.ceil(images / BINS))  # (BINS,), (n,)
-    index, count = manifest.index(), len(times)
-    rows = index[permutation(SEED, ORDER, len(index))[np.arange(count) % len(index)]]
+    count = len(times)
+    rows = chosen_rows(manifest, count)
     parts = [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     own = parts[ranks.rank :: ranks.world]
     names: list[str] = []
@@ -62,10 +62,8 @@ def validation_loss(
             names = list(loss.parts)
             values = torch.stack([loss.per_sample, *loss.parts.values()], 1)  # (n, 1 + parts)
             found[slot, : len(y), : values.shape[1]] = values.double().cpu()
-    every = ranks.gather(found.to(ranks.device)).cpu().numpy()  # (world share, BATCH, COLUMNS)
-    every = every.reshape(ranks.world, -1, BATCH, COLUMNS).swapaxes(0, 1)  # batch b at [b // world, b % world]
     drawn = shares > 0
-    bins = every.reshape(-1, COLUMNS)[:count].reshape(drawn.sum(), -1, COLUMNS)
+    bins = ranks.blocks(found)[:count].cpu().numpy().reshape(drawn.sum(), -1, COLUMNS)
     table = np.full((BINS, 2), math.nan)
     table[drawn, 0] = bins[..., 0].mean(1)
     if bins.shape[1] > 1:
@@ -89,6 +87,19 @@ def stratified(objective: Objective, per_bin: int) -> tuple[np.ndarray, Tensor]:
     return (counts / len(times)).numpy(), torch.cat(chosen)
 
 
+def chosen_rows(manifest: Manifest, count: int) -> np.ndarray:
+    """Rows (count,) of the index, in an order that is the same in every run; repeated where there are fewer."""
+    index = manifest.index()
+    return index[permutation(SEED, ORDER, len(index))[np.arange(count) % len(index)]]
+
+
+def check_images(manifest: Manifest, images: int) -> None:
+    """ValueError if an image that `validation_loss` reads is damaged."""
+    rows = chosen_rows(manifest, min(math.ceil(images / BINS) * BINS, len(manifest)))
+    for _ in read_parts(manifest, rows, [slice(start, start + BATCH) for start in range(0, len(rows), BATCH)]):
+        pass
+
+
 def read_parts(manifest: Manifest, rows: np.ndarray, parts: list[slice]) -> Iterator[Tensor]:
     """Moments (n, 2C, h, w) of each part of the rows; ValueError where an image is damaged."""
     for first in range(0, len(parts), AT_ONCE):
@@ -98,7 +109,7 @@ def read_parts(manifest: Manifest, rows: np.ndarray, parts: list[slice]) -> Iter
         if len(moments) < len(wanted):
             damaged = len(wanted) - len(moments)
             raise ValueError(f"{manifest.folder}: {damaged} images of the validation loss are damaged; {AGAIN}")
-        yield from moments.split([part.stop - part.start for part in some])
+        yield from moments.split([len(rows[part]) for part in some])
 
 
 def latents_of(manifest: Manifest, moments: Tensor, start: int) -> tuple[Tensor, Tensor]:
