@@ -16,8 +16,10 @@ def evaluate(parser: ArgumentParser) -> Command:
     """Measure samples against real images, or compare two measurements.
 
     fastdit evaluate samples --reference images --out results.jsonl
+    fastdit evaluate runs/mine --reference images --num-samples 10000 sampling.cfg_scale=1.5
     fastdit evaluate --compare a.jsonl b.jsonl
-    SAMPLES: a folder that fastdit sample wrote, a folder of images, or an .npz file with arr_0, uint8 (N, H, W, 3).
+    SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
+    run, whose samples are the images that fastdit sample would write.
     --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
     The digits do not depend on the number of processes. --compare reads the last line of each file.
     """
@@ -27,29 +29,41 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
                                           "inception_score, with commas between (default: all that apply)")  # fmt: skip
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
-    parser.add_argument("--seed", type=int, default=0, help="of the random subsets")
+    parser.add_argument("--num-samples", type=int, help="of a run")
+    parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
+    parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
+    parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
     parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
     parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --out")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--samples", help=argparse.SUPPRESS)
-    take_words(parser, "SAMPLES", overrides=False)
+    take_words(parser, "SAMPLES")
 
     def run(arguments: Namespace) -> None:
         from fastdit.distributed import close, init
-        from fastdit.evaluation.evaluate import compare, evaluate, summary
+        from fastdit.evaluation.evaluate import evaluate
+        from fastdit.evaluation.images import is_run
+        from fastdit.evaluation.protocol import compare, summary
         from fastdit.files import append_to
 
         if arguments.compare:
             return print(compare(*arguments.compare))
-        samples = one_name(arguments, "samples", "folder or .npz file of samples")
+        samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
         if not arguments.reference:
             arguments.parser.error("give real images with --reference")
         if arguments.out and not Path(arguments.out).parent.is_dir():
             raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
         metrics = arguments.metrics.split(",") if arguments.metrics else None
+        of_run = {key: getattr(arguments, key) for key in ("num_samples", "labels", "weights", "overrides")}
+        if not is_run(samples) and any(of_run.values()):
+            given = [f"--{key.replace('_', '-')}" for key in of_run if of_run[key] and key != "overrides"]
+            given += arguments.overrides
+            raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
         ranks = init(arguments.device)
         try:
+            if is_run(samples):
+                samples = samples_of(samples, seed=arguments.seed, device=ranks.device, **of_run)
             chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
             result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
         finally:
@@ -61,6 +75,19 @@ def evaluate(parser: ArgumentParser) -> Command:
                     file.write(json.dumps(result) + "\n")
 
     return run
+
+
+def samples_of(
+    run: str, num_samples: int | None, labels: str | None, weights: str | None, overrides: list[str], seed: int, device
+):
+    """The images that `fastdit sample` would write, as `evaluate` takes them."""
+    from fastdit.evaluation.generated import generated
+    from fastdit.sampling import load_pipeline
+
+    if num_samples is None:
+        raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
+    pipeline = load_pipeline(run, overrides, weights=weights or "ema", device=device)
+    return generated(pipeline, num_samples, seed, labels or "balanced")
 
 
 def report(parser: ArgumentParser) -> Command:

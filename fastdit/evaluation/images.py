@@ -24,7 +24,10 @@ Blocks = Callable[[Iterable[int]], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images of one size (width, height). `blocks` reads those of ascending numbers: uint8 (<= 32, H, W, 3)."""
+    """`count` images of one size (width, height), in blocks of `block`; the last one may be shorter.
+
+    `blocks` reads or makes those of ascending numbers: uint8 (<= block, H, W, 3).
+    """
 
     path: Path
     count: int
@@ -32,6 +35,7 @@ class ImageSet:
     blocks: Blocks
     sampling: dict | None = None  # what `fastdit sample` recorded about them
     cropped: str | None = None  # the size that they were center-cropped to
+    block: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,16 @@ def open_set(path: str | Path, key: str, image_size: str | None = None) -> Image
         found = _array(path, key)
         record = path.parent / SAMPLING
         return _sampled(found, record, key) if path.name == "samples.npz" and record.is_file() else found
-    if (path / "checkpoints").is_dir() or (path / "checkpoint.json").is_file():
+    if is_run(path):
         raise ValueError(f"{key}={path} is a run or a checkpoint; sample it first: fastdit sample {path} --out samples")
     if (record := path / SAMPLING).is_file():
-        return _sampled(_folder(path / "images", key, None), record, key)
+        return replace(_sampled(_folder(path / "images", key, None), record, key), path=path)
     return _folder(path, key, image_size)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a run or a checkpoint."""
+    return (Path(path) / "checkpoints").is_dir() or (Path(path) / "checkpoint.json").is_file()
 
 
 def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
 
     with stage("autoencoder", f"training a small autoencoder on {len(train_images)} images"):
         vae = small_vae(config.data.image_size, seed=seed).to(ranks.device)
-        train_vae(vae, pixels(train_images).to(ranks.device), **VAE, seed=seed)
+        train_vae(vae, pixels(train_images).to(ranks.device), **VAE, seed=seed, on_step=progress(VAE["steps"], say))
         reconstruction_psnr = psnr(vae, pixels(held_images).to(ranks.device))
         vae.save_pretrained(out / "vae")
 
@@ -135,6 +136,18 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     write_report([config.run_dir], out / "report.html", title="fastdit quickstart", device=ranks.device)
     say(closing_words(report, out, config))
     return report
+
+
+def progress(steps: int, say: Callable) -> Callable[[int, float], None]:
+    """Prints step, loss and remaining time ten times."""
+    start = time.perf_counter()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % max(steps // 10, 1) == 0:
+            eta = timedelta(seconds=round((time.perf_counter() - start) / step * (steps - step)))
+            say(f"step {step}/{steps} ({step / steps:.0%})  loss {loss:.4f}  eta {eta}")
+
+    return on_step
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:

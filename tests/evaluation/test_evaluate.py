@@ -6,34 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from fastdit.cli import main
 from fastdit.evaluation import features
-from fastdit.evaluation.features import Extractor
 from fastdit.evaluation.metrics import frechet_distance
 from fastdit.evaluation.moments import moments_of
-from helpers.evaluation import pictures
+from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny, write_pngs
 from helpers.runs import Forks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tiny(path, device):
-    """Mean colors of 4 x 4 cells, with made-up classes: 48 features of a picture."""
-    return Extractor("efficientnet-lite0", "FD (tiny)", "0" * 64, 48, lambda x: F.adaptive_avg_pool2d(x, 4).flatten(1),
-                     lambda x: x / 255, (torch.eye(10, 48), 0.0), device)  # fmt: skip
-
-
-def use_tiny():
-    features.FEATURES["efficientnet-lite0"] = tiny
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(features.FEATURES, "efficientnet-lite0", tiny)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +27,6 @@ def folder(tmp_path_factory):
     np.savez_compressed(root / "reference.npz", pictures(90, seed=1))
     write_pngs(root / "reference", pictures(90, seed=1))
     return root
-
-
-def write_pngs(out, images):
-    out.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(out / f"{i:03}.png")
-
-
-def evaluate(*argv):
-    """The result that the command appends."""
-    out = argv[0].parent / "results.jsonl"
-    main(["evaluate", *map(str, argv), "--out", str(out), "--device", "cpu"])
-    return json.loads(out.read_text().splitlines()[-1])
 
 
 def test_distances_order_as_they_must(tmp_path, capsys):
@@ -178,15 +148,6 @@ def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatc
     assert "--metrics=kid: the reference holds mu and sigma only" in said
 
 
-def mistake(capsys, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", *map(str, argv)])
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
-
-
 def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -202,10 +163,10 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
     unfinished = sampled(tmp_path / "unfinished", count=50)
     good, reference = folder / "samples.npz", ["--reference", folder / "reference.npz"]
     for argv, words in (
-        (reference, "name one folder or .npz file of samples"),
+        (reference, "name one run, folder or .npz file of samples"),
         ([good], "give real images with --reference"),
         ([tmp_path / "nowhere", *reference], "nowhere does not exist; give an .npz file or a folder of images"),
-        ([tmp_path / "run", *reference], "run is a run or a checkpoint; sample it first: fastdit sample"),
+        ([good, "--reference", tmp_path / "run"], "run is a run or a checkpoint; sample it first: fastdit sample"),
         ([tmp_path / "empty", *reference], "empty is empty; it needs images"),
         ([good, "--reference", tmp_path / "empty"], "--reference="),
         ([tmp_path / "floats.npz", *reference], "holds float64 (4, 8, 8, 3); arr_0 must be uint8 (N, H, W, 3)"),
