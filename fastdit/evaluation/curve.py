@@ -41,8 +41,8 @@ class ReferenceCurve:
             own, settings = settings_of(config), dict(stored["settings"])
             runs = int(stored["runs"])
         except FileNotFoundError:
-            raise ValueError(f"training.loss_reference={path} does not exist; give a file of bench/quality/curve.py, or "
-                             "the name of an included one: quickstart") from None  # fmt: skip
+            raise ValueError(f"training.loss_reference={path} does not exist; give a file of bench/quality/curve.py or "
+                             "an included one: quickstart") from None  # fmt: skip
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"training.loss_reference={path} is not a reference curve: {error}") from None
         unlike = tuple(f"{key}={own.get(key)} instead of {value}" for key, value in settings.items()

@@ -18,8 +18,9 @@ from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.evaluation.loss import IMAGES, validation_loss
+from fastdit.pipeline import ImagePipeline, Inference
 from fastdit.report.facts import Run
-from fastdit.sampling import ImagePipeline, Inference, load_pipeline
+from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.state import VAE, load_network

@@ -52,17 +52,20 @@ class LossWindow:
 
 
 class Log:
-    """Writes records on the main process, nothing elsewhere; `flops_per_image` is for a whole training step."""
+    """Writes records on the main process, nothing elsewhere.
+
+    `images` to train on; `flops_per_image` of a whole training step.
+    """
 
     def __init__(
-        self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, flops_per_image: float, steps_per_epoch: float
+        self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, images: int, flops_per_image: float
     ):
         self.ranks, self.device, steps = ranks, ranks.device, config.training.steps
         if not ranks.is_main:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.steps, self.steps_per_epoch, self.run_dir = steps, steps_per_epoch, run_dir
+        self.steps, self.steps_per_epoch, self.run_dir = steps, images / config.training.global_batch, run_dir
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
@@ -237,14 +240,14 @@ def peak_flops_of(device: torch.device) -> float:
     a = torch.ones(size, size, device=device, dtype=dtype).uniform_(generator=torch.Generator(device).manual_seed(0))
     best = float("inf")
     for _ in range(8):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
