@@ -4,7 +4,6 @@ Each function adds its arguments to a parser and returns what runs it.
 """
 
 import argparse
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -17,10 +16,12 @@ def evaluate(parser: ArgumentParser) -> Command:
 
     fastdit evaluate samples --reference images --out results.jsonl
     fastdit evaluate runs/mine --reference images --num-samples 10000 sampling.cfg_scale=1.5
+    fastdit evaluate runs/mine --loss --out losses.jsonl
     fastdit evaluate --compare a.jsonl b.jsonl
     SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
     run, whose samples are the images that fastdit sample would write.
     --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
+    --loss gives the validation loss of a run, in total and for 20 parts of t, on the images that the run held out.
     The digits do not depend on the number of processes. --compare reads the last line of each file.
     """
     parser.add_argument("--reference", help="real images, or their statistics")
@@ -29,7 +30,9 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
                                           "inception_score, with commas between (default: all that apply)")  # fmt: skip
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
-    parser.add_argument("--num-samples", type=int, help="of a run")
+    parser.add_argument("--loss", action="store_true", help="the validation loss of a run instead of its samples")
+    parser.add_argument("--shards", metavar="DIR", help="latents for --loss (the run's own, which it held out)")
+    parser.add_argument("--num-samples", type=int, help="of a run; with --loss the number of images (1280)")
     parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
     parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
@@ -44,13 +47,20 @@ def evaluate(parser: ArgumentParser) -> Command:
         from fastdit.distributed import close, init
         from fastdit.evaluation.evaluate import evaluate
         from fastdit.evaluation.images import is_run
+        from fastdit.evaluation.loss import loss_table
         from fastdit.evaluation.protocol import compare, summary
         from fastdit.files import append_to
+        from fastdit.training.log import as_json
+        from fastdit.training.validation import loss_of_run
 
         if arguments.compare:
             return print(compare(*arguments.compare))
         samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
-        if not arguments.reference:
+        if arguments.loss and arguments.reference:
+            arguments.parser.error("--loss takes latents with --shards, no --reference")
+        if arguments.shards and not arguments.loss:
+            arguments.parser.error("--shards is for --loss")
+        if not (arguments.reference or arguments.loss):
             arguments.parser.error("give real images with --reference")
         if arguments.out and not Path(arguments.out).parent.is_dir():
             raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
@@ -62,17 +72,21 @@ def evaluate(parser: ArgumentParser) -> Command:
             raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
         ranks = init(arguments.device)
         try:
-            if is_run(samples):
-                samples = samples_of(samples, seed=arguments.seed, device=ranks.device, **of_run)
-            chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
-            result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
+            if arguments.loss:
+                del of_run["labels"]
+                result = loss_of_run(samples, ranks, shards=arguments.shards, **of_run)
+            else:
+                if is_run(samples):
+                    samples = samples_of(samples, seed=arguments.seed, device=ranks.device, **of_run)
+                chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+                result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
         finally:
             close()
         if ranks.is_main:
-            print(summary(result))
+            print(loss_table(result) if arguments.loss else summary(result))
             if arguments.out:
                 with append_to(Path(arguments.out)) as file:
-                    file.write(json.dumps(result) + "\n")
+                    file.write(as_json(result))
 
     return run
 

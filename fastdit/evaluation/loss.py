@@ -123,10 +123,12 @@ def latents_of(manifest: Manifest, moments: Tensor, start: int) -> tuple[Tensor,
 
 
 def loss_table(result: dict[str, Any]) -> str:
-    """A result of `validation_loss` in lines: the loss, its parts, and a row per part of t."""
-    lines = [f"loss {result['loss']:.6f} +- {result['loss_error']:.6f} on {result['images']} images"]
-    lines += [f"  {name} {value:.6f}" for name, value in result["parts"].items()]
-    lines.append(f"{'t':>11}  {'loss':>9}  {'error':>9}")
+    """A result of `fastdit evaluate --loss` in lines: the loss, its parts, and a row per part of t."""
+    values = {name: value for name, value in result["values"].items() if name != "loss_error"}
+    error, images = result["values"]["loss_error"], result["protocol"]["num_images"]
+    lines = [f"{name:<11}  {value:9.6f}" for name, value in values.items()]
+    lines[0] += f"  {error:9.6f}  {images} images, {result['protocol']['weights']} weights"
+    lines.append(f"{'t':<11}  {'loss':>9}  {'error':>9}")
     for k, (mean, error) in enumerate(result["bins"]):
         lines.append(f"{k / BINS:.2f} - {(k + 1) / BINS:.2f}  {mean:9.6f}  {error:9.6f}")
     return "\n".join(lines)

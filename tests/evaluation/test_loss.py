@@ -1,17 +1,22 @@
 """The validation loss against closed forms, and the images that are held out for it."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fastdit.data.loader import latent_batches, sample_keys, split
+from fastdit.cli import main
+from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.distributed import Ranks
-from fastdit.evaluation.loss import BATCH, BINS, IMAGES, loss_table, stratified, validation_loss
+from fastdit.evaluation.loss import BATCH, BINS, IMAGES, stratified, validation_loss
+from fastdit.pipeline import Inference
+from fastdit.training.state import load_network
 from helpers.data import make_shards
+from helpers.evaluation import mistake
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 ZERO = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
@@ -55,7 +60,6 @@ def test_times_that_training_never_draws_have_no_loss_and_ddpm_has_all(shards):
     assert np.isfinite(found["loss"]) and found["images"] == 50
     found = validation_loss(DDPM(), lambda x, t, y: torch.zeros(len(x), 8, 8, 8), shards, ONE)
     assert np.isfinite(found["bins"]).all() and set(found["parts"]) == {"mse", "vlb"}
-    assert loss_table(found).count("\n") == 3 + BINS and "0.95 - 1.00" in loss_table(found)
 
 
 def test_each_process_takes_some_batches_and_all_get_the_digits_of_one(shards):
@@ -116,6 +120,23 @@ def test_the_split_depends_on_the_keys_alone(shards):
 
 
 def read(manifest):
-    from fastdit.data.loader import read_moments
-
     return read_moments(manifest, manifest.index())
+
+
+def test_the_command_prints_the_loss_by_timestep_and_says_how_it_was_measured(trained, tmp_path, capsys):
+    out, shards = tmp_path / "losses.jsonl", trained.parent / "latents"
+    main(["evaluate", str(trained), "--loss", "--shards", str(shards), "--num-samples", "90", "--out", str(out)])
+    said = capsys.readouterr().out.splitlines()
+    result = json.loads(out.read_text())
+    loss, error = result["values"]["loss"], result["values"]["loss_error"]
+    assert said[0] == f"loss         {loss:9.6f}  {error:9.6f}  100 images, ema weights"
+    assert said[1].split() == ["t", "loss", "error"] and said[-1].startswith("0.95 - 1.00") and len(said) == 2 + BINS
+    made = load_network(trained)
+    again = validation_loss(made.objective, Inference(made.model, "fp32", False), Manifest.load(shards), ONE, images=90)
+    assert result["values"]["loss"] == again["loss"] and result["bins"] == [list(row) for row in again["bins"]]
+    main(["evaluate", "--compare", str(out), str(out)])
+    main(["evaluate", str(trained), "--loss", "--shards", str(shards), "--num-samples", "90", "--weights", "model",
+          "--out", str(tmp_path / "model.jsonl")])  # fmt: skip
+    assert "weights=ema and model" in mistake(capsys, "--compare", out, tmp_path / "model.jsonl")
+    assert "neither data.val_shards nor data.val_fraction; give --shards" in mistake(capsys, trained, "--loss")
+    assert "has no manifest.json" in mistake(capsys, trained, "--loss", "--shards", tmp_path)
