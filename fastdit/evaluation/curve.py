@@ -27,7 +27,7 @@ class ReferenceCurve:
     name: str
     runs: int
     points: dict[int, np.ndarray]
-    unlike: tuple[str, ...] = ()  # the settings in which a run differs from those of the curve
+    unlike: tuple[str, ...] = ()  # settings of the curve that a run does not have
 
     @classmethod
     def load(cls, path: str, config: Config) -> "ReferenceCurve":
@@ -45,8 +45,7 @@ class ReferenceCurve:
                              "an included one: quickstart") from None  # fmt: skip
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"training.loss_reference={path} is not a reference curve: {error}") from None
-        unlike = tuple(f"{key}={own.get(key)} instead of {value}" for key, value in settings.items()
-                       if own.get(key) != value)  # fmt: skip
+        unlike = tuple(f"{key}={value}" for key, value in settings.items() if own.get(key) != value)
         return cls(file.stem.removesuffix("_curve"), runs, points, unlike)
 
     def compare(self, step: int, loss: float, bins: list[float]) -> str:
@@ -57,8 +56,6 @@ class ReferenceCurve:
         half = np.fmax(DEVIATIONS * deviation, LEAST * np.abs(mean))
         off = (np.array([loss, *bins], float) - mean) / half  # outside [-1, 1] is outside the band
         whose = f"the band of {self.name} ({self.runs} runs)"
-        if self.unlike:
-            whose += f", whose settings differ: {', '.join(self.unlike)}"
         wrong = [f"t {k / BINS:.2f}" for k, value in enumerate(off[1:]) if abs(value) > 1]
         if abs(off[0]) > 1:
             return f"{'above' if off[0] > 0 else 'below'} {whose}, which is {mean[0]:.4f} +- {half[0]:.4f}"

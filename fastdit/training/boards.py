@@ -61,7 +61,7 @@ def start_wandb(project: str, run_dir: Path, settings: dict[str, Any], say: Call
     before = read_text(path).strip() if path.is_file() else ""
     offline = "WANDB_MODE" not in os.environ and not has_key()
     if offline:
-        say(f"W&B: no API key, so the run is logged to {run_dir / 'wandb'}; upload it with wandb login, wandb sync")
+        say(f"W&B: no API key, so the run is logged to {run_dir / 'wandb'}; upload it with wandb sync")
     chosen = {"mode": "offline"} if offline else {}
     try:
         run = wandb.init(project=project, dir=str(run_dir), name=run_dir.name, config=settings, id=before or None,

@@ -110,6 +110,9 @@ class Monitor:
         self.weights = {"model": engine.master_parameters, "ema": lambda: ema.average}
         if not any(self.every.values()):
             return
+        if self.curve and self.curve.unlike:
+            log.say(f"warning: training.loss_reference={self.config.training.loss_reference} was measured with other "
+                    f"settings: {', '.join(self.curve.unlike)}")  # fmt: skip
         self.inference.on_call = lambda: watchdog.at(self.step, MONITORS)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(engine.module.get_buffer(name))
