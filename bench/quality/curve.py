@@ -30,7 +30,7 @@ def main() -> None:
     for seed in arguments.seeds.split(","):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "fastdit.cli", "quickstart", "--out", f"{folder}/quickstart"]
-            subprocess.run([*command, "--seed", seed, "training.loss_reference="], check=True)
+            subprocess.run([*command, "--seed", seed, "training.loss_reference=''"], check=True)
             records = read_records(Path(folder) / "quickstart/run/metrics.jsonl")
         runs.append({record["step"]: record for record in records if "val_loss" in record})
     points = []

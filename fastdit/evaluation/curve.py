@@ -56,10 +56,11 @@ class ReferenceCurve:
         half = np.fmax(DEVIATIONS * deviation, LEAST * np.abs(mean))
         off = (np.array([loss, *bins], float) - mean) / half  # outside [-1, 1] is outside the band
         whose = f"the band of {self.name} ({self.runs} runs)"
-        wrong = [f"t {k / BINS:.2f}" for k, value in enumerate(off[1:]) if abs(value) > 1]
-        if abs(off[0]) > 1:
-            return f"{'above' if off[0] > 0 else 'below'} {whose}, which is {mean[0]:.4f} +- {half[0]:.4f}"
-        return f"inside {whose}" + (f", except from {', '.join(wrong)} on" if wrong else "")
+        wrong = [f"{k / BINS:.2f}-{(k + 1) / BINS:.2f}" for k, value in enumerate(off[1:]) if abs(value) > 1]
+        if not abs(off[0]) <= 1:
+            side = "above" if off[0] > 1 else "below" if off[0] < -1 else "outside"
+            return f"{side} {whose}, which is {mean[0]:.4f} +- {half[0]:.4f}"
+        return f"inside {whose}" + (f", except at t = {', '.join(wrong)}" if wrong else "")
 
 
 def curve_file(path: str) -> Path:

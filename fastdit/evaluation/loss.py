@@ -67,7 +67,8 @@ def validation_loss(
     table = np.full((BINS, 2), math.nan)
     table[drawn, 0] = bins[..., 0].mean(1)
     if bins.shape[1] > 1:
-        table[drawn, 1] = bins[..., 0].std(1, ddof=1) / math.sqrt(bins.shape[1])
+        with np.errstate(invalid="ignore"):  # a loss that is not finite
+            table[drawn, 1] = bins[..., 0].std(1, ddof=1) / math.sqrt(bins.shape[1])
     whole = shares[drawn] @ bins.mean(1)  # (COLUMNS,)
     return {
         "loss": float(whole[0]),

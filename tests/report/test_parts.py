@@ -12,9 +12,10 @@ import torch
 from fastdit.config import config_from
 from fastdit.data.loader import read_moments
 from fastdit.environment import command, hardware, version
-from fastdit.report import measure
+from fastdit.report import measure, page
 from fastdit.report.facts import Run, reproduce, warnings
 from fastdit.report.pictures import Series, plot, sheet, short, smoothed, ticks
+from fastdit.training.sheets import write_png
 from helpers.data import make_shards
 
 FALLING = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
@@ -161,3 +162,33 @@ def test_a_sheet_places_images_row_by_row_and_shrinks_large_ones():
     assert sheet(np.zeros((2, 256, 512, 3), np.uint8), 2).size == (2 * 128 + 8, 64)
 
 
+
+
+def test_what_was_measured_during_training_is_on_the_page(tmp_path):
+    events = [{"step": 50 * k, "monitor_s": 1.0, "val_loss": 1 / k, "val_bins": [1.0] * 20, "eval_frechet": 9.0 / k}
+              for k in (1, 2)]  # fmt: skip
+    result = {"step": 100, "distance": "FD (tiny)", "values": {"frechet": 4.5, "kid": 0.25},
+              "protocol": {"num_images": 500, "reference": {"images": 600}, "samples": {
+                  "weights": "ema", "seed": 0, "sampling": {"sampler": {"name": "heun"}, "steps": "20",
+                                                            "cfg_scale": 1.4}}}}  # fmt: skip
+    run = a_run(measured=events, evaluations=[result])
+    run.folder = tmp_path
+    found = page.quality(run)
+    how = "500 samples of step 100, ema, heun, 20 steps, guidance 1.4, seed 0, against 600 real images"
+    assert found["FD (tiny)", how] == "4.5" and found["kid", how] == "0.25"
+    assert found["validation loss", "of the EMA at step 100, on images that were not trained on"] == "0.5"
+    steps, losses = run.curve("val_loss")
+    assert steps.tolist() == [50, 100] and losses.tolist() == [1.0, 0.5]
+    shown = page.curves([run], [measure.Measured()])
+    assert "FD (tiny)" in shown and shown.count("dashed") == 3 and "Dashed: the EMA on images" in shown
+    assert page.strips(run, measure.Measured()) == ""
+    (tmp_path / "monitor").mkdir()
+    write_png(np.zeros((20, 30, 3), np.uint8), tmp_path / "monitor" / "strip.png")
+    assert 'alt="samples made during training"' in page.strips(run, measure.Measured())
+
+
+def test_damaged_lines_of_what_was_measured_do_no_harm(tmp_path):
+    event = {"step": 5, "monitor_s": 1, "val_loss": None, "val_bins": [None] * 3, "eval_frechet": "x"}
+    result = {"step": 5, "distance": None, "values": {"frechet": None}, "protocol": {"samples": 3}}
+    run = a_run(measured=[event], evaluations=[result])
+    assert page.quality(run) == {} and "dashed" not in page.curves([run], [measure.Measured()])

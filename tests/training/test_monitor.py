@@ -208,6 +208,7 @@ def test_too_little_memory_for_samples_ends_no_run_and_the_watchdog_hears_of_eac
 
 
 EVALUATED = "training.evaluate_every=5 training.reference={tmp}"
+OTHER = "data.shards={tmp}/other data.vae='' data.image_size=null data.num_classes=null"
 MISTAKES = {
     "training.validate_every=5": "training.validate_every=5 needs images that are not trained on; set data.val_frac",
     "training.validate_every=-1": "training.validate_every=-1 is out of range; use 0 for never",
@@ -217,7 +218,7 @@ MISTAKES = {
     f"{EVALUATED}/empty": "training.reference=.*empty",
     f"{EVALUATED} training.evaluate_features=inception": "training.evaluate_features='.* did you mean 'inception-v3'",
     "training.evaluate_images=1": "training.evaluate_images=1 is out of range; use 2 or more",
-    "training.sample_every=5 data.shards={tmp}/other data.vae= data.image_size=null data.num_classes=null": "vae",
+    f"training.sample_every=5 {OTHER}": "vae=vae is not a folder",
     "training.sample_every=5 sampling.weak_checkpoint={tmp}/none": "none does not exist; give a run folder",
     "data.val_shards={tmp}/none": "none has no manifest.json",
     "data.val_shards={world}/latents": "data.val_shards=.* holds the images of data.shards; use data.val_fraction",
