@@ -16,9 +16,9 @@ from fastdit.data.images import to_uint8
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
-from fastdit.distributed import ImageRandom, seed_of
+from fastdit.distributed import ImageRandom, Ranks, seed_of
+from fastdit.evaluation.loss import IMAGES, validation_loss
 from fastdit.evaluation.neighbors import nearest
-from fastdit.likelihood import batches, mean_and_error
 from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
 from fastdit.sampling import load_pipeline
@@ -31,7 +31,6 @@ SEED = 0
 SAMPLES, STRIP, CLASSES = 16, 8, 8  # of the last checkpoint; of each one; classes among them
 CHECKPOINTS, FRAMES = 6, 12  # of the strip over training; of the animation
 CANDIDATES, NEAREST, SEARCHED = 2000, 3, 6  # training images searched per class; shown per sample; samples searched for
-BINS, PER_BIN = 20, 64  # of t in [0, 1]; images, the same in each bin
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,10 @@ def measure_run(
     manifest = run.manifest
     if manifest:
         with noted(found.notes, "No loss per timestep"):
-            found.bins = loss_per_bin(objective, network, manifest, device)
+            found.bins = validation_loss(objective, network, manifest, Ranks(0, 0, 1, device))["bins"]
+            if not any(math.isfinite(loss) for loss, _ in found.bins):
+                found.bins = []
+                raise ValueError("it is not finite: check the weights with fastdit verify")
     if pipeline:
         with noted(found.notes, "No samples"):
             x_0 = draw(found, run, pipeline, overrides, device)
@@ -126,7 +128,7 @@ def seconds_needed(network: Inference, pipeline: ImagePipeline | None, run: Run,
         return 0.0
     x, t = torch.zeros(8, *shape, device=device), torch.full((8,), 0.5, device=device)
     y = torch.zeros(8, dtype=torch.long, device=device)
-    seconds = BINS * PER_BIN / 8 * timed(lambda: network(x, t, y))
+    seconds = IMAGES / 8 * timed(lambda: network(x, t, y))
     if pipeline:
         settings = pipeline.config.sampling
         images = SAMPLES + STRIP * min(CHECKPOINTS - 1, len(run.checkpoints) - 1)
@@ -204,7 +206,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
         vectors = known.flatten(1) / known[0].numel() ** 0.5  # (n, D)
         if len(known) > 1:
             few = vectors[:SEARCHED, None]
-            between += nearest(few, [vectors], 1, own=torch.arange(len(few)))[0].tolist()
+            between += nearest(few, [vectors], 1, own=torch.arange(len(few)))[0][:, 0].tolist()
         searched = [i for i in places if i < SEARCHED]
         views = torch.stack([x_0[searched], x_0[searched].flip(-1)], 1).flatten(2) / known[0].numel() ** 0.5
         for i, values, order in zip(searched, *nearest(views, [vectors], min(NEAREST, len(known))), strict=True):
@@ -214,30 +216,3 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
     found.between_real = float(np.median(between)) if between else math.nan
     if all(latent is not None for latent in real):
         found.real = decoded(pipeline, torch.stack(real))
-
-
-@torch.no_grad()
-def loss_per_bin(objective, network: Inference, manifest: Manifest, device: torch.device) -> list[tuple[float, float]]:
-    """The objective's loss in BINS equal parts of t, with the times within a bin distributed as in training.
-
-    Every bin has the same PER_BIN images of the shards and the same noise. nan for a bin that training never draws.
-    """
-    size, spec = min(PER_BIN, len(manifest)), manifest.latents
-    _, moments, y = next(iter(batches(manifest, size, size, SEED)))
-    moments, y = moments.to(device), y.to(device)
-    generator = torch.Generator().manual_seed(SEED)
-    posterior, noise = torch.randn(2, size, *spec.shape, generator=generator).to(device)
-    x_0 = sample_latents(moments, posterior, spec.scale, spec.shift)
-    times = objective.sample_t((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    places = (times * BINS).ceil().clamp(1, BINS).long() - 1
-    found = []
-    for k in range(BINS):
-        inside = times[places == k].sort().values
-        if not len(inside):
-            found.append((math.nan, math.nan))
-            continue
-        t = inside[torch.linspace(0, len(inside) - 1, size).long()].to(device)
-        found.append(mean_and_error(objective.loss(network, x_0, y, t, noise).per_sample.double().tolist()))
-    if all(math.isnan(loss) for loss, _ in found):
-        raise ValueError("it is not finite: check the weights with fastdit verify")
-    return found

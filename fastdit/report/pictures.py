@@ -29,6 +29,11 @@ def picture(images: np.ndarray, columns: int, alt: str) -> str:
     return _img(sheet(images, columns), alt, small, "webp", lossless=small, quality=90, method=4)
 
 
+def png(image: np.ndarray, alt: str) -> str:
+    """An <img> with one picture, uint8 (H, W, 3)."""
+    return _img(Image.fromarray(image), alt, image.shape[0] <= 16 * ANIMATED_SIDE, "png")
+
+
 def animation(frames: np.ndarray, columns: int, alt: str, frame_ms: int = 150) -> str:
     """An <img> with a GIF of frames uint8 (F, N, H, W, 3), each of them a sheet; the last one is held."""
     pages = [sheet(frame, columns, ANIMATED_SIDE) for frame in frames]
@@ -52,6 +57,7 @@ class Series:
     y: np.ndarray
     color: int = 0
     faint: bool = False
+    dashed: bool = False
     error: np.ndarray | None = None
 
 
@@ -112,7 +118,7 @@ def plot(title: str, series: list[Series], *, log: bool = False, x_label: str = 
                 edges = [place(s.x[part], s.y[part] + s.error[part]), place(s.x[part], s.y[part] - s.error[part])[::-1]]
                 parts.append(f'<path class="band s{s.color}" d="{line(np.concatenate(edges))}Z"/>')
             points = place(*thinned(s.x[part], s.y[part]))
-            parts.append(f'<path class="s{s.color}{" faint" * s.faint}" d="{line(points)}"/>')
+            parts.append(f'<path class="s{s.color}{" faint" * s.faint}{" dashed" * s.dashed}" d="{line(points)}"/>')
     name, box = html.escape(title), f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
     return (f'<figure class="plot"><figcaption>{name} <span>over {html.escape(x_label)}</span></figcaption>'
             f'<svg {box} aria-label="{name}">{"".join(parts)}</svg></figure>')  # fmt: skip
