@@ -19,6 +19,7 @@ from fastdit.build import check_sampling
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline, image_labels
+from fastdit.sheets import tiled
 from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.state import load_network
@@ -114,15 +115,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
     else:
         order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
     order = [row for row in order if row]
-    with _open_png(_png(out, 0)) as first:
-        width, height = first.size
-    across = max(map(len, order))
-    sheet = Image.new("RGB", (across * (width + gap) - gap, len(order) * (height + gap) - gap), "grey")
-    for r, row in enumerate(order):
-        for c, i in enumerate(row):
-            with _open_png(_png(out, i)) as image:
-                sheet.paste(image, (c * (width + gap), r * (height + gap)))
-    return sheet
+    return tiled([[_open_png(_png(out, i)) for i in row] for row in order], gap)
 
 
 def _claim(out: Path, settings: dict) -> None:

@@ -175,12 +175,12 @@ class _Reader:
             os.close(self.files.popitem()[1])
 
 
-def read_moments(manifest: Manifest, rows: np.ndarray) -> Tensor:
-    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index; not mirrored, and without the damaged ones."""
+def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
+    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
     reader = _Reader(manifest, 1, slice(None), 0, hflip=False, verify=True, pin_memory=False, skip_damaged=None)
     array = np.empty((len(rows), *reader.shape), reader.dtype)
     try:
-        good = [i for i, row in enumerate(rows) if not reader.read(row, 0, array[i : i + 1])]
+        good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
     finally:
         reader.close()
     return torch.from_numpy(array[good]).float()

@@ -16,9 +16,10 @@ from fastdit.data.images import to_uint8
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
-from fastdit.distributed import Ranks
+from fastdit.distributed import ImageRandom, Ranks, seed_of
 from fastdit.evaluation.loss import IMAGES, validation_loss
-from fastdit.pipeline import ImagePipeline, Inference
+from fastdit.evaluation.neighbors import nearest
+from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
@@ -148,10 +149,9 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str], device: torch.device) -> Tensor:
     """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
-    classes = min(run.config.data.num_classes or 1, len(pipeline.class_names) or math.inf)
-    count = min(classes, CLASSES)
+    classes = few_classes(run.config.data.num_classes, pipeline.class_names, CLASSES)
     found.names = pipeline.class_names if run.config.data.num_classes else ("",)
-    found.labels = [i % count * classes // count for i in range(SAMPLES)]
+    found.labels = [classes[i % len(classes)] for i in range(SAMPLES)]
     labels = torch.tensor(found.labels, device=device)
     settings, used = run.config.sampling, pipeline.config.sampling
     found.sampling = (
@@ -160,11 +160,9 @@ def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str
         + (f" (the run's own setting is {settings.sampler.name}, {settings.steps} steps, guidance "
            f"{settings.cfg_scale:g})" if (settings.sampler, settings.steps) != (used.sampler, used.steps) else "")
     )  # fmt: skip
-    seen: list[Tensor] = []
-    x_0 = pipeline.latents(list(range(SAMPLES)), labels, SEED, on_step=lambda t, x_t, _: seen.append(x_t))
-    seen = [*seen, x_0]
-    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, min(FRAMES, len(seen))).round().astype(int)]
-    found.frames = np.stack([decoded(pipeline, x_t) for x_t in chosen])
+    noise = ImageRandom([seed_of(SEED, i) for i in range(SAMPLES)])
+    _, path, _ = pipeline.trajectory(noise, labels, FRAMES)
+    found.frames, x_0 = np.stack([decoded(pipeline, x_t) for x_t in path]), path[-1]
     found.samples = found.frames[-1]
     kept = [run.checkpoints[i] for i in spread(len(run.checkpoints), CHECKPOINTS)]
     for folder in kept[:-1]:
@@ -183,11 +181,6 @@ def decoded(pipeline: ImagePipeline, x_0: Tensor) -> np.ndarray:
     return np.concatenate([to_uint8(pipeline.codec.decode(part)).cpu().numpy() for part in x_0.split(8)])
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})
-
-
 @torch.no_grad()
 def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: Tensor) -> None:
     """Real images of the samples' classes, and the nearest training images of the first samples.
@@ -197,7 +190,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
     """
     index, spec, random = manifest.index(), manifest.latents, np.random.default_rng(SEED)
     real: list[Tensor | None] = [None] * SAMPLES
-    nearest, between = [], []
+    entries, between = [], []
     for label in dict.fromkeys(found.labels):
         rows = index[index["label"] == label] if pipeline.config.data.num_classes else index
         rows = rows[np.sort(random.permutation(len(rows))[:CANDIDATES])]
@@ -210,20 +203,16 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
         shown = known[random.permutation(len(known))[np.arange(len(places)) % len(known)]]
         for i, latent in zip(places, shown, strict=True):
             real[i] = latent
+        vectors = known.flatten(1) / known[0].numel() ** 0.5  # (n, D)
         if len(known) > 1:
-            between += distances(known[:SEARCHED], known).topk(2, largest=False)[0][:, 1].tolist()
-        for i in places:
-            if i < SEARCHED:
-                query = torch.stack([x_0[i], x_0[i].flip(-1)])
-                values, order = distances(query, known).amin(0).topk(min(NEAREST, len(known)), largest=False)
-                images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
-                nearest.append((i, Neighbors(label, images, values.tolist())))
-    found.neighbors = [entry for _, entry in sorted(nearest, key=lambda pair: pair[0])]
+            few = vectors[:SEARCHED, None]
+            between += nearest(few, [vectors], 1, own=torch.arange(len(few)))[0][:, 0].tolist()
+        searched = [i for i in places if i < SEARCHED]
+        views = torch.stack([x_0[searched], x_0[searched].flip(-1)], 1).flatten(2) / known[0].numel() ** 0.5
+        for i, values, order in zip(searched, *nearest(views, [vectors], min(NEAREST, len(known))), strict=True):
+            images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
+            entries.append((i, Neighbors(label, images, values.tolist())))
+    found.neighbors = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
     found.between_real = float(np.median(between)) if between else math.nan
     if all(latent is not None for latent in real):
         found.real = decoded(pipeline, torch.stack(real))
-
-
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square differences (n, m) of latents (n, C, h, w) and (m, C, h, w)."""
-    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist") / a[0].numel() ** 0.5

@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastdit.files import replacing
+from fastdit.pipeline import spread
+from fastdit.sheets import in_rows, tiled
 
 GAP, GRAY = 2, 128  # pixels between images, and their value
 ROWS, MARGIN = 12, 70  # steps in a strip, at most; pixels for their numbers
@@ -14,12 +16,7 @@ NAME = "step-{:07d}.png"
 
 def sheet(images: np.ndarray, columns: int) -> np.ndarray:
     """uint8 (N, H, W, 3) as rows of `columns` images, with GAP pixels between them: one picture (H', W', 3)."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    cells = np.full((rows * columns, height + GAP, width + GAP, 3), GRAY, np.uint8)
-    cells[:count, :height, :width] = images
-    cells = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)  # (rows, H + GAP, columns, W + GAP, 3)
-    return cells.reshape(rows * (height + GAP), columns * (width + GAP), 3)[:-GAP, :-GAP]
+    return np.asarray(tiled(in_rows(images, columns), GAP))
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:
@@ -51,7 +48,7 @@ def strip(folder: Path, height: int) -> np.ndarray | None:
     rows = [(step, picture[:height]) for step, picture in rows if picture.shape[1:] == rows[-1][1].shape[1:]]
     if not rows:
         return None
-    kept = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(ROWS, len(rows)))})]
+    kept = [rows[i] for i in spread(len(rows), ROWS)]
     whole = Image.new("RGB", (MARGIN + kept[0][1].shape[1], len(kept) * (height + GAP) - GAP), (GRAY,) * 3)
     pen = ImageDraw.Draw(whole)
     for i, (step, picture) in enumerate(kept):
