@@ -30,6 +30,7 @@ JOURNEY = [  # (command line, what it prints or writes)
       "--metrics", "frechet,kid", "--out", "results.jsonl"], "real against real"),
     (["evaluate", "samples", "--reference", "images.npz", "--metrics", "frechet,kid", "--out", "other.jsonl"], "KID"),
     (["evaluate", "--compare", "results.jsonl", "other.jsonl"], "FD (EfficientNet-Lite0)"),
+    (["evaluate", "runs/mine", "--loss", "--shards", "latents", "--num-samples", "20"], "0.95 - 1.00"),
     (["likelihood", "--checkpoint", "runs/mine", "--shards", "latents", "--num-images", "4", "--steps", "2"], "bits"),
     (["ema", "runs/mine", "--std", "0.05,0.1", "--out", "runs/ema"], "std-0.050"),
     (["sample", "runs/ema/std-0.050", "--out", "more", "--num-samples", "4", *STEPS], "4 images in more"),
