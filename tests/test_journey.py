@@ -33,6 +33,7 @@ JOURNEY = [  # (command line, what it prints or writes)
     (["grid", "images", "--size", "48"], "grid.png"),
     (["neighbors", "samples", "--reference", "latents"], "neighbors.png"),
     (["sample", "runs/mine", "--seeds", "0-1", "--cfg_scale", "1,4", *STEPS], "runs/mine/sheet.png"),
+    (["evaluate", "runs/mine", "--loss", "--shards", "latents", "--num-samples", "20"], "0.95 - 1.00"),
     (["likelihood", "--checkpoint", "runs/mine", "--shards", "latents", "--num-images", "4", "--steps", "2"], "bits"),
     (["ema", "runs/mine", "--std", "0.05,0.1", "--out", "runs/ema"], "std-0.050"),
     (["sample", "runs/ema/std-0.050", "--out", "more", "--num-samples", "4", *STEPS], "4 images in more"),
