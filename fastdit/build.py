@@ -15,6 +15,7 @@ from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
+from fastdit.models.routing import Routing
 from fastdit.registry import bind, build
 
 
@@ -44,6 +45,21 @@ def build_network(
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
+
+
+def build_routing(settings: TrainingConfig, model: DiT) -> Routing | None:
+    """ValueError where training.route_ends leave nothing to skip."""
+    if not settings.route:
+        return None
+    if sum(settings.route_ends) >= len(model.blocks):
+        raise ValueError(f"training.route_ends={list(settings.route_ends)} leave none of {len(model.blocks)} blocks to "
+                         "skip; use smaller numbers, or training.route=0")  # fmt: skip
+    if not 0 < round(settings.route * model.patches) < model.patches:
+        raise ValueError(f"training.route={settings.route} of {model.patches} tokens is all or none; use another share")
+    if settings.cuda_graph and settings.route_full_steps:
+        raise ValueError(f"training.route_full_steps={settings.route_full_steps} changes shapes, which a CUDA graph "
+                         "cannot follow; use 0, or training.cuda_graph=false")  # fmt: skip
+    return Routing(settings.route, settings.route_ends, settings.steps - settings.route_full_steps)
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
@@ -106,7 +122,10 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
         )
     # DDP would have the compiler split each block at its buckets; separate blocks produce gradients early enough
     torch._dynamo.config.optimize_ddp = settings.compile == "whole"
-    model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
+    if settings.compile == "whole":
+        model.compile(fullgraph=True)
+    else:  # with a route, blocks see two sequence lengths: one kernel for both would be slower
+        model.compile_blocks(dynamic=False if settings.route else None)
     return compiled(objective) if next(model.parameters()).is_cuda else objective
 
 

@@ -124,6 +124,10 @@ class TrainingConfig:
     # what the backward pass recomputes: activation: GELU; selective: GELU and norms; auto: as little as memory allows
     activation_checkpointing: Literal["none", "activation", "selective", "full", "auto"] = "none"
     compile: Literal[True, False, "whole"] = True  # true: each block, starts in seconds; whole: the whole network
+    align: tuple[Choice, ...] = ()  # alignment losses, such as [layersync]; see training/alignment.py
+    route: float = 0.0  # share of the tokens that skip the middle blocks in training (models/routing.py); 0.5 in TREAD
+    route_ends: tuple[int, int] = (2, 4)  # number of blocks at the start and at the end that no token skips
+    route_full_steps: int = 0  # the last steps, in which no token skips
     joint_adaln: bool = False  # compute the adaLN projections of all blocks in one product, for small batches
     loss_aware_times: bool = False  # DDPM: importance sampling of timesteps by their loss, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed if its launcher is used
@@ -165,6 +169,10 @@ class TrainingConfig:
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
             policy = self.activation_checkpointing  # FP8 products save their own inputs
             _require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
+        _require(0 <= self.route < 1, "training.route", self.route, "use a share in [0, 1), 0.5 in the paper")
+        _require(min(self.route_ends) >= 0, "training.route_ends", list(self.route_ends), "use [2, 4] as in the paper")
+        steps = self.route_full_steps
+        _require(0 <= steps <= self.steps, "training.route_full_steps", steps, "use 0 to training.steps")
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
@@ -311,7 +319,7 @@ def to_tree(value: Any) -> Any:
         return {"name": value.name, **value.options}
     if dataclasses.is_dataclass(value):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [to_tree(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _override(tree: dict, override: str) -> None:

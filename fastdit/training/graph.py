@@ -22,6 +22,7 @@ class GraphedStep:
             "one process": step.ranks.world == 1,
             "training.engine=torch": step.engine.name == "torch",
             "training.loss_aware_times=false": step.times is None,
+            "until=0 in training.align": not any(alignment.until for alignment in step.alignments.values()),
         }
         for need, met in wrong.items():
             if not met:

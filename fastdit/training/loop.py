@@ -11,6 +11,7 @@ from fastdit import distributed
 from fastdit.build import (
     build_network,
     build_objective,
+    build_routing,
     check_device,
     check_sampling,
     prepare_for_training,
@@ -26,6 +27,7 @@ from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
+from fastdit.training.alignment import attach
 from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
@@ -83,6 +85,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     times = LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
+    alignments = attach(settings.align, model)
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     initial, origin = None, "from random weights"
@@ -106,7 +109,8 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     train_step = TrainStep(
         engine, ema, objective, ranks, latents, config.model.class_dropout, model.null_label, micro, accumulation,
-        seed=seed_of(config.seed, NOISE), times=times, averages=averages,
+        seed=seed_of(config.seed, NOISE), times=times, averages=averages, alignments=alignments,
+        routing=build_routing(settings, model),
     )  # fmt: skip
     plain_step = train_step
     if settings.cuda_graph:
