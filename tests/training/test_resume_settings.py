@@ -129,9 +129,15 @@ APPLIED = {
         and r.loss == pytest.approx(r.plain.loss, rel=1e-5),
     ),
     "loss_aware_times": (["loss_aware_times=true"], lambda r: r.calls["update"] > r.plain.calls["update"]),
-    "route": (["route=0.5", "route_ends=[1,1]"], lambda r: r.loss != r.plain.loss == pytest.approx(r.loss, rel=1e-2)),
+    "route": (
+        ["route=0.5", "route_ends=[1,1]", "steps=6"],
+        lambda r: r.logged("loss")[6] != r.plain.logged("loss")[6] == pytest.approx(r.logged("loss")[6], rel=1e-2),
+    ),
     "route_ends": (["route=0.5", "route_ends=[1,1]"], lambda r: "leave none of 4 blocks to skip" in r.plain.error),
-    "route_full_steps": (["route=0.5", "route_ends=[1,1]", "route_full_steps=3"], lambda r: r.loss != r.plain.loss),
+    "route_full_steps": (
+        ["route=0.5", "route_ends=[1,1]", "steps=6", "route_full_steps=6"],
+        lambda r: r.logged("loss")[6] != r.plain.logged("loss")[6],
+    ),
     "log_every": (["log_every=2", "steps=5"], lambda r: list(r.logged("loss")) == [1, 2, 4, 5]),
     "checkpoint_every": (["checkpoint_every=2", "steps=5"], lambda r: r.checkpoints == [1, 2, 4, 5]),
     "checkpoint_minutes": (
