@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdit.data.add_features import PRECISIONS
@@ -77,11 +78,15 @@ def vision_transformer(path: str | None, device: torch.device) -> FrozenEncoder:
         raise ValueError(f"{path} has no model.safetensors; download it")
     from transformers import AutoModel
 
+    how = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        network = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        network, about = AutoModel.from_pretrained(path, **how)
+        missing = sorted(about["missing_keys"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be loaded ({reason}); download it again") from None
+    if missing:  # the library would make them up
+        raise ValueError(f"{path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again")
     network = network.eval().requires_grad_(False).to(device)
     preprocessor, mean_std = Path(path) / "preprocessor_config.json", IMAGENET
     if preprocessor.is_file():
