@@ -28,6 +28,7 @@ from fastdit.registry import check, convert_all
 FOLDER = "features"  # within the folder of the latents
 FEATURE_DTYPES = ("float16", "int8")
 MAX_SIDE, MAX_DIM = 1 << 10, 1 << 16
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 class Encoder(Protocol):
@@ -55,24 +56,26 @@ def record_type(dtype: str, tokens: int, dim: int) -> np.dtype:
 def packed(features: np.ndarray, dtype: str) -> np.ndarray:
     """Features (2, T, D) float32 as they are stored; int8 with one scale per token, its largest magnitude / 127."""
     if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return features.astype("<f2")
+        return features.astype("<f2")
     array = np.zeros(2, record_type(dtype, *features.shape[1:]))
     array["scale"] = np.abs(features).max(-1) / 127
     array["values"] = np.rint(features / np.where(array["scale"], array["scale"], 1)[..., None])
     return array
 
 
-def unpacked(array: np.ndarray) -> Tensor:
-    """Stored features of n images, one orientation each -> (n, T, D) float16."""
+def unpacked(array: np.ndarray, tokens: int) -> Tensor:
+    """Stored features of n images, one orientation each -> those of the first tokens (n, tokens, D), float16."""
     if array.dtype.names is None:
-        return torch.from_numpy(array)
-    values, scale = (torch.from_numpy(np.ascontiguousarray(array[name])) for name in ("values", "scale"))
-    return (values.float() * scale[..., None]).half()
+        return torch.from_numpy(array)[:, :tokens].contiguous()
+    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, :tokens]))
+    values = torch.from_numpy(array["values"])[:, :tokens].half()
+    return values.mul_(scale.half()[..., None])  # in float32, PyTorch takes three times as long
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all stored features are; int8 values always are."""
+    """Whether all values are, of an array of floats, or of features stored as int8."""
+    if array.dtype == np.float16:  # NumPy's own test takes 20 times as long
+        return bool((array.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00)
     return bool(np.isfinite(array if array.dtype.names is None else array["scale"]).all())
 
 
@@ -97,11 +100,11 @@ class FeatureWriter(TarWriter):
         self.dtype = dtype
 
     def add(self, key: int, features: np.ndarray, label: int) -> None:
-        """Appends the features (2, T, D) of an image and its mirror image; ValueError if they overflow the dtype."""
+        """Appends the features (2, T, D) of an image and its mirror image; ValueError if they overflow float16."""
+        if not np.abs(features).max() <= HALF_MAX:
+            remedy = "use --precision float32, or another --encoder"
+            raise Unusable(f"the features of image {key} are not finite in float16; {remedy}")
         array = packed(features, self.dtype)
-        if not is_finite(array):
-            remedy = "use --feature-dtype int8" if np.isfinite(features).all() else "use --precision float32"
-            raise Unusable(f"the features of image {key} are not finite as {self.dtype}; {remedy}")
         self.store(key, array, label)
         self.sums = self.sums + moments(array)
 

@@ -188,10 +188,8 @@ class _Reader:
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
-            about = self.features.manifest
-            rows, columns = about.grid
-            patches = unpacked(features)[:, : rows * columns].contiguous()  # without the class token
-            tensors.append(patches.unflatten(1, (rows, columns)))
+            rows, columns = self.features.manifest.grid
+            tensors.append(unpacked(features, rows * columns).unflatten(1, (rows, columns)))  # without the class token
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
 
     def read(self, i: int, image: int, mirrored: int, array: np.ndarray, features: np.ndarray | None) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdit.cli import main
 from fastdit.data import encode
-from fastdit.data.features import FeatureManifest, grid_for, packed, record_type, resample, unpacked
+from fastdit.data.features import FeatureManifest, grid_for, is_finite, packed, record_type, resample, unpacked
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.loader import latent_batches, mirrors, permutation
 from fastdit.data.manifest import Manifest
@@ -322,18 +322,32 @@ def test_int8_has_one_scale_per_token():
     assert array.dtype == record_type("int8", 2, 3) and array.dtype.itemsize == 2 * 3 + 2 * 4
     assert array["values"].tolist() == [[[127, -64, 0], [0, 0, 0]], [[1, 2, -127], [127, 127, 127]]]  # 63.5 to even
     np.testing.assert_allclose(array["scale"], [[0.02, 0], [1e-3, 1 / 127]], rtol=1e-6)
-    np.testing.assert_allclose(unpacked(array), features, atol=0.011)
+    np.testing.assert_allclose(unpacked(array, 2), features, atol=0.011)
+    np.testing.assert_allclose(unpacked(array, 1), features[:, :1], atol=0.011)
     assert packed(features, "float16").nbytes == 2 * record_type("float16", 2, 3).itemsize
 
 
-def test_features_that_overflow_are_refused(made, tmp_path):
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_features_that_overflow_are_refused(made, tmp_path, value, dtype):
     class Loud(TinyEncoder):
         def encode(self, pixels):
-            return 1e6 + super().encode(pixels)
+            return value + super().encode(pixels)
 
-    with pytest.raises(ValueError, match="features of image .* are not finite as float16; use --feature-dtype int8"):
-        run(made, tmp_path / "out", **SMALL | {"encoder": Loud()})
-    run(made, tmp_path / "out", **SMALL | {"encoder": Loud()}, feature_dtype="int8")
+    with pytest.raises(ValueError, match="features of image .* are not finite in float16; use --precision float32"):
+        run(made, tmp_path / "out", **SMALL | {"encoder": Loud()}, feature_dtype=dtype)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
+def test_what_is_finite():
+    values = np.array([0, -0.0, 65504, -65504, 6e-8, np.inf, -np.inf, np.nan], np.float16)
+    assert [is_finite(values[i : i + 1]) for i in range(8)] == [True] * 5 + [False] * 3
+    assert is_finite(values[:5]) and not is_finite(values) and is_finite(values[:0])
+    assert is_finite(values[:5].astype(np.float32)) and not is_finite(values.astype(np.float32))
+    array = np.zeros(2, record_type("int8", 2, 3))
+    assert is_finite(array)
+    array["scale"][1, 1] = np.nan
+    assert not is_finite(array)
 
 
 def test_the_grid_is_that_of_patches_of_two():
