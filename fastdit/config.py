@@ -106,6 +106,7 @@ class TrainingConfig:
     epochs: float = 0.0  # passes over the shards, instead of steps; 0: steps count
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -164,6 +165,8 @@ class TrainingConfig:
         _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
         _require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
         _require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
+        if self.optimizer == "muon":
+            _require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
