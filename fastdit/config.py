@@ -45,6 +45,7 @@ class DataConfig:
     shards: str = ""  # folder of latents, written by fastdit extract
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
+    normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
     prefetch: int = 4  # number of batches to read ahead
