@@ -63,13 +63,8 @@ class Model:
         chosen = [classes] if isinstance(classes, int | str) else classes
         text = "balanced" if chosen is None else ",".join(map(str, chosen))
         labels = image_labels(text, n, self.config.data.num_classes, seed, self.class_names)
-        size, images = pipeline.config.sampling.batch_size, []
-        with distributed.one_thread(self.device):
-            for start in range(0, n, size):
-                indices = list(range(start, start + size))  # beyond n: padding, as in the command
-                y = torch.tensor([labels[i % n] for i in indices], device=self.device)
-                images += list(pipeline.images(indices, y, seed)[: n - start])
-        return [Image.fromarray(image) for image in images]
+        batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
+        return [Image.fromarray(image) for images in batches for image in images]
 
 
 def load(path: str | Path, *, weights: str = "ema", device: str | None = None, **settings: Any) -> Model:

@@ -1,20 +1,24 @@
 """A trained network that makes images: its evaluation, its sampler, and the label of each image."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit.config import Config
+from fastdit import __version__
+from fastdit.config import Config, to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.distributed import ImageRandom, seed_of
+from fastdit.distributed import ImageRandom, one_thread, seed_of
+from fastdit.errors import out_of_memory_says
 from fastdit.models.dit import DiT
 from fastdit.registry import bind
 
@@ -79,6 +83,9 @@ class ImagePipeline:
     spec: LatentSpec
     identity: str = ""  # SHA-256 of the weights' file
     class_names: tuple[str, ...] = ()  # where they are known
+    checkpoint: str = ""  # its folder
+    weights: str = "ema"
+    weak_identity: str = ""
 
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
@@ -115,9 +122,45 @@ class ImagePipeline:
             raise ValueError("the sampled images are not finite: check the weights with fastdit verify")
         return to_uint8(pixels).cpu().numpy()
 
+    def batches(self, count: int) -> int:
+        """The number of batches of `count` images."""
+        return math.ceil(count / self.config.sampling.batch_size)
+
+    def batch(self, b: int, classes: Sequence[int], seed: int) -> np.ndarray:
+        """uint8 (n, H, W, 3): batch `b` of images with these classes, from the images' own seeds.
+
+        A short last batch is padded and cut, because the last bits of a matrix product depend on its shape.
+        """
+        size, count = self.config.sampling.batch_size, len(classes)
+        indices = list(range(b * size, (b + 1) * size))
+        y = torch.tensor([classes[i % count] for i in indices], device=self.device)
+        remedy = f"sampling.batch_size={size} is too much for {self.device}: use a smaller one"
+        with one_thread(self.device), out_of_memory_says(remedy):
+            return self.images(indices, y, seed)[: count - b * size]
+
+    def record(self, num_samples: int, seed: int, labels: str) -> dict[str, Any]:
+        """What determines the images, and which weights and code made them: the contents of sampling.json."""
+        return {
+            "checkpoint": self.checkpoint,
+            "weights": self.weights,
+            "sha256": self.identity,
+            "num_samples": num_samples,
+            "seed": seed,
+            "labels": labels,
+            "sampling": to_tree(self.config.sampling),
+            "weak_sha256": self.weak_identity,
+            "vae": self.codec.name,
+            "vae_fingerprint": self.codec.fingerprint,
+            "fastdit": __version__,
+        }
+
     @property
     def model(self) -> DiT:
         return self.inference.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:

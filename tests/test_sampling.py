@@ -23,14 +23,6 @@ COUNT = 10  # three batches of 4, the last one padded
 
 
 @pytest.fixture(scope="session")
-def trained(world):
-    """A run long enough for an output that is not zero, as it is at initialization."""
-    config = load_config(world / "config.yaml", [f"run_dir={world}/trained", "training.ema_decay=0.5"])
-    train(config)
-    return world / "trained"
-
-
-@pytest.fixture(scope="session")
 def reference(trained, tmp_path_factory):
     """The samples of one process."""
     out = tmp_path_factory.mktemp("samples") / "one"

@@ -22,7 +22,11 @@ from fastdit.data.images import to_pixels
 from fastdit.distributed import init
 from fastdit.environment import hardware
 from fastdit.errors import make_folder
+from fastdit.evaluation.evaluate import load_reference, measure
+from fastdit.evaluation.features import load_features
+from fastdit.evaluation.images import open_set
 from fastdit.evaluation.metrics import frechet_distance
+from fastdit.evaluation.protocol import append_result
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
 from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
@@ -34,6 +38,7 @@ from fastdit.training.loop import train
 
 VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
 SAMPLES = 500
+JUDGE = "judge.npz"
 THREADS = 2  # at most: an operator of these networks takes microseconds, and waking more threads takes longer
 ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling takes longer than it would save here
 
@@ -99,16 +104,21 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         shutil.copy(out / "samples" / "grid.png", out / "grid.png")
 
     with stage("judge", "scoring the samples with a judge fitted on held-out real images"):
+        samples = open_set(out / "samples", "SAMPLES")
         images = np.load(out / "samples" / "samples.npz")["arr_0"]
         labels = np.arange(SAMPLES) % config.data.num_classes
         judge = Judge(held_images, held_labels)
-        held_features = judge.features(held_images)
+        judge.save(out / JUDGE)
+        extractor = load_features(f"classifier={out / JUDGE}", ranks.device)
+        held_out = load_reference(out / "held_out", samples.size, extractor, ranks)
+        result = measure(samples, held_out, ranks, extractor=extractor, seed=seed)
+        append_result(out / "results.jsonl", result)
         real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as samples
         scores = {
             "class_accuracy": judge.accuracy(images, labels),
             "judge_accuracy_on_real": judge.accuracy(train_images, train_labels),
-            "frechet_distance": frechet_distance(judge.features(images), held_features),
-            "frechet_distance_real": frechet_distance(judge.features(train_images[real]), held_features),
+            "frechet_distance": result["values"]["frechet"],
+            "frechet_distance_real": frechet_distance(extractor(train_images[real]), held_out.features.moments),
         }
 
     metrics = read_metrics(config.run_dir)

@@ -64,8 +64,11 @@ def test_inception_equals_the_recorded_network():
     resized = resize_tensorflow(torch.from_numpy(INCEPTION["images"]).movedim(-1, 1).float(), 299)
     corner = torch.from_numpy(INCEPTION["resized_corner"])
     torch.testing.assert_close(resized[:, :, 150:166, 150:166], corner, rtol=1e-6, atol=1e-5)
+    blocks = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, out: blocks.append(out))
     with torch.no_grad():
-        found = network.eval()((resized - 128) / 128)
+        found, spatial = network.eval()((resized - 128) / 128).split([2048, 2023], 1)
+    assert (spatial.reshape(2, 17, 17, 7) == blocks[0].movedim(1, 3)[..., :7]).all() and spatial.std() > 0.1
     torch.testing.assert_close(found, torch.from_numpy(INCEPTION["features"]), rtol=1e-4, atol=1e-5)
     logits = found @ weights["fc.weight"].T  # without the bias
     torch.testing.assert_close(logits, torch.from_numpy(INCEPTION["logits"]), rtol=1e-4, atol=1e-4)
@@ -79,7 +82,7 @@ def test_inception_reads_a_file_of_the_right_hash_only(tmp_path, monkeypatch):
         load_features(f"inception-v3={file}")
     monkeypatch.setattr(features, "INCEPTION_HASH", hashlib.sha256(file.read_bytes()).hexdigest())
     extractor = load_features(f"inception-v3={file}")
-    found = extractor(INCEPTION["images"])
+    found = extractor(INCEPTION["images"])[:, : extractor.dim]
     np.testing.assert_allclose(found, INCEPTION["features"], rtol=1e-4, atol=1e-5)
     logits = torch.from_numpy(INCEPTION["logits"]).double()
     np.testing.assert_allclose(extractor.probabilities(found), logits.softmax(1), rtol=1e-3, atol=1e-9)
@@ -129,6 +132,11 @@ def test_missing_weights_say_where_they_are_to_be_had(tmp_path, monkeypatch):
         load_features(f"dinov2-vit-l14={tmp_path}")
     with pytest.raises(ValueError, match="did you mean 'inception-v3'"):
         load_features("inception")
+    with pytest.raises(ValueError, match="needs its file; fastdit quickstart writes OUT/judge.npz"):
+        load_features("classifier")
+    np.savez(tmp_path / "other.npz", **{name: np.zeros((3, 4)) for name in features.CLASSIFIER})
+    with pytest.raises(ValueError, match=r"other.npz is not a classifier \(its arrays have the shapes"):
+        load_features(f"classifier={tmp_path / 'other.npz'}")
     file = tmp_path / "other.pth"
     file.write_bytes(b"not weights")
     with pytest.raises(ValueError, match="other.pth has SHA-256"):
@@ -139,4 +147,4 @@ def test_images_of_another_type_are_refused(lite0):
     for images in (np.zeros((1, 8, 8, 3)), np.zeros((1, 3, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match="give uint8"):
             lite0(images)
-    assert set(FEATURES) == {"efficientnet-lite0", "inception-v3", "dinov2-vit-l14"}
+    assert set(FEATURES) == {"efficientnet-lite0", "inception-v3", "dinov2-vit-l14", "classifier"}

@@ -157,12 +157,14 @@ def test_the_number_of_threads_changes_no_digit():
 
 
 def test_every_metric_returns_named_finite_numbers():
-    samples, reference = Features(SAMPLES, ARRAYS["probabilities"]), Features(REFERENCE)
+    samples = Features(SAMPLES, ARRAYS["probabilities"], spatial=SAMPLES[:, :5])
+    reference = Features(REFERENCE, spatial=moments_of(REFERENCE[:, :5]))
     values = {}
     for metric in METRICS.values():
         values |= metric(samples, reference, 0)
-    assert len(values) == 10 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
+    assert len(values) == 11 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
     assert values["frechet_infinity"] < values["frechet"]
+    assert values["spatial_frechet"] == frechet_distance(SAMPLES[:, :5], REFERENCE[:, :5])
     stated = Features(None, stated=moments_of(REFERENCE))
     assert METRICS["frechet"](samples, stated, 0)["frechet"] == values["frechet"]
     with pytest.raises(ValueError, match="mu and sigma only"):
@@ -184,3 +186,5 @@ def test_features_that_cannot_be_compared_are_refused():
             frechet_infinity(np.zeros((count, dim)), np.zeros((9, dim)))
     with pytest.raises(ValueError, match="class probabilities"):
         METRICS["inception_score"](Features(X), Features(Y), 0)
+    with pytest.raises(ValueError, match="use --features inception-v3 and a reference with images or mu_s"):
+        METRICS["spatial_frechet"](Features(X, spatial=X), Features(Y), 0)
