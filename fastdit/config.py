@@ -202,6 +202,7 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at times in this interval; t = 0 is data
     cfg_rescale: float = 0.0  # in [0, 1]; reduces the excess contrast of guided images
     weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of the null label
+    route: float = 0.0  # Sparse Guidance: guide away from the prediction in which this share of the tokens skips blocks
     clip: Literal["none", "static", "dynamic"] = "none"  # clip predicted x_0: static to [-1, 1], dynamic by quantile
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -214,6 +215,7 @@ class SamplingConfig:
         _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
+        _require(0 <= self.route < 1, "sampling.route", self.route, "use a share in [0, 1), and cfg_scale above 1")
         _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
 
 

@@ -110,7 +110,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     train_step = TrainStep(
         engine, ema, objective, ranks, latents, config.model.class_dropout, model.null_label, micro, accumulation,
         seed=seed_of(config.seed, NOISE), times=times, averages=averages, alignments=alignments,
-        routing=build_routing(settings, model),
+        routing=build_routing(config, model),
     )  # fmt: skip
     plain_step = train_step
     if settings.cuda_graph:
