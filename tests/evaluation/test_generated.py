@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
-from fastdit.evaluation.evaluate import load_reference, measure
+from fastdit.evaluation.evaluate import extract, load_reference, measure
 from fastdit.evaluation.features import FEATURES, load_features
 from fastdit.evaluation.generated import generated
-from fastdit.evaluation.images import open_set
+from fastdit.evaluation.images import ImageSet, open_set
 from fastdit.evaluation.protocol import append_result
 from fastdit.sampling import load_pipeline, sample
 from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny
@@ -72,6 +73,18 @@ def test_so_do_two_processes(trained, folder, expected, tmp_path):
     assert not list(trained.glob("samples"))  # nothing is written
 
 
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_of_any_size_have_the_same_features_and_hash(block):
+    images = pictures(70)
+    blocks = {size: lambda numbers, size=size: (images[b * size : (b + 1) * size] for b in numbers)
+              for size in (block, 32)}  # fmt: skip
+    (values, digest), (expected, wanted) = (
+        extract(ImageSet(Path(), 70, (48, 48), read, block=size), tiny(None, ALONE.device), ALONE)
+        for size, read in blocks.items()
+    )
+    assert (values == expected).all() and digest == wanted and values.shape == (70, 48)
+
+
 def test_a_reference_serves_several_measurements_in_memory(trained, folder, small):
     extractor, pipeline = load_features("efficientnet-lite0"), load_pipeline(trained)
     reference = load_reference(folder / "reference.npz", (32, 32), extractor, ALONE)
@@ -88,7 +101,9 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
     codec, spec = LatentCodec.load(world / "vae"), manifest.latents
     moments = read_moments(manifest, manifest.index()[:8])
     z = sample_latents(moments, torch.zeros_like(moments[:, :4]), spec.scale)
-    images = np.concatenate([*open_set(world / "latents", "SAMPLES").blocks([0, manifest.index().size // 32])])
+    decoded = open_set(world / "latents", "SAMPLES")
+    assert decoded.sampling["latents"] == "posterior mean" and decoded.sampling["vae_fingerprint"] == codec.fingerprint
+    images = np.concatenate([*decoded.blocks([0, manifest.index().size // 32])])
     assert (images[:8] == to_uint8(codec.decode(z)).numpy()).all() and len(images) == 32 + 1198 % 32
     about = result["protocol"]["reference"]
     assert about["images"] == 1198 and about["decoded_by"] == codec.fingerprint
@@ -96,8 +111,6 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
     assert evaluate(*arguments, saved)["values"] == result["values"]
     files = two(tmp_path, result, evaluate(*arguments, world / "images"))
     assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "--compare", *files)
-    own = evaluate(world / "latents", "--reference", world / "images", out=tmp_path / "own.jsonl")
-    assert own["protocol"]["samples"] == {"latents": "posterior mean", "vae_fingerprint": codec.fingerprint}
     shutil.copytree(world / "latents", tmp_path / "other")
     text = (world / "latents" / "manifest.json").read_text()
     (tmp_path / "other" / "manifest.json").write_text(text.replace(codec.fingerprint, "0" * len(codec.fingerprint)))

@@ -13,6 +13,7 @@ import fastdit.quickstart.job as main_job
 from fastdit.cli import main
 from fastdit.environment import hardware
 from fastdit.evaluation.features import load_features
+from fastdit.evaluation.metrics import frechet_distance
 from fastdit.evaluation.protocol import read_result
 from fastdit.quickstart.judge import Judge, thumbnails
 
@@ -60,7 +61,7 @@ def test_the_images_are_the_digits_and_the_held_out_ones_are_kept_apart(shortene
 
 
 def test_the_judge_tells_right_from_wrong_labels(shortened):
-    out, _ = shortened
+    out, report = shortened
     held = main_job.read_folder(out / "held_out", 32)
     images, labels = main_job.read_folder(out / "images", 32)
     judge = Judge(*held)
@@ -68,6 +69,9 @@ def test_the_judge_tells_right_from_wrong_labels(shortened):
     extractor = load_features(f"classifier={out / 'judge.npz'}")
     np.testing.assert_allclose(extractor(images), judge.features(images), rtol=1e-4, atol=1e-5)
     probabilities = judge.classifier.predict_proba(thumbnails(images))
+    samples = np.load(out / "samples" / "samples.npz")["arr_0"]
+    distance = frechet_distance(judge.features(samples), judge.features(held[0]))
+    assert report["frechet_distance"] == pytest.approx(distance, rel=1e-4)
     np.testing.assert_allclose(extractor.probabilities(extractor(images)), probabilities, rtol=1e-3, atol=1e-6)
 
 
