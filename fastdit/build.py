@@ -47,9 +47,8 @@ def build_network(
     return model
 
 
-def build_routing(config: Config, model: DiT) -> Routing | None:
+def build_routing(settings: TrainingConfig, model: DiT) -> Routing | None:
     """training.route; ValueError where it cannot be followed."""
-    settings = config.training
     if settings.cuda_graph and settings.route_full_steps:
         raise ValueError(f"training.route_full_steps={settings.route_full_steps} changes shapes, which a CUDA graph "
                          "cannot follow; use 0, or training.cuda_graph=false")  # fmt: skip

@@ -4,6 +4,7 @@ docs/variants.md lists the options and their costs. All defaults are the officia
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -208,22 +209,29 @@ class DiT(nn.Module):
             self.joint_modulations = torch.compile(self.joint_modulations, fullgraph=True)
 
     def parameter_count(self) -> int:
-        """Number of parameters as published, including the frozen `pos_embed`."""
+        """Number of parameters as published, including the frozen `pos_embed` and without the projectors of taps."""
         table = 0 if self.pos_embed is None else self.pos_embed.numel()
-        return sum(p.numel() for p in self.parameters()) + table
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("taps.")) + table
 
-    def flops_per_image(self) -> int:
-        """FLOPs (2 x multiply-adds) of the matmuls in the forward pass per image; training takes 3x as many."""
-        d, tokens, conditions = self.hidden_size, self.tokens, 2 if self.num_classes else 1
-        mlp = self.blocks[0].mlp
-        per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
-        per_image = 2 * BLOCKS[self.options.block] * d * d
-        if self.options.block == "cross_attention":
-            per_token += 2 * d * d + 2 * conditions * d
-            per_image += conditions * 2 * d * d
+    def flops_per_image(self, lengths: Sequence[int] | None = None) -> int:
+        """FLOPs (2 x multiply-adds) of the matmuls in the forward pass per image; training takes 3x as many.
+
+        `lengths`: the number of tokens in each block, on a route. The projectors of taps count.
+        """
+        d, conditions = self.hidden_size, 2 if self.num_classes else 1
+        mlp, cross = self.blocks[0].mlp, self.options.block == "cross_attention"
+        total = 0
+        for tokens in lengths or [self.tokens] * len(self.blocks):
+            per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+            per_token += 2 * d * d + 2 * conditions * d if cross else 0
+            per_image = 2 * BLOCKS[self.options.block] * d * d + (conditions * 2 * d * d if cross else 0)
+            total += tokens * per_token + per_image
+        for tap in self.taps.values():
+            weights = sum(p.numel() for p in tap.parameters() if p.ndim > 1)
+            total += weights * min(lengths[tap.block - 1] if lengths else self.tokens, self.patches)
         ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # embedding and head
         ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.options.block] else 0)  # time embedding; final modulation
-        return 2 * (len(self.blocks) * (tokens * per_token + per_image) + ends)
+        return 2 * (total + ends)
 
 
 def drop_labels(y: Tensor, u: Tensor, class_dropout: float, null_label: int | None) -> Tensor:

@@ -48,6 +48,15 @@ class Routing:
     ends: tuple[int, int]
     full_from: int
 
+    def blocks(self, model) -> range:
+        """The numbers (from 1) of the blocks that tokens skip."""
+        return range(self.ends[0] + 1, len(model.blocks) - self.ends[1] + 1)
+
+    def lengths(self, model) -> list[int]:
+        """The number of tokens in each block."""
+        kept = model.tokens - round(self.share * model.patches)
+        return [kept if number in self.blocks(model) else model.tokens for number in range(1, len(model.blocks) + 1)]
+
     def draw(self, rand: Callable[..., Tensor], model, step: int) -> Route | None:
         """The route of a step's samples; `rand(patches)` gives uniforms (N, patches). None where no token skips."""
         if step >= self.full_from:

@@ -22,6 +22,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
+from fastdit.models.routing import Routing
 
 RECORDS = 1 << 30  # bytes of metrics.jsonl: 400,000 steps at log_every=1 take 120 MB
 
@@ -50,10 +51,17 @@ class LossWindow:
 
 
 class Log:
-    """Writes records on the main process, nothing elsewhere; `flops_per_image` is for a whole training step."""
+    """Writes records on the main process, nothing elsewhere; `flops_per_image(step)` is for a whole training step."""
 
     def __init__(
-        self, run_dir: Path, ranks: Ranks, start: int, steps: int, *, flops_per_image: float, steps_per_epoch: float
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        start: int,
+        steps: int,
+        *,
+        flops_per_image: Callable[[int], float],
+        steps_per_epoch: float,
     ):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -89,7 +97,7 @@ class Log:
             "lr": lr,
             "steps_per_s": steps / seconds,
             "images_per_s": images / seconds,
-            "mfu": images / seconds * self.flops_per_image / self.peak_flops,
+            "mfu": images / seconds * self.flops_per_image(step) / self.peak_flops,
             "peak_gib": peak_gib(self.device),
         }
         self.file.write(as_json({**record, "time": time.time()}))
@@ -132,6 +140,13 @@ def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
         file.write(line + "\n")
     show(line)
     sys.stdout.flush()
+
+
+def training_flops(model: DiT, routing: Routing | None) -> Callable[[int], float]:
+    """FLOPs per image of a training step, by its number from 1: the forward pass, and twice that backward."""
+    whole = 3 * model.flops_per_image()
+    routed = 3 * model.flops_per_image(routing.lengths(model)) if routing else whole
+    return lambda step: routed if routing and step <= routing.full_from else whole
 
 
 def start_line(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastdit.build import build_network, build_objective
 from fastdit.config import Config, load_config, save_config, to_tree
+from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -170,11 +171,13 @@ def forget_averages(run_dir: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT) -> dict[str, Tensor]:
+def resumed_weights(
+    folder: Path, config: Config, manifest: Manifest, model: DiT, features: FeatureManifest | None = None
+) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
-    for key, value in describe(config, manifest.latents, manifest.class_names).items():
+    for key, value in describe(config, manifest.latents, manifest.class_names, features).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
     before = load_config(folder / CONFIG)
@@ -218,9 +221,11 @@ def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) -> dict[str, Any]:
+def describe(
+    config: Config, latents: LatentSpec, class_names: Iterable[str], features: FeatureManifest | None = None
+) -> dict[str, Any]:
     """The facts in checkpoint.json that must match on resume."""
-    return {
+    return ({"features": features.facts()} if features else {}) | {
         "model": config.model.variant,
         "num_classes": config.data.num_classes,
         "objective": config.objective.name,

@@ -48,12 +48,20 @@ class TrainStep:
     alignments: Mapping[str, Alignment] = field(default_factory=dict)  # by name, see training/alignment.py
     routing: Routing | None = None
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
-        """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
-        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr)
+    def __call__(
+        self, moments: Tensor, y: Tensor, step: int, lr: float, features: Tensor | None = None
+    ) -> "StepResult":
+        """moments (n, 2C, h, w), y (n,) and features, as in Batch, on the device; `step` counts from 0."""
+        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr, features)
 
     def run(
-        self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor
+        self,
+        moments: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        step: int,
+        lr: float | Tensor,
+        features: Tensor | None = None,
     ) -> "StepResult":
         """The same, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
@@ -75,7 +83,8 @@ class TrainStep:
             loss = self.objective.loss(self.engine, x_0[part], y[part], t[part], noise[part])
             per_sample = loss.per_sample
             weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
-            aligned = alignment_losses(self.alignments, model, x_0[part])
+            targets = None if features is None else features[part]
+            aligned = alignment_losses(self.alignments, model, x_0[part], targets)
             total = weighted.mean()
             for name, values in aligned.items():
                 total = total + self.alignments[name].weight_at(step) * values.mean()

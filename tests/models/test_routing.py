@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdit.build import build_routing
-from fastdit.config import Config, TrainingConfig
+from fastdit.config import TrainingConfig
 from fastdit.kernels import qk_norm_rope, rope_2d
 from fastdit.kernels.qk_norm_rope import qk_norm_rope_eager, qk_norm_rope_triton
 from fastdit.models.dit import DiT
@@ -165,11 +165,11 @@ def test_rotations_of_each_sample_are_its_own(norm):
 
 def test_a_route_without_a_middle_is_refused():
     model = network(depth=4)
-    assert build_routing(Config(), model) is None
+    assert build_routing(TrainingConfig(), model) is None
     with pytest.raises(ValueError, match=r"training.route_ends=\[2, 4\] leave none of 4 blocks to skip"):
-        build_routing(Config(training=TrainingConfig(route=0.5)), model)
+        build_routing(TrainingConfig(route=0.5), model)
     with pytest.raises(ValueError, match="training.route=0.01 of 24 tokens is all or none"):
-        build_routing(Config(training=TrainingConfig(route=0.01, route_ends=(1, 1))), model)
+        build_routing(TrainingConfig(route=0.01, route_ends=(1, 1)), model)
     with pytest.raises(ValueError, match="training.route=1.0 is out of range"):
         TrainingConfig(route=1.0)
     with pytest.raises(ValueError, match="training.route_full_steps=9 is out of range"):
