@@ -48,18 +48,22 @@ def build_network(
 
 
 def build_routing(settings: TrainingConfig, model: DiT) -> Routing | None:
-    """ValueError where training.route_ends leave nothing to skip."""
-    if not settings.route:
-        return None
-    if sum(settings.route_ends) >= len(model.blocks):
-        raise ValueError(f"training.route_ends={list(settings.route_ends)} leave none of {len(model.blocks)} blocks to "
-                         "skip; use smaller numbers, or training.route=0")  # fmt: skip
-    if not 0 < round(settings.route * model.patches) < model.patches:
-        raise ValueError(f"training.route={settings.route} of {model.patches} tokens is all or none; use another share")
+    """training.route; ValueError where it cannot be followed."""
     if settings.cuda_graph and settings.route_full_steps:
         raise ValueError(f"training.route_full_steps={settings.route_full_steps} changes shapes, which a CUDA graph "
                          "cannot follow; use 0, or training.cuda_graph=false")  # fmt: skip
-    return Routing(settings.route, settings.route_ends, settings.steps - settings.route_full_steps)
+    end = settings.steps - settings.route_full_steps
+    return routing_of(model, settings.route, settings.route_ends, "training.route", end) if settings.route else None
+
+
+def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_from: int = 1 << 62) -> Routing:
+    """ValueError where no block, or no token, or every token would skip; `key` is that of the share."""
+    if sum(ends) >= len(model.blocks):
+        raise ValueError(f"training.route_ends={list(ends)} leave none of {len(model.blocks)} blocks to skip; use "
+                         f"smaller numbers, or {key}=0")  # fmt: skip
+    if not 0 < round(share * model.patches) < model.patches:
+        raise ValueError(f"{key}={share} of {model.patches} tokens is all or none; use another share")
+    return Routing(share, ends, full_from)
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
@@ -139,7 +143,10 @@ def check_sampling(config: Config, objective: Objective, null_label: int | None)
     settings = config.sampling
     bind(SAMPLERS, settings.sampler, "sampling.sampler")
     objective.timesteps(settings.steps)  # a count that the objective cannot make fails here
-    if settings.cfg_scale != 1 and null_label is None and not settings.weak_checkpoint:
+    if settings.route and settings.weak_checkpoint:
+        both = f"sampling.route={settings.route} and sampling.weak_checkpoint={settings.weak_checkpoint}"
+        raise ValueError(f"{both} both give the prediction to guide away from; use one of them")
+    if settings.cfg_scale != 1 and null_label is None and not (settings.weak_checkpoint or settings.route):
         raise ValueError(
             f"sampling.cfg_scale={settings.cfg_scale} needs a null label; this model has class_dropout="
             f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"

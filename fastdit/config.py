@@ -46,6 +46,7 @@ class DataConfig:
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
+    normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
     prefetch: int = 4  # number of batches to read ahead
@@ -107,6 +108,7 @@ class TrainingConfig:
     epochs: float = 0.0  # passes over the shards, instead of steps; 0: steps count
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -165,6 +167,8 @@ class TrainingConfig:
         _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
         _require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
         _require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
+        if self.optimizer == "muon":
+            _require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
@@ -199,6 +203,7 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at times in this interval; t = 0 is data
     cfg_rescale: float = 0.0  # in [0, 1]; reduces the excess contrast of guided images
     weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of the null label
+    route: float = 0.0  # Sparse Guidance: guide away from the prediction in which this share of the tokens skips blocks
     clip: Literal["none", "static", "dynamic"] = "none"  # clip predicted x_0: static to [-1, 1], dynamic by quantile
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -211,6 +216,7 @@ class SamplingConfig:
         _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
+        _require(0 <= self.route < 1, "sampling.route", self.route, "use a share in [0, 1), and cfg_scale above 1")
         _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
 
 

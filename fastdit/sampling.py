@@ -39,6 +39,8 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     stated = any(override.startswith("data.vae=") for override in overrides)
     gone = not stated and not Path(config.data.vae).is_dir() and kept.is_dir()
     codec = LatentCodec.load(str(kept) if gone else config.data.vae, device=device)
+    if config.data.normalize != "none":
+        codec.take_scale_of(latents)
     latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
     weak, weak_identity = None, ""
     if settings.weak_checkpoint:

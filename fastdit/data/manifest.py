@@ -12,7 +12,7 @@ The tar files are in WebDataset format. The index lets every process read every 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -168,6 +168,22 @@ class Manifest(ShardFolder):
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise ValueError(damaged_manifest(folder, error)) from None
         return manifest
+
+    def normalized(self, by: str) -> "Manifest":
+        """With a scale and shift that give each channel mean 0 and standard deviation 1, if `by` is "channel".
+
+        data.normalize, for autoencoders whose channels differ, such as VA-VAE (Yao et al. 2025, arXiv 2501.01423).
+        """
+        if by == "none":
+            return self
+        if len(self.channel_std) != self.latents.shape[0] or not min(self.channel_std) > 0:
+            raise ValueError(f"data.normalize={by} needs channels that vary, but {self.folder / 'manifest.json'} has "
+                             f"channel_std={list(self.channel_std)}; use none, or extract again")  # fmt: skip
+        mean, std = np.array(self.channel_mean), np.array(self.channel_std)
+        scale, shift = (np.broadcast_to(value, mean.shape) for value in (self.latents.scale, self.latents.shift))
+        shift, scale = tuple((shift + mean / scale).tolist()), tuple((scale / std).tolist())
+        latents = replace(self.latents, scale=scale, shift=shift)
+        return replace(self, latents=latents, channel_mean=(0.0,) * len(mean), channel_std=(1.0,) * len(std))
 
     def to_json(self) -> str:
         """The text of manifest.json."""

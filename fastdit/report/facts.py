@@ -87,7 +87,7 @@ def read_run(folder: str | Path) -> Run:
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
-        run.manifest = Manifest.load(run.config.data.shards)
+        run.manifest = Manifest.load(run.config.data.shards).normalized(run.config.data.normalize)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
     return run

@@ -73,7 +73,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
-    manifest = Manifest.load(config.data.shards)
+    manifest = Manifest.load(config.data.shards).normalized(config.data.normalize)
     config, latents = resolved(config, manifest), manifest.latents
     settings, features = config.training, features_for(config)
     check_device(settings, device)

@@ -50,7 +50,7 @@ COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its ow
 STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.", "taps.")  # what a run may have otherwise than its training.init_from
 ALIGNMENT, TAPS = "alignment", "taps."  # the file of the projectors of training.align; how their names start
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
-MUST_STAY = ("init_from", "ema_stds", "align")  # keys of training: that describe a run from its first step
+MUST_STAY = ("init_from", "ema_stds", "align", "optimizer")  # keys of training: that describe a run from its first step
 
 
 @dataclass

@@ -174,3 +174,41 @@ def test_a_route_without_a_middle_is_refused():
         TrainingConfig(route=1.0)
     with pytest.raises(ValueError, match="training.route_full_steps=9 is out of range"):
         TrainingConfig(steps=8, route_full_steps=9)
+
+
+def test_sparse_guidance_extrapolates_from_the_routed_prediction(trained):
+    from fastdit.sampling import load_pipeline
+
+    sparse = ["sampling.route=0.5", "sampling.cfg_scale=2", "training.route_ends=[1,1]", "sampling.sampler=euler",
+              "sampling.steps=1"]  # fmt: skip
+    pipeline = load_pipeline(trained, sparse)
+    labels = torch.tensor([1, 2, 3])
+    seen = []
+    x_0 = pipeline.latents([4, 5, 6], labels, 0, on_step=lambda t, x_t, p: seen.append((x_t, p.velocity)))
+    assert pipeline.model.route is None
+    [(x_1, velocity)] = seen
+    strong = pipeline.inference(x_1, torch.zeros(3), labels)  # SiT's clock: 0 is noise
+    routes = [velocity_of(pipeline, x_1, labels, [4, 5, 6])]
+    expected = routes[0] + 2 * (-strong[:, :4] - routes[0])
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_0, x_1 - velocity, rtol=1e-4, atol=1e-5)
+    one = pipeline.latents([5], labels[1:2], 0)  # an image does not depend on its batch
+    torch.testing.assert_close(one[0], x_0[1], rtol=1e-4, atol=1e-5)
+    for wrong, words in ((["sampling.route=1"], "sampling.route=1.0 is out of range"),
+                         (["sampling.route=0.5"], r"training.route_ends=\[2, 4\] leave none of 4 blocks"),
+                         ([*sparse, "sampling.weak_checkpoint=x"], "both give the prediction")):
+        with pytest.raises(ValueError, match=words):
+            load_pipeline(trained, wrong).latents([0], labels[:1], 0)
+
+
+def velocity_of(pipeline, x_1, labels, indices) -> torch.Tensor:
+    """The velocity with the tokens that Sparse Guidance draws first for these images."""
+    from fastdit.distributed import ImageRandom, seed_of
+
+    model = pipeline.model
+    order = ImageRandom([seed_of(0, i, 2) for i in indices])(torch.empty(len(indices), model.patches))
+    model.route = Route(1, 3, random_tokens(order, 0.5, model.patches, model.tokens))
+    try:
+        return -pipeline.inference(x_1, torch.zeros(len(indices)), labels)[:, :4]
+    finally:
+        model.route = None

@@ -162,6 +162,7 @@ REFUSED = {
     "init_from": ("init_from=elsewhere", "has training.init_from='', this run 'elsewhere'; make them equal to resume"),
     "global_batch": ("global_batch=8", "has global_batch=4, this run 8; make them equal to resume"),
     "ema_stds": ("ema_stds=[0.05,0.1]", "has training.ema_stds=[], this run [0.05, 0.1]; make them equal"),
+    "optimizer": ("optimizer=muon", "has training.optimizer='adamw', this run 'muon'; make them equal to resume"),
     "align": ("align=[sra2]", "has training.align=[], this run [{'name': 'sra2'}]; make them equal to resume"),
     "cuda_graph": ("cuda_graph=true", "training.cuda_graph=true needs a GPU"),  # on one, test_train.py
 }
