@@ -2,16 +2,18 @@
 
     model = fastdit.load("runs/mine")
     images = model.sample(classes=["cat", "dog"], n=16, cfg_scale=4, seed=0)
+    fastdit.grid(images, columns=4)
     fastdit.extract("images", "latents", vae="vae", image_size=256)
     fastdit.train("sit_s_2", shards="latents", run_dir="runs/mine", training={"steps": 1000})
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -23,6 +25,7 @@ from fastdit.data.images import size_text
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
+from fastdit.sheets import in_rows, labelled, tiled
 from fastdit.training.loop import train as run_training
 
 
@@ -86,6 +89,15 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
         pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
         pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)
     return Model(path, weights, pipeline, chosen)
+
+
+def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
+    """Images of one size in rows of `columns`, with a caption below each if there are any."""
+    if not len(images) or columns < 1 or len(captions) not in (0, len(images)):
+        raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one "
+                         "or more images, and a caption for each or none")  # fmt: skip
+    rows = in_rows(images, columns)
+    return labelled(rows, captions=in_rows(captions, columns)) if captions else tiled(rows)
 
 
 def extract(

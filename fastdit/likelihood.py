@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -108,8 +108,8 @@ def likelihood(
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
     trained = load_network(path, weights, overrides=overrides, device=device)
     objective, model, latents = trained.objective, trained.model, manifest.latents
-    if trained.config.data.normalize != "none" and latents.codec == trained.latents.codec:
-        latents = replace(latents, scale=trained.latents.scale, shift=trained.latents.shift)
+    if trained.config.data.normalize != "none":
+        latents = manifest.scaled_as(trained.latents).latents
     if method == "vlb" and not hasattr(objective, "vlb"):
         raise ValueError(
             f"--method=vlb needs a DDPM checkpoint, not objective={trained.config.objective.name}; use heun"

@@ -17,7 +17,7 @@ from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
 from fastdit.diffusion.objectives import Objective
-from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.diffusion.samplers import SAMPLERS, Noise
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import out_of_memory_says
 from fastdit.models.dit import DiT
@@ -118,13 +118,26 @@ class ImagePipeline:
         `on_step(t, x_t, prediction)` sees every evaluation. `denoised_fn(x_0)` replaces the predicted x_0 at every
         evaluation; without it, sampling.clip does.
         """
-        settings = self.config.sampling
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        x_1 = noise(torch.empty(len(indices), *self.spec.shape, device=labels.device))
-        weak = self.weak
-        if settings.route:
-            routing = routing_of(self.model, settings.route, self.config.training.route_ends, "sampling.route")
+        weak = None
+        if self.config.sampling.route:
+            ends = self.config.training.route_ends
+            routing = routing_of(self.model, self.config.sampling.route, ends, "sampling.route")
             weak = SparseInference(self.inference, routing, [seed_of(seed, i, ROUTE) for i in indices])
+        return self.latents_from(noise, labels, weak=weak, on_step=on_step, denoised_fn=denoised_fn)
+
+    @torch.no_grad()
+    def latents_from(
+        self, noise: Noise, labels: Tensor, *, weak: SparseInference | None = None, on_step=None, denoised_fn=None
+    ) -> Tensor:
+        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more.
+
+        `weak`: what to guide away from, instead of sampling.weak_checkpoint or the null label.
+        """
+        settings = self.config.sampling
+        if settings.route and weak is None:
+            raise ValueError(f"sampling.route={settings.route} draws the tokens of plain samples only; use 0 here")
+        x_1 = noise(torch.empty(len(labels), *self.spec.shape, device=labels.device))
         denoise = guided(
             self.objective,
             self.inference,
@@ -133,7 +146,7 @@ class ImagePipeline:
             settings.cfg_channels or None,
             cfg_interval=settings.cfg_interval,
             cfg_rescale=settings.cfg_rescale,
-            weak_model=weak,
+            weak_model=weak or self.weak,
         )
         denoised_fn = denoised_fn or CLIPS[settings.clip]
         if denoised_fn is not None:
@@ -145,10 +158,31 @@ class ImagePipeline:
 
     def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
-        pixels = self.codec.decode(self.latents(indices, labels, seed))
+        return self.decode(self.latents(indices, labels, seed))
+
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """Latents (N, C, h, w) -> uint8 (N, H, W, 3); ValueError where they are not finite."""
+        pixels = self.codec.decode(x_0)
         if not pixels.isfinite().all():
             raise ValueError("the sampled images are not finite: check the weights with fastdit verify")
         return to_uint8(pixels).cpu().numpy()
+
+    def trajectory(self, noise: Noise, labels: Tensor, frames: int) -> tuple[list[float], list[Tensor], list[Tensor]]:
+        """Up to `frames` times (F,) from noise to data, and x_t and the predicted x_0 at each, (N, C, h, w).
+
+        At the last time, t = 0, both are the sample. Where a sampler evaluates the network several times at one t, such
+        as `heun`, the last evaluation counts.
+        """
+        seen: dict[float, tuple[Tensor, Tensor]] = {}
+
+        def on_step(t: float, x_t: Tensor, prediction) -> None:
+            seen[t] = x_t, prediction.x_0
+
+        x_0 = self.latents_from(noise, labels, on_step=on_step)
+        seen[0.0] = x_0, x_0
+        times = sorted(seen, reverse=True)
+        times = [times[i] for i in spread(len(times), frames)]
+        return times, [seen[t][0] for t in times], [seen[t][1] for t in times]
 
     def batches(self, count: int) -> int:
         """The number of batches of `count` images."""
@@ -203,8 +237,14 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
         return [i % trained for i in range(count)]
     if labels == "random":
         return [seed_of(seed, i, 1) % trained for i in range(count)]
+    chosen = classes_of(labels, num_classes, class_names)
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def classes_of(text: str, num_classes: int, class_names: Sequence[str] = (), key: str = "--labels") -> list[int]:
+    """Classes like "otter,3" as numbers; ValueError for one that the network does not know."""
     chosen = []
-    for part in labels.split(","):
+    for part in text.split(","):
         if part in class_names:
             chosen.append(class_names.index(part))
         elif part.strip().isdigit() and int(part) < num_classes:
@@ -212,8 +252,21 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
         else:
             near = difflib.get_close_matches(part, class_names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            others = "balanced, random, or " * (key == "--labels")
             raise ValueError(
-                f"--labels={labels!r}: {part!r} is not a class of this model; {hint}use balanced, random, or classes "
-                f"by name or by number in 0..{num_classes - 1}, such as 207,360"
+                f"{key}={text!r}: {part!r} is not a class of this model; {hint}use {others}classes by name or by "
+                f"number in 0..{num_classes - 1}, such as 207,360"
             )
-    return [chosen[i % len(chosen)] for i in range(count)]
+    return chosen
+
+
+def few_classes(num_classes: int, class_names: Sequence[str] = (), most: int = 8) -> list[int]:
+    """Up to `most` classes, evenly spread over those that were trained; [0] for an unconditional network."""
+    trained = min(num_classes or 1, len(class_names) or math.inf)
+    count = min(trained, most)
+    return [i * trained // count for i in range(count)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from fastdit import distributed
 from fastdit.build import check_sampling
-from fastdit.config import to_tree
-from fastdit.data.latents import LatentCodec
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
-from fastdit.pipeline import ImagePipeline, Inference, image_labels
+from fastdit.pipeline import ImagePipeline, image_labels
+from fastdit.sheets import tiled
 from fastdit.training.ema import too_young
-from fastdit.training.state import VAE, load_network
+from fastdit.training.pipeline import image_pipeline
+from fastdit.training.state import load_network
 
 
 def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> ImagePipeline:
@@ -31,36 +31,16 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     ValueError where the autoencoder, or the weak checkpoint, is not for the same latents.
     """
     trained = load_network(path, weights, overrides=overrides, device=device)
-    config, settings, latents = trained.config, trained.config.sampling, trained.latents
+    config = trained.config
     check_sampling(config, trained.objective, trained.model.null_label)
     if weights == "ema" and not trained.ema_std and (warning := too_young(config.training, trained.step)):
         print(warning, file=sys.stderr)
-    kept = trained.folder.parent.parent / VAE
     stated = any(override.startswith("data.vae=") for override in overrides)
-    gone = not stated and not Path(config.data.vae).is_dir() and kept.is_dir()
-    codec = LatentCodec.load(str(kept) if gone else config.data.vae, device=device)
-    if config.data.normalize != "none":
-        codec.take_scale_of(latents)
-    latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
-    weak, weak_identity = None, ""
-    if settings.weak_checkpoint:
-        weaker = load_network(settings.weak_checkpoint, weights, device=device)
-        latents.check(weaker.latents, str(trained.folder), f"sampling.weak_checkpoint={weaker.folder}")
-        for key, own, other in (
-            ("objective", config.objective, weaker.config.objective),
-            ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
-        ):
-            if own != other:
-                raise ValueError(
-                    f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {trained.folder} "
-                    f"{to_tree(own)}; a weak model must be trained on the same task"
-                )
-        weak, weak_identity = Inference(weaker.model, settings.precision, settings.compile), weaker.identity
-    inference = Inference(trained.model, settings.precision, settings.compile)
-    return ImagePipeline(
-        config, inference, weak, trained.objective, codec, latents, trained.identity, trained.class_names,
-        str(trained.folder.resolve()), weights, weak_identity,
-    )
+    return image_pipeline(
+        config, trained.model, trained.objective, trained.latents, trained.folder,
+        run_dir=None if stated else trained.folder.parent.parent, weights=weights, identity=trained.identity,
+        class_names=trained.class_names, checkpoint=str(trained.folder.resolve()),
+    )  # fmt: skip
 
 
 def sample(
@@ -135,15 +115,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
     else:
         order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
     order = [row for row in order if row]
-    with _open_png(_png(out, 0)) as first:
-        width, height = first.size
-    across = max(map(len, order))
-    sheet = Image.new("RGB", (across * (width + gap) - gap, len(order) * (height + gap) - gap), "grey")
-    for r, row in enumerate(order):
-        for c, i in enumerate(row):
-            with _open_png(_png(out, i)) as image:
-                sheet.paste(image, (c * (width + gap), r * (height + gap)))
-    return sheet
+    return tiled([[_open_png(_png(out, i)) for i in row] for row in order], gap)
 
 
 def _claim(out: Path, settings: dict) -> None:

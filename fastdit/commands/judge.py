@@ -17,10 +17,12 @@ def evaluate(parser: ArgumentParser) -> Command:
     fastdit evaluate samples --reference images --out results.jsonl
     fastdit evaluate runs/mine --reference images --num-samples 10000 sampling.cfg_scale=1.5
     fastdit evaluate runs/mine --reference images --num-samples 1000 --sweep cfg_scale=1,1.5,2 weights=ema,model
+    fastdit evaluate runs/mine --loss --out losses.jsonl
     fastdit evaluate --compare a.jsonl b.jsonl
     SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
     run, whose samples are the images that fastdit sample would write.
     --reference also takes archives as fastdit extract does, latents, files of --save-reference, and ADM's statistics.
+    --loss gives the validation loss of a run, in total and for 20 parts of t, on the images that the run held out.
     The digits do not depend on the number of processes. --compare reads the last line of each file.
     """
     parser.add_argument("--reference", help="real images, or their statistics")
@@ -30,7 +32,9 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--metrics", help="frechet, frechet_infinity, spatial_frechet, kid, precision_recall, "
                                           "density_coverage, inception_score, with commas between (all)")  # fmt: skip
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
-    parser.add_argument("--num-samples", type=int, help="of a run")
+    parser.add_argument("--loss", action="store_true", help="the validation loss of a run instead of its samples")
+    parser.add_argument("--shards", metavar="DIR", help="latents for --loss (the run's own, which it held out)")
+    parser.add_argument("--num-samples", type=int, help="of a run; with --loss the number of images (1280)")
     parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
     parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
@@ -50,13 +54,40 @@ def evaluate(parser: ArgumentParser) -> Command:
         if arguments.compare:
             return print(compare(*arguments.compare))
         samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
-        if not arguments.reference:
+        if arguments.loss and arguments.reference:
+            arguments.parser.error("--loss takes latents with --shards, no --reference")
+        if arguments.shards and not arguments.loss:
+            arguments.parser.error("--shards is for --loss")
+        if not (arguments.reference or arguments.loss):
             arguments.parser.error("give real images with --reference")
         if arguments.out and not Path(arguments.out).parent.is_dir():
             raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
-        _measure(arguments, samples)
+        _loss(arguments, samples) if arguments.loss else _measure(arguments, samples)
 
     return run
+
+
+def _loss(arguments: Namespace, run: str) -> None:
+    from fastdit.distributed import close, init
+    from fastdit.evaluation.images import is_run
+    from fastdit.evaluation.loss import loss_table
+    from fastdit.files import append_to
+    from fastdit.training.log import as_json
+    from fastdit.training.validation import loss_of_run
+
+    if not is_run(run):
+        raise ValueError(f"--loss: {run} is not a run; name one")
+    of_run = {key: getattr(arguments, key) for key in ("shards", "num_samples", "weights", "overrides")}
+    ranks = init(arguments.device)
+    try:
+        result = loss_of_run(run, ranks, **of_run)
+    finally:
+        close()
+    if ranks.is_main:
+        print(loss_table(result))
+        if arguments.out:
+            with append_to(Path(arguments.out)) as file:
+                file.write(as_json(result))
 
 
 def _measure(arguments: Namespace, samples: str) -> None:

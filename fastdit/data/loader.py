@@ -9,6 +9,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastdit.data.features import FeatureManifest, is_finite, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
 
+HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
@@ -165,6 +167,8 @@ class _Reader:
         self.latents, self.features, self.orders = ShardReader(manifest, verify), None, {}
         if features is not None:
             self.features, self.feature_index = ShardReader(features, verify), features.index()
+            if manifest.rows is not None:  # some images are held out
+                self.feature_index = self.feature_index[manifest.rows]
 
     def batch(self, step: int) -> Batch:
         epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
@@ -210,12 +214,12 @@ class _Reader:
             reader.close()
 
 
-def read_moments(manifest: Manifest, rows: np.ndarray) -> Tensor:
-    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index; not mirrored, and without the damaged ones."""
+def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
+    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
     reader = ShardReader(manifest)
     array = np.empty((len(rows), *moments_shape(manifest)), DTYPES[manifest.dtype])
     try:
-        good = [i for i, row in enumerate(rows) if not reader.read(row, 0, array[i : i + 1])]
+        good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
     finally:
         reader.close()
     return torch.from_numpy(array[good]).float()
@@ -227,6 +231,21 @@ def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> 
     epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
     orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
     return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | None]:
+    """The images to train on, and a `fraction` of all images that is held out; None for fraction 0.
+
+    An image is held out by a hash of its key, whatever the seed of the run and the number of images are.
+    """
+    if not fraction:
+        return manifest, None
+    held_out = _hash(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
+    train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
+    if not len(rest) or not len(train):
+        raise ValueError(f"data.val_fraction={fraction} holds out {len(rest)} of the {len(manifest)} images in "
+                         f"{manifest.folder}; use {'a larger' if not len(rest) else 'a smaller'} fraction")  # fmt: skip
+    return train, rest
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

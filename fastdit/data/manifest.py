@@ -72,9 +72,10 @@ class ShardFolder:
     shards: tuple[Shard, ...]
     index_sha256: str
     folder: Path
+    rows: np.ndarray | None = None  # of the index, where some are held out
 
     def __len__(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
 
     def check_names(self) -> None:
         """Raises a ValueError for a shard that is not a file of this folder, or whose sizes cannot be true."""
@@ -85,7 +86,7 @@ class ShardFolder:
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
-        path, count = self.folder / "index.npy", len(self)
+        path, count = self.folder / "index.npy", sum(shard.samples for shard in self.shards)
         try:
             data = read_bytes(path, most=HEADER + count * SAMPLE.itemsize)
         except OSError as error:
@@ -103,7 +104,7 @@ class ShardFolder:
         sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
         if count and (index["shard"].max() >= len(sizes) or (index["offset"] > sizes[index["shard"]]).any()):
             raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
-        return index
+        return index if self.rows is None else index[self.rows]
 
     def check_files(self, one: int, size: str) -> None:
         """Raises a ValueError if a shard is missing, has another size, or is too small for samples of `one` bytes.
@@ -148,6 +149,7 @@ class Manifest(ShardFolder):
     shards: tuple[Shard, ...] = ()
     index_sha256: str = ""
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
+    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
 
     @property
     def num_classes(self) -> int:
@@ -162,7 +164,7 @@ class Manifest(ShardFolder):
                 del stored[derived]
             stored["shape"] = stored.pop("latent_shape")
             latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
-            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=Path(folder))
+            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=Path(folder), rows=None)
             check(manifest.dtype, DTYPES, "dtype")
             manifest.check_names()
         except (ValueError, LookupError, TypeError, OverflowError) as error:
@@ -185,12 +187,18 @@ class Manifest(ShardFolder):
         latents = replace(self.latents, scale=scale, shift=shift)
         return replace(self, latents=latents, channel_mean=(0.0,) * len(mean), channel_std=(1.0,) * len(std))
 
+    def scaled_as(self, latents: LatentSpec) -> "Manifest":
+        """With the scale and shift of these latents, which data.normalize sets, if they have the same autoencoder."""
+        if latents.codec != self.latents.codec:
+            return self
+        return replace(self, latents=replace(self.latents, scale=latents.scale, shift=latents.shift))
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
         stored |= stored.pop("latents")
         stored["latent_shape"] = stored.pop("shape")
-        del stored["folder"]
+        del stored["folder"], stored["rows"]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def check(

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdit import __version__
 from fastdit.data.loader import permutation
 from fastdit.distributed import Ranks
-from fastdit.environment import commit, hardware
 from fastdit.evaluation.features import Extractor, load_features
 from fastdit.evaluation.images import ImageSet, open_set, read_statistics, save_statistics
 from fastdit.evaluation.metrics import METRICS, Features, frechet_distance
-from fastdit.evaluation.protocol import defaults, remarks, stamp, subject
+from fastdit.evaluation.protocol import defaults, made_on, remarks, stamp, subject
 from fastdit.registry import check
 
 
@@ -113,13 +110,7 @@ def measure(
         "values": found,
         "real": reference.real(images.count),
         "left_out": left_out,
-        "environment": {
-            "fastdit": __version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "hardware": hardware(ranks.device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
+        "environment": made_on(ranks.device),
     }
 
 
@@ -137,14 +128,18 @@ def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.nd
     for slot, block in enumerate(tqdm(images.blocks(own), total=len(own), unit="batch", disable=quiet)):
         values[slot, : len(block)] = extractor(block)
         for i, image in enumerate(block):
-            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-            digests[slot, i] = np.frombuffer(digest, np.uint8)
+            digests[slot, i] = np.frombuffer(digest_of(image), np.uint8)
     ordered = []
     for mine in (values, digests):
         every = ranks.gather(torch.from_numpy(mine).to(ranks.device)).cpu().numpy()  # (world share, block, ...)
         every = every.reshape(ranks.world, share, *mine.shape[1:]).swapaxes(0, 1)  # block b at [b // world, b % world]
         ordered.append(every.reshape(-1, mine.shape[2])[: images.count])  # the last block alone is shorter
     return ordered[0], hashlib.sha256(ordered[1].tobytes()).hexdigest()
+
+
+def digest_of(image: np.ndarray) -> bytes:
+    """The SHA-256 of an image (H, W, 3), with its shape."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
 
 
 def load_reference(

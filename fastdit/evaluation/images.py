@@ -3,7 +3,7 @@
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +42,7 @@ class ImageSet:
     sampling: dict | None = None  # what `fastdit sample` recorded about them, or how they were decoded
     cropped: str | None = None  # the size that they were center-cropped to
     block: int = BLOCK
+    names: Sequence[str] = ()  # of the images, where they are files
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def open_set(
         raise ValueError(f"{key}={path} is a run or a checkpoint; sample it first: fastdit sample {path} --out samples")
     if (record := path / SAMPLING).is_file():
         return replace(_sampled(_folder(path / "images", key, None), record, key), path=path)
-    if (path / "manifest.json").is_file() and (path / "index.npy").is_file():
+    if is_shards(path):
         return _latents(path, key, device)
     return _folder(path, key, image_size)
 
@@ -79,6 +80,11 @@ def open_set(
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a run or a checkpoint."""
     return (Path(path) / "checkpoints").is_dir() or (Path(path) / "checkpoint.json").is_file()
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether `path` is a folder of latents."""
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.npy").is_file()
 
 
 def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:
@@ -118,7 +124,7 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                 yield np.stack(images)
 
     cropped = size_text(wanted) if wanted else None
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped)
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped, names=source.paths)
 
 
 def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:

@@ -2,10 +2,15 @@
 
 import inspect
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastdit import __version__
+from fastdit.environment import commit, hardware
 from fastdit.evaluation import metrics as formulas
 from fastdit.evaluation.features import Extractor
 from fastdit.evaluation.images import ImageSet
@@ -41,6 +46,17 @@ def stamp(images: ImageSet, reference: dict[str, Any], extractor: Extractor, see
 def subject(images: ImageSet) -> dict[str, Any]:
     """What may differ between comparable results: the weights, and the names of files."""
     return {key: (images.sampling or {}).get(key) for key in SUBJECT}
+
+
+def made_on(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and time of a result."""
+    return {
+        "fastdit": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "hardware": hardware(device),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

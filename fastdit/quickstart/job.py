@@ -67,7 +67,8 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     on_gpu = ranks.device.type == "cuda"
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; choose another --out or remove it")
-    places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}"]
+    places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}",
+              f"data.val_shards={out / 'held_out_latents'}", "training.validate_every=200"]  # fmt: skip
     config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *ON_GPU * on_gpu, *overrides])
     make_folder(out, "--out")
     seconds: dict[str, float] = {}
@@ -91,10 +92,9 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         vae.save_pretrained(out / "vae")
 
     with stage("extract", "encoding the images as shards of latents"):
-        manifest = extract_features(
-            images=out / "images", out=out / "latents", vae=str(out / "vae"), image_size=config.data.image_size,
-            ranks=ranks,
-        )  # fmt: skip
+        settings = {"vae": str(out / "vae"), "image_size": config.data.image_size, "ranks": ranks}
+        manifest = extract_features(images=out / "images", out=out / "latents", **settings)
+        extract_features(images=out / "held_out", out=out / "held_out_latents", **settings)  # of the validation loss
 
     with stage("train", f"training {config.model.variant} for {config.training.steps} steps"):
         checkpoint = train(config)
