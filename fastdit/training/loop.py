@@ -70,6 +70,14 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     return last
 
 
+def _prepare(run_dir: Path, config: Config, ranks: distributed.Ranks, start: int) -> None:
+    """Write what the folder of a run says about it, and remove what a repeated part writes again."""
+    save_config(config, run_dir / CONFIG)
+    write_environment(run_dir, ranks, start)
+    forget_averages(run_dir, start)
+    keep_autoencoder(config.data.vae, run_dir)
+
+
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
     device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
@@ -118,10 +126,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         train_step = GraphedStep(train_step)
 
     if ranks.is_main:
-        save_config(config, run_dir / CONFIG)
-        write_environment(run_dir, ranks, start)
-        forget_averages(run_dir, start)
-        keep_autoencoder(config.data.vae, run_dir)
+        _prepare(run_dir, config, ranks, start)
     log = Log(run_dir, ranks, start, config, images=len(manifest), flops_per_image=flops_per_image)
     batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
