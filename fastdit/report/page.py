@@ -11,6 +11,7 @@ import numpy as np
 from fastdit import __version__
 from fastdit.data.images import size_text
 from fastdit.evaluation.loss import BINS, IMAGES
+from fastdit.evaluation.protocol import title as title_of
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import Measured
 from fastdit.report.pictures import Series, animation, picture, plot, png, short, smoothed
@@ -133,9 +134,13 @@ def quality(run: Run) -> dict[tuple[str, str], str]:
         figures.append(("validation loss", about, losses[-1]["val_loss"]))
     if run.evaluations:
         last = run.evaluations[-1]
-        about = protocol(last)
-        figures += [(str(last.get("distance")) if name == "frechet" else name.replace("_", " "), about, value)
-                    for name, value in last["values"].items() if isinstance(value, float)]  # fmt: skip
+        values = {name: value for name, value in last["values"].items() if isinstance(value, float)}
+        for name, value in values.items():
+            if not name.endswith("_error"):
+                error = f" ± {short(values[f'{name}_error'])}" if f"{name}_error" in values else ""
+                about = "the same samples" if figures and figures[-1][1] in (protocol(last), "the same samples") else ""
+                figures.append((title_of(name, {"distance": str(last.get("distance"))}), about or protocol(last),
+                                short(value) + error))  # fmt: skip
     return {(name, about): short(value) if isinstance(value, float) else str(value) for name, about, value in figures}
 
 

@@ -162,12 +162,10 @@ def test_a_sheet_places_images_row_by_row_and_shrinks_large_ones():
     assert sheet(np.zeros((2, 256, 512, 3), np.uint8), 2).size == (2 * 128 + 8, 64)
 
 
-
-
 def test_what_was_measured_during_training_is_on_the_page(tmp_path):
     events = [{"step": 50 * k, "monitor_s": 1.0, "val_loss": 1 / k, "val_bins": [1.0] * 20, "eval_frechet": 9.0 / k}
               for k in (1, 2)]  # fmt: skip
-    result = {"step": 100, "distance": "FD (tiny)", "values": {"frechet": 4.5, "kid": 0.25},
+    result = {"step": 100, "distance": "FD (tiny)", "values": {"frechet": 4.5, "kid": 0.25, "kid_error": 0.125},
               "protocol": {"num_images": 500, "reference": {"images": 600}, "samples": {
                   "weights": "ema", "seed": 0, "sampling": {"sampler": {"name": "heun"}, "steps": "20",
                                                             "cfg_scale": 1.4}}}}  # fmt: skip
@@ -175,7 +173,7 @@ def test_what_was_measured_during_training_is_on_the_page(tmp_path):
     run.folder = tmp_path
     found = page.quality(run)
     how = "500 samples of step 100, ema, heun, 20 steps, guidance 1.4, seed 0, against 600 real images"
-    assert found["FD (tiny)", how] == "4.5" and found["kid", how] == "0.25"
+    assert found["FD (tiny)", how] == "4.5" and found["KID", "the same samples"] == "0.25 ± 0.125"
     assert found["validation loss", "of the EMA at step 100, on images that were not trained on"] == "0.5"
     steps, losses = run.curve("val_loss")
     assert steps.tolist() == [50, 100] and losses.tolist() == [1.0, 0.5]
