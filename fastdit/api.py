@@ -9,7 +9,7 @@
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Model:
 
     path: Path
     weights: str
-    pipeline: ImagePipeline
+    pipeline: ImagePipeline = field(repr=False)
     device: torch.device
 
     @property

@@ -163,6 +163,10 @@ def check_sampling(config: Config, objective: Objective, null_label: int | None)
     settings = config.sampling
     bind(SAMPLERS, settings.sampler, "sampling.sampler")
     objective.timesteps(settings.steps)  # a count that the objective cannot make fails here
+    if settings.route and not config.training.route:
+        raise ValueError(f"sampling.route={settings.route} needs a run that was trained with training.route; use 0")
+    if settings.route and settings.cfg_scale == 1:
+        raise ValueError(f"sampling.route={settings.route} changes nothing at cfg_scale=1; use a larger one, or 0")
     if settings.route and settings.weak_checkpoint:
         both = f"sampling.route={settings.route} and sampling.weak_checkpoint={settings.weak_checkpoint}"
         raise ValueError(f"{both} both give the prediction to guide away from; use one of them")

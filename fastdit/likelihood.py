@@ -29,6 +29,7 @@ from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variation
 from fastdit.distributed import ImageRandom, seed_of
 from fastdit.registry import check
 from fastdit.training.state import load_network
+from fastdit.training.validation import check_classes
 
 ORDER, POSTERIOR, PROBES, BOUND = range(4)  # what the seed is for
 METHODS = ("heun", "euler", "vlb")
@@ -116,6 +117,7 @@ def likelihood(
         )
     times = objective.timesteps(steps).flip(0)  # from data to noise
     manifest.check(num_classes=trained.config.data.num_classes)
+    check_classes(trained.class_names, manifest)
     trained.latents.check(latents, str(trained.folder), str(shards))
 
     values: dict[str, list[float]] = {}

@@ -119,25 +119,19 @@ class ImagePipeline:
         evaluation; without it, sampling.clip does.
         """
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        weak = None
-        if self.config.sampling.route:
-            ends = self.config.training.route_ends
-            routing = routing_of(self.model, self.config.sampling.route, ends, "sampling.route")
-            weak = SparseInference(self.inference, routing, [seed_of(seed, i, ROUTE) for i in indices])
-        return self.latents_from(noise, labels, weak=weak, on_step=on_step, denoised_fn=denoised_fn)
+        return self.latents_from(noise, labels, on_step=on_step, denoised_fn=denoised_fn)
 
     @torch.no_grad()
-    def latents_from(
-        self, noise: Noise, labels: Tensor, *, weak: SparseInference | None = None, on_step=None, denoised_fn=None
-    ) -> Tensor:
-        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more.
-
-        `weak`: what to guide away from, instead of sampling.weak_checkpoint or the null label.
-        """
-        settings = self.config.sampling
-        if settings.route and weak is None:
-            raise ValueError(f"sampling.route={settings.route} draws the tokens of plain samples only; use 0 here")
+    def latents_from(self, noise: Noise, labels: Tensor, *, on_step=None, denoised_fn=None) -> Tensor:
+        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
+        settings, weak = self.config.sampling, self.weak
         x_1 = noise(torch.empty(len(labels), *self.spec.shape, device=labels.device))
+        if settings.route:
+            if not isinstance(noise, ImageRandom):
+                raise ValueError(f"sampling.route={settings.route} needs samples with seeds of their own; use 0 here")
+            routing = routing_of(self.model, settings.route, self.config.training.route_ends, "sampling.route")
+            seeds = [seed_of(generator.initial_seed(), ROUTE) for generator in noise.generators]
+            weak = SparseInference(self.inference, routing, seeds)
         denoise = guided(
             self.objective,
             self.inference,
@@ -146,7 +140,7 @@ class ImagePipeline:
             settings.cfg_channels or None,
             cfg_interval=settings.cfg_interval,
             cfg_rescale=settings.cfg_rescale,
-            weak_model=weak or self.weak,
+            weak_model=weak,
         )
         denoised_fn = denoised_fn or CLIPS[settings.clip]
         if denoised_fn is not None:
@@ -202,14 +196,17 @@ class ImagePipeline:
 
     def record(self, num_samples: int, seed: int, labels: str) -> dict[str, Any]:
         """What determines the images, and which weights and code made them: the contents of sampling.json."""
+        sampling = self.config.sampling
         return {
             "checkpoint": self.checkpoint,
             "weights": self.weights,
-            "sha256": self.identity,
+            "sha256": self.identity or None,  # unknown during training
             "num_samples": num_samples,
             "seed": seed,
             "labels": labels,
-            "sampling": to_tree(self.config.sampling),
+            "objective": to_tree(self.config.objective),  # its options move the sampler's times
+            "sampling": to_tree(sampling) | {"compile": self.inference.graphs is not None},
+            **({"route_ends": list(self.config.training.route_ends)} if sampling.route else {}),
             "weak_sha256": self.weak_identity,
             "vae": self.codec.name,
             "vae_fingerprint": self.codec.fingerprint,

@@ -109,6 +109,7 @@ def words(point: Point) -> str:
 def table(chosen: Sequence[Point], results: Sequence[dict[str, Any]]) -> str:
     """A row of values for each point, and the point of the smallest distance."""
     keys = [key for key in results[0]["values"] if not key.endswith("_error")]
+    keys = [key for key in keys if all(key in result["values"] for result in results)]
     rows = [[*chosen[0], *(title(key, results[0]) for key in keys)]]
     for point, result in zip(chosen, results, strict=True):
         rows.append([*point.values(), *(number(key, result["values"]) for key in keys)])

@@ -38,7 +38,8 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
     parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
-    parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
+    parser.add_argument("--save-reference", metavar="FILE",
+                        help="an .npz file that --reference reads without extracting features again")  # fmt: skip
     parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUE,VALUE",
                         help="of a run: all combinations of values of weights and of sampling.KEY, as a table; with "
@@ -56,6 +57,12 @@ def evaluate(parser: ArgumentParser) -> Command:
         samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
         if arguments.loss and arguments.reference:
             arguments.parser.error("--loss takes latents with --shards, no --reference")
+        if arguments.loss:
+            unused = ("features", "metrics", "image_size", "labels", "seed", "save_reference", "sweep")
+            unused = [key for key in unused if getattr(arguments, key) != parser.get_default(key)]
+            given = [f"--{key.replace('_', '-')}" for key in unused]
+            if given:
+                arguments.parser.error(f"{', '.join(given)} means nothing with --loss; leave it out")
         if arguments.shards and not arguments.loss:
             arguments.parser.error("--shards is for --loss")
         if not (arguments.reference or arguments.loss):

@@ -161,6 +161,11 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
         said = {f"model.{key}": getattr(own.model, key) for key in ("variant", *SHAPELESS)}
         said["objective.name"] = own.objective.name
     check_start(source, said, config)
+    holds_out = config.data.val_fraction or config.data.val_shards
+    if holds_out and not (own and (own.data.shards, own.data.val_fraction) == (config.data.shards,
+                                                                               config.data.val_fraction)):  # fmt: skip
+        say(f"training.init_from={source}: it may have been trained on images that this run holds out, and the "
+            "validation loss would then be too small")  # fmt: skip
     if own and own.data.normalize != config.data.normalize:
         say(f"training.init_from={source} was trained with data.normalize={own.data.normalize}, this run trains "
             f"{config.data.normalize}: it must first learn another scale")  # fmt: skip

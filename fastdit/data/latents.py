@@ -82,7 +82,7 @@ class LatentSpec:
         `more`: see `differences`.
         """
         for key, own, value in self.differences(other, *more):
-            remedy = "precision" if key == "precision" else "autoencoder and image size"
+            remedy = "autoencoder, image size and data.normalize" if key != "precision" else key
             raise ValueError(
                 f"the latents of {theirs} have {key} {value}, but {mine} has latents with {key} {own} (autoencoder "
                 f"{self.vae}); use the same {remedy} for both"

@@ -19,8 +19,9 @@ from fastdit.evaluation.loss import BINS
 from fastdit.files import read_json
 
 LEVEL, LEAST = 0.99, 0.03  # of the band; its half-width as a share of the mean, at least
-SECTIONS = ("model", "objective", "training")
-COMPARED = ("variant", "name", "time_distribution", "steps", "global_batch", "lr", "ema_decay", "ema_warmup")
+SECTIONS = ("data", "model", "objective", "training")
+COMPARED = ("variant", "name", "time_distribution", "steps", "global_batch", "lr", "ema_decay", "ema_warmup", "hflip",
+            "normalize", "dropout", "optimizer", "weight_decay", "route", "align")  # fmt: skip
 
 
 @dataclass(frozen=True)

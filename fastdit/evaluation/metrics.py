@@ -175,10 +175,11 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> tuple[fl
 def kernel_distance(
     samples: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID and its standard error over subsets (Binkowski et al. 2018, arXiv 1801.01401).
+    """KID and its standard error (Binkowski et al. 2018, arXiv 1801.01401).
 
     The unbiased MMD^2 with the kernel (x y / D + 1)^3, averaged over random subsets of both. A subset has at most half
-    of a set, or subsets would not differ.
+    of a set, or subsets would not differ. The standard error is that of the delete-d jackknife (Shao & Wu 1989) with
+    d = N - subset size, N of the smaller set, and that of averaging over some of the subsets.
     """
     n = min(subset_size, len(samples) // 2, len(reference) // 2)
     if n < 2:
@@ -192,7 +193,8 @@ def kernel_distance(
             xx, yy, xy = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
             within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
             values.append((within - 2 * xy.mean()).item())
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
+    total = min(len(samples), len(reference))
+    return float(np.mean(values)), float(np.std(values, ddof=1) * np.sqrt(n / (total - n) + 1 / subsets))
 
 
 def _score(samples: Features) -> float:

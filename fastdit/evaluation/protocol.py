@@ -107,13 +107,16 @@ def title(key: str, result: dict[str, Any]) -> str:
 
 
 def number(key: str, values: dict[str, float]) -> str:
-    return f"{values[key]:.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+    return f"{values[key]:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
 
 
 def compare(a: str | Path, b: str | Path) -> str:
     """The last results of two files side by side; ValueError that names every difference of their protocols."""
     results = [read_result(path) for path in (a, b)]
     common = [name for name in results[0]["protocol"]["metrics"] if name in results[1]["protocol"]["metrics"]]
+    if not common:
+        kinds = [", ".join(result["protocol"]["metrics"]) for result in results]
+        raise ValueError(f"{a} has {kinds[0]}, {b} has {kinds[1]}; measure both with the same --metrics")
     flat = []
     for result in results:
         protocol = result["protocol"] | {"metrics": {name: result["protocol"]["metrics"][name] for name in common}}

@@ -130,7 +130,7 @@ def quality(run: Run) -> dict[tuple[str, str], str]:
     """The figures of quality.json by name and protocol, and those of the last validation and evaluation."""
     figures = [(figure["name"], figure.get("protocol", ""), figure["value"]) for figure in run.quality]
     if losses := [m for m in run.measured if isinstance(m.get("val_loss"), float)]:
-        about = f"of the EMA at step {losses[-1]['step']:,}, on images that were not trained on"
+        about = f"of the EMA at step {losses[-1]['step']:,}, on images that the run held out"
         figures.append(("validation loss", about, losses[-1]["val_loss"]))
     if run.evaluations:
         last = run.evaluations[-1]
@@ -249,7 +249,7 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
         plots.append(plot(title, series, zero=zero))
     shown = "".join(plots)
     about = "Faint: as recorded; strong: the mean over 5% of the run around each step."
-    about += " Dashed: the EMA on images that were not trained on." if validation or held_out else ""
+    about += " Dashed: the EMA on images that the run held out." if validation or held_out else ""
     if bins:
         images = min(IMAGES, *(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins))
         about += (f" The loss per timestep is of the last checkpoint, on {images:,} training images in {BINS} bins; "

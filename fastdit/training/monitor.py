@@ -108,6 +108,8 @@ class Monitor:
         """Before the first step. Does what was due at `start`, if the run was stopped before that was done."""
         self.engine, self.log, self.requests = engine, log, requests
         self.weights = {"model": engine.master_parameters, "ema": lambda: ema.average}
+        if self.curve and not self.every["validate"]:
+            log.say(f"training.loss_reference={self.config.training.loss_reference} is not used without validation")
         if not any(self.every.values()):
             return
         if self.curve and self.curve.unlike:
@@ -204,8 +206,10 @@ class Monitor:
 
     def _evaluate(self) -> Found:
         self._use("ema")
-        folder = self.run_dir.resolve() / "checkpoints" / f"step-{self.step:07d}"  # there is one, or there would be
-        pipeline = replace(self.pipeline, checkpoint=str(folder))
+        settings, folder = self.config.training, self.run_dir.resolve()
+        saved = self.step % settings.checkpoint_every == 0 or self.step == settings.steps  # after this
+        where = folder / "checkpoints" / f"step-{self.step:07d}" if saved else f"{folder}, step {self.step}"
+        pipeline = replace(self.pipeline, checkpoint=str(where))
         samples = generated(pipeline, self.config.training.evaluate_images, SEED)
 
         def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:

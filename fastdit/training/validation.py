@@ -1,7 +1,7 @@
 """`fastdit evaluate RUN --loss`: the validation loss of a checkpoint, as training computes it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from fastdit.pipeline import Inference
 from fastdit.training.state import load_network
 
 PROTOCOL = 1  # increases when the same files and settings give other digits
+
+
+def check_classes(names: Sequence[str], manifest: Manifest) -> None:
+    """ValueError where the labels of the shards mean other classes than those of a checkpoint."""
+    if names and manifest.class_names and tuple(names) != manifest.class_names:
+        other = next(((a, b) for a, b in zip(names, manifest.class_names, strict=False) if a != b), (len(names), len(
+            manifest.class_names)))  # fmt: skip
+        raise ValueError(f"--shards={manifest.folder} has other classes than the run ({other[1]}, not {other[0]}); "
+                         "extract both with the same classes")  # fmt: skip
 
 
 def loss_of_run(
@@ -47,6 +56,7 @@ def loss_of_run(
     if data.normalize != "none":
         manifest = manifest.scaled_as(trained.latents)
     manifest.check(num_classes=data.num_classes)
+    check_classes(trained.class_names, manifest)
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
     found = validation_loss(trained.objective, network, manifest, ranks, images=num_samples or IMAGES)
@@ -55,6 +65,7 @@ def loss_of_run(
             "version": PROTOCOL,
             "num_images": found["images"],
             "images_sha256": manifest.index_sha256,
+            "latents": {key: manifest.latents.to_json()[key] for key in ("codec", "scale", "shift")},
             "val_fraction": 0.0 if shards else data.val_fraction,
             "objective": to_tree(trained.config.objective),
             "precision": trained.config.sampling.precision,

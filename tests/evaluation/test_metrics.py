@@ -133,12 +133,23 @@ def test_the_kernel_distance_is_the_unbiased_mmd_of_the_cubic_kernel():
         expected.append(within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y]))
     value, error = kernel_distance(rows(X), rows(Y), subsets=3, seed=5)
     assert value == pytest.approx(np.mean(expected), rel=1e-6)
-    assert error == pytest.approx(np.std(expected, ddof=1) / 3**0.5, rel=1e-6)
+    assert error == pytest.approx(np.std(expected, ddof=1) * (1 + 1 / 3) ** 0.5, rel=1e-6)  # 35 / (70 - 35) = 1
     random = np.random.default_rng(3).normal(size=(2, 3000, 7))
     value, error = kernel_distance(rows(random[0]), rows(random[1]), subset_size=200)
     assert abs(value) < 4 * error and error > 0  # unbiased: no distance between equal distributions
     values = [kernel_distance(rows(X), rows(Y), subset_size=30, seed=seed) for seed in (1, 1, 2)]
     assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize("shift", [0, 0.3])
+def test_the_error_of_the_kernel_distance_is_the_spread_over_new_images(shift):
+    """At most three times too large, where the distance is zero; never much too small."""
+    found = []
+    for seed in range(24):
+        x, y = np.random.default_rng(seed).normal(size=(2, 300, 16))
+        found.append(kernel_distance(rows(x + shift), rows(y), subsets=20))
+    values, errors = np.array(found).T
+    assert 0.7 < errors.mean() / values.std(ddof=1) < 3
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])

@@ -180,8 +180,8 @@ def test_a_route_without_a_middle_is_refused():
 def test_sparse_guidance_extrapolates_from_the_routed_prediction(trained):
     from fastdit.sampling import load_pipeline
 
-    sparse = ["sampling.route=0.5", "sampling.cfg_scale=2", "training.route_ends=[1,1]", "sampling.sampler=euler",
-              "sampling.steps=1"]  # fmt: skip
+    sparse = ["sampling.route=0.5", "sampling.cfg_scale=2", "training.route=0.5", "training.route_ends=[1,1]",
+              "sampling.sampler=euler", "sampling.steps=1"]  # fmt: skip
     pipeline = load_pipeline(trained, sparse)
     labels = torch.tensor([1, 2, 3])
     seen = []
@@ -196,7 +196,9 @@ def test_sparse_guidance_extrapolates_from_the_routed_prediction(trained):
     one = pipeline.latents([5], labels[1:2], 0)  # an image does not depend on its batch
     torch.testing.assert_close(one[0], x_0[1], rtol=1e-4, atol=1e-5)
     for wrong, words in ((["sampling.route=1"], "sampling.route=1.0 is out of range"),
-                         (["sampling.route=0.5"], r"training.route_ends=\[2, 4\] leave none of 4 blocks"),
+                         (["sampling.route=0.5"], "needs a run that was trained with training.route"),
+                         ([*sparse, "sampling.cfg_scale=1"], "sampling.route=0.5 changes nothing at cfg_scale=1"),
+                         ([*sparse, "training.route_ends=[2,4]"], r"route_ends=\[2, 4\] leave none of 4 blocks"),
                          ([*sparse, "sampling.weak_checkpoint=x"], "both give the prediction")):
         with pytest.raises(ValueError, match=words):
             load_pipeline(trained, wrong).latents([0], labels[:1], 0)
@@ -207,7 +209,7 @@ def velocity_of(pipeline, x_1, labels, indices) -> torch.Tensor:
     from fastdit.distributed import ImageRandom, seed_of
 
     model = pipeline.model
-    order = ImageRandom([seed_of(0, i, 2) for i in indices])(torch.empty(len(indices), model.patches))
+    order = ImageRandom([seed_of(seed_of(0, i), 2) for i in indices])(torch.empty(len(indices), model.patches))
     model.route = Route(1, 3, random_tokens(order, 0.5, model.patches, model.tokens))
     try:
         return -pipeline.inference(x_1, torch.zeros(len(indices)), labels)[:, :4]

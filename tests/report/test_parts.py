@@ -174,7 +174,7 @@ def test_what_was_measured_during_training_is_on_the_page(tmp_path):
     found = page.quality(run)
     how = "500 samples of step 100, ema, heun, 20 steps, guidance 1.4, seed 0, against 600 real images"
     assert found["FD (tiny)", how] == "4.5" and found["KID", "the same samples"] == "0.25 ± 0.125"
-    assert found["validation loss", "of the EMA at step 100, on images that were not trained on"] == "0.5"
+    assert found["validation loss", "of the EMA at step 100, on images that the run held out"] == "0.5"
     steps, losses = run.curve("val_loss")
     assert steps.tolist() == [50, 100] and losses.tolist() == [1.0, 0.5]
     shown = page.curves([run], [measure.Measured()])
