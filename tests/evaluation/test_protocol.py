@@ -31,7 +31,7 @@ def test_another_objective_makes_another_protocol(trained, reference, tmp_path, 
     said = mistake(capsys, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert "samples.objective.sample_shift=None and 4" in said
     evaluate(trained, "--reference", reference, *FEW, "--sweep", "steps=4", out=tmp_path / "s.jsonl")
-    evaluate(trained, "--reference", reference, *FEW, "--sweep", "steps=4", SHIFTED, out=tmp_path / "s.jsonl")
+    evaluate(trained, "--reference", reference, *FEW, SHIFTED, "--sweep", "steps=4", out=tmp_path / "s.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["values"] for line in lines] == [plain["values"], shifted["values"]]
 
