@@ -1,0 +1,145 @@
+"""A colour data set that any machine makes: frames of 16 games, one per level, an autoencoder, and latents.
+
+    python -m bench.quality.frames --out procgen        # on two cores a minute for the frames, 20 for the rest
+
+    train.tar, held_out.tar    2,000 and 200 frames of 64 px per game, of disjoint levels, as WebDatasets
+    frames.json                what they are, with the SHA-256 of each set's pixels, and the autoencoder's PSNR
+    vae, latents, held         an autoencoder trained on train.tar, and the latents of both sets
+
+What exists is kept, so a stopped run continues. The library is procgen's for Linux on x86-64, which pip downloads;
+without a network: `--wheel FILE`.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.quality import procgen
+from fastdit.data.archives import open_images
+from fastdit.data.extract import extract_features
+from fastdit.data.images import read_image, to_pixels
+from fastdit.files import read_json, replace_text, replacing
+from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
+
+Render = Callable[[str, str, int], Iterable[np.ndarray]]  # (class, split, count) -> uint8 (H, W, 3)
+SETS = {"train": 2000, "held_out": 200}  # frames per class
+ABOUT = "frames.json"
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Of `len(channels) - 1` halvings; every `every`-th frame is trained on."""
+
+    channels: tuple[int, ...]
+    steps: int
+    lr: float = 2e-3
+    kl_weight: float = 1e-4
+    batch_size: int = 32
+    every: int = 4
+
+
+AUTOENCODERS = {"8": Autoencoder((16, 32, 64, 64), 1200), "16": Autoencoder((16, 32, 64), 1200)}
+
+
+def write_frames(out: Path, classes: Iterable[str], counts: dict[str, int], render: Render) -> dict[str, dict]:
+    """One tar file of PNG images and class names per set; what they hold."""
+    about = {}
+    for split, count in counts.items():
+        digest = hashlib.sha256()
+        with replacing(out / f"{split}.tar") as raw, tarfile.open(fileobj=raw, mode="w") as tar:
+            for name in classes:
+                for i, frame in enumerate(render(name, split, count)):
+                    digest.update(frame.tobytes())
+                    _add(tar, f"{name}-{i:05d}.png", _png(frame))
+                    _add(tar, f"{name}-{i:05d}.cls", name.encode())
+        about[split] = {"images_per_class": count, "pixels_sha256": digest.hexdigest()}
+    return about
+
+
+def _png(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # without a time and an owner
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def read_set(file: Path, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Every `every`-th image of a set, uint8 (N, H, W, 3), and its labels (N,)."""
+    source = open_images(file)
+    chosen = range(0, len(source), every)
+    return np.stack([read_image(source.open(i), None)[0] for i in chosen]), np.array(source.labels)[chosen]
+
+
+def make_autoencoder(out: Path, folder: Path, how: Autoencoder, device: torch.device) -> float:
+    """Train one on out/train.tar, write it to `folder`, and return its PSNR on out/held_out.tar in dB."""
+    train, _ = read_set(out / "train.tar", how.every)
+    pixels = to_pixels(torch.from_numpy(train)).to(device, memory_format=torch.channels_last)
+    vae = small_vae(pixels.shape[-1], how.channels).to(device, memory_format=torch.channels_last)
+    start = time.perf_counter()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            seconds = time.perf_counter() - start
+            print(f"autoencoder: step {step}/{how.steps} loss {loss:.4f} {seconds:.0f} s", flush=True)
+
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # or the first step's weights would stay
+        train_vae(vae, pixels, steps=how.steps, batch_size=how.batch_size, lr=how.lr, kl_weight=how.kl_weight,
+                  on_step=on_step)  # fmt: skip
+    held, _ = read_set(out / "held_out.tar")
+    quality = psnr(vae, to_pixels(torch.from_numpy(held)).to(device))
+    vae.save_pretrained(folder)
+    return quality
+
+
+def make(out: Path, classes: Iterable[str], counts: dict[str, int], render: Render, autoencoders=AUTOENCODERS) -> None:
+    """All that `out` lacks."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = read_json(out / ABOUT) if (out / ABOUT).is_file() else {}
+    if not about:
+        about = write_frames(out, classes, counts, render)
+        replace_text(out / ABOUT, json.dumps(about, indent=1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, how in autoencoders.items():
+        vae = out / f"vae{name}"
+        if not vae.is_dir():
+            about[vae.name] = {"psnr_db": round(make_autoencoder(out, vae, how, device), 2)}
+            replace_text(out / ABOUT, json.dumps(about, indent=1))
+        for split, kind in (("train", "latents"), ("held_out", "held")):
+            latents = out / f"{kind}{name}"
+            if not latents.is_dir():
+                size = read_set(out / "held_out.tar", 1 << 30)[0].shape[1]
+                extract_features(images=out / f"{split}.tar", out=latents, vae=vae, image_size=size)
+    print(json.dumps(about))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("procgen"), help="the data set's folder")
+    options.add_argument("--wheel", type=Path, help="procgen's wheel, instead of a download")
+    options.add_argument("--latents", nargs="*", default=[*AUTOENCODERS], choices=[*AUTOENCODERS], help="their sides")
+    given = options.parse_args()
+
+    def render(game: str, split: str, count: int) -> Iterable[np.ndarray]:
+        print(f"{split}: {count} levels of {game}", flush=True)
+        return procgen.frames(procgen.unpack(given.out / "procgen", given.wheel), game, split, count)
+
+    make(given.out, procgen.GAMES, SETS, render, {name: AUTOENCODERS[name] for name in given.latents})
+
+
+if __name__ == "__main__":
+    main()

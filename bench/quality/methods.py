@@ -1,0 +1,249 @@
+"""Training methods against each other on frames of games: quality against images seen and against seconds.
+
+    python -m bench.quality.frames --out procgen                     # once: the data set
+    python -m bench.quality.methods --data procgen --seeds 0 1 2     # every method; hours in bench/README.md
+    python -m bench.quality.methods --data procgen --size gpu --only baseline modern
+    python -m bench.quality.methods --table                          # write docs/convergence.md again
+
+All methods of a seed see the same images in the same order. At four points of a run its EMA makes samples without
+guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation loss is
+that of the velocity, over uniform times. Lines go to bench/results/methods.jsonl, the table and the plot to docs/.
+A new method is a line of METHODS.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from bench.quality.frames import read_set
+from bench.record import ROOT, markdown, record
+from fastdit.config import load_config
+from fastdit.data.images import to_pixels, to_uint8
+from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.loader import permutation
+from fastdit.data.manifest import Manifest
+from fastdit.evaluation.features import Extractor, load_features
+from fastdit.evaluation.metrics import frechet_distance, kernel_distance
+from fastdit.likelihood import batches
+from fastdit.sampling import sample
+from fastdit.training import checkpoint
+from fastdit.training.log import read_metrics
+from fastdit.training.loop import train
+from fastdit.training.state import load_network
+
+RESULTS, DOCS = ROOT / "bench" / "results" / "methods.jsonl", ROOT / "docs" / "convergence.md"
+BASELINE, FLOOR = "baseline", "real images"
+METHODS: dict[str, list[str]] = {
+    BASELINE: [],
+    "modern": [
+        "model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope", "model.qk_norm=rms",
+        "objective.time_distribution=logit_normal",
+    ],
+}  # fmt: skip
+COMMON = [
+    "objective=flow", "data.hflip=false", "training.ema_warmup=true", "training.keep_checkpoints=0",
+    "training.report=false", "sampling={sampler: dpmpp_2m, steps: 20, cfg_scale: 1}",
+]  # fmt: skip
+SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 minutes of two cores, 90 s of a GPU
+    "cpu": ["model.variant=DiT-6x192x3/2", "training={steps: 2400, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
+            "ema_decay: 0.995, precision: fp32, compile: false, log_every: 50}"],
+    "gpu": ["model.variant=DiT-S/2", "training={steps: 4000, global_batch: 256, lr: 5e-4, warmup_steps: 200, "
+            "ema_decay: 0.998, precision: bf16, compile: true, cuda_graph: true, log_every: 100}"],
+}  # fmt: skip
+LATENTS = {"cpu": "8", "gpu": "16"}  # their side
+SAMPLES = {"cpu": 1600, "gpu": 3200}
+POINTS = 4  # at which a run is measured
+VALIDATION = 512  # held-out images
+
+
+class Judge:
+    """Distances to the held-out frames of a data set, in the features of a network."""
+
+    def __init__(self, data: Path, extractor: Extractor):
+        self.data, self.extractor = data, extractor
+        kept = data / f"held_out.{extractor.hash[:8]}.npy"
+        if not kept.is_file():
+            np.save(kept, self.features(read_set(data / "held_out.tar")[0]))
+        self.reference = np.load(kept)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) -> the pooled features (N, dim)."""
+        return self.extractor(images)[:, : self.extractor.dim]
+
+    def distances(self, images: np.ndarray) -> dict[str, float]:
+        """Of images uint8 (N, H, W, 3)."""
+        features = self.features(images)
+        kid, error = kernel_distance(torch.from_numpy(features).double(), torch.from_numpy(self.reference).double())
+        return {"frechet": round(frechet_distance(features, self.reference), 3), "kid": round(kid, 6),
+                "kid_error": round(error, 6)}  # fmt: skip
+
+    def floor(self, latents: str, count: int) -> dict[str, dict[str, float]]:
+        """What `count` training frames score, as they are and through the autoencoder: no sample can do much better."""
+        images = read_set(self.data / "train.tar")[0]
+        images = images[permutation(0, 0, len(images))[:count]]
+        codec = LatentCodec.load(self.data / f"vae{latents}", device=self.extractor.device)
+        parts = to_pixels(torch.from_numpy(images)).split(64)
+        decoded = [to_uint8(codec.decode(codec.encode(x.to(self.extractor.device)).chunk(2, 1)[0] * codec.scale))
+                   for x in parts]  # fmt: skip
+        return {"real": self.distances(images), "autoencoder": self.distances(torch.cat(decoded).cpu().numpy())}
+
+
+@torch.no_grad()
+def validation_loss(folder: Path, shards: Path, images: int) -> float:
+    """The velocity's mean squared error of the EMA in checkpoint `folder`, over uniform t in [0, 1].
+
+    Every checkpoint sees the same images, noise and times.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained, manifest = load_network(folder, "ema", device=device), Manifest.load(shards)
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for start, moments, y in batches(manifest, images, 64, 0):
+        posterior, noise = torch.randn(2, len(y), *manifest.latents.shape, generator=generator)
+        x_0 = sample_latents(moments, posterior, manifest.latents.scale, manifest.latents.shift)
+        t = (torch.arange(start, start + len(y), dtype=torch.float64) + 0.5) * 0.6180339887 % 1  # even in every batch
+        loss = trained.objective.loss(trained.model, *(each.to(device) for each in (x_0, y, t, noise)))
+        total += loss.parts["mse"].sum().item()
+    return total / images
+
+
+def seconds_of(metrics: Sequence[dict], global_batch: int) -> dict[int, float]:
+    """Seconds of training until each logged step, without the checkpoints."""
+    seconds, before, found = 0.0, 0, {}
+    for line in metrics:
+        seconds += (line["step"] - before) * global_batch / line["images_per_s"]
+        before = line["step"]
+        found[before] = seconds
+    return found
+
+
+def run(method: str, seed: int, size: str, judge: Judge, changes: Sequence[str] = ()) -> dict:
+    """Train one method and measure its checkpoints; the contents of its line."""
+    data, latents = judge.data, LATENTS[size]
+    with tempfile.TemporaryDirectory() as root:
+        places = [f"run_dir={root}/run", f"data.shards={data}/latents{latents}", f"seed={seed}"]
+        overrides = [*SIZES[size], *COMMON, *METHODS[method], *places, *changes]
+        settings = load_config("sit_s_2", overrides).training
+        steps, batch = settings.steps, settings.global_batch
+        config = load_config("sit_s_2", [*overrides, f"training.checkpoint_every={-(-steps // POINTS)}"])
+        last = train(config)
+        seconds = seconds_of(read_metrics(config.run_dir), batch)
+        points = []
+        for folder in checkpoint.checkpoints(Path(config.run_dir)):
+            step = checkpoint.step_of(folder)
+            out = sample(folder, Path(root) / f"samples-{step}", SAMPLES[size])
+            loss = validation_loss(folder, data / f"held{latents}", VALIDATION)
+            points.append({"images": step * batch, "seconds": round(seconds[step], 1), "loss": round(loss, 4),
+                           **judge.distances(np.load(out / "samples.npz")["arr_0"])})  # fmt: skip
+        parameters = load_network(last).model.parameter_count()
+    return {"size": size, "method": method, "seed": seed, "overrides": METHODS[method], "changes": list(changes),
+            "samples": SAMPLES[size], "parameters": parameters, "points": points}  # fmt: skip
+
+
+def newest_lines() -> dict[tuple, dict]:
+    """The last line of each size, method and seed."""
+    text = RESULTS.read_text() if RESULTS.is_file() else ""
+    return {(line["size"], line["method"], line["seed"]): line for line in map(json.loads, text.splitlines())}
+
+
+def reached(points: Sequence[dict], distance: float) -> float | None:
+    """Seconds until the distance was as small as `distance`, on a line between two points; None if it never was."""
+    for a, b in zip(points, points[1:], strict=False):
+        if b["frechet"] <= distance <= a["frechet"]:
+            share = (a["frechet"] - distance) / (a["frechet"] - b["frechet"])
+            return a["seconds"] + share * (b["seconds"] - a["seconds"])
+    return points[0]["seconds"] if points[0]["frechet"] <= distance else None
+
+
+def means(runs: Sequence[dict]) -> list[dict]:
+    """The points of several seeds, averaged."""
+    every = zip(*(line["points"] for line in runs), strict=True)
+    return [{key: statistics.fmean(point[key] for point in points) for key in points[0]} for points in every]
+
+
+def table(size: str, lines: dict[tuple, dict]) -> str:
+    """Markdown of the last points: mean over the seeds, and the range of the distance."""
+    rows = [["method", "seeds", "images", "seconds", "distance", "range", "KID x 1000", "validation loss",
+             "seconds to the baseline's distance"]]  # fmt: skip
+    by_method = {method: [line for (s, m, _), line in lines.items() if (s, m) == (size, method)] for method in METHODS}
+    goal = means(by_method[BASELINE])[-1]["frechet"] if by_method[BASELINE] else None
+    for method, runs in by_method.items():
+        if runs:
+            points, last = means(runs), [line["points"][-1]["frechet"] for line in runs]
+            end, seconds = points[-1], reached(points, goal) if goal else None
+            rows.append([method, len(runs), f"{end['images']:,.0f}", f"{end['seconds']:.0f}", f"{end['frechet']:.2f}",
+                         f"{min(last):.2f} to {max(last):.2f}", f"{1000 * end['kid']:.2f}", f"{end['loss']:.4f}",
+                         "never" if seconds is None else f"{seconds:.0f}"])  # fmt: skip
+    floor = lines.get((size, FLOOR, 0))
+    for name, values in (floor["floor"] if floor else {}).items():
+        title = {"real": "training frames", "autoencoder": "training frames, decoded"}[name]
+        rows.append([title, "", "", "", f"{values['frechet']:.2f}", "", f"{1000 * values['kid']:.2f}", "", ""])
+    return markdown(rows, "---:")
+
+
+def plot(size: str, lines: dict[tuple, dict], file: Path) -> None:
+    """Distance against images and against seconds: a thin line a seed, a thick one for their mean."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for number, method in enumerate(METHODS):
+        runs = [line["points"] for (s, m, _), line in lines.items() if (s, m) == (size, method)]
+        for points in [*runs, means([{"points": run} for run in runs])] if runs else []:
+            mean = points not in runs
+            for axis, key in zip(axes, ("images", "seconds"), strict=True):
+                axis.plot([p[key] for p in points], [p["frechet"] for p in points], f"C{number}", marker="." * mean,
+                          lw=1.8 if mean else 0.6, label=method if mean else None)  # fmt: skip
+    if floor := lines.get((size, FLOOR, 0)):
+        for axis in axes:
+            best = floor["floor"]["autoencoder"]["frechet"]
+            axis.axhline(best, color="gray", ls=":", label="training frames, decoded")
+    axes[0].set(xlabel="images seen", ylabel="Frechet distance (EfficientNet-Lite0)", yscale="log")
+    axes[1].set(xlabel="seconds of training")
+    axes[0].legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def write_tables() -> None:
+    """Write the tables between their marks in docs/convergence.md, and the plots beside it."""
+    lines, text = newest_lines(), DOCS.read_text()
+    for size in SIZES:
+        if any(key[0] == size for key in lines):
+            head, _, rest = text.partition(f"<!-- {size} -->\n")
+            tail = rest.partition("<!-- end -->")[2]
+            text = f"{head}<!-- {size} -->\n{table(size, lines)}<!-- end -->{tail}"
+            plot(size, lines, DOCS.with_name(f"convergence_{size}.png"))
+    DOCS.write_text(text)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, default=Path("procgen"), help="the folder that bench.quality.frames made")
+    options.add_argument("--size", choices=[*SIZES], default="cpu")
+    options.add_argument("--only", nargs="+", choices=[*METHODS], default=[*METHODS], help="methods")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--set", nargs="+", default=[], help="overrides of every run, as training.steps=500")
+    options.add_argument("--table", action="store_true", help="train nothing")
+    given = options.parse_args()
+    if not given.table:
+        judge = Judge(given.data, load_features("efficientnet-lite0", "cuda" if torch.cuda.is_available() else "cpu"))
+        if (given.size, FLOOR, 0) not in newest_lines():
+            floor = judge.floor(LATENTS[given.size], SAMPLES[given.size])
+            record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=FLOOR, seed=0, floor=floor)
+        for seed in given.seeds:
+            for method in given.only:
+                line = run(method, seed, given.size, judge, given.set)
+                record("methods", RESULTS.parent, name=RESULTS.name, **line)
+                write_tables()
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The comparison of training methods on a data set of its own: made once, measured alike, reported with its spread."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality import frames, methods, procgen
+from fastdit.config import load_config
+from fastdit.data.manifest import Manifest
+
+CLASSES = ("bars", "dots", "waves")
+SIDE = 16
+TINY = ["model.variant=DiT-1x16x1/2", "training.steps=8", "training.global_batch=8", "training.log_every=2",
+        "training.compile=false", "training.precision=fp32", "sampling.steps=2"]  # fmt: skip
+
+
+def render(name: str, split: str, count: int):
+    """Images that tell class, split and number."""
+    for i in range(count):
+        frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+        frame[..., CLASSES.index(name)] = 255
+        frame[i % SIDE, :, :] = 100 if split == "train" else 200
+        yield frame
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    threads = torch.get_num_threads()
+    out = tmp_path_factory.mktemp("data")
+    small = frames.Autoencoder((4, 8, 8), steps=3, batch_size=4, every=2)
+    frames.make(out, CLASSES, {"train": 8, "held_out": 4}, render, {"8": small})
+    torch.set_num_threads(threads)
+    return out
+
+
+class Extractor:
+    """Stands in for EfficientNet: mean and deviation of each color."""
+
+    hash, dim, device = "0123456789", 6, torch.device("cpu")
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        values = images.reshape(len(images), -1, 3).astype(np.float32)
+        return np.concatenate([values.mean(1), values.std(1)], axis=1)
+
+
+def test_a_set_is_what_was_rendered_with_a_hash_that_every_machine_gets(data, tmp_path):
+    images, labels = frames.read_set(data / "train.tar")
+    assert images.shape == (24, SIDE, SIDE, 3) and labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert (images[8:16] == np.stack([*render("dots", "train", 8)])).all()
+    about = json.loads((data / frames.ABOUT).read_text())
+    again = frames.write_frames(tmp_path, CLASSES, {"train": 8, "held_out": 4}, render)
+    assert all(about[split] == again[split] for split in again) and about["vae8"]["psnr_db"] > 0
+    assert (tmp_path / "train.tar").read_bytes() == (data / "train.tar").read_bytes()
+    train, held = (Manifest.load(data / name) for name in ("latents8", "held8"))
+    assert (len(train), len(held), train.latents.shape) == (24, 12, (4, 4, 4)) and train.class_names == CLASSES
+
+
+def test_what_exists_is_not_made_again(data):
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+
+    def unwanted(*_):
+        raise AssertionError("rendered again")
+
+    frames.make(data, CLASSES, {"train": 8}, unwanted, {"8": None})
+    assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+
+
+def test_the_wheel_must_be_the_one_whose_frames_are_stated(tmp_path):
+    (tmp_path / "other.whl").write_bytes(b"other")
+    with pytest.raises(ValueError, match="--wheel=.*other.whl has SHA-256 .*; pip download procgen==0.10.7"):
+        procgen.unpack(tmp_path, tmp_path / "other.whl")
+
+
+def test_every_method_is_a_config_of_both_sizes():
+    for size, settings in methods.SIZES.items():
+        for overrides in methods.METHODS.values():
+            config = load_config("sit_s_2", [*settings, *methods.COMMON, *overrides])
+            assert config.objective.name == "flow" and config.training.steps % methods.POINTS == 0, size
+
+
+def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_others(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.SAMPLES, "cpu", 8)
+    monkeypatch.setattr(methods, "VALIDATION", 12)
+    judge = methods.Judge(data, Extractor())
+    lines = {("cpu", methods.FLOOR, 0): {"floor": judge.floor("8", 8)}}
+    for method in ("baseline", "modern"):
+        lines["cpu", method, 0] = methods.run(method, 0, "cpu", judge, TINY)
+    again = methods.run("baseline", 0, "cpu", judge, TINY)
+    points = lines["cpu", "baseline", 0]["points"]
+    assert [point["images"] for point in points] == [16, 32, 48, 64]
+    assert all(0 < a["seconds"] < b["seconds"] for a, b in zip(points, points[1:], strict=False))
+    assert [p | {"seconds": 0} for p in points] == [p | {"seconds": 0} for p in again["points"]]
+    assert points != lines["cpu", "modern", 0]["points"]
+    found = methods.table("cpu", lines)
+    assert "| baseline | 1 | 64 |" in found and "| modern | 1 | 64 |" in found and "| training frames, decoded |" in found
+    methods.plot("cpu", lines, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_frame_that_is_trained_on_is_nearer_to_the_held_out_ones_than_its_copy_through_a_bad_autoencoder(data):
+    floor = methods.Judge(data, Extractor()).floor("8", 24)
+    assert 0 < floor["real"]["frechet"] < floor["autoencoder"]["frechet"]
+
+
+def test_the_validation_loss_is_that_of_the_velocity(data, tmp_path, monkeypatch):
+    """A network whose head is zero predicts no velocity: the loss is E |eps - x_0|^2 = 1 + E x_0^2."""
+    from fastdit.training.loop import train
+
+    config = load_config("sit_s_2", [*methods.COMMON, *TINY, "training.lr=1e-12", "training.steps=1",
+                                     f"run_dir={tmp_path}/run", f"data.shards={data}/latents8"])  # fmt: skip
+    found = methods.validation_loss(train(config), data / "held8", 12)
+    manifest = Manifest.load(data / "held8")
+    squares = np.mean(np.square(manifest.channel_std) + np.square(manifest.channel_mean))
+    assert found == pytest.approx(1 + squares, rel=0.15)
+
+
+def test_seconds_to_a_distance_are_read_off_the_curve():
+    points = [{"seconds": 10, "frechet": 8.0}, {"seconds": 20, "frechet": 4.0}, {"seconds": 30, "frechet": 3.0}]
+    assert methods.reached(points, 6.0) == 15 and methods.reached(points, 9.0) == 10
+    assert methods.reached(points, 3.0) == 30 and methods.reached(points, 2.0) is None
+    lines = [{"step": 10, "images_per_s": 20.0}, {"step": 30, "images_per_s": 40.0}]
+    assert methods.seconds_of(lines, global_batch=4) == {10: 2.0, 30: 4.0}
