@@ -14,10 +14,13 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,25 +45,34 @@ class Autoencoder:
 
     channels: tuple[int, ...]
     steps: int
-    lr: float = 2e-3
+    lr: float = 3e-3
     kl_weight: float = 1e-4
-    batch_size: int = 32
+    batch_size: int = 8
     every: int = 4
 
 
-AUTOENCODERS = {"8": Autoencoder((16, 32, 64, 64), 1200), "16": Autoencoder((16, 32, 64), 1200)}
+AUTOENCODERS = {"8": Autoencoder((16, 32, 64, 64), 2500), "16": Autoencoder((16, 32, 64), 2500)}
 
 
-def write_frames(out: Path, classes: Iterable[str], counts: dict[str, int], render: Render) -> dict[str, dict]:
-    """One tar file of PNG images and class names per set; what they hold."""
+def write_frames(out: Path, classes: Sequence[str], counts: dict[str, int], render: Render) -> dict[str, dict]:
+    """One tar file of PNG images and class names per set; what they hold. Threads render one class each."""
     about = {}
     for split, count in counts.items():
+
+        def rendered(name: str, split: str = split, count: int = count) -> tuple[bytes, list[bytes]]:
+            frames = [*render(name, split, count)]
+            return hashlib.sha256(np.stack(frames).tobytes()).digest(), [_png(frame) for frame in frames]
+
         digest = hashlib.sha256()
-        with replacing(out / f"{split}.tar") as raw, tarfile.open(fileobj=raw, mode="w") as tar:
-            for name in classes:
-                for i, frame in enumerate(render(name, split, count)):
-                    digest.update(frame.tobytes())
-                    _add(tar, f"{name}-{i:05d}.png", _png(frame))
+        with (
+            replacing(out / f"{split}.tar") as raw,
+            tarfile.open(fileobj=raw, mode="w") as tar,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for name, (own, images) in zip(classes, pool.map(rendered, classes), strict=True):
+                digest.update(own)
+                for i, image in enumerate(images):
+                    _add(tar, f"{name}-{i:05d}.png", image)
                     _add(tar, f"{name}-{i:05d}.cls", name.encode())
         about[split] = {"images_per_class": count, "pixels_sha256": digest.hexdigest()}
     return about
@@ -106,7 +118,7 @@ def make_autoencoder(out: Path, folder: Path, how: Autoencoder, device: torch.de
     return quality
 
 
-def make(out: Path, classes: Iterable[str], counts: dict[str, int], render: Render, autoencoders=AUTOENCODERS) -> None:
+def make(out: Path, classes: Sequence[str], counts: dict[str, int], render: Render, autoencoders=AUTOENCODERS) -> None:
     """All that `out` lacks."""
     out.mkdir(parents=True, exist_ok=True)
     about = read_json(out / ABOUT) if (out / ABOUT).is_file() else {}
@@ -134,10 +146,7 @@ def main() -> None:
     options.add_argument("--latents", nargs="*", default=[*AUTOENCODERS], choices=[*AUTOENCODERS], help="their sides")
     given = options.parse_args()
 
-    def render(game: str, split: str, count: int) -> Iterable[np.ndarray]:
-        print(f"{split}: {count} levels of {game}", flush=True)
-        return procgen.frames(procgen.unpack(given.out / "procgen", given.wheel), game, split, count)
-
+    render = partial(procgen.frames, procgen.unpack(given.out / "procgen", given.wheel))
     make(given.out, procgen.GAMES, SETS, render, {name: AUTOENCODERS[name] for name in given.latents})
 
 

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char, c_int, c_void_p
@@ -32,6 +33,7 @@ DOWNLOAD = ("procgen==0.10.7", "--no-deps", "--only-binary=:all:", "--python-ver
 WHEEL_HASH = "4b594d14e42f0f2166e59a9e294477b906eb99c90c3343b570b7124cbc865f53"
 UINT8, INT32 = 1, 2  # LIBENV_DTYPE_*
 OBSERVATION, ACTION, INFO = 1, 2, 3  # LIBENV_SPACE_*
+MAKING = threading.Lock()  # the first environment of a process reads the pictures
 
 
 class Option(ctypes.Structure):
@@ -87,7 +89,8 @@ class Levels:
         }  # fmt: skip
         stated, values = zip(*(_option(name, value) for name, value in given.items()), strict=True)
         options = (Option * len(stated))(*stated)
-        self.env = lib.libenv_make(count, Options(options, len(stated)))
+        with MAKING:
+            self.env = lib.libenv_make(count, Options(options, len(stated)))
 
         self.frames = np.zeros((count, SIZE, SIZE, 3), np.uint8)
         self.actions = np.zeros(count, np.int32)
