@@ -4,7 +4,7 @@
 
     train.tar, held_out.tar    2,000 and 200 frames of 64 px per game, of disjoint levels, as WebDatasets
     frames.json                what they are, with the SHA-256 of each set's pixels, and the autoencoder's PSNR
-    vae, latents, held         an autoencoder trained on train.tar, and the latents of both sets
+    vae, latents, held         an autoencoder to 16 x 16 x 4 trained on train.tar, and the latents of both sets
 
 What exists is kept, so a stopped run continues. The library is procgen's for Linux on x86-64, which pip downloads;
 without a network: `--wheel FILE`.
@@ -19,7 +19,6 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,19 +38,8 @@ SETS = {"train": 2000, "held_out": 200}  # frames per class
 ABOUT = "frames.json"
 
 
-@dataclass(frozen=True)
-class Autoencoder:
-    """Of `len(channels) - 1` halvings; every `every`-th frame is trained on."""
-
-    channels: tuple[int, ...]
-    steps: int
-    lr: float = 3e-3
-    kl_weight: float = 1e-4
-    batch_size: int = 8
-    every: int = 4
-
-
-AUTOENCODERS = {"8": Autoencoder((16, 32, 64, 64), 2500), "16": Autoencoder((16, 32, 64), 2500)}
+AUTOENCODER = {"channels": (16, 24, 48), "steps": 1500, "batch_size": 16, "lr": 2e-3, "kl_weight": 1e-4}
+EVERY = 4  # every fourth frame trains the autoencoder
 
 
 def write_frames(out: Path, classes: Sequence[str], counts: dict[str, int], render: Render) -> dict[str, dict]:
@@ -97,45 +85,41 @@ def read_set(file: Path, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([read_image(source.open(i), None)[0] for i in chosen]), np.array(source.labels)[chosen]
 
 
-def make_autoencoder(out: Path, folder: Path, how: Autoencoder, device: torch.device) -> float:
-    """Train one on out/train.tar, write it to `folder`, and return its PSNR on out/held_out.tar in dB."""
-    train, _ = read_set(out / "train.tar", how.every)
-    pixels = to_pixels(torch.from_numpy(train)).to(device, memory_format=torch.channels_last)
-    vae = small_vae(pixels.shape[-1], how.channels).to(device, memory_format=torch.channels_last)
-    start = time.perf_counter()
+def make_autoencoder(out: Path, channels: Sequence[int], steps: int, **settings) -> float:
+    """Train one on out/train.tar, write it to out/vae, and return its PSNR on out/held_out.tar in dB."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = to_pixels(torch.from_numpy(read_set(out / "train.tar", EVERY)[0]))
+    pixels = pixels.to(device, memory_format=torch.channels_last)
+    vae = small_vae(pixels.shape[-1], channels).to(device, memory_format=torch.channels_last)
+    start, losses = time.perf_counter(), []
 
     def on_step(step: int, loss: float) -> None:
+        losses.append(loss)
         if step % 100 == 0:
-            seconds = time.perf_counter() - start
-            print(f"autoencoder: step {step}/{how.steps} loss {loss:.4f} {seconds:.0f} s", flush=True)
+            recent, seconds = np.mean(losses[-100:]), time.perf_counter() - start
+            print(f"autoencoder: step {step}/{steps} loss {recent:.4f} {seconds:.0f} s", flush=True)
 
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # or the first step's weights would stay
-        train_vae(vae, pixels, steps=how.steps, batch_size=how.batch_size, lr=how.lr, kl_weight=how.kl_weight,
-                  on_step=on_step)  # fmt: skip
-    held, _ = read_set(out / "held_out.tar")
-    quality = psnr(vae, to_pixels(torch.from_numpy(held)).to(device))
-    vae.save_pretrained(folder)
+        train_vae(vae, pixels, steps=steps, **settings, on_step=on_step)
+    held = to_pixels(torch.from_numpy(read_set(out / "held_out.tar")[0]))
+    quality = psnr(vae, held.to(device))
+    vae.save_pretrained(out / "vae")
     return quality
 
 
-def make(out: Path, classes: Sequence[str], counts: dict[str, int], render: Render, autoencoders=AUTOENCODERS) -> None:
-    """All that `out` lacks."""
+def make(
+    out: Path, classes: Sequence[str], counts: dict[str, int], render: Render, size: int, autoencoder: dict
+) -> None:
+    """All that `out` lacks; images have `size` pixels per side."""
     out.mkdir(parents=True, exist_ok=True)
-    about = read_json(out / ABOUT) if (out / ABOUT).is_file() else {}
-    if not about:
-        about = write_frames(out, classes, counts, render)
+    about = read_json(out / ABOUT) if (out / ABOUT).is_file() else write_frames(out, classes, counts, render)
+    if not (out / "vae").is_dir():
         replace_text(out / ABOUT, json.dumps(about, indent=1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, how in autoencoders.items():
-        vae = out / f"vae{name}"
-        if not vae.is_dir():
-            about[vae.name] = {"psnr_db": round(make_autoencoder(out, vae, how, device), 2)}
-            replace_text(out / ABOUT, json.dumps(about, indent=1))
-        for split, kind in (("train", "latents"), ("held_out", "held")):
-            latents = out / f"{kind}{name}"
-            if not latents.is_dir():
-                size = read_set(out / "held_out.tar", 1 << 30)[0].shape[1]
-                extract_features(images=out / f"{split}.tar", out=latents, vae=vae, image_size=size)
+        about["autoencoder"] = {"psnr_db": round(make_autoencoder(out, **autoencoder), 2)}
+        replace_text(out / ABOUT, json.dumps(about, indent=1))
+    for split, name in (("train", "latents"), ("held_out", "held")):
+        if not (out / name).is_dir():
+            extract_features(images=out / f"{split}.tar", out=out / name, vae=out / "vae", image_size=size)
     print(json.dumps(about))
 
 
@@ -143,11 +127,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("procgen"), help="the data set's folder")
     options.add_argument("--wheel", type=Path, help="procgen's wheel, instead of a download")
-    options.add_argument("--latents", nargs="*", default=[*AUTOENCODERS], choices=[*AUTOENCODERS], help="their sides")
     given = options.parse_args()
 
     render = partial(procgen.frames, procgen.unpack(given.out / "procgen", given.wheel))
-    make(given.out, procgen.GAMES, SETS, render, {name: AUTOENCODERS[name] for name in given.latents})
+    make(given.out, procgen.GAMES, SETS, render, procgen.SIZE, AUTOENCODER)
 
 
 if __name__ == "__main__":

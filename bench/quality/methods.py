@@ -52,13 +52,12 @@ COMMON = [
     "training.report=false", "sampling={sampler: dpmpp_2m, steps: 20, cfg_scale: 1}",
 ]  # fmt: skip
 SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 minutes of two cores, 90 s of a GPU
-    "cpu": ["model.variant=DiT-6x192x3/2", "training={steps: 2400, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
+    "cpu": ["model.variant=DiT-6x192x3/4", "training={steps: 1600, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
             "ema_decay: 0.995, precision: fp32, compile: false, log_every: 50}"],
     "gpu": ["model.variant=DiT-S/2", "training={steps: 4000, global_batch: 256, lr: 5e-4, warmup_steps: 200, "
             "ema_decay: 0.998, precision: bf16, compile: true, cuda_graph: true, log_every: 100}"],
 }  # fmt: skip
-LATENTS = {"cpu": "8", "gpu": "16"}  # their side
-SAMPLES = {"cpu": 1600, "gpu": 3200}
+SAMPLES = {"cpu": 800, "gpu": 3200}
 POINTS = 4  # at which a run is measured
 VALIDATION = 512  # held-out images
 
@@ -84,11 +83,11 @@ class Judge:
         return {"frechet": round(frechet_distance(features, self.reference), 3), "kid": round(kid, 6),
                 "kid_error": round(error, 6)}  # fmt: skip
 
-    def floor(self, latents: str, count: int) -> dict[str, dict[str, float]]:
+    def floor(self, count: int) -> dict[str, dict[str, float]]:
         """What `count` training frames score, as they are and through the autoencoder: no sample can do much better."""
         images = read_set(self.data / "train.tar")[0]
         images = images[permutation(0, 0, len(images))[:count]]
-        codec = LatentCodec.load(self.data / f"vae{latents}", device=self.extractor.device)
+        codec = LatentCodec.load(self.data / "vae", device=self.extractor.device)
         parts = to_pixels(torch.from_numpy(images)).split(64)
         decoded = [to_uint8(codec.decode(codec.encode(x.to(self.extractor.device)).chunk(2, 1)[0] * codec.scale))
                    for x in parts]  # fmt: skip
@@ -125,9 +124,9 @@ def seconds_of(metrics: Sequence[dict], global_batch: int) -> dict[int, float]:
 
 def run(method: str, seed: int, size: str, judge: Judge, changes: Sequence[str] = ()) -> dict:
     """Train one method and measure its checkpoints; the contents of its line."""
-    data, latents = judge.data, LATENTS[size]
+    data = judge.data
     with tempfile.TemporaryDirectory() as root:
-        places = [f"run_dir={root}/run", f"data.shards={data}/latents{latents}", f"seed={seed}"]
+        places = [f"run_dir={root}/run", f"data.shards={data}/latents", f"seed={seed}"]
         overrides = [*SIZES[size], *COMMON, *METHODS[method], *places, *changes]
         settings = load_config("sit_s_2", overrides).training
         steps, batch = settings.steps, settings.global_batch
@@ -138,7 +137,7 @@ def run(method: str, seed: int, size: str, judge: Judge, changes: Sequence[str] 
         for folder in checkpoint.checkpoints(Path(config.run_dir)):
             step = checkpoint.step_of(folder)
             out = sample(folder, Path(root) / f"samples-{step}", SAMPLES[size])
-            loss = validation_loss(folder, data / f"held{latents}", VALIDATION)
+            loss = validation_loss(folder, data / "held", VALIDATION)
             points.append({"images": step * batch, "seconds": round(seconds[step], 1), "loss": round(loss, 4),
                            **judge.distances(np.load(out / "samples.npz")["arr_0"])})  # fmt: skip
         parameters = load_network(last).model.parameter_count()
@@ -235,7 +234,7 @@ def main() -> None:
     if not given.table:
         judge = Judge(given.data, load_features("efficientnet-lite0", "cuda" if torch.cuda.is_available() else "cpu"))
         if (given.size, FLOOR, 0) not in newest_lines():
-            floor = judge.floor(LATENTS[given.size], SAMPLES[given.size])
+            floor = judge.floor(SAMPLES[given.size])
             record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=FLOOR, seed=0, floor=floor)
         for seed in given.seeds:
             for method in given.only:

@@ -1,6 +1,6 @@
 """The README's picture, docs/samples.png: a small network trained on frames of games, one class per row.
 
-    python -m bench.quality.frames --out procgen --latents 8     # the data set and its autoencoder
+    python -m bench.quality.frames --out procgen # the data set and its autoencoder
     python -m bench.quality.picture --data procgen               # trains in DATA/picture, or samples what is there
 """
 
@@ -15,9 +15,9 @@ from fastdit.training.loop import train
 CLASSES = ("bigfish", "bossfight", "climber", "dodgeball", "heist", "jumper", "leaper", "starpilot")
 COLUMNS = 10
 SETTINGS = [
-    "model.variant=DiT-6x256x4/2", "objective={name: flow, time_distribution: logit_normal}", "data.hflip=false",
+    "model.variant=DiT-6x256x4/4", "objective={name: flow, time_distribution: logit_normal}", "data.hflip=false",
     "training={steps: 3000, global_batch: 64, lr: 1e-3, warmup_steps: 100, lr_schedule: linear, ema_decay: 0.998, "
-    "ema_warmup: true, precision: fp32, compile: false, checkpoint_every: 1000}",
+    "ema_warmup: true, precision: bf16, compile: false, checkpoint_every: 1000}",
     "sampling={sampler: heun, steps: 25, cfg_scale: 1.75}",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ def main() -> None:
     options.add_argument("--classes", default=",".join(CLASSES), help="rows of the picture")
     options.add_argument("--set", nargs="+", default=[], help="overrides, as training.steps=500")
     given = options.parse_args()
-    places = [f"run_dir={given.data}/picture", f"data.shards={given.data}/latents8"]
+    places = [f"run_dir={given.data}/picture", f"data.shards={given.data}/latents"]
     config = load_config("sit_s_2", [*SETTINGS, *places, *given.set])
     if not Path(config.run_dir).is_dir():
         train(config)

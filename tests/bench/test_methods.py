@@ -12,7 +12,7 @@ from fastdit.data.manifest import Manifest
 
 CLASSES = ("bars", "dots", "waves")
 SIDE = 16
-TINY = ["model.variant=DiT-1x16x1/2", "training.steps=8", "training.global_batch=8", "training.log_every=2",
+TINY = ["model.variant=DiT-1x16x1/4", "training.steps=8", "training.global_batch=8", "training.log_every=2",
         "training.compile=false", "training.precision=fp32", "sampling.steps=2"]  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def render(name: str, split: str, count: int):
 def data(tmp_path_factory):
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("data")
-    small = frames.Autoencoder((4, 8, 8), steps=3, batch_size=4, every=2)
-    frames.make(out, CLASSES, {"train": 8, "held_out": 4}, render, {"8": small})
+    small = {"channels": (4, 8, 8), "steps": 3, "batch_size": 4}
+    frames.make(out, CLASSES, {"train": 8, "held_out": 4}, render, SIDE, small)
     torch.set_num_threads(threads)
     return out
 
@@ -51,9 +51,9 @@ def test_a_set_is_what_was_rendered_with_a_hash_that_every_machine_gets(data, tm
     assert (images[8:16] == np.stack([*render("dots", "train", 8)])).all()
     about = json.loads((data / frames.ABOUT).read_text())
     again = frames.write_frames(tmp_path, CLASSES, {"train": 8, "held_out": 4}, render)
-    assert all(about[split] == again[split] for split in again) and about["vae8"]["psnr_db"] > 0
+    assert all(about[split] == again[split] for split in again) and about["autoencoder"]["psnr_db"] > 0
     assert (tmp_path / "train.tar").read_bytes() == (data / "train.tar").read_bytes()
-    train, held = (Manifest.load(data / name) for name in ("latents8", "held8"))
+    train, held = (Manifest.load(data / name) for name in ("latents", "held"))
     assert (len(train), len(held), train.latents.shape) == (24, 12, (4, 4, 4)) and train.class_names == CLASSES
 
 
@@ -63,7 +63,7 @@ def test_what_exists_is_not_made_again(data):
     def unwanted(*_):
         raise AssertionError("rendered again")
 
-    frames.make(data, CLASSES, {"train": 8}, unwanted, {"8": None})
+    frames.make(data, CLASSES, {"train": 8}, unwanted, SIDE, {})
     assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
 
 
@@ -84,7 +84,7 @@ def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_ot
     monkeypatch.setitem(methods.SAMPLES, "cpu", 8)
     monkeypatch.setattr(methods, "VALIDATION", 12)
     judge = methods.Judge(data, Extractor())
-    lines = {("cpu", methods.FLOOR, 0): {"floor": judge.floor("8", 8)}}
+    lines = {("cpu", methods.FLOOR, 0): {"floor": judge.floor(8)}}
     for method in ("baseline", "modern"):
         lines["cpu", method, 0] = methods.run(method, 0, "cpu", judge, TINY)
     again = methods.run("baseline", 0, "cpu", judge, TINY)
@@ -100,7 +100,7 @@ def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_ot
 
 
 def test_a_frame_that_is_trained_on_is_nearer_to_the_held_out_ones_than_its_copy_through_a_bad_autoencoder(data):
-    floor = methods.Judge(data, Extractor()).floor("8", 24)
+    floor = methods.Judge(data, Extractor()).floor(24)
     assert 0 < floor["real"]["frechet"] < floor["autoencoder"]["frechet"]
 
 
@@ -109,9 +109,9 @@ def test_the_validation_loss_is_that_of_the_velocity(data, tmp_path, monkeypatch
     from fastdit.training.loop import train
 
     config = load_config("sit_s_2", [*methods.COMMON, *TINY, "training.lr=1e-12", "training.steps=1",
-                                     f"run_dir={tmp_path}/run", f"data.shards={data}/latents8"])  # fmt: skip
-    found = methods.validation_loss(train(config), data / "held8", 12)
-    manifest = Manifest.load(data / "held8")
+                                     f"run_dir={tmp_path}/run", f"data.shards={data}/latents"])  # fmt: skip
+    found = methods.validation_loss(train(config), data / "held", 12)
+    manifest = Manifest.load(data / "held")
     squares = np.mean(np.square(manifest.channel_std) + np.square(manifest.channel_mean))
     assert found == pytest.approx(1 + squares, rel=0.15)
 
