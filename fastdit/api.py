@@ -2,16 +2,18 @@
 
     model = fastdit.load("runs/mine")
     images = model.sample(classes=["cat", "dog"], n=16, cfg_scale=4, seed=0)
+    fastdit.grid(images, columns=4)
     fastdit.extract("images", "latents", vae="vae", image_size=256)
     fastdit.train("sit_s_2", shards="latents", run_dir="runs/mine", training={"steps": 1000})
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -22,6 +24,7 @@ from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
+from fastdit.sheets import in_rows, labelled, tiled
 from fastdit.training.loop import train as run_training
 
 
@@ -63,13 +66,8 @@ class Model:
         chosen = [classes] if isinstance(classes, int | str) else classes
         text = "balanced" if chosen is None else ",".join(map(str, chosen))
         labels = image_labels(text, n, self.config.data.num_classes, seed, self.class_names)
-        size, images = pipeline.config.sampling.batch_size, []
-        with distributed.one_thread(self.device):
-            for start in range(0, n, size):
-                indices = list(range(start, start + size))  # beyond n: padding, as in the command
-                y = torch.tensor([labels[i % n] for i in indices], device=self.device)
-                images += list(pipeline.images(indices, y, seed)[: n - start])
-        return [Image.fromarray(image) for image in images]
+        batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
+        return [Image.fromarray(image) for images in batches for image in images]
 
 
 def load(path: str | Path, *, weights: str = "ema", device: str | None = None, **settings: Any) -> Model:
@@ -90,6 +88,15 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
         pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
         pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)
     return Model(path, weights, pipeline, chosen)
+
+
+def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
+    """Images of one size in rows of `columns`, with a caption below each if there are any."""
+    if not len(images) or columns < 1 or len(captions) not in (0, len(images)):
+        raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one "
+                         "or more images, and a caption for each or none")  # fmt: skip
+    rows = in_rows(images, columns)
+    return labelled(rows, captions=in_rows(captions, columns)) if captions else tiled(rows)
 
 
 def extract(

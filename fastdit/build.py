@@ -9,6 +9,7 @@ import torch
 from fastdit import distributed
 from fastdit.config import Config, TrainingConfig
 from fastdit.data.latents import LatentCodec
+from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
@@ -44,6 +45,22 @@ def build_network(
     head_dim, tokens = model.hidden_size // model.blocks[0].attn.num_heads, model.tokens
     model.set_attention(resolve(config.model.attention, device=torch.device(device), head_dim=head_dim, tokens=tokens))
     return model
+
+
+def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
+    """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
+    train, held_out = split(Manifest.load(config.data.shards), config.data.val_fraction)
+    if not (path := config.data.val_shards):
+        return train, held_out
+    held_out = Manifest.load(path)
+    held_out.check()
+    if held_out.index_sha256 == train.index_sha256:
+        raise ValueError(f"data.val_shards={path} holds the images of data.shards; use data.val_fraction=0.01 instead")
+    train.latents.check(held_out.latents, f"data.shards={train.folder}", f"data.val_shards={path}")
+    if config.data.num_classes != 0 and held_out.class_names != train.class_names:
+        raise ValueError(f"data.val_shards={path} has other classes than data.shards={train.folder}; extract both with "
+                         "the same classes")  # fmt: skip
+    return train, held_out
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:

@@ -66,7 +66,7 @@ def _unknown_option(arguments: Namespace, rest: list[str], word: str) -> str:
     known = [string for action in arguments.parser._actions for string in action.option_strings]
     near = difflib.get_close_matches(option, known, 1, 0.75)
     key = suggest(option.strip("-")) if hasattr(arguments, "takes_overrides") else ""
-    if not near and key:
+    if key and (not near or key.endswith("." + option.strip("-").replace("-", "_"))):
         near = [f"{key}={value or '...'}"]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{option} is not an option of {arguments.parser.prog}; {hint}see {arguments.parser.prog} --help"

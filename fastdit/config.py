@@ -49,8 +49,14 @@ class DataConfig:
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
     prefetch: int = 4  # number of batches to read ahead
     skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
+    val_shards: str = ""  # a folder of latents for the validation loss
+    val_fraction: float = 0.0  # or the share of the images in shards that is held out for it; the same in every run
 
     def __post_init__(self):
+        fraction = self.val_fraction
+        _require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
+        both = fraction and self.val_shards
+        _require(not both, "data.val_fraction", fraction, "use 0 with data.val_shards, which gives other images")
         size, classes = self.image_size, self.num_classes
         sides = size if isinstance(size, tuple) else () if size is None else (size,)
         _require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
@@ -134,6 +140,16 @@ class TrainingConfig:
     checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
     keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
+    validate_every: int | None = None  # steps between validation losses; null: as checkpoint_every; 0: never
+    validate_images: int = 1280  # images of the validation loss
+    loss_reference: str = ""  # a JSON file of validation losses to compare with, see bench/quality/curve.py
+    sample_every: int = 0  # steps between grids of samples, made with the EMA as `sampling` says; 0: never
+    sample_images: int = 16  # images of a grid
+    evaluate_every: int = 0  # steps between evaluations of the EMA's samples, as by fastdit evaluate; 0: never
+    reference: str = ""  # for evaluate_every: real images, or a file of fastdit evaluate --save-reference
+    evaluate_images: int = 500  # number of samples of an evaluation
+    evaluate_features: str = "efficientnet-lite0"  # as fastdit evaluate --features
+    wandb: str = ""  # log to this project of Weights & Biases, too; offline where there is no API key
     report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
@@ -145,6 +161,10 @@ class TrainingConfig:
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
         for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+        for key in ("validate_every", "sample_every", "evaluate_every"):
+            _require((getattr(self, key) or 0) >= 0, f"training.{key}", getattr(self, key), "use 0 for never")
+        for key, least in (("validate_images", 1), ("sample_images", 1), ("evaluate_images", 2)):
+            _require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
         _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
         _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         _require(

@@ -73,6 +73,12 @@ class Ranks:
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
+    def blocks(self, own: Tensor) -> Tensor:
+        """Joins blocks of rows, of which block b is that of process b mod world: (share, n, ...) on each process ->
+        (world * share * n, ...)."""
+        every = self.gather(own.to(self.device)).unflatten(0, (self.world, -1))  # (world, share, n, ...)
+        return every.transpose(0, 1).flatten(0, 2)
+
 
 def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     """Joins the process group if torchrun or the deepspeed launcher started this process.

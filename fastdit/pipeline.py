@@ -1,20 +1,24 @@
 """A trained network that makes images: its evaluation, its sampler, and the label of each image."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit.config import Config
+from fastdit import __version__
+from fastdit.config import Config, to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
 from fastdit.diffusion.objectives import Objective
-from fastdit.diffusion.samplers import SAMPLERS
-from fastdit.distributed import ImageRandom, seed_of
+from fastdit.diffusion.samplers import SAMPLERS, Noise
+from fastdit.distributed import ImageRandom, one_thread, seed_of
+from fastdit.errors import out_of_memory_says
 from fastdit.models.dit import DiT
 from fastdit.registry import bind
 
@@ -79,6 +83,9 @@ class ImagePipeline:
     spec: LatentSpec
     identity: str = ""  # SHA-256 of the weights' file
     class_names: tuple[str, ...] = ()  # where they are known
+    checkpoint: str = ""  # its folder
+    weights: str = "ema"
+    weak_identity: str = ""
 
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
@@ -87,9 +94,14 @@ class ImagePipeline:
         `on_step(t, x_t, prediction)` sees every evaluation. `denoised_fn(x_0)` replaces the predicted x_0 at every
         evaluation; without it, sampling.clip does.
         """
-        settings = self.config.sampling
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        x_1 = noise(torch.empty(len(indices), *self.spec.shape, device=labels.device))
+        return self.latents_from(noise, labels, on_step=on_step, denoised_fn=denoised_fn)
+
+    @torch.no_grad()
+    def latents_from(self, noise: Noise, labels: Tensor, *, on_step=None, denoised_fn=None) -> Tensor:
+        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
+        settings = self.config.sampling
+        x_1 = noise(torch.empty(len(labels), *self.spec.shape, device=labels.device))
         denoise = guided(
             self.objective,
             self.inference,
@@ -110,14 +122,71 @@ class ImagePipeline:
 
     def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
-        pixels = self.codec.decode(self.latents(indices, labels, seed))
+        return self.decode(self.latents(indices, labels, seed))
+
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """Latents (N, C, h, w) -> uint8 (N, H, W, 3); ValueError where they are not finite."""
+        pixels = self.codec.decode(x_0)
         if not pixels.isfinite().all():
             raise ValueError("the sampled images are not finite: check the weights with fastdit verify")
         return to_uint8(pixels).cpu().numpy()
 
+    def trajectory(self, noise: Noise, labels: Tensor, frames: int) -> tuple[list[float], list[Tensor], list[Tensor]]:
+        """Up to `frames` times (F,) from noise to data, and x_t and the predicted x_0 at each, (N, C, h, w).
+
+        At the last time, t = 0, both are the sample. Where a sampler evaluates the network several times at one t, such
+        as `heun`, the last evaluation counts.
+        """
+        seen: dict[float, tuple[Tensor, Tensor]] = {}
+
+        def on_step(t: float, x_t: Tensor, prediction) -> None:
+            seen[t] = x_t, prediction.x_0
+
+        x_0 = self.latents_from(noise, labels, on_step=on_step)
+        seen[0.0] = x_0, x_0
+        times = sorted(seen, reverse=True)
+        times = [times[i] for i in spread(len(times), frames)]
+        return times, [seen[t][0] for t in times], [seen[t][1] for t in times]
+
+    def batches(self, count: int) -> int:
+        """The number of batches of `count` images."""
+        return math.ceil(count / self.config.sampling.batch_size)
+
+    def batch(self, b: int, classes: Sequence[int], seed: int) -> np.ndarray:
+        """uint8 (n, H, W, 3): batch `b` of images with these classes, from the images' own seeds.
+
+        A short last batch is padded and cut, because the last bits of a matrix product depend on its shape.
+        """
+        size, count = self.config.sampling.batch_size, len(classes)
+        indices = list(range(b * size, (b + 1) * size))
+        y = torch.tensor([classes[i % count] for i in indices], device=self.device)
+        remedy = f"sampling.batch_size={size} is too much for {self.device}: use a smaller one"
+        with one_thread(self.device), out_of_memory_says(remedy):
+            return self.images(indices, y, seed)[: count - b * size]
+
+    def record(self, num_samples: int, seed: int, labels: str) -> dict[str, Any]:
+        """What determines the images, and which weights and code made them: the contents of sampling.json."""
+        return {
+            "checkpoint": self.checkpoint,
+            "weights": self.weights,
+            "sha256": self.identity,
+            "num_samples": num_samples,
+            "seed": seed,
+            "labels": labels,
+            "sampling": to_tree(self.config.sampling),
+            "weak_sha256": self.weak_identity,
+            "vae": self.codec.name,
+            "vae_fingerprint": self.codec.fingerprint,
+            "fastdit": __version__,
+        }
+
     @property
     def model(self) -> DiT:
         return self.inference.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:
@@ -132,8 +201,14 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
         return [i % trained for i in range(count)]
     if labels == "random":
         return [seed_of(seed, i, 1) % trained for i in range(count)]
+    chosen = classes_of(labels, num_classes, class_names)
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def classes_of(text: str, num_classes: int, class_names: Sequence[str] = (), key: str = "--labels") -> list[int]:
+    """Classes like "otter,3" as numbers; ValueError for one that the network does not know."""
     chosen = []
-    for part in labels.split(","):
+    for part in text.split(","):
         if part in class_names:
             chosen.append(class_names.index(part))
         elif part.strip().isdigit() and int(part) < num_classes:
@@ -141,8 +216,21 @@ def image_labels(labels: str, count: int, num_classes: int, seed: int, class_nam
         else:
             near = difflib.get_close_matches(part, class_names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            others = "balanced, random, or " * (key == "--labels")
             raise ValueError(
-                f"--labels={labels!r}: {part!r} is not a class of this model; {hint}use balanced, random, or classes "
-                f"by name or by number in 0..{num_classes - 1}, such as 207,360"
+                f"{key}={text!r}: {part!r} is not a class of this model; {hint}use {others}classes by name or by "
+                f"number in 0..{num_classes - 1}, such as 207,360"
             )
-    return [chosen[i % len(chosen)] for i in range(count)]
+    return chosen
+
+
+def few_classes(num_classes: int, class_names: Sequence[str] = (), most: int = 8) -> list[int]:
+    """Up to `most` classes, evenly spread over those that were trained; [0] for an unconditional network."""
+    trained = min(num_classes or 1, len(class_names) or math.inf)
+    count = min(trained, most)
+    return [i * trained // count for i in range(count)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})

@@ -6,27 +6,23 @@ its shape. Files are written atomically, so the same command continues where a k
 """
 
 import json
-import math
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from fastdit import distributed
 from fastdit.build import check_sampling
-from fastdit.config import to_tree
-from fastdit.data.latents import LatentCodec
-from fastdit.distributed import one_thread
-from fastdit.errors import make_folder, out_of_memory_says
+from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
-from fastdit.pipeline import ImagePipeline, Inference, image_labels
-from fastdit.training import checkpoint
+from fastdit.pipeline import ImagePipeline, image_labels
+from fastdit.sheets import tiled
 from fastdit.training.ema import too_young
-from fastdit.training.state import VAE, load_network
+from fastdit.training.pipeline import image_pipeline
+from fastdit.training.state import load_network
 
 
 def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> ImagePipeline:
@@ -35,33 +31,16 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     ValueError where the autoencoder, or the weak checkpoint, is not for the same latents.
     """
     trained = load_network(path, weights, overrides=overrides, device=device)
-    config, settings, latents = trained.config, trained.config.sampling, trained.latents
+    config = trained.config
     check_sampling(config, trained.objective, trained.model.null_label)
     if weights == "ema" and not trained.ema_std and (warning := too_young(config.training, trained.step)):
         print(warning, file=sys.stderr)
-    kept = trained.folder.parent.parent / VAE
     stated = any(override.startswith("data.vae=") for override in overrides)
-    gone = not stated and not Path(config.data.vae).is_dir() and kept.is_dir()
-    codec = LatentCodec.load(str(kept) if gone else config.data.vae, device=device)
-    latents.check(codec.spec(latents.image_size, latents.shape), str(trained.folder), f"data.vae={config.data.vae}")
-    weak = None
-    if settings.weak_checkpoint:
-        weaker = load_network(settings.weak_checkpoint, weights, device=device)
-        latents.check(weaker.latents, str(trained.folder), f"sampling.weak_checkpoint={weaker.folder}")
-        for key, own, other in (
-            ("objective", config.objective, weaker.config.objective),
-            ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
-        ):
-            if own != other:
-                raise ValueError(
-                    f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {trained.folder} "
-                    f"{to_tree(own)}; a weak model must be trained on the same task"
-                )
-        weak = Inference(weaker.model, settings.precision, settings.compile)
-    inference = Inference(trained.model, settings.precision, settings.compile)
-    return ImagePipeline(
-        config, inference, weak, trained.objective, codec, latents, trained.identity, trained.class_names
-    )
+    return image_pipeline(
+        config, trained.model, trained.objective, trained.latents, trained.folder,
+        run_dir=None if stated else trained.folder.parent.parent, weights=weights, identity=trained.identity,
+        class_names=trained.class_names, checkpoint=str(trained.folder.resolve()),
+    )  # fmt: skip
 
 
 def sample(
@@ -86,31 +65,17 @@ def sample(
     pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
     config, out = pipeline.config, Path(out)
     classes = image_labels(labels, num_samples, config.data.num_classes, seed, pipeline.class_names)
-    settings = {
-        "checkpoint": str(checkpoint.find(Path(path)).resolve()),
-        "weights": weights,
-        "sha256": pipeline.identity,
-        "num_samples": num_samples,
-        "seed": seed,
-        "labels": labels,
-        "sampling": to_tree(config.sampling),
-    }
     if ranks.is_main:
-        _claim(out, settings)
+        _claim(out, pipeline.record(num_samples, seed, labels))
     ranks.barrier()
 
     batch = config.sampling.batch_size
-    own = range(ranks.rank, math.ceil(num_samples / batch), ranks.world)
+    own = range(ranks.rank, pipeline.batches(num_samples), ranks.world)
     for b in tqdm(own, unit="batch", disable=not ranks.is_main or not sys.stderr.isatty()):
-        indices = list(range(b * batch, (b + 1) * batch))  # beyond num_samples: padding, not written
-        wanted = [i for i in indices if i < num_samples]
+        wanted = range(b * batch, min((b + 1) * batch, num_samples))
         if all(_png(out, i).is_file() for i in wanted):
             continue
-        y = torch.tensor([classes[i % num_samples] for i in indices], device=ranks.device)
-        remedy = f"sampling.batch_size={batch} is too much for {ranks.device}: use a smaller one"
-        with one_thread(ranks.device), out_of_memory_says(remedy):
-            images = pipeline.images(indices, y, seed)
-        for i, image in zip(wanted, images, strict=False):
+        for i, image in zip(wanted, pipeline.batch(b, classes, seed), strict=True):
             with replacing(_png(out, i)) as file:
                 Image.fromarray(image).save(file, format="PNG")
     ranks.barrier()
@@ -150,15 +115,7 @@ def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: i
     else:
         order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
     order = [row for row in order if row]
-    with _open_png(_png(out, 0)) as first:
-        width, height = first.size
-    across = max(map(len, order))
-    sheet = Image.new("RGB", (across * (width + gap) - gap, len(order) * (height + gap) - gap), "grey")
-    for r, row in enumerate(order):
-        for c, i in enumerate(row):
-            with _open_png(_png(out, i)) as image:
-                sheet.paste(image, (c * (width + gap), r * (height + gap)))
-    return sheet
+    return tiled([[_open_png(_png(out, i)) for i in row] for row in order], gap)
 
 
 def _claim(out: Path, settings: dict) -> None:
@@ -167,9 +124,9 @@ def _claim(out: Path, settings: dict) -> None:
     if path.is_file():
         before = read_json(path)
         for key, value in settings.items():
-            if before.get(key) != value:
+            if key != "vae" and before.get(key, value) != value:  # a name; and earlier versions recorded fewer keys
                 raise ValueError(
-                    f"--out {out} holds samples with {key}={before.get(key)!r}, not {value!r}; choose another --out"
+                    f"--out {out} holds samples with {key}={before[key]!r}, not {value!r}; choose another --out"
                 )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty and holds no {SAMPLING}; choose another --out")

@@ -33,6 +33,15 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained(world):
+    """A run long enough for an output that is not zero, as it is at initialization."""
+    from helpers.runs import train_here
+
+    train_here(world, world / "trained", "training.ema_decay=0.5")
+    return world / "trained"
+
+
+@pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder with converted checkpoints, their autoencoder and latents (helpers/checkpoints.py)."""
     from helpers.checkpoints import make_place

@@ -48,10 +48,11 @@ MISTAKES = {
     "sample nowhere": "checkpoint nowhere does not exist",
     "sample a --checkpoint b": "name one run, not a and b",
     "sample runs/mine cfg_scale=4": "checkpoint runs/mine does not exist",
-    "sample runs/mine --cfg_scale 4": (
-        "--cfg-scale is not an option of fastdit sample; did you mean sampling.cfg_scale=4?"
+    "sample runs/mine --cfg_scale 4": "checkpoint runs/mine does not exist",
+    "sample runs/mine --cfg_rescale 0.7": (
+        "--cfg-rescale is not an option of fastdit sample; did you mean sampling.cfg_rescale=0.7?"
     ),
-    "sample runs/mine --samples 4": "--samples is not an option of fastdit sample; did you mean --num-samples?",
+    "sample runs/mine --num_sampels 4": "--num-sampels is not an option of fastdit sample; did you mean --num-samples?",
     "sample runs/mine --weights best": "argument --weights: invalid choice: 'best'",
     "extract --images a --out b": "the following arguments are required: --vae",
     "extract --images a --out b --vae c --image_sise 256": (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdit
 from fastdit.config import load_config
 from fastdit.evaluation.images import open_set
 from fastdit.quickstart.small_vae import small_vae
@@ -20,14 +21,6 @@ from helpers import ROOT
 from helpers.runs import run, run_command
 
 COUNT = 10  # three batches of 4, the last one padded
-
-
-@pytest.fixture(scope="session")
-def trained(world):
-    """A run long enough for an output that is not zero, as it is at initialization."""
-    config = load_config(world / "config.yaml", [f"run_dir={world}/trained", "training.ema_decay=0.5"])
-    train(config)
-    return world / "trained"
 
 
 @pytest.fixture(scope="session")
@@ -221,6 +214,28 @@ def test_a_folder_of_other_samples_is_never_overwritten(trained, reference, tmp_
         sample(trained, tmp_path, COUNT, device="cpu")
     assert (tmp_path / "mine.txt").read_text() == "precious"
     assert json.loads((reference / "sampling.json").read_text())["seed"] == 0
+
+
+def test_the_record_names_all_that_determines_the_images(trained, tmp_path):
+    own = [f"sampling.weak_checkpoint={trained}"]
+    sample(trained, tmp_path / "out", 2, overrides=own, device="cpu")
+    record, pipeline = json.loads((tmp_path / "out" / "sampling.json").read_text()), load_pipeline(trained, own)
+    assert record["weak_sha256"] == record["sha256"] == pipeline.identity and len(pipeline.identity) == 64
+    assert record["vae_fingerprint"] == pipeline.codec.fingerprint and record["fastdit"] == fastdit.__version__
+
+
+def test_samples_of_an_earlier_version_are_continued_if_they_agree(trained, reference, tmp_path):
+    out = shutil.copytree(reference, tmp_path / "out")
+    record = json.loads((out / "sampling.json").read_text())
+    for key in ("weak_sha256", "vae", "vae_fingerprint", "fastdit"):
+        del record[key]
+    (out / "sampling.json").write_text(json.dumps(record))
+    (out / "images" / "000003.png").unlink()
+    sample(trained, out, COUNT, device="cpu")
+    assert pictures(out) == pictures(reference) and json.loads((out / "sampling.json").read_text()) == record
+    (out / "sampling.json").write_text(json.dumps(record | {"vae_fingerprint": "0"}))
+    with pytest.raises(ValueError, match="holds samples with vae_fingerprint='0', not .*; choose another --out"):
+        sample(trained, out, COUNT, device="cpu")
 
 
 def test_the_npz_is_streamed_and_complete(reference):

@@ -24,7 +24,7 @@ from bench.step.stacks import SEED, fill, plain_network
 from fastdit.build import build_network, build_objective
 from fastdit.diffusion.timesteps import respaced
 from fastdit.distributed import ImageRandom, seed_of
-from fastdit.sampling import ImagePipeline, Inference
+from fastdit.pipeline import ImagePipeline, Inference
 
 CFG = 1.5
 # name: (overrides, full number of steps, the plain loop as f(network, x_1, y, null, steps, noise))

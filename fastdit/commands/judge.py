@@ -4,7 +4,6 @@ Each function adds its arguments to a parser and returns what runs it.
 """
 
 import argparse
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -16,51 +15,114 @@ def evaluate(parser: ArgumentParser) -> Command:
     """Measure samples against real images, or compare two measurements.
 
     fastdit evaluate samples --reference images --out results.jsonl
+    fastdit evaluate runs/mine --reference images --num-samples 10000 sampling.cfg_scale=1.5
+    fastdit evaluate runs/mine --reference images --num-samples 1000 --sweep cfg_scale=1,1.5,2 weights=ema,model
+    fastdit evaluate runs/mine --loss --out losses.jsonl
     fastdit evaluate --compare a.jsonl b.jsonl
-    SAMPLES: a folder that fastdit sample wrote, a folder of images, or an .npz file with arr_0, uint8 (N, H, W, 3).
-    --reference also takes archives as fastdit extract does, files of --save-reference, and ADM's with mu and sigma.
+    SAMPLES: a folder that fastdit sample wrote, a folder of images, an .npz file with arr_0, uint8 (N, H, W, 3), or a
+    run, whose samples are the images that fastdit sample would write.
+    --reference also takes archives as fastdit extract does, latents, files of --save-reference, and ADM's statistics.
+    --loss gives the validation loss of a run, in total and for 20 parts of t, on the images that the run held out.
     The digits do not depend on the number of processes. --compare reads the last line of each file.
     """
     parser.add_argument("--reference", help="real images, or their statistics")
     parser.add_argument("--features", default="efficientnet-lite0", metavar="NAME[=PATH]",
-                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER")  # fmt: skip
-    parser.add_argument("--metrics", help="frechet, frechet_infinity, kid, precision_recall, density_coverage, "
-                                          "inception_score, with commas between (default: all that apply)")  # fmt: skip
+                        help="efficientnet-lite0 (default), inception-v3=FILE, dinov2-vit-l14=FOLDER, "
+                                        "classifier=FILE")  # fmt: skip
+    parser.add_argument("--metrics", help="frechet, frechet_infinity, spatial_frechet, kid, precision_recall, "
+                                          "density_coverage, inception_score, with commas between (all)")  # fmt: skip
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
-    parser.add_argument("--seed", type=int, default=0, help="of the random subsets")
+    parser.add_argument("--loss", action="store_true", help="the validation loss of a run instead of its samples")
+    parser.add_argument("--shards", metavar="DIR", help="latents for --loss (the run's own, which it held out)")
+    parser.add_argument("--num-samples", type=int, help="of a run; with --loss the number of images (1280)")
+    parser.add_argument("--labels", help="of a run: balanced (default), random, or classes by name or number: 207,360")
+    parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
+    parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
     parser.add_argument("--save-reference", metavar="FILE", help="an .npz file that --reference reads in no time")
     parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
+    parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUE,VALUE",
+                        help="of a run: all combinations of values of weights and of sampling.KEY, as a table; with "
+                             "--out, a plot next to it, and lines that it has are not measured again")  # fmt: skip
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --out")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--samples", help=argparse.SUPPRESS)
-    take_words(parser, "SAMPLES", overrides=False)
+    take_words(parser, "SAMPLES")
 
     def run(arguments: Namespace) -> None:
-        from fastdit.distributed import close, init
-        from fastdit.evaluation.evaluate import compare, evaluate, summary
-        from fastdit.files import append_to
+        from fastdit.evaluation.protocol import compare
 
         if arguments.compare:
             return print(compare(*arguments.compare))
-        samples = one_name(arguments, "samples", "folder or .npz file of samples")
-        if not arguments.reference:
+        samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
+        if arguments.loss and arguments.reference:
+            arguments.parser.error("--loss takes latents with --shards, no --reference")
+        if arguments.shards and not arguments.loss:
+            arguments.parser.error("--shards is for --loss")
+        if not (arguments.reference or arguments.loss):
             arguments.parser.error("give real images with --reference")
         if arguments.out and not Path(arguments.out).parent.is_dir():
             raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
-        metrics = arguments.metrics.split(",") if arguments.metrics else None
-        ranks = init(arguments.device)
-        try:
-            chosen = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
-            result = evaluate(samples, arguments.reference, ranks, metrics=metrics, **chosen)
-        finally:
-            close()
-        if ranks.is_main:
-            print(summary(result))
-            if arguments.out:
-                with append_to(Path(arguments.out)) as file:
-                    file.write(json.dumps(result) + "\n")
+        _loss(arguments, samples) if arguments.loss else _measure(arguments, samples)
 
     return run
+
+
+def _loss(arguments: Namespace, run: str) -> None:
+    from fastdit.distributed import close, init
+    from fastdit.evaluation.images import is_run
+    from fastdit.evaluation.loss import loss_table
+    from fastdit.files import append_to
+    from fastdit.training.log import as_json
+    from fastdit.training.validation import loss_of_run
+
+    if not is_run(run):
+        raise ValueError(f"--loss: {run} is not a run; name one")
+    of_run = {key: getattr(arguments, key) for key in ("shards", "num_samples", "weights", "overrides")}
+    ranks = init(arguments.device)
+    try:
+        result = loss_of_run(run, ranks, **of_run)
+    finally:
+        close()
+    if ranks.is_main:
+        print(loss_table(result))
+        if arguments.out:
+            with append_to(Path(arguments.out)) as file:
+                file.write(as_json(result))
+
+
+def _measure(arguments: Namespace, samples: str) -> None:
+    from fastdit.distributed import close, init
+    from fastdit.evaluation.evaluate import evaluate
+    from fastdit.evaluation.images import is_run
+    from fastdit.evaluation.protocol import append_result, summary
+    from fastdit.sweep import plot, points, samples_of, sweep, table
+
+    of_run = {key: getattr(arguments, key) for key in ("num_samples", "labels", "weights", "overrides")}
+    given = [f"--{key.replace('_', '-')}" for key in of_run if of_run[key] and key != "overrides"]
+    given += ["--sweep"] * bool(arguments.sweep) + arguments.overrides
+    if given and not is_run(samples):
+        raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
+    chosen = points(arguments.sweep or ())
+    options = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+    options["metrics"] = arguments.metrics.split(",") if arguments.metrics else None
+    ranks = init(arguments.device)
+    try:
+        images = samples_of(samples, ranks.device, chosen, seed=arguments.seed, **of_run) if is_run(samples) else []
+        if arguments.sweep:
+            results = sweep(chosen, images, arguments.reference, ranks, out=arguments.out, **options)
+        else:
+            result = evaluate(images[0] if images else samples, arguments.reference, ranks, **options)
+    finally:
+        close()
+    if ranks.is_main and arguments.sweep:
+        print(table(chosen, results))
+        if arguments.out:
+            plot(chosen, results, picture := Path(arguments.out).with_suffix(".png"))
+            print(f"plot: {picture}")
+    elif ranks.is_main:
+        print(summary(result))
+        if arguments.out:
+            append_result(arguments.out, result)
 
 
 def report(parser: ArgumentParser) -> Command:

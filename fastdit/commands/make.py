@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
+from fastdit.commands.look import make_picture, take_pictures, wants_picture
 from fastdit.config import load_config
 
 
@@ -94,26 +95,31 @@ def sample(parser: ArgumentParser) -> Command:
     """Sample images from a run to PNG files, an .npz file for evaluation and a grid.
 
     fastdit sample runs/mine --out samples --num-samples 64 sampling.cfg_scale=4
+    fastdit sample runs/mine --classes otter,zebra --seeds 0-7 --cfg_scale 1,1.5,4
     The files do not depend on the number of processes. To continue an interrupted run, repeat the command.
     """
     parser.add_argument("--checkpoint", help="the same as RUN")
-    parser.add_argument("--out", help="output folder (RUN/samples)")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--labels", default="balanced", help="balanced, random, or classes by name or number: 207,360")
+    parser.add_argument("--out", help="output folder (RUN/samples), or file of a picture")
+    parser.add_argument("--num-samples", "--samples", type=int, help="(64)")
+    parser.add_argument("--labels", help="balanced (default), random, or classes by name or number: 207,360")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help=DEVICE)
+    take_pictures(parser)
     take_words(parser, "RUN")
 
     def run(arguments: Namespace) -> None:
         path = one_name(arguments, "checkpoint", "run")
+        if wants_picture(arguments):
+            return make_picture(path, arguments)
         from fastdit.sampling import sample
 
-        out = sample(path, arguments.out or Path(path) / "samples", arguments.num_samples,
-                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,
+        count = 64 if arguments.num_samples is None else arguments.num_samples
+        out = sample(path, arguments.out or Path(path) / "samples", count,
+                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels or "balanced",
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
-            print(f"{arguments.num_samples} images in {out}; see {out / 'grid.png'}")
+            print(f"{count} images in {out}; see {out / 'grid.png'}")
 
     return run
 

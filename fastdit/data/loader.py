@@ -9,6 +9,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 
+HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
@@ -173,12 +175,12 @@ class _Reader:
             os.close(self.files.popitem()[1])
 
 
-def read_moments(manifest: Manifest, rows: np.ndarray) -> Tensor:
-    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index; not mirrored, and without the damaged ones."""
+def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
+    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
     reader = _Reader(manifest, 1, slice(None), 0, hflip=False, verify=True, pin_memory=False, skip_damaged=None)
     array = np.empty((len(rows), *reader.shape), reader.dtype)
     try:
-        good = [i for i, row in enumerate(rows) if not reader.read(row, 0, array[i : i + 1])]
+        good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
     finally:
         reader.close()
     return torch.from_numpy(array[good]).float()
@@ -190,6 +192,21 @@ def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> 
     epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
     orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
     return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | None]:
+    """The images to train on, and a `fraction` of all images that is held out; None for fraction 0.
+
+    An image is held out by a hash of its key, whatever the seed of the run and the number of images are.
+    """
+    if not fraction:
+        return manifest, None
+    held_out = _hash(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
+    train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
+    if not len(rest) or not len(train):
+        raise ValueError(f"data.val_fraction={fraction} holds out {len(rest)} of the {len(manifest)} images in "
+                         f"{manifest.folder}; use {'a larger' if not len(rest) else 'a smaller'} fraction")  # fmt: skip
+    return train, rest
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -61,9 +61,10 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     index_sha256: str = ""
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
+    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
 
     def __len__(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
 
     @property
     def num_classes(self) -> int:
@@ -87,7 +88,7 @@ class Manifest:
                 del stored[derived]
             stored["shape"] = stored.pop("latent_shape")
             latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
-            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder)
+            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder, rows=None)
             check(manifest.dtype, DTYPES, "dtype")
             for shard in manifest.shards:
                 sizes = (shard.samples, shard.bytes)
@@ -102,12 +103,12 @@ class Manifest:
         stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
         stored |= stored.pop("latents")
         stored["latent_shape"] = stored.pop("shape")
-        del stored["folder"]
+        del stored["folder"], stored["rows"]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
-        path, count = self.folder / "index.npy", len(self)
+        path, count = self.folder / "index.npy", sum(shard.samples for shard in self.shards)
         try:
             data = read_bytes(path, most=HEADER + count * SAMPLE.itemsize)
         except OSError as error:
@@ -125,7 +126,7 @@ class Manifest:
         sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
         if count and (index["shard"].max() >= len(sizes) or (index["offset"] > sizes[index["shard"]]).any()):
             raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
-        return index
+        return index if self.rows is None else index[self.rows]
 
     def check(
         self,

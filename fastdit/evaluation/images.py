@@ -1,37 +1,48 @@
-"""Images and statistics that an evaluation reads: npz files, folders, archives, and what `fastdit sample` wrote."""
+"""Images and statistics that an evaluation reads: npz files, folders, archives, latents, and samples."""
 
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fastdit.data.archives import open_images
-from fastdit.data.images import Size, parse_size, read_image, size_text
+from fastdit.data.images import Size, parse_size, read_image, size_text, to_uint8, width_height
+from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.loader import read_moments
+from fastdit.data.manifest import Manifest
+from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
 from fastdit.evaluation.moments import Moments
 from fastdit.files import SAMPLING, read_json, replacing
 
-ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}
+ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}  # and decoded_by, of latents
+DECODED = 8  # latents that an autoencoder decodes at once
 Blocks = Callable[[Iterable[int]], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images of one size (width, height). `blocks` reads those of ascending numbers: uint8 (<= 32, H, W, 3)."""
+    """`count` images of one size (width, height), in blocks of `block`; the last one may be shorter.
+
+    `blocks` reads or makes those of ascending numbers: uint8 (<= block, H, W, 3).
+    """
 
     path: Path
     count: int
     size: tuple[int, int]
     blocks: Blocks
-    sampling: dict | None = None  # what `fastdit sample` recorded about them
+    sampling: dict | None = None  # what `fastdit sample` recorded about them, or how they were decoded
     cropped: str | None = None  # the size that they were center-cropped to
+    block: int = BLOCK
+    names: Sequence[str] = ()  # of the images, where they are files
 
 
 @dataclass(frozen=True)
@@ -42,9 +53,12 @@ class Statistics:
     about: dict = field(default_factory=dict)  # the keys of ABOUT; empty: ADM's
 
 
-def open_set(path: str | Path, key: str, image_size: str | None = None) -> ImageSet:
-    """The images at `path`: an npz with arr_0, a folder that `fastdit sample` wrote, or what `open_images` takes.
+def open_set(
+    path: str | Path, key: str, image_size: str | None = None, device: torch.device | str = "cpu"
+) -> ImageSet:
+    """The images at `path`: an npz with arr_0, a folder from `fastdit sample`, latents, or what `open_images` takes.
 
+    Latents are decoded on `device`.
     `image_size`: center-crop images that are not in an npz, as `fastdit extract` does. ValueError names `key`.
     """
     path = Path(path)
@@ -54,11 +68,23 @@ def open_set(path: str | Path, key: str, image_size: str | None = None) -> Image
         found = _array(path, key)
         record = path.parent / SAMPLING
         return _sampled(found, record, key) if path.name == "samples.npz" and record.is_file() else found
-    if (path / "checkpoints").is_dir() or (path / "checkpoint.json").is_file():
+    if is_run(path):
         raise ValueError(f"{key}={path} is a run or a checkpoint; sample it first: fastdit sample {path} --out samples")
     if (record := path / SAMPLING).is_file():
-        return _sampled(_folder(path / "images", key, None), record, key)
+        return replace(_sampled(_folder(path / "images", key, None), record, key), path=path)
+    if is_shards(path):
+        return _latents(path, key, device)
     return _folder(path, key, image_size)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a run or a checkpoint."""
+    return (Path(path) / "checkpoints").is_dir() or (Path(path) / "checkpoint.json").is_file()
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether `path` is a folder of latents."""
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.npy").is_file()
 
 
 def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:
@@ -98,7 +124,32 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                 yield np.stack(images)
 
     cropped = size_text(wanted) if wanted else None
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped)
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped, names=source.paths)
+
+
+def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
+    """The posterior means of latents as the autoencoder that encoded them decodes them."""
+    manifest = Manifest.load(path)
+    manifest.check()
+    index, spec = manifest.index(), manifest.latents
+    codec = LatentCodec.load(spec.vae, device=device)
+    spec.check(codec.spec(spec.image_size, spec.shape), f"{key}={path}", f"vae={spec.vae}")
+
+    def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        for b in numbers:
+            rows = index[b * BLOCK : (b + 1) * BLOCK]
+            moments = read_moments(manifest, rows)
+            if len(moments) < len(rows):
+                raise ValueError(f"{key}={path} has damaged samples; name them with fastdit verify {path}")
+            mean = moments[:, : spec.shape[0]].to(device)
+            z = sample_latents(moments.to(device), torch.zeros_like(mean), spec.scale, spec.shift)  # (n, C, h, w)
+            with one_thread(torch.device(device)):
+                padded = torch.cat([z, z.new_zeros(-len(z) % DECODED, *z.shape[1:])]).split(DECODED)
+                images = torch.cat([to_uint8(codec.decode(part)) for part in padded])
+            yield images[: len(rows)].cpu().numpy()
+
+    decoded = {"latents": "posterior mean", "vae": codec.name, "vae_fingerprint": codec.fingerprint}
+    return ImageSet(path, len(index), width_height(spec.image_size), blocks, decoded)
 
 
 def _pixels(image: np.ndarray) -> str:
@@ -143,25 +194,29 @@ def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Itera
 
 
 def read_statistics(path: str | Path, key: str) -> Statistics | None:
-    """mu, sigma and, from `save_statistics`, features of an npz file; None if it has no mu."""
+    """mu, sigma, perhaps mu_s and sigma_s, and from `save_statistics` features of an npz; None if it has no mu."""
     if Path(path).suffix != ".npz" or not Path(path).is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if "mu" not in arrays:
                 return None
-            mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+            pairs = [tuple(np.asarray(arrays[name], np.float64) for name in pair)
+                     for pair in (("mu", "sigma"), ("mu_s", "sigma_s")) if pair[0] in arrays]  # fmt: skip
             about = json.loads(str(arrays["about"])) if "about" in arrays else {}
             values = arrays["features"] if "features" in arrays else None
     except Exception as error:  # of many kinds, from zipfile, numpy and json
         raise ValueError(f"{key}={path} cannot be read ({error}); write it again with --save-reference") from None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or (values is not None and values.shape[1:] != mu.shape):
-        raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
-    known = isinstance(about, dict) and (not about or about.keys() == ABOUT)
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and known):
+    for mu, sigma in pairs:
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
+    known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT)
+    fits = values is None or values.shape[1:] == pairs[0][0].shape
+    if not (all(np.isfinite(array).all() for pair in pairs for array in pair) and known and fits):
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
-    return Statistics(Features(values, stated=Moments(mu, sigma, about.get("images", 0))), about)
+    moments = [Moments(mu, sigma, about.get("images", 0)) for mu, sigma in pairs]
+    return Statistics(Features(values, None, *moments), about)
 
 
 def save_statistics(path: Path, features: Features, about: dict) -> None:
@@ -170,5 +225,7 @@ def save_statistics(path: Path, features: Features, about: dict) -> None:
     arrays = {"mu": moments.mu, "sigma": moments.sigma, "about": np.array(json.dumps(about))}
     if features.values is not None:
         arrays["features"] = features.values
+    if features.spatial is not None:
+        arrays |= {"mu_s": features.spatial_moments.mu, "sigma_s": features.spatial_moments.sigma}
     with replacing(path) as file:
         np.savez(file, **arrays)

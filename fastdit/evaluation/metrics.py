@@ -23,16 +23,26 @@ BLOCK = 512  # rows of a distance matrix that are in memory at once
 class Features:
     """Features (N, D) of images, and class probabilities (N, classes) where the network has classes.
 
-    A reference may have moments only, or moments of more images than `values` holds, as ADM's files do.
+    A reference may have moments only, or moments of more images than `values` holds, as ADM's files do. `spatial`:
+    Inception's spatial features (N, 2023), or their moments.
     """
 
     values: np.ndarray | None
     probabilities: np.ndarray | None = None
     stated: Moments | None = None
+    spatial: np.ndarray | Moments | None = None
 
     @cached_property
     def moments(self) -> Moments:
         return self.stated or moments_of(self.values)
+
+    @cached_property
+    def spatial_moments(self) -> Moments:
+        """ValueError without spatial features."""
+        if self.spatial is None:
+            raise ValueError("it needs Inception's spatial features: use --features inception-v3 and a reference with "
+                             "images or mu_s and sigma_s, or leave it out")  # fmt: skip
+        return self.spatial if isinstance(self.spatial, Moments) else moments_of(self.spatial)
 
     @property
     def rows(self) -> Tensor:
@@ -199,6 +209,9 @@ METRICS = {
     "frechet": _named("frechet", of=lambda a, b, _: [frechet_distance(a.moments, b.moments)]),
     "frechet_infinity": _named(
         "frechet_infinity", "frechet_infinity_error", of=lambda a, b, s: frechet_infinity(a.values, b.moments, seed=s)
+    ),
+    "spatial_frechet": _named(
+        "spatial_frechet", of=lambda a, b, _: [frechet_distance(a.spatial_moments, b.spatial_moments)]
     ),
     "kid": _named("kid", "kid_error", of=lambda a, b, s: kernel_distance(a.rows, b.rows, seed=s)),
     "precision_recall": _named("precision", "recall", of=lambda a, b, _: precision_recall(a.rows, b.rows)),

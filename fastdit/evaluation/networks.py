@@ -1,6 +1,6 @@
 """The networks that give features: EfficientNet-Lite0, and Inception v3 as TensorFlow released it in 2015.
 
-Both take prepared pixels (N, 3, H, W) and return pooled features (N, D). Parameters have the names of their files.
+Both take prepared pixels (N, 3, H, W) and return features (N, D). Parameters have the names of their files.
 """
 
 import torch
@@ -184,7 +184,11 @@ class InceptionE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """(N, 3, 299, 299) -> (N, 2048) (Szegedy et al. 2015, arXiv 1512.00567). `fc` gives 1,008 logits."""
+    """(N, 3, 299, 299) -> (N, 2048 + 2023) (Szegedy et al. 2015, arXiv 1512.00567). `fc` gives 1,008 logits.
+
+    The others are spatial features (Nash et al. 2021, arXiv 2103.03841), in the order of OpenAI's evaluator: the first
+    7 channels of TensorFlow's mixed_6/conv at 17 x 17 places. They are also the first channels of the whole block.
+    """
 
     def __init__(self):
         super().__init__()
@@ -205,4 +209,6 @@ class InceptionV3(nn.Module):
         x = F.max_pool2d(x, 3, 2)
         for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
             x = getattr(self, f"Mixed_{name}")(x)
-        return x.mean((2, 3))  # (N, 2048, 8, 8) -> (N, 2048)
+            if name == "6d":
+                spatial = x[:, :7].movedim(1, 3).flatten(1)  # (N, 768, 17, 17) -> (N, 2023)
+        return torch.cat([x.mean((2, 3)), spatial], 1)  # (N, 2048, 8, 8) -> (N, 2048 + 2023)

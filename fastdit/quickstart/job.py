@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,11 @@ from fastdit.data.images import to_pixels
 from fastdit.distributed import init
 from fastdit.environment import hardware
 from fastdit.errors import make_folder
+from fastdit.evaluation.evaluate import load_reference, measure
+from fastdit.evaluation.features import load_features
+from fastdit.evaluation.images import open_set
 from fastdit.evaluation.metrics import frechet_distance
+from fastdit.evaluation.protocol import append_result
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
 from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
@@ -33,6 +38,7 @@ from fastdit.training.loop import train
 
 VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
 SAMPLES = 500
+JUDGE = "judge.npz"
 THREADS = 2  # at most: an operator of these networks takes microseconds, and waking more threads takes longer
 ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling takes longer than it would save here
 
@@ -61,7 +67,8 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     on_gpu = ranks.device.type == "cuda"
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; choose another --out or remove it")
-    places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}"]
+    places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}",
+              f"data.val_shards={out / 'held_out_latents'}", "training.validate_every=200"]  # fmt: skip
     config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *ON_GPU * on_gpu, *overrides])
     make_folder(out, "--out")
     seconds: dict[str, float] = {}
@@ -80,15 +87,14 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
 
     with stage("autoencoder", f"training a small autoencoder on {len(train_images)} images"):
         vae = small_vae(config.data.image_size, seed=seed).to(ranks.device)
-        train_vae(vae, pixels(train_images).to(ranks.device), **VAE, seed=seed)
+        train_vae(vae, pixels(train_images).to(ranks.device), **VAE, seed=seed, on_step=progress(VAE["steps"], say))
         reconstruction_psnr = psnr(vae, pixels(held_images).to(ranks.device))
         vae.save_pretrained(out / "vae")
 
     with stage("extract", "encoding the images as shards of latents"):
-        manifest = extract_features(
-            images=out / "images", out=out / "latents", vae=str(out / "vae"), image_size=config.data.image_size,
-            ranks=ranks,
-        )  # fmt: skip
+        settings = {"vae": str(out / "vae"), "image_size": config.data.image_size, "ranks": ranks}
+        manifest = extract_features(images=out / "images", out=out / "latents", **settings)
+        extract_features(images=out / "held_out", out=out / "held_out_latents", **settings)  # of the validation loss
 
     with stage("train", f"training {config.model.variant} for {config.training.steps} steps"):
         checkpoint = train(config)
@@ -98,16 +104,21 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         shutil.copy(out / "samples" / "grid.png", out / "grid.png")
 
     with stage("judge", "scoring the samples with a judge fitted on held-out real images"):
+        samples = open_set(out / "samples", "SAMPLES")
         images = np.load(out / "samples" / "samples.npz")["arr_0"]
         labels = np.arange(SAMPLES) % config.data.num_classes
         judge = Judge(held_images, held_labels)
-        held_features = judge.features(held_images)
+        judge.save(out / JUDGE)
+        extractor = load_features(f"classifier={out / JUDGE}", ranks.device)
+        held_out = load_reference(out / "held_out", samples.size, extractor, ranks)
+        result = measure(samples, held_out, ranks, extractor=extractor, seed=seed)
+        append_result(out / "results.jsonl", result)
         real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as samples
         scores = {
             "class_accuracy": judge.accuracy(images, labels),
             "judge_accuracy_on_real": judge.accuracy(train_images, train_labels),
-            "frechet_distance": frechet_distance(judge.features(images), held_features),
-            "frechet_distance_real": frechet_distance(judge.features(train_images[real]), held_features),
+            "frechet_distance": result["values"]["frechet"],
+            "frechet_distance_real": frechet_distance(extractor(train_images[real]), held_out.features.moments),
         }
 
     metrics = read_metrics(config.run_dir)
@@ -135,6 +146,18 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     write_report([config.run_dir], out / "report.html", title="fastdit quickstart", device=ranks.device)
     say(closing_words(report, out, config))
     return report
+
+
+def progress(steps: int, say: Callable) -> Callable[[int, float], None]:
+    """Prints step, loss and remaining time ten times."""
+    start = time.perf_counter()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % max(steps // 10, 1) == 0:
+            eta = timedelta(seconds=round((time.perf_counter() - start) / step * (steps - step)))
+            say(f"step {step}/{steps} ({step / steps:.0%})  loss {loss:.4f}  eta {eta}")
+
+    return on_step
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:

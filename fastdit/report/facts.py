@@ -10,11 +10,13 @@ import numpy as np
 
 from fastdit import environment
 from fastdit.config import Config, load_config, to_tree
+from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_bytes, read_json
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.log import RECORDS, read_metrics, read_records
+from fastdit.training.monitor import EVALUATIONS
 from fastdit.training.state import CONFIG
 
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
@@ -33,6 +35,8 @@ class Run:
     skipped: list[dict] = field(default_factory=list)
     starts: list[dict] = field(default_factory=list)  # of environment.jsonl
     quality: list[dict] = field(default_factory=list)
+    measured: list[dict] = field(default_factory=list)  # of metrics.jsonl: validation, samples and evaluations
+    evaluations: list[dict] = field(default_factory=list)  # of evaluations.jsonl
     checkpoints: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
     notes: list[str] = field(default_factory=list)  # what is missing, and why
@@ -61,7 +65,8 @@ class Run:
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) and values (n,), nan where the value was not finite; empty for a key that was not recorded."""
-        points = [(m["step"], math.nan if m[key] is None else m[key]) for m in self.metrics if key in m]
+        records = self.measured if key.startswith(("val_", "eval_")) else self.metrics
+        points = [(m["step"], m[key] if isinstance(m[key], int | float) else math.nan) for m in records if key in m]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
         return steps, values
 
@@ -76,6 +81,10 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder / CONFIG} is not that of a run, which has data.image_size and data.num_classes")
     run = Run(folder, config, checkpoints=checkpoint.checkpoints(folder))
     run.metrics = read_metrics(folder)
+    run.measured = [record for record in read_records(folder / "metrics.jsonl")
+                    if type(record.get("step")) is int and "monitor_s" in record]  # fmt: skip
+    run.evaluations = [line for line in read_records(folder / EVALUATIONS) if type(line.get("step")) is int
+                       and all(isinstance(line.get(key), dict) for key in ("protocol", "values"))]  # fmt: skip
     run.skipped = [line for line in read_records(folder / "skipped.jsonl") if type(line.get("step")) is int]
     run.starts = [line for line in read_records(folder / environment.FILE)
                   if all(isinstance(line.get(key), kind) for key, kind in STARTED.items())
@@ -87,7 +96,7 @@ def read_run(folder: str | Path) -> Run:
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
-        run.manifest = Manifest.load(run.config.data.shards)
+        run.manifest, _ = split(Manifest.load(run.config.data.shards), run.config.data.val_fraction)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
     return run

@@ -16,9 +16,12 @@ from fastdit.data.images import to_uint8
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
-from fastdit.likelihood import batches, mean_and_error
+from fastdit.distributed import ImageRandom, Ranks, seed_of
+from fastdit.evaluation.loss import IMAGES, validation_loss
+from fastdit.evaluation.neighbors import nearest
+from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
-from fastdit.sampling import ImagePipeline, Inference, load_pipeline
+from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.state import VAE, load_network
@@ -28,7 +31,6 @@ SEED = 0
 SAMPLES, STRIP, CLASSES = 16, 8, 8  # of the last checkpoint; of each one; classes among them
 CHECKPOINTS, FRAMES = 6, 12  # of the strip over training; of the animation
 CANDIDATES, NEAREST, SEARCHED = 2000, 3, 6  # training images searched per class; shown per sample; samples searched for
-BINS, PER_BIN = 20, 64  # of t in [0, 1]; images, the same in each bin
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def measure_run(
     manifest = run.manifest
     if manifest:
         with noted(found.notes, "No loss per timestep"):
-            found.bins = loss_per_bin(objective, network, manifest, device)
+            found.bins = validation_loss(objective, network, manifest, Ranks(0, 0, 1, device))["bins"]
+            if not any(math.isfinite(loss) for loss, _ in found.bins):
+                found.bins = []
+                raise ValueError("it is not finite: check the weights with fastdit verify")
     if pipeline:
         with noted(found.notes, "No samples"):
             x_0 = draw(found, run, pipeline, overrides, device)
@@ -123,7 +128,7 @@ def seconds_needed(network: Inference, pipeline: ImagePipeline | None, run: Run,
         return 0.0
     x, t = torch.zeros(8, *shape, device=device), torch.full((8,), 0.5, device=device)
     y = torch.zeros(8, dtype=torch.long, device=device)
-    seconds = BINS * PER_BIN / 8 * timed(lambda: network(x, t, y))
+    seconds = IMAGES / 8 * timed(lambda: network(x, t, y))
     if pipeline:
         settings = pipeline.config.sampling
         images = SAMPLES + STRIP * min(CHECKPOINTS - 1, len(run.checkpoints) - 1)
@@ -144,10 +149,9 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str], device: torch.device) -> Tensor:
     """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
-    classes = min(run.config.data.num_classes or 1, len(pipeline.class_names) or math.inf)
-    count = min(classes, CLASSES)
+    classes = few_classes(run.config.data.num_classes, pipeline.class_names, CLASSES)
     found.names = pipeline.class_names if run.config.data.num_classes else ("",)
-    found.labels = [i % count * classes // count for i in range(SAMPLES)]
+    found.labels = [classes[i % len(classes)] for i in range(SAMPLES)]
     labels = torch.tensor(found.labels, device=device)
     settings, used = run.config.sampling, pipeline.config.sampling
     found.sampling = (
@@ -156,11 +160,9 @@ def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str
         + (f" (the run's own setting is {settings.sampler.name}, {settings.steps} steps, guidance "
            f"{settings.cfg_scale:g})" if (settings.sampler, settings.steps) != (used.sampler, used.steps) else "")
     )  # fmt: skip
-    seen: list[Tensor] = []
-    x_0 = pipeline.latents(list(range(SAMPLES)), labels, SEED, on_step=lambda t, x_t, _: seen.append(x_t))
-    seen = [*seen, x_0]
-    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, min(FRAMES, len(seen))).round().astype(int)]
-    found.frames = np.stack([decoded(pipeline, x_t) for x_t in chosen])
+    noise = ImageRandom([seed_of(SEED, i) for i in range(SAMPLES)])
+    _, path, _ = pipeline.trajectory(noise, labels, FRAMES)
+    found.frames, x_0 = np.stack([decoded(pipeline, x_t) for x_t in path]), path[-1]
     found.samples = found.frames[-1]
     kept = [run.checkpoints[i] for i in spread(len(run.checkpoints), CHECKPOINTS)]
     for folder in kept[:-1]:
@@ -179,11 +181,6 @@ def decoded(pipeline: ImagePipeline, x_0: Tensor) -> np.ndarray:
     return np.concatenate([to_uint8(pipeline.codec.decode(part)).cpu().numpy() for part in x_0.split(8)])
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of 0..count - 1, evenly, with the first and the last."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(most, count))})
-
-
 @torch.no_grad()
 def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: Tensor) -> None:
     """Real images of the samples' classes, and the nearest training images of the first samples.
@@ -193,7 +190,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
     """
     index, spec, random = manifest.index(), manifest.latents, np.random.default_rng(SEED)
     real: list[Tensor | None] = [None] * SAMPLES
-    nearest, between = [], []
+    entries, between = [], []
     for label in dict.fromkeys(found.labels):
         rows = index[index["label"] == label] if pipeline.config.data.num_classes else index
         rows = rows[np.sort(random.permutation(len(rows))[:CANDIDATES])]
@@ -206,47 +203,16 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
         shown = known[random.permutation(len(known))[np.arange(len(places)) % len(known)]]
         for i, latent in zip(places, shown, strict=True):
             real[i] = latent
+        vectors = known.flatten(1) / known[0].numel() ** 0.5  # (n, D)
         if len(known) > 1:
-            between += distances(known[:SEARCHED], known).topk(2, largest=False)[0][:, 1].tolist()
-        for i in places:
-            if i < SEARCHED:
-                query = torch.stack([x_0[i], x_0[i].flip(-1)])
-                values, order = distances(query, known).amin(0).topk(min(NEAREST, len(known)), largest=False)
-                images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
-                nearest.append((i, Neighbors(label, images, values.tolist())))
-    found.neighbors = [entry for _, entry in sorted(nearest, key=lambda pair: pair[0])]
+            few = vectors[:SEARCHED, None]
+            between += nearest(few, [vectors], 1, own=torch.arange(len(few)))[0][:, 0].tolist()
+        searched = [i for i in places if i < SEARCHED]
+        views = torch.stack([x_0[searched], x_0[searched].flip(-1)], 1).flatten(2) / known[0].numel() ** 0.5
+        for i, values, order in zip(searched, *nearest(views, [vectors], min(NEAREST, len(known))), strict=True):
+            images = decoded(pipeline, torch.cat([x_0[i : i + 1], known[order]]))
+            entries.append((i, Neighbors(label, images, values.tolist())))
+    found.neighbors = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
     found.between_real = float(np.median(between)) if between else math.nan
     if all(latent is not None for latent in real):
         found.real = decoded(pipeline, torch.stack(real))
-
-
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square differences (n, m) of latents (n, C, h, w) and (m, C, h, w)."""
-    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist") / a[0].numel() ** 0.5
-
-
-@torch.no_grad()
-def loss_per_bin(objective, network: Inference, manifest: Manifest, device: torch.device) -> list[tuple[float, float]]:
-    """The objective's loss in BINS equal parts of t, with the times within a bin distributed as in training.
-
-    Every bin has the same PER_BIN images of the shards and the same noise. nan for a bin that training never draws.
-    """
-    size, spec = min(PER_BIN, len(manifest)), manifest.latents
-    _, moments, y = next(iter(batches(manifest, size, size, SEED)))
-    moments, y = moments.to(device), y.to(device)
-    generator = torch.Generator().manual_seed(SEED)
-    posterior, noise = torch.randn(2, size, *spec.shape, generator=generator).to(device)
-    x_0 = sample_latents(moments, posterior, spec.scale, spec.shift)
-    times = objective.sample_t((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    places = (times * BINS).ceil().clamp(1, BINS).long() - 1
-    found = []
-    for k in range(BINS):
-        inside = times[places == k].sort().values
-        if not len(inside):
-            found.append((math.nan, math.nan))
-            continue
-        t = inside[torch.linspace(0, len(inside) - 1, size).long()].to(device)
-        found.append(mean_and_error(objective.loss(network, x_0, y, t, noise).per_sample.double().tolist()))
-    if all(math.isnan(loss) for loss, _ in found):
-        raise ValueError("it is not finite: check the weights with fastdit verify")
-    return found

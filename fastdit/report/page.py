@@ -10,9 +10,12 @@ import numpy as np
 
 from fastdit import __version__
 from fastdit.data.images import size_text
+from fastdit.evaluation.loss import BINS, IMAGES
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
-from fastdit.report.measure import BINS, PER_BIN, Measured
-from fastdit.report.pictures import Series, animation, picture, plot, short, smoothed
+from fastdit.report.measure import Measured
+from fastdit.report.pictures import Series, animation, picture, plot, png, short, smoothed
+from fastdit.training.monitor import FOLDER
+from fastdit.training.sheets import read_png
 
 RECORDED = ("step", "loss", "grad_norm", "lr", "steps_per_s", "images_per_s", "mfu", "peak_gib", "time")
 COLUMNS = 4  # of a sheet of samples
@@ -27,7 +30,7 @@ def render(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -
         f"<header><h1>{text(title)}</h1>{side_by_side(names, [head(*pair) for pair in pairs])}</header>",
         section("Quality", table(names, [quality(run) for run in runs])),
         section("Samples", side_by_side(names, [samples(m) for m in measured])),
-        section("Samples over training", side_by_side(names, [strips(m) for m in measured])),
+        section("Samples over training", side_by_side(names, [strips(*pair) for pair in pairs])),
         section("Nearest training images", side_by_side(names, [neighbors(m) for m in measured])),
         section("Training", curves(runs, measured)),
         section("What was trained on what", table(names, [about(*pair) for pair in pairs])),
@@ -123,12 +126,30 @@ def kind(run: Run) -> str:
 
 
 def quality(run: Run) -> dict[tuple[str, str], str]:
-    """The figures of quality.json by name and protocol."""
-    return {
-        (figure["name"], figure.get("protocol", "")): short(value) if isinstance(value, float) else str(value)
-        for figure in run.quality
-        for value in [figure["value"]]
-    }
+    """The figures of quality.json by name and protocol, and those of the last validation and evaluation."""
+    figures = [(figure["name"], figure.get("protocol", ""), figure["value"]) for figure in run.quality]
+    if losses := [m for m in run.measured if isinstance(m.get("val_loss"), float)]:
+        about = f"of the EMA at step {losses[-1]['step']:,}, on images that were not trained on"
+        figures.append(("validation loss", about, losses[-1]["val_loss"]))
+    if run.evaluations:
+        last = run.evaluations[-1]
+        about = protocol(last)
+        figures += [(str(last.get("distance")) if name == "frechet" else name.replace("_", " "), about, value)
+                    for name, value in last["values"].items() if isinstance(value, float)]  # fmt: skip
+    return {(name, about): short(value) if isinstance(value, float) else str(value) for name, about, value in figures}
+
+
+def protocol(result: dict) -> str:
+    """How an evaluation was made, from a line of evaluations.jsonl."""
+    made = result["protocol"]
+    parts = [made.get("samples"), made.get("reference")]
+    samples, reference = (part if isinstance(part, dict) else {} for part in parts)
+    sampling = samples.get("sampling") if isinstance(samples.get("sampling"), dict) else {}
+    name = sampling.get("sampler")
+    name = name.get("name") if isinstance(name, dict) else name
+    return (f"{made.get('num_images')} samples of step {result['step']:,}, {samples.get('weights')}, {name}, "
+            f"{sampling.get('steps')} steps, guidance {sampling.get('cfg_scale')}, seed {samples.get('seed')}, against "
+            f"{reference.get('images')} real images")  # fmt: skip
 
 
 def samples(measured: Measured) -> str:
@@ -152,14 +173,18 @@ def samples(measured: Measured) -> str:
     return f'<div class="three">{shown}</div><p class="muted">{text(about)}</p>'
 
 
-def strips(measured: Measured) -> str:
-    if len(measured.strips) < 2:
-        return ""
-    rows = ""
-    for step, images in measured.strips:
-        shown = picture(images, len(images), f"samples of step {step}")
-        rows += f'<div class="strip"><span>step {step:,}</span>{shown}</div>'
-    return f'{rows}<p class="muted">The same noise and classes, sampled from each of these checkpoints.</p>'
+def strips(run: Run, measured: Measured) -> str:
+    shown = ""
+    if len(measured.strips) > 1:
+        for step, images in measured.strips:
+            row = picture(images, len(images), f"samples of step {step}")
+            shown += f'<div class="strip"><span>step {step:,}</span>{row}</div>'
+        shown += '<p class="muted">The same noise and classes, sampled from each of these checkpoints.</p>'
+    if (during := read_png(run.folder / FOLDER / "strip.png")) is not None:
+        used = run.config.sampling
+        shown += (f'{png(during, "samples made during training")}<p class="muted">Made during training with the EMA: '
+                  f"{text(used.sampler.name)}, {text(used.steps)} steps, guidance {used.cfg_scale:g}.</p>")  # fmt: skip
+    return shown
 
 
 def neighbors(measured: Measured) -> str:
@@ -185,6 +210,9 @@ def neighbors(measured: Measured) -> str:
 
 def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
     losses = [series for i, run in enumerate(runs) for series in both(i, *run.curve("loss"))]
+    validation = [Series(*run.curve("val_loss"), i, dashed=True) for i, run in enumerate(runs)]
+    validation = [series for series in validation if len(series.x)]
+    losses += validation
     plots = [plot("Loss", losses), plot("Loss, logarithmic", losses, log=True)]
     parts = dict.fromkeys(key for run in runs for m in run.metrics for key in m if key not in RECORDED)
     for key in parts:
@@ -195,7 +223,16 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
         for i, m in enumerate(measured)
         if m.bins
     ]
-    plots.append(plot("Loss per timestep", bins, x_label="t (1 is noise)", zero=True))
+    held_out = [
+        Series(times, np.array(values, float), i, dashed=True)
+        for i, run in enumerate(runs)
+        for values in [m["val_bins"] for m in run.measured if isinstance(m.get("val_bins"), list)][-1:]
+        if len(values) == BINS and all(isinstance(value, float | None) for value in values)
+    ]
+    plots.append(plot("Loss per timestep", bins + held_out, x_label="t (1 is noise)", zero=True))
+    distances = [Series(*run.curve("eval_frechet"), i) for i, run in enumerate(runs)]
+    names = {str(run.evaluations[-1].get("distance")) for run in runs if run.evaluations}
+    plots.append(plot(" and ".join(sorted(names)), distances, zero=True))
     for key, title, zero in (
         ("grad_norm", "Gradient norm", True),
         ("lr", "Learning rate", True),
@@ -207,10 +244,11 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
         plots.append(plot(title, series, zero=zero))
     shown = "".join(plots)
     about = "Faint: as recorded; strong: the mean over 5% of the run around each step."
+    about += " Dashed: the EMA on images that were not trained on." if validation or held_out else ""
     if bins:
-        images = min(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins)
-        about += (f" The loss per timestep is of the last checkpoint, on {min(PER_BIN, images)} training images, the "
-                  f"same in each of {BINS} bins; the band is the standard error.")  # fmt: skip
+        images = min(IMAGES, *(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins))
+        about += (f" The loss per timestep is of the last checkpoint, on {images:,} training images in {BINS} bins; "
+                  "the band is the standard error.")  # fmt: skip
     return f'<div class="plots">{shown}</div><p class="muted">{about}</p>' if shown else ""
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fastdit.sheets import animated, fitted, in_rows, tiled
+
 SIDE, ANIMATED_SIDE = 128, 64  # pixels of an image on the page, at most
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 16, 10, 26  # of a plot; the inner margins hold its numbers
 GAP = 1 / 16  # between images, of their width
@@ -17,15 +19,8 @@ POINTS = 300  # of a curve, at most
 
 def sheet(images: np.ndarray, columns: int, side: int = SIDE) -> Image.Image:
     """uint8 (N, H, W, 3) as rows of `columns` images, none wider or higher than `side`; transparent between them."""
-    scale = min(1, side / max(images.shape[1:3]))
-    height, width = (round(scale * s) for s in images.shape[1:3])
-    gap = round(GAP * width)
-    rows = math.ceil(len(images) / columns)
-    whole = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
-    for i, image in enumerate(images):
-        small = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
-        whole.paste(small, (i % columns * (width + gap), i // columns * (height + gap)))
-    return whole
+    small = [fitted(image, side) for image in images]
+    return tiled(in_rows(small, columns), round(GAP * small[0].width), None)
 
 
 def picture(images: np.ndarray, columns: int, alt: str) -> str:
@@ -34,13 +29,15 @@ def picture(images: np.ndarray, columns: int, alt: str) -> str:
     return _img(sheet(images, columns), alt, small, "webp", lossless=small, quality=90, method=4)
 
 
+def png(image: np.ndarray, alt: str) -> str:
+    """An <img> with one picture, uint8 (H, W, 3)."""
+    return _img(Image.fromarray(image), alt, image.shape[0] <= 16 * ANIMATED_SIDE, "png")
+
+
 def animation(frames: np.ndarray, columns: int, alt: str, frame_ms: int = 150) -> str:
     """An <img> with a GIF of frames uint8 (F, N, H, W, 3), each of them a sheet; the last one is held."""
-    first, *others = [sheet(frame, columns, ANIMATED_SIDE) for frame in frames]
-    durations = [frame_ms] * len(others) + [2000]
-    small = frames.shape[3] <= ANIMATED_SIDE
-    return _img(first, alt, small, "gif", save_all=True, append_images=others, duration=durations, loop=0,
-                disposal=2)  # fmt: skip
+    pages = [sheet(frame, columns, ANIMATED_SIDE) for frame in frames]
+    return _img(pages[0], alt, frames.shape[3] <= ANIMATED_SIDE, "gif", **animated(pages, frame_ms))
 
 
 def _img(image: Image.Image, alt: str, pixels: bool, kind: str, **options) -> str:
@@ -60,6 +57,7 @@ class Series:
     y: np.ndarray
     color: int = 0
     faint: bool = False
+    dashed: bool = False
     error: np.ndarray | None = None
 
 
@@ -120,7 +118,7 @@ def plot(title: str, series: list[Series], *, log: bool = False, x_label: str = 
                 edges = [place(s.x[part], s.y[part] + s.error[part]), place(s.x[part], s.y[part] - s.error[part])[::-1]]
                 parts.append(f'<path class="band s{s.color}" d="{line(np.concatenate(edges))}Z"/>')
             points = place(*thinned(s.x[part], s.y[part]))
-            parts.append(f'<path class="s{s.color}{" faint" * s.faint}" d="{line(points)}"/>')
+            parts.append(f'<path class="s{s.color}{" faint" * s.faint}{" dashed" * s.dashed}" d="{line(points)}"/>')
     name, box = html.escape(title), f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
     return (f'<figure class="plot"><figcaption>{name} <span>over {html.escape(x_label)}</span></figcaption>'
             f'<svg {box} aria-label="{name}">{"".join(parts)}</svg></figure>')  # fmt: skip

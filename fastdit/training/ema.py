@@ -87,9 +87,14 @@ def width_name(std: float) -> str:
     return f"{std:.3f}" if float(f"{std:.3f}") == std else repr(std)
 
 
+def random_share(settings: TrainingConfig, steps: int) -> float:
+    """The part of the average after `steps` that is still the random weights that it began with."""
+    return 0.0 if settings.ema_warmup or settings.init_from or not steps else settings.ema_decay**steps
+
+
 def too_young(settings: TrainingConfig, steps: int) -> str:
     """A warning where the average after `steps` still holds much of the random weights that it began with, else ""."""
-    share = 0.0 if settings.ema_warmup or settings.init_from or not steps else settings.ema_decay**steps
+    share = random_share(settings, steps)
     if share < 0.05:
         return ""
     return (

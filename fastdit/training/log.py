@@ -1,4 +1,4 @@
-"""What a run reports: a line on the terminal, a JSON line in metrics.jsonl, TensorBoard scalars, a progress bar."""
+"""What a run reports: a line on the terminal, a JSON line in metrics.jsonl, values on boards.py, a progress bar."""
 
 import json
 import math
@@ -6,22 +6,24 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import kernels
 from fastdit.cards import card_of
-from fastdit.config import Config
+from fastdit.config import Config, to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
+from fastdit.training.boards import Boards
 
 RECORDS = 1 << 30  # bytes of metrics.jsonl: 400,000 steps at log_every=1 take 120 MB
 
@@ -50,25 +52,26 @@ class LossWindow:
 
 
 class Log:
-    """Writes records on the main process, nothing elsewhere; `flops_per_image` is for a whole training step."""
+    """Writes records on the main process, nothing elsewhere.
+
+    `images` to train on; `flops_per_image` of a whole training step.
+    """
 
     def __init__(
-        self, run_dir: Path, ranks: Ranks, start: int, steps: int, *, flops_per_image: float, steps_per_epoch: float
+        self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, images: int, flops_per_image: float
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.ranks, self.device = ranks, ranks.device
+        self.ranks, self.device, steps = ranks, ranks.device, config.training.steps
         if not ranks.is_main:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.steps, self.steps_per_epoch, self.run_dir = steps, steps_per_epoch, run_dir
+        self.steps, self.steps_per_epoch, self.run_dir = steps, images / config.training.global_batch, run_dir
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
         self.file = append_to(run_dir / "metrics.jsonl")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
+        self.boards = Boards(run_dir, start, config.training.wandb, to_tree(config), self.say)
 
     def step(self) -> None:
         if self.ranks.is_main:
@@ -83,7 +86,6 @@ class Log:
         if not self.ranks.is_main:
             return
         record = {
-            "step": step,
             **losses,
             "grad_norm": grad_norm,
             "lr": lr,
@@ -92,10 +94,7 @@ class Log:
             "mfu": images / seconds * self.flops_per_image / self.peak_flops,
             "peak_gib": peak_gib(self.device),
         }
-        self.file.write(as_json({**record, "time": time.time()}))
-        for key, value in record.items():
-            if key != "step":
-                self.board.add_scalar(key, value, step)
+        self.record(step, record)
         eta = timedelta(seconds=round((self.steps - step) * seconds / steps))
         self.say(
             f"step {step}/{self.steps} ({step / self.steps:.0%})  epoch {step / self.steps_per_epoch:.2f}  "
@@ -104,6 +103,14 @@ class Log:
             f"  {record['steps_per_s']:.2f} steps/s  mfu {record['mfu']:.1%}  peak {record['peak_gib']:.2f} GiB"
             f"  eta {eta}"
         )
+
+    def record(
+        self, step: int, values: Mapping[str, float | list[float]], pictures: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """A line of metrics.jsonl, and the same on the boards, with pictures uint8 (H, W, 3)."""
+        if self.ranks.is_main:
+            self.file.write(as_json({"step": step, **values, "time": time.time()}))
+            self.boards.write(step, values, pictures or {})
 
     def skip(self, step: int, keys: list[int], times: list[float]) -> None:
         """A step that was not finite and changed nothing: the keys of its samples and their times."""
@@ -122,7 +129,7 @@ class Log:
         if not self.ranks.is_main:
             return
         self.bar.close()
-        self.board.close()
+        self.boards.close()
         self.file.close()
 
 
@@ -166,8 +173,15 @@ def start_line(
 
 def as_json(record: dict) -> str:
     """One line of JSON; nan and infinities, which JSON does not have, become null."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -226,14 +240,14 @@ def peak_flops_of(device: torch.device) -> float:
     a = torch.ones(size, size, device=device, dtype=dtype).uniform_(generator=torch.Generator(device).manual_seed(0))
     best = float("inf")
     for _ in range(8):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

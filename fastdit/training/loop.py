@@ -15,10 +15,10 @@ from fastdit.build import (
     check_sampling,
     prepare_for_training,
     resolved,
+    shards_of,
 )
 from fastdit.config import Config, save_config
 from fastdit.data.loader import latent_batches, on_device, sample_keys
-from fastdit.data.manifest import Manifest
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
 from fastdit.environment import write_environment
@@ -31,6 +31,7 @@ from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow, say, start_line
+from fastdit.training.monitor import Monitor
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
@@ -43,7 +44,7 @@ from fastdit.training.state import (
     write_snapshot,
 )
 from fastdit.training.step import TrainStep
-from fastdit.training.watchdog import Watchdog
+from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
@@ -71,7 +72,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
-    manifest = Manifest.load(config.data.shards)
+    manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
     settings = config.training
     check_device(settings, device)
@@ -79,11 +80,11 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     # objective and network, from the seed alone: every process starts with the same weights
     objective = build_objective(config)
-    learning_rate = learning_rates(settings)
-    times = LossAwareTimes() if settings.loss_aware_times else None
+    learning_rate, times = learning_rates(settings), LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
+    monitor = Monitor(config, manifest, held_out, objective, ranks)
     flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
     initial, origin = None, "from random weights"
     if last:
@@ -117,11 +118,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         write_environment(run_dir, ranks, start)
         forget_averages(run_dir, start)
         keep_autoencoder(config.data.vae, run_dir)
-    epoch = len(manifest) / settings.global_batch  # steps
-    log = Log(run_dir, ranks, start, settings.steps, flops_per_image=flops_per_image, steps_per_epoch=epoch)
+    log = Log(run_dir, ranks, start, config, images=len(manifest), flops_per_image=flops_per_image)
     batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
-    origin = f"resumed at step {start}" if start else origin
-    predicted_s = step_s * (settings.steps - start)
+    origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)
     order, own = seed_of(config.seed, ORDER), micro * accumulation
@@ -149,11 +148,12 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
         out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
     ):
+        monitor.begin(engine, ema, log, watchdog, requests, start)
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
-            watchdog.at(step + 1, 0)
+            watchdog.at(step + 1, READS)
             _, moments, y = next(batches)
-            watchdog.at(step + 1, 1)
+            watchdog.at(step + 1, COMPUTES)
             lr = learning_rate(step)
             losses, grad_norm, skipped = train_step(moments, y, step, lr)
             window.add(losses, skipped)
@@ -163,7 +163,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
             log_due = done % settings.log_every == 0 or done == settings.steps
             save_due = done % settings.checkpoint_every == 0 or done == settings.steps
             log.step()
-            watchdog.at(done, 2)
+            watchdog.at(done, LOGS)
             if log_due or save_due:
                 guard.flush()
                 means = window.means()  # the only wait for the device
@@ -181,6 +181,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
                 writer.wait()
                 log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
                 raise SystemExit(EXIT_STOPPED)
+            clock += monitor(done)
         writer.wait()
     log.say(too_young(settings, settings.steps))
     log.say(f"checkpoint {last}; next: fastdit sample {run_dir} --num-samples 64")

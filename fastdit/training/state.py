@@ -169,6 +169,7 @@ def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
+    fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
     for section, key in fixed + [("training", key) for key in MUST_STAY]:
         old, new = (to_tree(getattr(getattr(c, section), key)) for c in (before, config))
         if old != new:

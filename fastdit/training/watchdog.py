@@ -23,7 +23,8 @@ from fastdit.lock import started
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
 LAST_SEEN = "died or does not run; it was last seen before"
 OTHERS = "\nother threads:\n"
-PHASES = ("reads a batch", "computes", "logs or saves")  # of a step, in this order
+PHASES = ("reads a batch", "computes", "logs or saves", "validates, samples or evaluates")  # of a step, in this order
+READS, COMPUTES, LOGS, MONITORS = range(len(PHASES))
 
 
 class Watchdog:

@@ -2,38 +2,22 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from fastdit.cli import main
 from fastdit.evaluation import features
-from fastdit.evaluation.features import Extractor
 from fastdit.evaluation.metrics import frechet_distance
 from fastdit.evaluation.moments import moments_of
-from helpers.evaluation import pictures
+from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny, write_pngs
 from helpers.runs import Forks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tiny(path, device):
-    """Mean colors of 4 x 4 cells, with made-up classes: 48 features of a picture."""
-    return Extractor("efficientnet-lite0", "FD (tiny)", "0" * 64, 48, lambda x: F.adaptive_avg_pool2d(x, 4).flatten(1),
-                     lambda x: x / 255, (torch.eye(10, 48), 0.0), device)  # fmt: skip
-
-
-def use_tiny():
-    features.FEATURES["efficientnet-lite0"] = tiny
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(features.FEATURES, "efficientnet-lite0", tiny)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +28,6 @@ def folder(tmp_path_factory):
     np.savez_compressed(root / "reference.npz", pictures(90, seed=1))
     write_pngs(root / "reference", pictures(90, seed=1))
     return root
-
-
-def write_pngs(out, images):
-    out.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(out / f"{i:03}.png")
-
-
-def evaluate(*argv):
-    """The result that the command appends."""
-    out = argv[0].parent / "results.jsonl"
-    main(["evaluate", *map(str, argv), "--out", str(out), "--device", "cpu"])
-    return json.loads(out.read_text().splitlines()[-1])
 
 
 def test_distances_order_as_they_must(tmp_path, capsys):
@@ -155,36 +126,36 @@ def test_unlike_protocols_are_not_compared(folder, small, tmp_path, capsys):
 
 def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatch, capsys):
     def named(path, device):
-        extractor = tiny(path, device)
-        extractor.name, extractor.distance = "inception-v3", "FID"
-        return extractor
+        """The first 30 of the features as pooled, the others as spatial ones."""
+        return replace(tiny(path, device), name="inception-v3", distance="FID", dim=30, spatial=18,
+                       head=(torch.eye(10, 30), 0.0))  # fmt: skip
 
     monkeypatch.setitem(features.FEATURES, "inception-v3", named)
     real = pictures(90, seed=1)
-    moments = moments_of(named(None, torch.device("cpu"))(real))
-    arrays = {"mu": moments.mu, "sigma": moments.sigma, "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    values = tiny(None, torch.device("cpu"))(real)
+    pooled, spatial = moments_of(values[:, :30]), moments_of(values[:, 30:])
+    arrays = {"mu": pooled.mu, "sigma": pooled.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
     np.savez(tmp_path / "adm.npz", **arrays)
+    np.savez(tmp_path / "pooled.npz", mu=pooled.mu, sigma=pooled.sigma)
     np.savez(tmp_path / "both.npz", arr_0=real[:50], **arrays)
     np.savez(tmp_path / "samples.npz", pictures(70, "stripes"))
     arguments = tmp_path / "samples.npz", "--features", "inception-v3", "--reference"
     alone, both = (evaluate(*arguments, tmp_path / name) for name in ("adm.npz", "both.npz"))
-    expected = evaluate(*arguments, folder / "reference.npz")["values"]["frechet"]
-    assert alone["values"]["frechet"] == both["values"]["frechet"] == expected  # mu and sigma, not the 50 images
-    assert alone["values"].keys() == {"frechet", "inception_score"} and alone["real"] is None
+    images = evaluate(*arguments, folder / "reference.npz", "--save-reference", tmp_path / "saved.npz")
+    saved = evaluate(*arguments, tmp_path / "saved.npz")
+    for key in ("frechet", "spatial_frechet"):  # from mu and sigma, not the 50 images
+        assert alone["values"][key] == both["values"][key] == images["values"][key] == saved["values"][key] > 0
+    samples = tiny(None, torch.device("cpu"))(pictures(70, "stripes"))
+    assert images["values"]["spatial_frechet"] == frechet_distance(samples[:, 30:], values[:, 30:])
+    assert alone["values"].keys() == {"frechet", "spatial_frechet", "inception_score"} and alone["real"] is None
+    assert "sFID" in capsys.readouterr().out
     assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
     said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
     assert "holds Inception's mu and sigma only; use --features inception-v3, or give images" in said
-    said = mistake(capsys, *arguments, tmp_path / "adm.npz", "--metrics", "kid")
-    assert "--metrics=kid: the reference holds mu and sigma only" in said
-
-
-def mistake(capsys, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", *map(str, argv)])
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
+    for name, metric, words in (("adm", "kid", "the reference holds mu and sigma only"),
+                                ("pooled", "spatial_frechet", "it needs Inception's spatial")):  # fmt: skip
+        said = mistake(capsys, *arguments, tmp_path / f"{name}.npz", "--metrics", metric)
+        assert f"--metrics={metric}: {words}" in said
 
 
 def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
@@ -202,10 +173,10 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
     unfinished = sampled(tmp_path / "unfinished", count=50)
     good, reference = folder / "samples.npz", ["--reference", folder / "reference.npz"]
     for argv, words in (
-        (reference, "name one folder or .npz file of samples"),
+        (reference, "name one run, folder or .npz file of samples"),
         ([good], "give real images with --reference"),
         ([tmp_path / "nowhere", *reference], "nowhere does not exist; give an .npz file or a folder of images"),
-        ([tmp_path / "run", *reference], "run is a run or a checkpoint; sample it first: fastdit sample"),
+        ([good, "--reference", tmp_path / "run"], "run is a run or a checkpoint; sample it first: fastdit sample"),
         ([tmp_path / "empty", *reference], "empty is empty; it needs images"),
         ([good, "--reference", tmp_path / "empty"], "--reference="),
         ([tmp_path / "floats.npz", *reference], "holds float64 (4, 8, 8, 3); arr_0 must be uint8 (N, H, W, 3)"),

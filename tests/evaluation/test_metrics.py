@@ -98,6 +98,22 @@ def test_precision_recall_density_and_coverage_follow_their_formulas():
     assert density_coverage(rows(X), rows(X))[1] == 1
 
 
+def test_metrics_of_gaussians_have_closed_forms():
+    """KID by the moments of both; the expected coverage of an equal distribution (Naeem et al. 2020, lemma 1)."""
+    (m, s), (n, r) = (0.3, 1.2), (-0.1, 0.8)
+    moments = [(mean, mean**2 + std**2, mean**3 + 3 * mean * std**2) for mean, std in ((m, s), (n, r))]
+    truth = sum(weight * (a - b) ** 2 for weight, a, b in zip((3, 3, 1), *moments, strict=True))
+    kids, coverages, count, k = [], [], 200, 5
+    for seed in range(30):
+        x, y = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 2000, 1)))
+        kids.append(kernel_distance(m + s * x, n + r * y, subsets=4)[0])
+        x, y = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, count, 2)))
+        coverages.append(density_coverage(x, y, k)[1])
+    missed = np.prod([(count - i) / (2 * count - i) for i in range(1, k + 1)])
+    for values, expected in ((kids, truth), (coverages, 1 - missed)):
+        assert abs(np.mean(values) - expected) < 3 * np.std(values) / 30**0.5 < 0.1 * expected
+
+
 def test_blocks_of_rows_change_no_neighbor(monkeypatch):
     whole = precision_recall(rows(X), rows(Y)), density_coverage(rows(X), rows(Y))
     monkeypatch.setattr("fastdit.evaluation.metrics.BLOCK", 16)
@@ -157,12 +173,14 @@ def test_the_number_of_threads_changes_no_digit():
 
 
 def test_every_metric_returns_named_finite_numbers():
-    samples, reference = Features(SAMPLES, ARRAYS["probabilities"]), Features(REFERENCE)
+    samples = Features(SAMPLES, ARRAYS["probabilities"], spatial=SAMPLES[:, :5])
+    reference = Features(REFERENCE, spatial=moments_of(REFERENCE[:, :5]))
     values = {}
     for metric in METRICS.values():
         values |= metric(samples, reference, 0)
-    assert len(values) == 10 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
+    assert len(values) == 11 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
     assert values["frechet_infinity"] < values["frechet"]
+    assert values["spatial_frechet"] == frechet_distance(SAMPLES[:, :5], REFERENCE[:, :5])
     stated = Features(None, stated=moments_of(REFERENCE))
     assert METRICS["frechet"](samples, stated, 0)["frechet"] == values["frechet"]
     with pytest.raises(ValueError, match="mu and sigma only"):
@@ -184,3 +202,5 @@ def test_features_that_cannot_be_compared_are_refused():
             frechet_infinity(np.zeros((count, dim)), np.zeros((9, dim)))
     with pytest.raises(ValueError, match="class probabilities"):
         METRICS["inception_score"](Features(X), Features(Y), 0)
+    with pytest.raises(ValueError, match="use --features inception-v3 and a reference with images or mu_s"):
+        METRICS["spatial_frechet"](Features(X, spatial=X), Features(Y), 0)

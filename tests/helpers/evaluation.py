@@ -1,8 +1,18 @@
-"""Made-up weights and pictures for the tests of evaluation."""
+"""For the tests of evaluation: made-up weights and pictures, a small extractor, and the command."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+
+from fastdit.cli import main
+from fastdit.evaluation import features
+from fastdit.evaluation.features import Extractor
 
 
 def made_up(network: nn.Module) -> dict[str, Tensor]:
@@ -35,3 +45,37 @@ def pictures(count: int, style: str = "discs", seed: int = 0, size: int = 48) ->
         front, back = np.array(colors[:3]), np.array(colors[3:])
         out.append(255 * (mask[..., None] * front + (1 - mask[..., None]) * back))
     return np.round(out).astype(np.uint8)
+
+
+def write_pngs(out: Path, images: np.ndarray) -> None:
+    out.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(out / f"{i:03}.png")
+
+
+def tiny(path: str | None, device: torch.device) -> Extractor:
+    """Mean colors of 4 x 4 cells, with made-up classes: 48 features of a picture."""
+    return Extractor("efficientnet-lite0", "FD (tiny)", "0" * 64, 48, lambda x: F.adaptive_avg_pool2d(x, 4).flatten(1),
+                     lambda x: x / 255, (torch.eye(10, 48), 0.0), device)  # fmt: skip
+
+
+def use_tiny() -> None:
+    """In a process of its own: `tiny` instead of EfficientNet-Lite0."""
+    features.FEATURES["efficientnet-lite0"] = tiny
+
+
+def evaluate(samples: Path, *argv, out: Path | None = None) -> dict:
+    """The result that `fastdit evaluate` appends to `out`."""
+    out = out or samples.parent / "results.jsonl"
+    main(["evaluate", str(samples), *map(str, argv), "--out", str(out), "--device", "cpu"])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+def mistake(capsys, *argv) -> str:
+    """The one line with which `fastdit evaluate` refuses its arguments."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *map(str, argv)])
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err

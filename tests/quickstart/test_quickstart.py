@@ -10,7 +10,11 @@ from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_info
 
 import fastdit.quickstart.job as main_job
+from fastdit.cli import main
 from fastdit.environment import hardware
+from fastdit.evaluation.features import load_features
+from fastdit.evaluation.metrics import frechet_distance
+from fastdit.evaluation.protocol import read_result
 from fastdit.quickstart.judge import Judge, thumbnails
 
 
@@ -57,12 +61,34 @@ def test_the_images_are_the_digits_and_the_held_out_ones_are_kept_apart(shortene
 
 
 def test_the_judge_tells_right_from_wrong_labels(shortened):
-    out, _ = shortened
+    out, report = shortened
     held = main_job.read_folder(out / "held_out", 32)
     images, labels = main_job.read_folder(out / "images", 32)
     judge = Judge(*held)
     assert judge.accuracy(images, labels) > 0.9 > 0.1 > judge.accuracy(images, (labels + 1) % 10)
-    assert judge.features(images).shape == (1198, 64)
+    extractor = load_features(f"classifier={out / 'judge.npz'}")
+    np.testing.assert_allclose(extractor(images), judge.features(images), rtol=1e-4, atol=1e-5)
+    probabilities = judge.classifier.predict_proba(thumbnails(images))
+    samples = np.load(out / "samples" / "samples.npz")["arr_0"]
+    distance = frechet_distance(judge.features(samples), judge.features(held[0]))
+    assert report["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+    np.testing.assert_allclose(extractor.probabilities(extractor(images)), probabilities, rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_repeats_the_measurement(shortened, tmp_path, capsys):
+    out, report = shortened
+    result = read_result(out / "results.jsonl")
+    assert round(result["values"]["frechet"], 4) == report["frechet_distance"]
+    assert result["protocol"]["features"] == "classifier" and result["protocol"]["reference"]["images"] == 599
+    assert result["protocol"]["samples"]["sampling"]["steps"] == "4"
+    command = ["evaluate", str(out / "samples"), "--reference", str(out / "held_out"), "--seed", "1", "--device", "cpu",
+               "--features", f"classifier={out / 'judge.npz'}", "--out", str(tmp_path / "again.jsonl")]  # fmt: skip
+    main(command)
+    again = read_result(tmp_path / "again.jsonl")
+    assert [again[key] for key in ("protocol", "values", "real")] == [
+        result[key] for key in ("protocol", "values", "real")
+    ]
+    assert "FD (classifier)" in capsys.readouterr().out
 
 
 def test_many_cores_get_no_more_threads_than_these_networks_can_use(shortened):

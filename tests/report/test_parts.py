@@ -11,11 +11,11 @@ import torch
 
 from fastdit.config import config_from
 from fastdit.data.loader import read_moments
-from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.environment import command, hardware, version
-from fastdit.report import measure
+from fastdit.report import measure, page
 from fastdit.report.facts import Run, reproduce, warnings
 from fastdit.report.pictures import Series, plot, sheet, short, smoothed, ticks
+from fastdit.training.sheets import write_png
 from helpers.data import make_shards
 
 FALLING = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
@@ -76,25 +76,6 @@ def test_the_environment_is_this_one(monkeypatch):
     assert command() == "python train.py --resume"
     assert version("torch") == torch.__version__.partition("+")[0] or version("torch") == torch.__version__
     assert version("no-such-package") is None and "cores" in hardware(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(time_distribution="logit_normal")])
-def test_the_loss_of_a_network_that_predicts_zero_is_known_in_every_bin(shards, objective):
-    """E (eps - x_0)^2 = 1 + E x_0^2, whatever t is."""
-    network = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
-    bins = measure.loss_per_bin(objective, network, shards, "cpu")
-    second = np.mean(np.square(shards.channel_std) + np.square(shards.channel_mean))
-    assert len(bins) == 20
-    for loss, error in bins:
-        assert abs(loss - (1 + second)) < 4 * error < 0.2
-
-
-def test_times_that_training_never_draws_have_no_loss_and_ddpm_has_all(shards):
-    network = lambda x, t, y: torch.zeros(len(x), 8, 8, 8)  # noqa: E731
-    objective = SimpleNamespace(sample_t=lambda u: 0.5 + u / 2, loss=FlowMatching().loss)
-    bins = np.array(measure.loss_per_bin(objective, lambda x, t, y: torch.zeros_like(x), shards, "cpu"))
-    assert np.isnan(bins[:10]).all() and np.isfinite(bins[10:]).all()
-    assert np.isfinite(measure.loss_per_bin(DDPM(), network, shards, "cpu")).all()
 
 
 def test_a_copy_of_a_training_image_is_found_also_mirrored(shards):
@@ -181,3 +162,33 @@ def test_a_sheet_places_images_row_by_row_and_shrinks_large_ones():
     assert sheet(np.zeros((2, 256, 512, 3), np.uint8), 2).size == (2 * 128 + 8, 64)
 
 
+
+
+def test_what_was_measured_during_training_is_on_the_page(tmp_path):
+    events = [{"step": 50 * k, "monitor_s": 1.0, "val_loss": 1 / k, "val_bins": [1.0] * 20, "eval_frechet": 9.0 / k}
+              for k in (1, 2)]  # fmt: skip
+    result = {"step": 100, "distance": "FD (tiny)", "values": {"frechet": 4.5, "kid": 0.25},
+              "protocol": {"num_images": 500, "reference": {"images": 600}, "samples": {
+                  "weights": "ema", "seed": 0, "sampling": {"sampler": {"name": "heun"}, "steps": "20",
+                                                            "cfg_scale": 1.4}}}}  # fmt: skip
+    run = a_run(measured=events, evaluations=[result])
+    run.folder = tmp_path
+    found = page.quality(run)
+    how = "500 samples of step 100, ema, heun, 20 steps, guidance 1.4, seed 0, against 600 real images"
+    assert found["FD (tiny)", how] == "4.5" and found["kid", how] == "0.25"
+    assert found["validation loss", "of the EMA at step 100, on images that were not trained on"] == "0.5"
+    steps, losses = run.curve("val_loss")
+    assert steps.tolist() == [50, 100] and losses.tolist() == [1.0, 0.5]
+    shown = page.curves([run], [measure.Measured()])
+    assert "FD (tiny)" in shown and shown.count("dashed") == 3 and "Dashed: the EMA on images" in shown
+    assert page.strips(run, measure.Measured()) == ""
+    (tmp_path / "monitor").mkdir()
+    write_png(np.zeros((20, 30, 3), np.uint8), tmp_path / "monitor" / "strip.png")
+    assert 'alt="samples made during training"' in page.strips(run, measure.Measured())
+
+
+def test_damaged_lines_of_what_was_measured_do_no_harm(tmp_path):
+    event = {"step": 5, "monitor_s": 1, "val_loss": None, "val_bins": [None] * 3, "eval_frechet": "x"}
+    result = {"step": 5, "distance": None, "values": {"frechet": None}, "protocol": {"samples": 3}}
+    run = a_run(measured=[event], evaluations=[result])
+    assert page.quality(run) == {} and "dashed" not in page.curves([run], [measure.Measured()])

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,18 +17,21 @@ from torch import Tensor
 
 from fastdit.config import TrainingConfig, load_config
 from fastdit.diffusion.timesteps import LossAwareTimes
+from fastdit.evaluation.features import FEATURES
 from fastdit.models.dit import DiT
-from fastdit.training import checkpoint
-from fastdit.training.log import read_metrics
+from fastdit.training import boards, checkpoint, monitor
+from fastdit.training.log import read_metrics, read_records
 from fastdit.training.loop import train
 from fastdit.training.state import read_weights
 from fastdit.training.watchdog import Watchdog
+from helpers.evaluation import tiny
 from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LR = 1e-3
 BEGUN = ["training.steps=2", "training.global_batch=4", "training.precision=fp32", f"training.lr={LR}",
-         "training.checkpoint_every=1", "training.keep_checkpoints=0"]  # fmt: skip
+         "training.checkpoint_every=1", "training.keep_checkpoints=0", "data.val_fraction=0.02",
+         "training.validate_every=0", "training.validate_images=20", "training.evaluate_images=10"]  # fmt: skip
 GO_ON = ["training.steps=3"]
 
 
@@ -63,6 +66,20 @@ class Run:
 
     def logged(self, key: str) -> dict[int, float]:
         return {record["step"]: record[key] for record in read_metrics(self.folder)}
+
+    @property
+    def measured(self) -> dict:
+        """The values of the validation, the samples and the evaluation of step 3."""
+        return next((r for r in read_records(self.folder / "metrics.jsonl") if "monitor_s" in r and r["step"] == 3), {})
+
+    @property
+    def loss_of_validation(self) -> float:
+        return self.measured["val_loss"]
+
+    @property
+    def protocol(self) -> dict:
+        [result] = read_records(self.folder / "evaluations.jsonl")
+        return result["protocol"]
 
     @property
     def loss(self) -> float:
@@ -144,6 +161,34 @@ APPLIED = {
         ["max_skipped=2", "lr=1e30", "steps=9"],
         lambda r: "in 2 steps in a row (training.max_skipped), up to step 5" in r.error,
     ),
+    "validate_every": (["validate_every=3"], lambda r: "val_loss" in r.measured and not r.plain.measured),
+    "validate_images": (
+        ["validate_every=3", "validate_images=40"],
+        lambda r: r.loss_of_validation != r.plain.loss_of_validation == pytest.approx(r.loss_of_validation, rel=0.2),
+    ),
+    "loss_reference": (
+        ["validate_every=3", "loss_reference=quickstart"],
+        lambda r: "loss_reference=quickstart was measured with other settings: model.variant=DiT-Ti/2" in r.said,
+    ),
+    "sample_every": (["sample_every=3"], lambda r: "sample_s" in r.measured and not r.plain.measured),
+    "sample_images": (["sample_every=3", "sample_images=3"], lambda r: "step 3  3 samples of the EMA" in r.said),
+    "evaluate_every": (
+        ["evaluate_every=3", "reference=WORLD/held_out"],
+        lambda r: "eval_frechet" in r.measured and not r.plain.measured,
+    ),
+    "reference": (
+        ["evaluate_every=3", "reference=WORLD/held_out/3"],
+        lambda r: r.protocol["reference"]["images"] < 100 and "needs training.reference" in r.plain.error,
+    ),
+    "evaluate_images": (
+        ["evaluate_every=3", "reference=WORLD/held_out/3", "evaluate_images=8"],
+        lambda r: r.protocol["num_images"] == 8 and r.plain.protocol["num_images"] == 10,
+    ),
+    "evaluate_features": (
+        ["evaluate_every=3", "reference=WORLD/held_out/3", "evaluate_features=other"],
+        lambda r: r.protocol["features"] == "other" and r.plain.protocol["features"] == "efficientnet-lite0",
+    ),
+    "wandb": (["wandb=mine"], lambda r: r.calls["start_wandb"] == 1 and not r.plain.calls["start_wandb"]),
     "report": (["report=true"], lambda r: r.calls["report"] == 1 and not r.plain.calls["report"]),
     "timeout_s": (["timeout_s=5"], lambda r: r.timeout_s == 5),
     "time_limit": (["time_limit=00:30", "steps=99"], lambda r: r.error == "75" and "by training.time_limit" in r.said),
@@ -176,7 +221,7 @@ def begun(world, tmp_path_factory):
 def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
     """Continue a copy of the run to step 3 with `changes`."""
     shutil.copytree(begun / objective, out)
-    overrides = [*BEGUN, *GO_ON, *(f"training.{change}" for change in changes)]
+    overrides = [*BEGUN, *GO_ON, *(f"training.{change}".replace("WORLD", str(world)) for change in changes)]
     config = load_config(world / "config.yaml", [f"run_dir={out}", f"objective={objective}", *overrides])
     resumed = Run(out)
 
@@ -193,6 +238,10 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
         spy(DiT, "compile_blocks", lambda model: None)
         spy(DiT, "join_modulations")
         spy(LossAwareTimes, "update")
+        spy(boards, "start_wandb", lambda *_: None)
+        monkeypatch.setattr(monitor, "check_wandb", lambda project: None)
+        monkeypatch.setitem(FEATURES, "efficientnet-lite0", tiny)
+        monkeypatch.setitem(FEATURES, "other", lambda *place: replace(tiny(*place), name="other"))
         watch = Watchdog.__init__
 
         def watching(self, run_dir, ranks, timeout_s):

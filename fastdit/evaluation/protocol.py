@@ -1,0 +1,187 @@
+"""How a result was measured: its protocol, its values in words, and comparisons that refuse unlike protocols."""
+
+import inspect
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdit import __version__
+from fastdit.environment import commit, hardware
+from fastdit.evaluation import metrics as formulas
+from fastdit.evaluation.features import Extractor
+from fastdit.evaluation.images import ImageSet
+from fastdit.files import append_to, read_text
+
+PROTOCOL = 2  # increases when the same files and settings give other digits or hashes
+SUBJECT = ("checkpoint", "sha256", "vae", "fastdit")  # of samples: what may differ between results that are compared
+FUNCTIONS = {  # whose defaults are part of the protocol
+    "frechet_infinity": formulas.frechet_infinity,
+    "kid": formulas.kernel_distance,
+    "precision_recall": formulas.precision_recall,
+    "density_coverage": formulas.density_coverage,
+    "inception_score": formulas.inception_score,
+}
+
+
+def stamp(images: ImageSet, reference: dict[str, Any], extractor: Extractor, seed: int) -> dict[str, Any]:
+    """The protocol of measuring these images, but for its metrics; `reference`: what is known about the real images."""
+    return {
+        "version": PROTOCOL,
+        "num_images": images.count,
+        "image_size": list(images.size),
+        "cropped": images.cropped,
+        "samples": {key: value for key, value in (images.sampling or {}).items() if key not in SUBJECT},
+        "reference": reference,
+        "features": extractor.name,
+        "features_sha256": extractor.hash,
+        "features_dim": extractor.dim,
+        "seed": seed,
+    }
+
+
+def subject(images: ImageSet) -> dict[str, Any]:
+    """What may differ between comparable results: the weights, and the names of files."""
+    return {key: (images.sampling or {}).get(key) for key in SUBJECT}
+
+
+def made_on(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and time of a result."""
+    return {
+        "fastdit": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "hardware": hardware(device),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader of the values must know: metrics left out, a decoded reference, and where images are too few."""
+    if not result:  # of a process that is not the main one
+        return []
+    protocol = result["protocol"]
+    lines = [f"{name} is left out: {reason}" for name, reason in result["left_out"].items()]
+    if "decoded_by" in protocol["reference"]:
+        lines.append("note: --reference was decoded from latents, so the distance leaves out the autoencoder's own "
+                     "error; give the images themselves to include it")  # fmt: skip
+    dim = protocol["features_dim"]
+    for name, count in (("SAMPLES", protocol["num_images"]), ("--reference", protocol["reference"]["images"])):
+        if 0 < count <= dim:
+            lines.append(f"warning: {name}: {count} images are too few for a covariance of {dim} features; compare at "
+                         f"equal numbers only, or use more than {dim}")  # fmt: skip
+    return lines
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The settings of a metric: the defaults of its function."""
+    if name not in FUNCTIONS:
+        return {}
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "seed"}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The values of a result in a few lines."""
+    values, protocol, real = result["values"], result["protocol"], result["real"]
+    known = protocol["reference"]["images"] or "an unknown number"
+    lines = [f"{protocol['num_images']} images, {known} in the reference"]
+    if "frechet" in values:
+        lines.append(f"{result['distance']:<26}{number('frechet', values)}")
+    if real:
+        counts = f"{real['num_images']} against {real['reference_images']} images"
+        lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
+    for name, words in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
+        if name in values:
+            lines.append(f"{words:<26}{number(name, values)} +- {number(f'{name}_error', values)}")
+    rest = [key for key in values if not key.startswith(("frechet", "kid"))]
+    return "\n".join(lines + [f"{title(key, result):<26}{number(key, values)}" for key in rest])
+
+
+def title(key: str, result: dict[str, Any]) -> str:
+    """What a value is called."""
+    return {"frechet": result["distance"], "spatial_frechet": "sFID", "kid": "KID"}.get(key, key.replace("_", " "))
+
+
+def number(key: str, values: dict[str, float]) -> str:
+    return f"{values[key]:.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+
+
+def compare(a: str | Path, b: str | Path) -> str:
+    """The last results of two files side by side; ValueError that names every difference of their protocols."""
+    results = [read_result(path) for path in (a, b)]
+    common = [name for name in results[0]["protocol"]["metrics"] if name in results[1]["protocol"]["metrics"]]
+    flat = []
+    for result in results:
+        protocol = result["protocol"] | {"metrics": {name: result["protocol"]["metrics"][name] for name in common}}
+        flat.append(dict(_flat(protocol)))
+    names = sorted({*flat[0], *flat[1]})
+    unlike = [f"{n}={flat[0].get(n)} and {flat[1].get(n)}" for n in names if flat[0].get(n) != flat[1].get(n)]
+    if unlike:
+        raise ValueError(f"{a} and {b} were not measured alike: {'; '.join(unlike)}; measure both the same way")
+    rows = [["", str(a), str(b)]]
+    for key in ("samples", "sha256"):
+        rows.append([key, *(str(result["subject"].get(key)) for result in results)])
+    for key in results[0]["values"]:
+        if key in results[1]["values"]:
+            rows.append([title(key, results[0]), *(number(key, result["values"]) for result in results)])
+    if all(result["real"] for result in results):
+        rows.append(["real against real", *(number("frechet", result["real"]) for result in results)])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as lines of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def append_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Append a result as one JSON line."""
+    with append_to(Path(path)) as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def find_result(
+    path: str | Path, images: ImageSet, reference: dict, extractor: Extractor, seed: int, metrics: Iterable[str]
+) -> dict[str, Any] | None:
+    """The result in a file of JSON lines that the same measurement of the same weights gave, if it is there."""
+    wanted, weights = stamp(images, reference, extractor, seed), subject(images)["sha256"]
+    for line in read_text(Path(path)).splitlines() if Path(path).is_file() else ():
+        try:
+            result = json.loads(line)
+            same = {k: v for k, v in result["protocol"].items() if k != "metrics"} == wanted
+            tried = result["protocol"]["metrics"].keys() | result["left_out"].keys()
+            if same and result["subject"]["sha256"] == weights and set(metrics) <= tried:
+                return result
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # a line of another kind
+    return None
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """The last result in a file of JSON lines."""
+    if not Path(path).is_file():
+        raise ValueError(f"--compare: {path} does not exist; write it with fastdit evaluate --out {path}")
+    lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+    try:
+        result = json.loads(lines[-1])
+        shapes = all(isinstance(result[key], dict) for key in ("protocol", "subject", "values"))
+        if not (shapes and isinstance(result["protocol"]["metrics"], dict) and {"distance", "real"} <= result.keys()):
+            raise ValueError
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise ValueError(f"--compare: {path} has no result in its last line; write it with fastdit evaluate "
+                         f"--out {path}") from None  # fmt: skip
+    return result
+
+
+def _flat(tree: dict, prefix: str = ""):
+    """(dotted key, value) of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

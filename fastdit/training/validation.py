@@ -1,0 +1,75 @@
+"""`fastdit evaluate RUN --loss`: the validation loss of a checkpoint, as training computes it."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdit import __version__
+from fastdit.build import shards_of
+from fastdit.config import to_tree
+from fastdit.data.manifest import Manifest
+from fastdit.distributed import Ranks
+from fastdit.environment import commit, hardware
+from fastdit.evaluation.loss import IMAGES, validation_loss
+from fastdit.pipeline import Inference
+from fastdit.training.state import load_network
+
+PROTOCOL = 1  # increases when the same files and settings give other digits
+
+
+def loss_of_run(
+    path: str | Path,
+    ranks: Ranks,
+    *,
+    shards: str | None = None,
+    num_samples: int | None = None,
+    weights: str | None = None,
+    overrides: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The validation loss of the checkpoint at `path` on `num_samples` images of `shards`. A collective call.
+
+    By default the images are those of the run's data.val_shards or data.val_fraction. The result has the form of
+    evaluation.evaluate.measure's. ValueError where the run names no such images, or the shards are of another kind.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"--num-samples={num_samples} must be 1 or more")
+    trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
+    data = trained.config.data
+    if shards:
+        manifest = Manifest.load(shards)
+    elif data.val_shards or data.val_fraction:
+        manifest = shards_of(trained.config)[1]
+    else:
+        raise ValueError(f"--loss: {path} has neither data.val_shards nor data.val_fraction; give --shards")
+    manifest.check(num_classes=data.num_classes)
+    trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
+    network = Inference(trained.model, trained.config.sampling.precision, compile=False)
+    found = validation_loss(trained.objective, network, manifest, ranks, images=num_samples or IMAGES)
+    return {
+        "protocol": {
+            "version": PROTOCOL,
+            "num_images": found["images"],
+            "images_sha256": manifest.index_sha256,
+            "val_fraction": 0.0 if shards else data.val_fraction,
+            "objective": to_tree(trained.config.objective),
+            "precision": trained.config.sampling.precision,
+            "weights": weights or "ema",
+            "metrics": {"loss": {}},
+        },
+        "subject": {"samples": str(path), "checkpoint": str(trained.folder.resolve()), "sha256": trained.identity,
+                    "step": trained.step},
+        "distance": "loss",
+        "values": {"loss": found["loss"], "loss_error": found["loss_error"], **found["parts"]},
+        "bins": found["bins"],
+        "real": None,
+        "environment": {
+            "fastdit": __version__,
+            "commit": commit(),
+            "torch": torch.__version__,
+            "hardware": hardware(ranks.device),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    }  # fmt: skip

@@ -1,0 +1,95 @@
+"""`fastdit evaluate RUN --sweep`: every combination once, a table, a plot, and mistakes before anything is sampled."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdit.cli import main
+from fastdit.pipeline import ImagePipeline
+from fastdit.sweep import points
+from helpers.evaluation import evaluate, mistake, pictures, use_tiny
+from helpers.runs import Forks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "reference.npz"
+    np.savez(path, pictures(20, size=32))
+    return path
+
+
+def command(trained, reference, out, *sweep):
+    return ["evaluate", *map(str, [trained, "--reference", reference, "--num-samples", 8, "--out", out]),
+            "--metrics", "frechet,kid", "--device", "cpu", "--sweep", *sweep]  # fmt: skip
+
+
+def test_a_sweep_measures_each_combination_once(trained, reference, tmp_path, small, capsys, monkeypatch):
+    out = tmp_path / "sweep.jsonl"
+    axes = "cfg_scale=1,3", "sampling.steps=2,4", "weights=model,ema"
+    main(command(trained, reference, out, *axes))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    protocols = [line["protocol"]["samples"] for line in lines]
+    seen = [(p["sampling"]["cfg_scale"], p["sampling"]["steps"], p["weights"]) for p in protocols]
+    assert seen == [(c, s, w) for c in (1, 3) for s in ("2", "4") for w in ("model", "ema")]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["cfg_scale", "steps", "weights", "FD", "(tiny)", "KID"]
+    assert said[1].split()[:4] == ["1", "2", "model", f"{lines[0]['values']['frechet']:.4f}"]
+    smallest = min(line["values"]["frechet"] for line in lines)
+    assert said[9].startswith(f"smallest FD (tiny): {smallest:.4f} at cfg_scale=") and len(set(said[1:9])) == 8
+    plot = Image.open(out.with_suffix(".png"))
+    assert plot.size == (900, 600) and len(plot.convert("RGB").getcolors(1 << 24)) > 100
+    alone = evaluate(trained, "--reference", reference, "--num-samples", 8, "--metrics", "frechet,kid", "--weights",
+                     "model", "sampling.cfg_scale=3", "sampling.steps=4", out=tmp_path / "alone.jsonl")  # fmt: skip
+    assert alone["values"] == lines[6]["values"] and alone["protocol"] == lines[6]["protocol"]
+    capsys.readouterr()
+    monkeypatch.setattr(ImagePipeline, "images", None)  # nothing is sampled again
+    main(command(trained, reference, out, *axes))
+    assert capsys.readouterr().out.splitlines()[:10] == said[:10] and len(out.read_text().splitlines()) == 8
+
+
+def test_two_processes_write_the_same_lines(trained, reference, tmp_path, small):
+    """The first combination is there already, which the main process alone knows."""
+    axes = "cfg_scale=1,3", "sampler=euler"
+    for name, sweep in (("one", axes), ("two", ("cfg_scale=1", "sampler=euler"))):
+        main(command(trained, reference, tmp_path / name, *sweep))
+    options = command(trained, reference, tmp_path / "two", *axes)
+    with Forks("fastdit/cli.py", *options, processes=2, before=use_tiny) as forks:
+        assert set(forks.wait()) == {0}, forks.said()
+    one, two = (
+        [json.loads(line) | {"environment": 0} for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert one == two and len(two) == 2
+
+
+def test_points_are_all_combinations():
+    assert points([]) == [{}]
+    assert points(["cfg_interval=[0,0.6],[0,1]", "steps=5"]) == [
+        {"cfg_interval": "[0,0.6]", "steps": "5"},
+        {"cfg_interval": "[0,1]", "steps": "5"},
+    ]
+    assert points(["sampler.eta=0,1"])[1] == {"sampler.eta": "1"}
+
+
+def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tmp_path, small, capsys, monkeypatch):
+    monkeypatch.setattr(ImagePipeline, "images", None)
+    np.savez(tmp_path / "samples.npz", pictures(4, size=32))
+    for sweep, words in (
+        (["cfg_scal=1,2"], "--sweep='cfg_scal' is unknown; did you mean 'cfg_scale'"),
+        (["cfg_scale"], "--sweep cfg_scale is not of the form key=value,value"),
+        (["cfg_scale=1", "sampling.cfg_scale=2"], "--sweep sampling.cfg_scale=2 repeats a key"),
+        (["cfg_scale=1,high"], "sampling.cfg_scale='high'"),
+        (["steps=4,ddim50"], "steps='ddim50' needs a discrete schedule"),
+        (["sampler=heun,hein"], "did you mean 'heun'"),
+        (["weights=ema,raw"], "--sweep weights='raw' is unknown; did you mean"),
+        (["cfg_rescale=0,2"], "sampling.cfg_rescale=2"),
+        (["weak_checkpoint=nowhere"], "nowhere"),
+    ):
+        assert words in mistake(capsys, *command(trained, reference, tmp_path / "out.jsonl", *sweep)[1:]), words
+    assert not (tmp_path / "out.jsonl").exists()
+    argv = command(tmp_path / "samples.npz", reference, tmp_path / "out.jsonl", "cfg_scale=1,2")
+    assert "--num-samples, --sweep: SAMPLES=" in mistake(capsys, *argv[1:])

@@ -1,0 +1,71 @@
+"""W&B gets what metrics.jsonl and TensorBoard get, works without an account, and is one run after a resume."""
+
+import stat
+import sys
+
+import pytest
+
+from fastdit.training.boards import has_key
+from fastdit.training.log import read_records
+from helpers.runs import train_here
+from helpers.wandb import fake_wandb
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = ["training.checkpoint_every=2", "model.variant=DiT-2x64x4/4", "data.val_fraction=0.1", "training.wandb=mine",
+         "training.validate_images=40", "training.sample_every=2", "training.sample_images=3"]  # fmt: skip
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    module = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def test_it_gets_every_value_and_picture_and_a_resume_continues_it(world, tmp_path, wandb, capsys):
+    train_here(world, tmp_path / "run", *SHORT, "training.steps=3")
+    train_here(world, tmp_path / "run", *SHORT, "training.steps=4", resume=True)
+    first, second = wandb.runs
+    assert first.given["project"] == "mine" and first.given["name"] == "run" and first.given["mode"] == "offline"
+    assert first.given["config"]["training"]["lr"] == 1e-3 and first.given["resume"] is None
+    assert (second.given["id"], second.given["resume"]) == (first.id, "allow")
+    assert first.metrics == [("*", "step")] and first.finished and second.finished
+    records, logged = read_records(tmp_path / "run" / "metrics.jsonl"), [*first.logged, *second.logged]
+    assert [r["step"] for r in records] == [entry["step"] for entry in logged] == [1, 2, 2, 3, 3, 4, 4]
+    for record, entry in zip(records, logged, strict=True):
+        bins = record.pop("val_bins", [])
+        del record["time"]
+        pictures = {key: entry.pop(key) for key in ("samples", "samples_over_time") if key in entry}
+        assert entry == record | {f"val_bins/{i:02d}": value for i, value in enumerate(bins)}
+        assert not bins or pictures["samples"] == ("image", (32, 3 * 32 + 2 * 2, 3))
+    said = capsys.readouterr().out
+    assert said.count("W&B: no API key, so the run is logged to") == 2
+
+
+@pytest.mark.parametrize("given", ["WANDB_MODE", "WANDB_API_KEY", "netrc"])
+def test_with_a_key_or_a_mode_the_choice_is_left_to_it(world, tmp_path, wandb, monkeypatch, given):
+    if given == "netrc":
+        (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + 40 * "0" + "\n")
+        (tmp_path / "netrc").chmod(stat.S_IRUSR)
+        assert has_key()
+    else:
+        monkeypatch.setenv(given, "disabled")
+        assert has_key() == (given == "WANDB_API_KEY")
+    train_here(world, tmp_path / "run", *SHORT, "training.steps=1")
+    assert "mode" not in wandb.runs[0].given
+
+
+def test_another_host_needs_its_own_key_and_an_error_says_how_to_go_on(world, tmp_path, wandb, monkeypatch):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_key()
+
+    def fails(**given):
+        raise RuntimeError("no route\nto host")
+
+    wandb.init = fails
+    with pytest.raises(ValueError, match=r"training.wandb=mine cannot be used \(no route to host\); set WANDB_MODE"):
+        train_here(world, tmp_path / "run", *SHORT, "training.steps=1")
