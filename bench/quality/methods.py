@@ -7,7 +7,8 @@
 
 All methods of a seed see the same images in the same order. At four points of a run its EMA makes samples without
 guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation loss is
-that of the velocity, over uniform times. Lines go to bench/results/methods.jsonl, the table and the plot to docs/.
+the mean over equal parts of t, so that it does not depend on the times that a method trains with. Lines go to
+bench/results/methods.jsonl, the table and the plot to docs/.
 A new method is a line of METHODS.
 """
 
@@ -26,15 +27,11 @@ from bench.quality.frames import read_set
 from bench.record import ROOT, markdown, record
 from fastdit.config import load_config
 from fastdit.data.images import to_pixels, to_uint8
-from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import permutation
-from fastdit.data.manifest import Manifest
-from fastdit.evaluation.features import Extractor, load_features
-from fastdit.evaluation.metrics import frechet_distance, kernel_distance
-from fastdit.likelihood import batches
-from fastdit.sampling import sample
-from fastdit.training import checkpoint
-from fastdit.training.log import read_metrics
+from fastdit.distributed import init
+from fastdit.evaluation.evaluate import evaluate
+from fastdit.training.log import read_metrics, read_records
 from fastdit.training.loop import train
 from fastdit.training.state import load_network
 
@@ -48,8 +45,8 @@ METHODS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 COMMON = [
-    "objective=flow", "data.hflip=false", "training.ema_warmup=true", "training.keep_checkpoints=0",
-    "training.report=false", "sampling={sampler: dpmpp_2m, steps: 20, cfg_scale: 1}",
+    "objective=flow", "data.hflip=false", "training.ema_warmup=true", "training.report=false",
+    "sampling={sampler: dpmpp_2m, steps: 20, cfg_scale: 1}",
 ]  # fmt: skip
 SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 minutes of two cores, 90 s of a GPU
     "cpu": ["model.variant=DiT-6x192x3/4", "training={steps: 1600, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
@@ -59,61 +56,37 @@ SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 mi
 }  # fmt: skip
 SAMPLES = {"cpu": 800, "gpu": 3200}
 POINTS = 4  # at which a run is measured
-VALIDATION = 512  # held-out images
 
 
-class Judge:
-    """Distances to the held-out frames of a data set, in the features of a network."""
-
-    def __init__(self, data: Path, extractor: Extractor):
-        self.data, self.extractor = data, extractor
-        kept = data / f"held_out.{extractor.hash[:8]}.npy"
+def reference(data: Path, samples: np.ndarray | None = None) -> Path | dict[str, float]:
+    """The file with the features of the held-out frames; with samples uint8 (N, H, W, 3): their distances to them."""
+    kept, ranks = data / "held_out.npz", init()
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/samples.npz", arr_0=read_set(data / "held_out.tar", 100)[0] if samples is None else samples)
         if not kept.is_file():
-            np.save(kept, self.features(read_set(data / "held_out.tar")[0]))
-        self.reference = np.load(kept)
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> the pooled features (N, dim)."""
-        return self.extractor(images)[:, : self.extractor.dim]
-
-    def distances(self, images: np.ndarray) -> dict[str, float]:
-        """Of images uint8 (N, H, W, 3)."""
-        features = self.features(images)
-        kid, error = kernel_distance(torch.from_numpy(features).double(), torch.from_numpy(self.reference).double())
-        return {"frechet": round(frechet_distance(features, self.reference), 3), "kid": round(kid, 6),
-                "kid_error": round(error, 6)}  # fmt: skip
-
-    def floor(self, count: int) -> dict[str, dict[str, float]]:
-        """What `count` training frames score, as they are and through the autoencoder: no sample can do much better."""
-        images = read_set(self.data / "train.tar")[0]
-        images = images[permutation(0, 0, len(images))[:count]]
-        codec = LatentCodec.load(self.data / "vae", device=self.extractor.device)
-        parts = to_pixels(torch.from_numpy(images)).split(64)
-        decoded = [to_uint8(codec.decode(codec.encode(x.to(self.extractor.device)).chunk(2, 1)[0] * codec.scale))
-                   for x in parts]  # fmt: skip
-        return {"real": self.distances(images), "autoencoder": self.distances(torch.cat(decoded).cpu().numpy())}
+            evaluate(f"{folder}/samples.npz", data / "held_out.tar", ranks, metrics=["kid"], save_reference=str(kept))
+        return kept if samples is None else figures(evaluate(f"{folder}/samples.npz", kept, ranks)["values"])
 
 
-@torch.no_grad()
-def validation_loss(folder: Path, shards: Path, images: int) -> float:
-    """The velocity's mean squared error of the EMA in checkpoint `folder`, over uniform t in [0, 1].
+def figures(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(values[name], 6) for name in ("frechet", "kid", "kid_error")}
 
-    Every checkpoint sees the same images, noise and times.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, manifest = load_network(folder, "ema", device=device), Manifest.load(shards)
-    generator, total = torch.Generator().manual_seed(0), 0.0
-    for start, moments, y in batches(manifest, images, 64, 0):
-        posterior, noise = torch.randn(2, len(y), *manifest.latents.shape, generator=generator)
-        x_0 = sample_latents(moments, posterior, manifest.latents.scale, manifest.latents.shift)
-        t = (torch.arange(start, start + len(y), dtype=torch.float64) + 0.5) * 0.6180339887 % 1  # even in every batch
-        loss = trained.objective.loss(trained.model, *(each.to(device) for each in (x_0, y, t, noise)))
-        total += loss.parts["mse"].sum().item()
-    return total / images
+
+def floor(data: Path, count: int) -> dict[str, dict[str, float]]:
+    """What `count` training frames score, as they are and through the autoencoder: no sample can do much better."""
+    images = read_set(data / "train.tar")[0]
+    images = images[permutation(0, 0, len(images))[:count]]
+    codec, device = LatentCodec.load(data / "vae"), init().device
+    codec = codec.to(torch.float32, device)
+    decoded = []
+    for pixels in to_pixels(torch.from_numpy(images)).split(64):
+        mean = codec.encode(pixels.to(device)).chunk(2, dim=1)[0]
+        decoded.append(to_uint8(codec.decode(mean * codec.scale)).cpu())
+    return {"real": reference(data, images), "autoencoder": reference(data, torch.cat(decoded).numpy())}
 
 
 def seconds_of(metrics: Sequence[dict], global_batch: int) -> dict[int, float]:
-    """Seconds of training until each logged step, without the checkpoints."""
+    """Seconds of training until each logged step, without measurements."""
     seconds, before, found = 0.0, 0, {}
     for line in metrics:
         seconds += (line["step"] - before) * global_batch / line["images_per_s"]
@@ -122,27 +95,30 @@ def seconds_of(metrics: Sequence[dict], global_batch: int) -> dict[int, float]:
     return found
 
 
-def run(method: str, seed: int, size: str, judge: Judge, changes: Sequence[str] = ()) -> dict:
-    """Train one method and measure its checkpoints; the contents of its line."""
-    data = judge.data
+def run(method: str, seed: int, size: str, data: Path, changes: Sequence[str] = ()) -> dict:
+    """Train one method, which measures itself at POINTS steps; the contents of its line."""
     with tempfile.TemporaryDirectory() as root:
-        places = [f"run_dir={root}/run", f"data.shards={data}/latents", f"seed={seed}"]
-        overrides = [*SIZES[size], *COMMON, *METHODS[method], *places, *changes]
+        overrides = [
+            *SIZES[size], *COMMON, *METHODS[method], f"seed={seed}", f"run_dir={root}/run",
+            f"data.shards={data}/latents", f"data.val_shards={data}/held", f"training.reference={reference(data)}",
+            f"training.evaluate_images={SAMPLES[size]}", *changes,
+        ]  # fmt: skip
         settings = load_config("sit_s_2", overrides).training
-        steps, batch = settings.steps, settings.global_batch
-        config = load_config("sit_s_2", [*overrides, f"training.checkpoint_every={-(-steps // POINTS)}"])
+        every = -(-settings.steps // POINTS)
+        keys = ("validate_every", "evaluate_every", "checkpoint_every")
+        config = load_config("sit_s_2", [*overrides, *(f"training.{key}={every}" for key in keys)])
         last = train(config)
-        seconds = seconds_of(read_metrics(config.run_dir), batch)
-        points = []
-        for folder in checkpoint.checkpoints(Path(config.run_dir)):
-            step = checkpoint.step_of(folder)
-            out = sample(folder, Path(root) / f"samples-{step}", SAMPLES[size])
-            loss = validation_loss(folder, data / "held", VALIDATION)
-            points.append({"images": step * batch, "seconds": round(seconds[step], 1), "loss": round(loss, 4),
-                           **judge.distances(np.load(out / "samples.npz")["arr_0"])})  # fmt: skip
+        records = read_records(Path(config.run_dir) / "metrics.jsonl")
+        seconds = seconds_of(read_metrics(config.run_dir), settings.global_batch)
+        points = [
+            {"images": r["step"] * settings.global_batch, "seconds": round(seconds[r["step"]], 1),
+             "loss": round(statistics.fmean(r["val_bins"]), 4),
+             **figures({name.removeprefix("eval_"): value for name, value in r.items()})}
+            for r in records if "eval_frechet" in r
+        ]  # fmt: skip
         parameters = load_network(last).model.parameter_count()
     return {"size": size, "method": method, "seed": seed, "overrides": METHODS[method], "changes": list(changes),
-            "samples": SAMPLES[size], "parameters": parameters, "points": points}  # fmt: skip
+            "samples": settings.evaluate_images, "parameters": parameters, "points": points}  # fmt: skip
 
 
 def newest_lines() -> dict[tuple, dict]:
@@ -232,13 +208,12 @@ def main() -> None:
     options.add_argument("--table", action="store_true", help="train nothing")
     given = options.parse_args()
     if not given.table:
-        judge = Judge(given.data, load_features("efficientnet-lite0", "cuda" if torch.cuda.is_available() else "cpu"))
         if (given.size, FLOOR, 0) not in newest_lines():
-            floor = judge.floor(SAMPLES[given.size])
-            record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=FLOOR, seed=0, floor=floor)
+            found = floor(given.data, SAMPLES[given.size])
+            record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=FLOOR, seed=0, floor=found)
         for seed in given.seeds:
             for method in given.only:
-                line = run(method, seed, given.size, judge, given.set)
+                line = run(method, seed, given.size, given.data, given.set)
                 record("methods", RESULTS.parent, name=RESULTS.name, **line)
                 write_tables()
     write_tables()
