@@ -38,7 +38,7 @@ SETS = {"train": 2000, "held_out": 200}  # frames per class
 ABOUT = "frames.json"
 
 
-AUTOENCODER = {"channels": (16, 24, 48), "steps": 1500, "batch_size": 16, "lr": 2e-3, "kl_weight": 1e-4}
+AUTOENCODER = {"channels": (16, 24, 48), "steps": 3000, "batch_size": 16, "lr": 3e-3, "kl_weight": 1e-4}
 EVERY = 4  # every fourth frame trains the autoencoder
 
 
