@@ -22,6 +22,7 @@ from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
+from fastdit.evaluation.encoders import load_encoder
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
 from fastdit.sheets import in_rows, labelled, tiled
@@ -100,10 +101,13 @@ def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions:
 
 
 def extract(
-    images: str | Path, out: str | Path, *, vae: str = SD_VAE, device: str | None = None, **options: Any
-) -> Path:
-    """Encode images to latent shards in `out`; `options`: as for `fastdit extract`, such as image_size."""
-    extract_features(images=images, out=out, vae=vae, ranks=distributed.init(device), **options)
+    images: str | Path, out: str | Path, *, vae: str = SD_VAE, encoder: str = "", device: str | None = None,
+    **options: Any,
+) -> Path:  # fmt: skip
+    """Encode images to latent shards in `out`; `encoder` and `options`: as for `fastdit extract`."""
+    ranks = distributed.init(device)
+    chosen = load_encoder(encoder, ranks.device) if encoder else None
+    extract_features(images=images, out=out, vae=vae, encoder=chosen, ranks=ranks, **options)
     return Path(out)
 
 

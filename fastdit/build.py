@@ -16,6 +16,7 @@ from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
+from fastdit.models.routing import Routing
 from fastdit.registry import bind, build
 
 
@@ -47,12 +48,34 @@ def build_network(
     return model
 
 
+def build_routing(settings: TrainingConfig, model: DiT) -> Routing | None:
+    """training.route; ValueError where it cannot be followed."""
+    if settings.cuda_graph and settings.route_full_steps:
+        raise ValueError(f"training.route_full_steps={settings.route_full_steps} changes shapes, which a CUDA graph "
+                         "cannot follow; use 0, or training.cuda_graph=false")  # fmt: skip
+    end = settings.steps - settings.route_full_steps
+    return routing_of(model, settings.route, settings.route_ends, "training.route", end) if settings.route else None
+
+
+def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_from: int = 1 << 62) -> Routing:
+    """ValueError where no block, or no token, or every token would skip; `key` is that of the share."""
+    if sum(ends) >= len(model.blocks):
+        raise ValueError(f"training.route_ends={list(ends)} leave none of {len(model.blocks)} blocks to skip; use "
+                         f"smaller numbers, or {key}=0")  # fmt: skip
+    if not 0 < round(share * model.patches) < model.patches:
+        raise ValueError(f"{key}={share} of {model.patches} tokens is all or none; use another share")
+    return Routing(share, ends, full_from)
+
+
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
-    train, held_out = split(Manifest.load(config.data.shards), config.data.val_fraction)
+    manifest = Manifest.load(config.data.shards).normalized(config.data.normalize)
+    train, held_out = split(manifest, config.data.val_fraction)
     if not (path := config.data.val_shards):
         return train, held_out
     held_out = Manifest.load(path)
+    if config.data.normalize != "none":
+        held_out = held_out.scaled_as(train.latents)
     held_out.check()
     if held_out.index_sha256 == train.index_sha256:
         raise ValueError(f"data.val_shards={path} holds the images of data.shards; use data.val_fraction=0.01 instead")
@@ -123,7 +146,10 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
         )
     # DDP would have the compiler split each block at its buckets; separate blocks produce gradients early enough
     torch._dynamo.config.optimize_ddp = settings.compile == "whole"
-    model.compile(fullgraph=True) if settings.compile == "whole" else model.compile_blocks()
+    if settings.compile == "whole":
+        model.compile(fullgraph=True)
+    else:  # with a route, blocks see two sequence lengths: one kernel for both would be slower
+        model.compile_blocks(dynamic=False if settings.route else None)
     return compiled(objective) if next(model.parameters()).is_cuda else objective
 
 
@@ -137,7 +163,10 @@ def check_sampling(config: Config, objective: Objective, null_label: int | None)
     settings = config.sampling
     bind(SAMPLERS, settings.sampler, "sampling.sampler")
     objective.timesteps(settings.steps)  # a count that the objective cannot make fails here
-    if settings.cfg_scale != 1 and null_label is None and not settings.weak_checkpoint:
+    if settings.route and settings.weak_checkpoint:
+        both = f"sampling.route={settings.route} and sampling.weak_checkpoint={settings.weak_checkpoint}"
+        raise ValueError(f"{both} both give the prediction to guide away from; use one of them")
+    if settings.cfg_scale != 1 and null_label is None and not (settings.weak_checkpoint or settings.route):
         raise ValueError(
             f"sampling.cfg_scale={settings.cfg_scale} needs a null label; this model has class_dropout="
             f"{config.model.class_dropout}, num_classes={config.data.num_classes}: use sampling.cfg_scale=1"

@@ -43,8 +43,10 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     shards: str = ""  # folder of latents, written by fastdit extract
+    features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
+    normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
     prefetch: int = 4  # number of batches to read ahead
@@ -112,6 +114,7 @@ class TrainingConfig:
     epochs: float = 0.0  # passes over the shards, instead of steps; 0: steps count
     global_batch: int = 256  # images per step, over all processes
     micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -130,6 +133,10 @@ class TrainingConfig:
     # what the backward pass recomputes: activation: GELU; selective: GELU and norms; auto: as little as memory allows
     activation_checkpointing: Literal["none", "activation", "selective", "full", "auto"] = "none"
     compile: Literal[True, False, "whole"] = True  # true: each block, starts in seconds; whole: the whole network
+    align: tuple[Choice, ...] = ()  # alignment losses, such as [layersync]; see training/alignment.py
+    route: float = 0.0  # share of the tokens that skip the middle blocks in training (models/routing.py); 0.5 in TREAD
+    route_ends: tuple[int, int] = (2, 4)  # number of blocks at the start and at the end that no token skips
+    route_full_steps: int = 0  # the last steps, in which no token skips
     joint_adaln: bool = False  # compute the adaLN projections of all blocks in one product, for small batches
     loss_aware_times: bool = False  # DDPM: importance sampling of timesteps by their loss, for loss_type=kl
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed if its launcher is used
@@ -180,11 +187,17 @@ class TrainingConfig:
         _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
         _require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
         _require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
+        if self.optimizer == "muon":
+            _require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
         if self.fp8:
             _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
             policy = self.activation_checkpointing  # FP8 products save their own inputs
             _require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
+        _require(0 <= self.route < 1, "training.route", self.route, "use a share in [0, 1), 0.5 in the paper")
+        _require(min(self.route_ends) >= 0, "training.route_ends", list(self.route_ends), "use [2, 4] as in the paper")
+        steps = self.route_full_steps
+        _require(0 <= steps <= self.steps, "training.route_full_steps", steps, "use 0 to training.steps")
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
@@ -210,6 +223,7 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at times in this interval; t = 0 is data
     cfg_rescale: float = 0.0  # in [0, 1]; reduces the excess contrast of guided images
     weak_checkpoint: str = ""  # autoguidance: guide away from this weaker run instead of the null label
+    route: float = 0.0  # Sparse Guidance: guide away from the prediction in which this share of the tokens skips blocks
     clip: Literal["none", "static", "dynamic"] = "none"  # clip predicted x_0: static to [-1, 1], dynamic by quantile
     batch_size: int = 50
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -222,6 +236,7 @@ class SamplingConfig:
         _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
+        _require(0 <= self.route < 1, "sampling.route", self.route, "use a share in [0, 1), and cfg_scale above 1")
         _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
 
 
@@ -331,7 +346,7 @@ def to_tree(value: Any) -> Any:
         return {"name": value.name, **value.options}
     if dataclasses.is_dataclass(value):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [to_tree(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _override(tree: dict, override: str) -> None:

@@ -180,9 +180,9 @@ class StepRandom:
         """`generator`: from `step_generator`."""
         self.generator, self.rows, self.global_batch = generator, rows, global_batch
 
-    def rand(self) -> Tensor:
-        """Uniforms (n,) in [0, 1)."""
-        return torch.rand(self.global_batch, generator=self.generator, device=self.generator.device)[self.rows]
+    def rand(self, *shape: int) -> Tensor:
+        """Uniforms (n, *shape) in [0, 1)."""
+        return torch.rand(self.global_batch, *shape, generator=self.generator, device=self.generator.device)[self.rows]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normals (n, *shape)."""

@@ -108,6 +108,8 @@ def likelihood(
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
     trained = load_network(path, weights, overrides=overrides, device=device)
     objective, model, latents = trained.objective, trained.model, manifest.latents
+    if trained.config.data.normalize != "none":
+        latents = manifest.scaled_as(trained.latents).latents
     if method == "vlb" and not hasattr(objective, "vlb"):
         raise ValueError(
             f"--method=vlb needs a DDPM checkpoint, not objective={trained.config.objective.name}; use heun"

@@ -8,7 +8,7 @@ matrix products and attention at shares of the datasheet's rate, everything else
 from dataclasses import dataclass, replace
 
 from fastdit import distributed
-from fastdit.build import uses_zero
+from fastdit.build import build_routing, uses_zero
 from fastdit.cards import GIB, GPU, GPUS, card_of
 from fastdit.config import Config, TrainingConfig
 from fastdit.models.dit import DiT
@@ -24,16 +24,18 @@ ADD_BYTES = 12  # per parameter and further micro-batch: its gradient is added; 
 POLICIES = ("none", "activation", "selective", "full")  # of activation checkpointing, from fastest to smallest
 
 
-def activation_bytes(model: DiT, policy: str, *, itemsize: int = 2, residual: int = 4, fp8: bool = False) -> int:
+def activation_bytes(
+    model: DiT, policy: str, *, itemsize: int = 2, residual: int = 4, fp8: bool = False, blocks: float | None = None
+) -> int:
     """Bytes that one image keeps from the forward to the backward pass, with the fused kernels.
 
     Per token and block, in units of D values of `itemsize` bytes: the input of qkv 1, qkv 3, attention's output 1, both
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
     bytes per value; more where the network has options. `activation` recomputes the activation's output; `selective`
     also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv,
-    fc1 and fc2 are kept in one byte per value, and that of proj in another one.
+    fc1 and fc2 are kept in one byte per value, and that of proj in another one. `blocks`: see `full_blocks`.
     """
-    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
+    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks) if blocks is None else blocks
     before, after = activation_widths(model)
     cross = model.blocks[0].cross is not None  # its input, q, output and branch, and one more residual
     rotated = model.blocks[0].attn.qk_norm != "none" or model.rope is not None  # q and k before and after
@@ -57,12 +59,21 @@ def activation_widths(model: DiT) -> tuple[float, float]:
     return mlp.fc1.weight.shape[0] / model.hidden_size, mlp.fc2.weight.shape[1] / model.hidden_size
 
 
-def moved_bytes(model: DiT, policy: str, *, residual: int = 4, fp8: bool = False) -> float:
+def full_blocks(model: DiT, settings: TrainingConfig) -> float:
+    """The number of blocks with all tokens that compute as many tokens as the network does on training.route."""
+    routing = build_routing(settings, model)
+    return sum(routing.lengths(model)) / model.tokens if routing else len(model.blocks)
+
+
+def moved_bytes(
+    model: DiT, policy: str, *, residual: int = 4, fp8: bool = False, blocks: float | None = None
+) -> float:
     """Bytes that one image's step moves outside matrix products; within 4% of what bench/static/count.py counts.
 
     Norms and gates, GELU, attention, the bias and the packing of qkv's gradient; with FP8 also preparing the operands.
+    `blocks`: see `full_blocks`.
     """
-    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks)
+    d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks) if blocks is None else blocks
     before, after = activation_widths(model)
     cross = model.blocks[0].cross is not None
     norm = (2 + cross) * (2 * residual + 2 + 2)  # of each branch: x, branch, x', h
@@ -96,13 +107,14 @@ def memory_bytes(
     residual: int = 4,
     averages: int = 1,
     fp8: bool = False,
+    blocks: float | None = None,
 ) -> dict[str, float]:
     """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream.
 
-    `averages`: the EMA, and one more for each of training.ema_stds.
+    `averages`: the EMA, and one more for each of training.ema_stds. `blocks`: see `full_blocks`.
     """
     count = sum(p.numel() for p in model.parameters())
-    width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual, "fp8": fp8}
+    width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual, "fp8": fp8, "blocks": blocks}
     kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
     recomputed = (whole - kept) / len(model.blocks)  # by the backward pass, for one block at a time
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
@@ -138,13 +150,15 @@ def rank(
     count = sum(p.numel() for p in model.parameters())
     linears = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, Linear)}
     weights = sum(n for name, n in linears.items() if not name.endswith("cross.kv"))  # applied to two tokens only
-    in_fp8 = 2 * model.tokens * weights if settings.fp8 else 0  # FLOPs of one image's forward pass
+    routing, blocks = build_routing(settings, model), full_blocks(model, settings)
+    lengths = routing.lengths(model) if routing else [model.tokens] * len(model.blocks)
+    in_fp8 = 2 * model.tokens * weights * blocks / len(lengths) if settings.fp8 else 0  # FLOPs of a forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: twice the bytes per value, half the rate
     alone = world == 1 and not uses_zero(settings)  # then the optimizer's pass writes bf16 weights, see engine.py
     casts = 0 if wide == 2 else CAST_BYTES
     reached, bandwidth = card.efficiency, card.bandwidth * 1e12
-    attention = 4 * model.tokens**2 * model.hidden_size * len(model.blocks)  # FLOPs, also of one forward pass
-    products = model.flops_per_image() - attention - in_fp8 * (1 - 1 / reached.fp8)
+    attention = 4 * sum(n * n for n in lengths) * model.hidden_size  # FLOPs, also of one image's forward pass
+    products = model.flops_per_image(lengths) - attention - in_fp8 * (1 - 1 / reached.fp8)
     forward_s = (products / reached.products + attention / reached.attention) / (card.tflops / wide * 1e12)
     optimizer_bytes = OPTIMIZER_BYTES + AVERAGE_BYTES * len(settings.ema_stds)
     weight_bytes = optimizer_bytes / (world if uses_zero(settings) else 1) * count
@@ -154,7 +168,7 @@ def rank(
         fitting = [m for m in micros if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(micros))
         moved, with_fp8 = (
-            wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=fp8)
+            wide * moved_bytes(model, policy, residual=settings.residual_bytes // wide, fp8=fp8, blocks=blocks)
             for fp8 in (False, settings.fp8)
         )
         image_s = (4 if policy == "full" else 3) * forward_s  # the backward pass takes two; full: one again
@@ -224,6 +238,7 @@ def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int
         residual=settings.residual_bytes,
         averages=1 + len(settings.ema_stds),
         fp8=settings.fp8,
+        blocks=None if settings.route_full_steps else full_blocks(model, settings),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import __version__
+from fastdit.build import routing_of
 from fastdit.config import Config, to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
@@ -20,7 +21,10 @@ from fastdit.diffusion.samplers import SAMPLERS, Noise
 from fastdit.distributed import ImageRandom, one_thread, seed_of
 from fastdit.errors import out_of_memory_says
 from fastdit.models.dit import DiT
+from fastdit.models.routing import Routing
 from fastdit.registry import bind
+
+ROUTE = 2  # what the seed of an image is for, beside its noise and its random label
 
 
 class Inference:
@@ -44,7 +48,7 @@ class Inference:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if self.graphs is None:
-            return self._evaluate(x, t, y)
+            return self.evaluate(x, t, y)
         given = [tensor for tensor in (x, t, y) if tensor is not None]
         shape = tuple((tensor.shape, tensor.dtype) for tensor in given)
         if shape not in self.graphs:
@@ -55,7 +59,7 @@ class Inference:
         graph.replay()
         return out.clone()  # the next replay overwrites it
 
-    def _evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         with self.autocast:
             return self.model(x, t, y).float()
 
@@ -64,11 +68,31 @@ class Inference:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compile, and let the libraries allocate their workspaces
-                self._evaluate(*places)
+                self.evaluate(*places)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
-            out = self._evaluate(*places)
+            out = self.evaluate(*places)
         return graph, places, out
+
+
+class SparseInference:
+    """The prediction of a network in which random tokens skip the middle blocks, other ones at each evaluation.
+
+    The weak model of Sparse Guidance (Krause et al. 2026, arXiv 2601.01608), for networks that were trained with
+    training.route. `seeds`: of each image.
+    """
+
+    def __init__(self, inference: Inference, routing: Routing, seeds: list[int]):
+        self.inference, self.routing, self.random = inference, routing, ImageRandom(seeds)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        model = self.inference.model
+        order = self.random(torch.empty(len(x), model.patches, device=x.device))  # (N, T)
+        model.route = self.routing.draw(lambda patches: order, model, 0)
+        try:
+            return self.inference.evaluate(x, t, y)
+        finally:
+            model.route = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +119,24 @@ class ImagePipeline:
         evaluation; without it, sampling.clip does.
         """
         noise = ImageRandom([seed_of(seed, i) for i in indices])
-        return self.latents_from(noise, labels, on_step=on_step, denoised_fn=denoised_fn)
+        weak = None
+        if self.config.sampling.route:
+            ends = self.config.training.route_ends
+            routing = routing_of(self.model, self.config.sampling.route, ends, "sampling.route")
+            weak = SparseInference(self.inference, routing, [seed_of(seed, i, ROUTE) for i in indices])
+        return self.latents_from(noise, labels, weak=weak, on_step=on_step, denoised_fn=denoised_fn)
 
     @torch.no_grad()
-    def latents_from(self, noise: Noise, labels: Tensor, *, on_step=None, denoised_fn=None) -> Tensor:
-        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
+    def latents_from(
+        self, noise: Noise, labels: Tensor, *, weak: SparseInference | None = None, on_step=None, denoised_fn=None
+    ) -> Tensor:
+        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more.
+
+        `weak`: what to guide away from, instead of sampling.weak_checkpoint or the null label.
+        """
         settings = self.config.sampling
+        if settings.route and weak is None:
+            raise ValueError(f"sampling.route={settings.route} draws the tokens of plain samples only; use 0 here")
         x_1 = noise(torch.empty(len(labels), *self.spec.shape, device=labels.device))
         denoise = guided(
             self.objective,
@@ -110,7 +146,7 @@ class ImagePipeline:
             settings.cfg_channels or None,
             cfg_interval=settings.cfg_interval,
             cfg_rescale=settings.cfg_rescale,
-            weak_model=self.weak,
+            weak_model=weak or self.weak,
         )
         denoised_fn = denoised_fn or CLIPS[settings.clip]
         if denoised_fn is not None:

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import torch
 
-from fastdit.build import build_network, build_objective, uses_zero
+from fastdit.build import build_network, build_objective, build_routing, uses_zero
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import Config, assumed
+from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
+from fastdit.training.alignment import ALIGNMENTS, attach
 
+IMAGENET = 1_281_167  # images
+ENCODERS = {"DINOv2-B": 768, "DINOv2-L": 1024, "EfficientNet-Lite0": 1280}  # width of their features
 
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]]:
     """The network, without memory, and one Candidate per policy, the fastest that fits first.
@@ -29,6 +33,7 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     shape = 4, height // 8, width // 8  # with the usual autoencoders; the shards know the real one
     with torch.device("meta"):
         model = build_network(config, shape, build_objective(config))
+        attach(settings.align, model, ENCODERS["DINOv2-B"], build_routing(settings, model))
     open_ = replace(settings, activation_checkpointing="auto", micro_batch=settings.micro_batch or -1)
     return model, candidates(replace(config, training=open_), model, card, world)[0]
 
@@ -37,7 +42,10 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
     """The plan in Markdown, as `fastdit plan` prints it."""
     config, gpu = assumed(config), card_name(gpu)
     model, plans = plan(config, gpu, world)
-    settings, forward, best = config.training, model.flops_per_image(), plans[0]
+    settings, best, routing = config.training, plans[0], build_routing(config.training, model)
+    trained = 3 * model.flops_per_image(routing.lengths(model) if routing else None)
+    model.taps.clear()  # the projectors are not part of the network
+    forward = model.flops_per_image()
     engine = f"ZeRO-{settings.zero_stage}" if uses_zero(settings) else "DDP"
     processes = f"{world} x {gpu}" + (f" ({engine})" if world > 1 else "")
     precision = "FP8 linears, " * settings.fp8 + settings.precision
@@ -46,7 +54,8 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"{settings.global_batch}, {precision}, residual stream {8 * settings.residual_bytes} bits",
         "",
         f"{model.parameter_count():,} parameters; {forward / 1e9:.1f} GFLOP per image forward, "
-        f"{3 * forward / 1e9:.1f} in training.",
+        f"{trained / 1e9:.1f} in training.",
+        *extras(config, model),
         "",
         "| checkpointing | micro-batch | "
         + " | ".join(best.memory)
@@ -76,3 +85,22 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps.",
     ]
     return "\n".join(lines)
+
+
+def extras(config: Config, model: DiT) -> list[str]:
+    """A line on training.route and one on the features of training.align, if they are used."""
+    settings, lines, routing = config.training, [], build_routing(config.training, model)
+    if routing:
+        blocks, full = routing.blocks(model), settings.route_full_steps
+        later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)
+        kept = f"{min(routing.lengths(model))} of {model.tokens} tokens"
+        lines += [f"training.route: {kept} in blocks {blocks[0]} to {blocks[-1]}{later}."]
+    if any(ALIGNMENTS[choice.name].uses_features for choice in settings.align):
+        width, height = width_height(config.data.image_size)
+        tokens, sizes = (height // 16) * (width // 16) + 1, []  # with a class token
+        for name, dim in ENCODERS.items():
+            each = (f"{IMAGENET * 2 * record_type(dtype, tokens, dim).itemsize / 1e12:.2f} TB as {dtype}"
+                    for dtype in FEATURE_DTYPES)  # fmt: skip
+            sizes.append(f"{name} ({dim}) {' or '.join(each)}")
+        lines += [f"Features of ImageNet and its mirror images, {tokens} tokens each: {'; '.join(sizes)}."]
+    return lines

@@ -120,6 +120,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(hint) or hint
     if origin is tuple:
         parts = typing.get_args(hint)
+        if parts[0] is Choice and isinstance(value, str | dict):  # one of them needs no list
+            value = [value]
         if parts[-1] is ... and isinstance(value, list | tuple):  # tuple[float, ...]
             parts = parts[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(parts):

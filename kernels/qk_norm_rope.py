@@ -54,7 +54,8 @@ def qk_norm_rope_eager(
             x = x * weight
         if cos is not None:
             even, odd = x[..., ::2], x[..., 1::2]
-            x = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+            c, s = (table.unsqueeze(1) if table.dim() == 3 else table for table in (cos, sin))
+            x = torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
         return x.to(qkv.dtype)
 
     return one(q, q_weight), one(k, k_weight), v
@@ -91,7 +92,7 @@ def _load_normalized(base, rows, limit, EPS: tl.constexpr, RMS: tl.constexpr, D:
 
 @triton.jit
 def _qk_norm_rope_forward(
-    qkv, q_weight, k_weight, cos, sin, q, k, T, chunks, qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
+    qkv, q_weight, k_weight, cos, sin, q, k, T, chunks, cos_n, qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
     EPS: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, ROPE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
@@ -104,8 +105,8 @@ def _qk_norm_rope_forward(
         heads = tl.where(t < T, H, 0)
         if ROPE:
             pairs = tl.where(t < T, D // 2, 0)
-            cos_a, cos_b = load_vector(cos + t * (D // 2), pairs, A // 2, B // 2)
-            sin_a, sin_b = load_vector(sin + t * (D // 2), pairs, A // 2, B // 2)
+            cos_a, cos_b = load_vector(cos + n * cos_n + t * (D // 2), pairs, A // 2, B // 2)
+            sin_a, sin_b = load_vector(sin + n * cos_n + t * (D // 2), pairs, A // 2, B // 2)
         for which in tl.static_range(2):
             base = qkv + n * qkv_n + t * qkv_t + which * qkv_s
             a, b, _ = _load_normalized(base, rows, heads, EPS, RMS, D, A, B, ROWS)
@@ -121,7 +122,7 @@ def _qk_norm_rope_forward(
 @triton.jit
 def _qk_norm_rope_backward(
     d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, d_qkv, partial, T, chunks,
-    qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
+    cos_n, qkv_n, qkv_t: tl.constexpr, qkv_s: tl.constexpr,
     EPS: tl.constexpr, RMS: tl.constexpr, WEIGHT: tl.constexpr, ROPE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
@@ -140,8 +141,8 @@ def _qk_norm_rope_backward(
             a, b, rstd = _load_normalized(base, rows, heads, EPS, RMS, D, A, B, ROWS)
             if ROPE:
                 pairs = tl.where(t < T, D // 2, 0)
-                cos_a, cos_b = load_vector(cos + t * (D // 2), pairs, A // 2, B // 2)
-                sin_a, sin_b = load_vector(sin + t * (D // 2), pairs, A // 2, B // 2)
+                cos_a, cos_b = load_vector(cos + n * cos_n + t * (D // 2), pairs, A // 2, B // 2)
+                sin_a, sin_b = load_vector(sin + n * cos_n + t * (D // 2), pairs, A // 2, B // 2)
                 g_a, g_b = _rotate(g_a, g_b, cos_a, cos_b, -sin_a, -sin_b, ROWS, A, B)
             if WEIGHT:
                 sum_a += g_a * a
@@ -169,6 +170,11 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride(-1) == 1 and qkv.stride(-2) == qkv.shape[-1] else qkv.contiguous()
 
 
+def _per_sample(table: Tensor | None) -> int:
+    """The stride from the angles of one sample to those of the next; 0 where all share one table."""
+    return table.stride(0) if table is not None and table.dim() == 3 else 0
+
+
 def _programs(qkv: Tensor, weight: Tensor | None, cos: Tensor | None) -> tuple[int, dict[str, Any]]:
     """Chunks of tokens per sample, and the kernels' constants."""
     n, t, _, h, d = qkv.shape
@@ -193,7 +199,8 @@ def _op(
     k = torch.empty((n, t, h, d), dtype=qkv.dtype, device=qkv.device)
     chunks, constants = _programs(qkv, q_weight, cos)
     wrap_triton(_qk_norm_rope_forward)[(n * chunks,)](
-        qkv, q_weight, k_weight, cos, sin, q, k, t, chunks, *qkv.stride()[:3], EPS=eps, RMS=rms, **constants
+        qkv, q_weight, k_weight, cos, sin, q, k, t, chunks, _per_sample(cos), *qkv.stride()[:3],
+        EPS=eps, RMS=rms, **constants,
     )
     return q, k
 
@@ -212,7 +219,8 @@ def _op_backward(
     programs = n * chunks if q_weight is not None else 0
     partial = torch.empty((1, programs, 2, d), dtype=torch.float32, device=qkv.device)
     wrap_triton(_qk_norm_rope_backward)[(n * chunks,)](
-        d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, d_qkv, partial, t, chunks, *qkv.stride()[:3],
+        d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, d_qkv, partial, t, chunks, _per_sample(cos),
+        *qkv.stride()[:3],
         EPS=eps, RMS=rms, **constants,
     )  # fmt: skip
     return d_qkv, partial
@@ -259,7 +267,8 @@ def qk_norm_rope(
     """q and k normalized per head, scaled and rotated, and v unchanged: each (N, H, T, D), stored token-major.
 
     qkv (N, T, 3, H, D), the packed projection (D even); q_weight, k_weight (D,), both or neither; cos, sin (T, D / 2)
-    fp32 from rope_2d, or None for no rotation. norm: "rms" or "layer". ValueError if a shape is wrong.
+    or (N, T, D / 2), fp32 from rope_2d, or None for no rotation. norm: "rms" or "layer". ValueError if a shape is
+    wrong.
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
@@ -269,7 +278,7 @@ def qk_norm_rope(
         raise ValueError("q_weight and k_weight come together, and so do cos and sin; give both or neither")
     for name, x, shape in (("q_weight", q_weight, (d,)), ("k_weight", k_weight, (d,)),
                            ("cos", cos, (t, d // 2)), ("sin", sin, (t, d // 2))):  # fmt: skip
-        check(name, x, *shape)
+        check(name, x, *((n, *shape) if x is not None and x.dim() == 3 else shape))
     fused = use_triton("qk_norm_rope", qkv.device.type, qkv.dtype)
     return (qk_norm_rope_triton if fused else qk_norm_rope_eager)(qkv, q_weight, k_weight, cos, sin, eps, norm)
 

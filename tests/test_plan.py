@@ -204,6 +204,35 @@ def test_fp8_counts_in_the_plan_and_is_refused_where_there_is_none():
         plan(config, "A100-80G")
 
 
+def test_a_route_and_alignments_count_in_the_plan():
+    plain, routed, aligned = (
+        load_config(XL_PATH, overrides)
+        for overrides in ([], ["training.route=0.5"], ["training.align=[repa]", "training.route=0.5"])
+    )
+    model, (before, *_) = plan(plain, "H200")
+    _, (best, *_) = plan(routed, "H200")
+    assert (22 * 0.5 + 6) / 28 < best.step_s / before.step_s < 0.7  # 22 of 28 blocks with half of the tokens
+    kept = (22 * 0.5 + 6) / 28
+    assert best.memory["activations"] == pytest.approx(kept * before.memory["activations"], rel=0.03)
+    text = report(routed, "H200")
+    assert "training.route: 128 of 256 tokens in blocks 3 to 24." in text
+    forward, training = map(float, re.search(r"; ([\d.]+) GFLOP per image forward, ([\d.]+) in", text).groups())
+    attention = 4 * 22 * (256**2 - 128**2) * 1152  # products of queries, keys and values that are left out
+    linears = 2 * 22 * 128 * 12 * 1152**2
+    assert forward == 237.2 and training == pytest.approx(3 * (237.2 - (attention + linears) / 1e9), abs=0.3)
+    full = load_config(XL_PATH, ["training.route=0.5", "training.route_full_steps=1000"])
+    assert plan(full, "H200")[1][0].memory == before.memory
+    assert "the last 1,000 steps, with all tokens, take longer than predicted" in report(full, "H200")
+    text = report(aligned, "H200")
+    assert f"{model.parameter_count():,} parameters" in text  # without the projector, which counts in the memory:
+    projector = 1152 * 2048 + 2048 * 2048 + 2048 * 768 + 2 * 2048 + 768
+    weights = plan(aligned, "H200")[1][0].memory["weights"] - before.memory["weights"]
+    assert weights == 4 * projector
+    terabytes = 1_281_167 * 2 * 257 * 768 / 1e12
+    assert f"DINOv2-B (768) {2 * terabytes:.2f} TB as float16 or {terabytes * (1 + 4 / 768):.2f} TB as int8" in text
+    assert "Features" not in report(routed, "H200") and "route" not in report(plain, "H200")
+
+
 def measured_rows() -> list[tuple[list[str], int, float]]:
     """(overrides, batch, ms a step) of fastdit in the README's table of one H200; the references are not predicted."""
     text = (ROOT / "README.md").read_text()

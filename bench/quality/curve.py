@@ -1,6 +1,6 @@
 """The validation losses of the quickstart over several seeds: the reference curve that its log compares a run with.
 
-python -m bench.quality.curve --seeds 0,1,2 --out configs/quickstart_curve.json
+python -m bench.quality.curve --seeds 0,1,2,3,4,5 --out configs/quickstart_curve.json
 Each seed has its own autoencoder, latents and training, as users' runs have.
 """
 
@@ -23,7 +23,7 @@ from fastdit.training.log import read_records
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2", help="two or more")
+    parser.add_argument("--seeds", default="0,1,2,3,4,5", help="two or more")
     parser.add_argument("--out", default="configs/quickstart_curve.json")
     arguments = parser.parse_args()
     runs = []

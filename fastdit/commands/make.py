@@ -19,6 +19,8 @@ def extract(parser: ArgumentParser) -> Command:
 
     Any number of processes writes the same files: fastdit launch --gpus 8 extract --images DIR --out DIR --vae VAE
     After an interruption, the same command keeps the shards that were finished.
+    With --encoder, a frozen encoder's features follow in OUT/features, for training.align=repa. If OUT already has the
+    latents of these images, only the features are added.
     """
     parser.add_argument(
         "--images",
@@ -40,16 +42,23 @@ def extract(parser: ArgumentParser) -> Command:
     parser.add_argument("--workers", type=int, help="decoding threads per process (default: its share of the cores)")
     parser.add_argument("--shard-size", type=int, default=2048, help="images per shard (2048)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")
+    parser.add_argument("--encoder", metavar="NAME[=PATH]",
+                        help="dinov2=FOLDER or dinov3=FOLDER (transformers), or efficientnet-lite0")  # fmt: skip
+    parser.add_argument("--feature-dtype", default="float16", help="storage of features: float16 (default) or int8")
     parser.add_argument("--device", help=DEVICE)
-    options = [action.dest for action in parser._actions if action.dest not in ("help", "device")]
+    options = [action.dest for action in parser._actions if action.dest not in ("help", "device", "encoder")]
 
     def run(arguments: Namespace) -> None:
         from fastdit.data.extract import extract_features
         from fastdit.distributed import close, init
 
-        ranks = init(arguments.device)
+        ranks, encoder = init(arguments.device), None
         try:
-            extract_features(**{key: getattr(arguments, key) for key in options}, ranks=ranks)
+            if arguments.encoder:
+                from fastdit.evaluation.encoders import load_encoder
+
+                encoder = load_encoder(arguments.encoder, ranks.device)
+            extract_features(**{key: getattr(arguments, key) for key in options}, encoder=encoder, ranks=ranks)
         finally:
             close()
 

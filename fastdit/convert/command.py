@@ -161,6 +161,9 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
         said = {f"model.{key}": getattr(own.model, key) for key in ("variant", *SHAPELESS)}
         said["objective.name"] = own.objective.name
     check_start(source, said, config)
+    if own and own.data.normalize != config.data.normalize:
+        say(f"training.init_from={source} was trained with data.normalize={own.data.normalize}, this run trains "
+            f"{config.data.normalize}: it must first learn another scale")  # fmt: skip
     if own and own.objective != config.objective:
         theirs, ours = to_tree(own.objective), to_tree(config.objective)
         say(f"training.init_from={source} was trained with objective={theirs}, this run trains {ours}")

@@ -4,7 +4,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,28 +13,38 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.data.images import Size, Skipped, read_image, to_pixels
-from fastdit.data.latents import LatentCodec
-from fastdit.data.manifest import Manifest
 from fastdit.data.progress import Progress
 from fastdit.data.sources import ImageSource
-from fastdit.data.writer import ShardWriter
+from fastdit.data.writer import TarWriter
 from fastdit.distributed import Ranks, one_thread
+
+
+class Encodes(Protocol):
+    """LatentCodec, or the encoder of features."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [-1, 1] -> one float32 array per image (N, ...)."""
 
 
 def extract_share(
     source: ImageSource,
     progress: Progress,
-    own: list[int],
-    codec: LatentCodec,
+    shards: dict[int, list[int]],
+    codec: Encodes,
+    writer_of: Callable[[Path, int], TarWriter],
     ranks: Ranks,
-    about: Manifest,
+    size: Size,
     batch_size: int,
     workers: int,
-    shard_size: int,
     adm_exact: bool,
+    skip: bool = True,
 ) -> None:
-    """Writes the shards with the numbers `own`, and records each in `progress`."""
-    share = [source.order[number * shard_size : (number + 1) * shard_size] for number in own]
+    """Writes each of `shards`, which have the images with these keys, and records it in `progress`.
+
+    `writer_of(folder, number)` writes what `codec` makes of the images. Without `skip`, an image that cannot be read is
+    a ValueError.
+    """
+    own, share = [*shards], [*shards.values()]
     unreadable = Skipped(len(source))
     writing: deque[Future] = deque()
     with (
@@ -41,7 +52,7 @@ def extract_share(
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,  # a single thread keeps the order
         tqdm(total=sum(map(len, share)), unit="image", smoothing=0.05, disable=None if ranks.is_main else True) as bar,
     ):
-        read = partial(_read, source, about.latents.image_size, adm_exact)
+        read = partial(_read, source, size, adm_exact)
         crops = _ahead(read, (key for keys in share for key in keys), decoders, ahead=2 * batch_size + 2 * workers)
 
         def submit(work, *args) -> None:
@@ -51,13 +62,16 @@ def extract_share(
 
         try:
             for number, keys in zip(own, share, strict=True):
-                writer = ShardWriter(progress.partial, number, about.dtype)
+                writer = writer_of(progress.partial, number)
                 skipped: list[str] = []
                 counts: Counter[str] = Counter()
                 readable: list[tuple[int, np.ndarray]] = []
                 for remaining in reversed(range(len(keys))):
                     key, found = next(crops)
                     if isinstance(found, ValueError):
+                        if not skip:
+                            path = source.paths[key]
+                            raise ValueError(f"{path} has a latent, but cannot be read now: {found}; restore it")
                         unreadable.add(source.paths[key], str(found))
                         skipped.append(unreadable.lines[-1])
                     else:
@@ -65,9 +79,9 @@ def extract_share(
                         readable.append((key, crop))
                         counts.update(treatments)
                     if readable and (len(readable) == batch_size or not remaining):
-                        moments = encode_both(codec, [crop for _, crop in readable], batch_size, ranks.device)
+                        arrays = encode_both(codec, [crop for _, crop in readable], batch_size, ranks.device)
                         batch = [key for key, _ in readable]
-                        submit(_write, writer, batch, moments, [source.labels[key] for key in batch])
+                        submit(_write, writer, batch, arrays, [source.labels[key] for key in batch])
                         readable = []
                     bar.update()
                 submit(_finish, progress, number, writer, skipped, counts)
@@ -104,8 +118,8 @@ def _ahead(
             yield key, error
 
 
-def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, device: torch.device) -> Tensor:
-    """n crops (H, W, 3) uint8 -> moments (batch_size, 2, 2C, h, w) of the images and their mirror images, on `device`.
+def encode_both(codec: Encodes, crops: list[np.ndarray], batch_size: int, device: torch.device) -> Tensor:
+    """n crops (H, W, 3) uint8 -> arrays (batch_size, 2, ...) of the images and their mirror images, on `device`.
 
     The batch is padded to `batch_size` with the last crop: the last bits of a matrix product depend on its shape.
     """
@@ -115,14 +129,13 @@ def encode_both(codec: LatentCodec, crops: list[np.ndarray], batch_size: int, de
         batch = batch.pin_memory()
     pixels = to_pixels(batch.to(device, non_blocking=True))
     with one_thread(device):
-        moments = torch.stack([codec.encode(pixels), codec.encode(pixels.flip(-1))], dim=1)
-    return moments
+        return torch.stack([codec.encode(pixels), codec.encode(pixels.flip(-1))], dim=1)
 
 
-def _write(writer: ShardWriter, keys: list[int], moments: Tensor, labels: list[int]) -> None:
-    for key, array, label in zip(keys, moments.cpu().numpy(), labels, strict=False):  # without the padding
+def _write(writer: TarWriter, keys: list[int], arrays: Tensor, labels: list[int]) -> None:
+    for key, array, label in zip(keys, arrays.cpu().numpy(), labels, strict=False):  # without the padding
         writer.add(key, array, label)
 
 
-def _finish(progress: Progress, number: int, writer: ShardWriter, skipped: list[str], counts: Counter[str]) -> None:
+def _finish(progress: Progress, number: int, writer: TarWriter, skipped: list[str], counts: Counter[str]) -> None:
     progress.finish(number, writer.close(skipped, counts))

@@ -6,32 +6,30 @@ byte-identical in any case. Each file is written by one process; rank 0 merges t
 
 import copy
 import os
-import shutil
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastdit.data.add_features import PRECISIONS, add_features, check_same_images, check_space, feature_bytes
 from fastdit.data.archives import open_images
 from fastdit.data.encode import extract_share
-from fastdit.data.images import Size, Unusable, parse_size, width_height
+from fastdit.data.features import FEATURE_DTYPES, Encoder
+from fastdit.data.images import Size, parse_size, width_height
+from fastdit.data.jobs import write_folder
 from fastdit.data.latents import LatentCodec
 from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.preview import Preview, look
-from fastdit.data.progress import OTHER_FAILED, Progress
+from fastdit.data.progress import Progress
 from fastdit.data.sources import remarks
-from fastdit.data.writer import SHARD_SIZE, check_out, publish
+from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
-from fastdit.errors import is_no_space, out_of_memory_says
-from fastdit.lock import FolderLock
 from fastdit.registry import check
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TAR_OVERHEAD = 2304  # bytes per sample in addition to its moments: two tar headers, the npy header, the label, padding
 WORTH_COMPILING = 10_000  # images for which half a minute of compilation pays
 
 
@@ -49,6 +47,8 @@ def extract_features(
     workers: int | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
+    encoder: Encoder | None = None,
+    feature_dtype: str = "float16",
     ranks: Ranks | None = None,
 ) -> Manifest:
     """Writes shards to `out` with the moments of each image in `images` (see `open_images`) and of its mirror image.
@@ -60,6 +60,9 @@ def extract_features(
     share the work (None: a single process, on a GPU if there is one); all must see the same `out`. The images are
     shuffled once, in a fixed order, so that each shard mixes the classes for readers that shuffle only the shards.
 
+    With an `encoder` (evaluation/encoders.py), its features of the same images follow, in <out>/features and stored as
+    `feature_dtype`: float16 or int8. If `out` already has the latents of these images, only the features are added.
+
     `out` appears once it is complete, and is replaced only with `overwrite`. After a run was stopped in any way, one
     with the same settings keeps the shards that were finished, and the result is that of a run that was not stopped.
     Unreadable images are skipped and listed in <out>/skipped.txt. Raises a one-line ValueError for too many of them
@@ -68,16 +71,23 @@ def extract_features(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = ranks or Ranks(rank=0, local_rank=0, world=1, device=torch.device(device))
     on_gpu = ranks.device.type == "cuda"
-    out, image_size = check_out(out, overwrite), parse_size(image_size)
+    adds = encoder is not None and not overwrite and (Path(out) / "manifest.json").is_file()
+    out, image_size = Path(out).resolve() if adds else check_out(out, overwrite), parse_size(image_size)
     precision = precision or ("bfloat16" if on_gpu and has_bfloat16(ranks.device) else "float32")
     workers = workers if workers is not None else _cores_per_process()
     check(dtype, DTYPES, "dtype")
     check(precision, PRECISIONS, "precision")
+    check(feature_dtype, FEATURE_DTYPES, "feature_dtype")
     check_precision(precision, ranks.device)
     for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     source = open_images(images)
+    if adds:
+        manifest = Manifest.load(out)
+        check_same_images(source, manifest, LatentCodec.load(vae, torch.float32, ranks.device), image_size, adm_exact)
+        add_features(source, manifest, encoder, feature_dtype, precision, ranks, batch_size, workers, adm_exact, say)
+        return manifest
     if out.is_relative_to(source.root.resolve()):
         raise ValueError(f"out={out} lies inside images={images}, where it would become a class; write it elsewhere")
     exact = LatentCodec.load(vae, torch.float32, ranks.device)
@@ -94,56 +104,43 @@ def extract_features(
         **dict(shard_size=shard_size, device=ranks.device.type),
     }
     shards = -(-len(source) // shard_size)
-    progress, held, seen = Progress(out), ExitStack(), None
-    if ranks.is_main:
-        held.enter_context(FolderLock(progress.folder, "out"))
-    try:
-        if ranks.is_main:
-            progress.begin(settings, shards, say)
-            left = len(source) * (1 - len(progress.done()) / shards)
-            size = 4 * int(np.prod(about.latents.shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD
-            _check_space(out, int(left * size))
-            for line in remarks(source):
-                say(line)
-            seen = look(source, exact, codec, image_size, adm_exact, ranks.device)
-            for line in (*seen.remarks, *seen.precision_remarks(precision)) if seen else ():
-                say(f"warning: {line}")
-        ranks.barrier()
-        if not progress.partial.is_dir():
-            raise ValueError(f"out={out} is not visible to rank {ranks.rank}; write to a disk that all processes share")
-        missing = sorted(set(range(shards)) - progress.done())
-        ranks.barrier()  # until all have read which are missing
-        del exact
+    seen, start = None, 0.0
+
+    def before(share: float) -> None:
+        nonlocal seen
+        size = 4 * int(np.prod(about.latents.shape)) * DTYPES[dtype].itemsize + TAR_OVERHEAD
+        per_image = feature_bytes(encoder, about, feature_dtype) if encoder else 0
+        check_space(out, int(len(source) * (share * size + per_image)))
+        for line in remarks(source):
+            say(line)
+        seen = look(source, exact, codec, image_size, adm_exact, ranks.device)
+        for line in (*seen.remarks, *seen.precision_remarks(precision)) if seen else ():
+            say(f"warning: {line}")
+
+    def write(progress: Progress, own: list[int]) -> None:
+        nonlocal start
         if on_gpu or compile:
             width, height = width_height(image_size)
             fault = codec.faster((batch_size, 3, height, width) if compile else None)
             if fault and ranks.is_main:
                 say(f"warning: the autoencoder runs without torch.compile, which failed ({fault})")
         start = time.perf_counter()
-        with out_of_memory_says(f"--batch-size={batch_size} is too large for {ranks.device}: use a smaller one"):
-            own = missing[ranks.rank :: ranks.world]
-            extract_share(source, progress, own, codec, ranks, about, batch_size, workers, shard_size, adm_exact)
-        progress.wait(shards)  # not a collective: processes may finish many minutes apart
-        ranks.barrier()
-        if ranks.is_main:
-            if seen:
-                seen.image.save(progress.partial / "preview.png")
-            about = publish(progress.partial, out, about, progress.parts(shards), overwrite, source.ignored)
-            progress.clear()
-            done = sum(min(shard_size, len(source) - number * shard_size) for number in missing)
-            _summarize(about, done / (time.perf_counter() - start), seen, precision)
-        ranks.barrier()
-        return Manifest.load(out)
-    except BaseException as error:
-        gone = not progress.partial.is_dir()
-        progress.abandon(shards, say, keep=not isinstance(error, Unusable))
-        if isinstance(error, OSError) and is_no_space(error):
-            raise ValueError(f"no space left for out={out}; free some or write elsewhere") from error
-        if isinstance(error, OSError) and gone and ranks.world > 1:
-            raise ValueError(OTHER_FAILED) from error
-        raise
-    finally:
-        held.close()
+        share = {number: source.order[number * shard_size : (number + 1) * shard_size] for number in own}
+        writer = partial(ShardWriter, dtype=dtype)
+        extract_share(source, progress, share, codec, writer, ranks, image_size, batch_size, workers, adm_exact)
+
+    def complete(folder: Path, parts: list[dict], written: set[int]) -> None:
+        if seen:
+            seen.image.save(folder / "preview.png")
+        found = publish(folder, out, about, parts, overwrite, source.ignored)
+        done = sum(min(shard_size, len(source) - number * shard_size) for number in written)
+        _summarize(found, done / (time.perf_counter() - start), seen, precision)
+
+    write_folder(out, shards, settings, ranks, batch_size, say, before=before, write=write, publish=complete)
+    manifest = Manifest.load(out)
+    if encoder:
+        add_features(source, manifest, encoder, feature_dtype, precision, ranks, batch_size, workers, adm_exact, say)
+    return manifest
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -177,16 +174,6 @@ def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: st
     if not (seen and seen.remarks):
         for line in about.scale_remarks():
             say(f"warning: {line}")
-
-
-def _check_space(out: Path, size: int) -> None:
-    parent = next(folder for folder in out.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise ValueError(
-            f"out={out} needs about {size / 2**30:.2f} GiB, but {parent} has {free / 2**30:.2f} GiB free; "
-            "free some or write elsewhere"
-        )
 
 
 def _cores_per_process() -> int:

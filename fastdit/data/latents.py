@@ -192,6 +192,11 @@ class LatentCodec:
         shape = shape or (self.channels, height // self.downsample, width // self.downsample)
         return LatentSpec(shape, self.scale, self.shift, self.name, self.fingerprint, image_size)
 
+    def take_scale_of(self, latents: LatentSpec) -> None:
+        """Use the scale and shift of latents that this autoencoder encoded, which a run may have chosen itself."""
+        if latents.codec == self.fingerprint:
+            self.scale, self.shift = latents.scale, latents.shift
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w), float32 and unscaled: mean, then std."""

@@ -17,18 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.data.manifest import AGAIN, DTYPES, Manifest
+from fastdit.data.features import FeatureManifest, is_finite, unpacked
+from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
 
 HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
 class Batch(NamedTuple):
-    """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64."""
+    """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64.
+
+    `features` (n, rows, columns, D) float16: of the patches of the same images in the same orientation, if asked for.
+    """
 
     step: int
     moments: Tensor
     y: Tensor
+    features: Tensor | None = None
 
 
 def latent_batches(
@@ -43,19 +48,23 @@ def latent_batches(
     prefetch: int = 4,
     pin_memory: bool = False,
     skip_damaged: Callable[[str], None] | None = None,
+    features: FeatureManifest | None = None,
 ) -> Iterator[Batch]:
     """Infinite iterator over batches from `start_step` on; a background thread reads `prefetch` batches ahead.
 
     Step k uses positions k * global_batch to (k + 1) * global_batch - 1; `rows` selects this process's part of them.
     Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
     choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
-    Raises a ValueError immediately if latents are missing or fewer than `global_batch`, and during iteration if
-    `verify` is set and a sample's bytes do not match its crc32.
+    With `features`, batches have those of the same images. Raises a ValueError immediately if latents or features are
+    missing, do not belong together or are fewer than `global_batch`, and during iteration if `verify` is set and a
+    sample's bytes do not match its crc32.
     """
     manifest.check(global_batch=global_batch)
+    if features is not None:
+        features.check(manifest)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
-    reader = _Reader(manifest, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
+    reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
     return _read_ahead(reader, start_step, prefetch)
 
 
@@ -82,14 +91,14 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     def moved() -> Batch:
         step, *tensors = next(batches)
         with torch.cuda.stream(stream):
-            return Batch(step, *(t.to(device, non_blocking=True) for t in tensors))
+            return Batch(step, *(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
     try:
         ahead = moved()
         while True:
             batch, current = ahead, torch.cuda.current_stream(device)
             current.wait_stream(stream)  # before the next copy starts, so that it waits for this batch only
-            for tensor in batch[1:]:
+            for tensor in filter(lambda t: t is not None, batch[1:]):
                 tensor.record_stream(current)
             ahead = moved()
             yield batch
@@ -97,65 +106,22 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         batches.close()
 
 
-class _Reader:
+class ShardReader:
     """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
 
-    def __init__(
-        self, manifest: Manifest, global_batch: int, rows: slice, seed: int, hflip, verify, pin_memory, skip_damaged
-    ):
-        self.manifest, self.seed, self.skip_damaged, self.damaged = manifest, seed, skip_damaged, set()
-        self.hflip, self.verify, self.pin_memory = hflip, verify, pin_memory
-        self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
-        self.index = manifest.index()
-        labels = self.index["label"]
-        if labels.min() < 0 or labels.max() >= max(manifest.num_classes, 1):
-            raise ValueError(
-                f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
-                f"{manifest.num_classes} classes; {AGAIN}"
-            )
-        channels, height, width = manifest.latents.shape
-        self.shape = (2 * channels, height, width)
-        self.dtype = DTYPES[manifest.dtype]
-        self.orders: dict[int, np.ndarray] = {}
+    def __init__(self, manifest: ShardFolder, verify: bool = True):
+        self.manifest, self.verify = manifest, verify
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
-    def batch(self, step: int) -> Batch:
-        epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
-        images = np.empty_like(positions)
-        mirrored = np.zeros_like(positions)
-        for epoch in np.unique(epochs).tolist():  # at most two, since a batch is not larger than an epoch
-            mask = epochs == epoch
-            images[mask] = self.order(epoch)[positions[mask]]
-            if self.hflip:
-                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
-        array = np.empty((len(images), *self.shape), self.dtype)
-        for i in range(len(images)):
-            while fault := self.read(self.index[images[i]], int(mirrored[i]), array[i : i + 1]):
-                if self.skip_damaged is None or len(self.damaged) == len(self.index):
-                    raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
-                if images[i] not in self.damaged:
-                    self.damaged.add(images[i])
-                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
-                images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
-        y = torch.from_numpy(self.index["label"][images].astype(np.int64))
-        moments = torch.from_numpy(array).float()
-        return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in (moments, y)))
-
-    def order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-            self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
-        return self.orders[epoch]
-
     def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
-        """Fill out (1, 2C, h, w) with one orientation of a sample; returns what is wrong with it, if anything is."""
+        """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
         data = memoryview(out.reshape(-1).view(np.uint8))
         shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
         complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
         reason = ""
         if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
             reason = "is damaged: its bytes do not match its crc32"
-        elif not np.isfinite(out).all():
+        elif not is_finite(out):
             reason = "has values that are not finite"
         if reason:
             path = self.manifest.folder / self.manifest.shards[shard].name
@@ -175,10 +141,83 @@ class _Reader:
             os.close(self.files.popitem()[1])
 
 
+def moments_shape(manifest: Manifest) -> tuple[int, int, int]:
+    """(2C, h, w)"""
+    channels, height, width = manifest.latents.shape
+    return 2 * channels, height, width
+
+
+class _Reader:
+    """Reads batches of latents, and of features if there are any."""
+
+    def __init__(
+        self, manifest: Manifest, features: FeatureManifest | None, global_batch: int, rows: slice, seed: int, hflip,
+        verify, pin_memory, skip_damaged,
+    ):  # fmt: skip
+        self.manifest, self.seed, self.skip_damaged, self.damaged = manifest, seed, skip_damaged, set()
+        self.hflip, self.pin_memory = hflip, pin_memory
+        self.global_batch, self.rows = global_batch, np.arange(global_batch)[rows]
+        self.index = manifest.index()
+        labels = self.index["label"]
+        if labels.min() < 0 or labels.max() >= max(manifest.num_classes, 1):
+            raise ValueError(
+                f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
+                f"{manifest.num_classes} classes; {AGAIN}"
+            )
+        self.latents, self.features, self.orders = ShardReader(manifest, verify), None, {}
+        if features is not None:
+            self.features, self.feature_index = ShardReader(features, verify), features.index()
+            if manifest.rows is not None:  # some images are held out
+                self.feature_index = self.feature_index[manifest.rows]
+
+    def batch(self, step: int) -> Batch:
+        epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
+        images = np.empty_like(positions)
+        mirrored = np.zeros_like(positions)
+        for epoch in np.unique(epochs).tolist():  # at most two, since a batch is not larger than an epoch
+            mask = epochs == epoch
+            images[mask] = self.order(epoch)[positions[mask]]
+            if self.hflip:
+                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
+        array = np.empty((len(images), *moments_shape(self.manifest)), DTYPES[self.manifest.dtype])
+        features = None if self.features is None else np.empty(len(images), self.features.manifest.record)
+        for i in range(len(images)):
+            while fault := self.read(i, images[i], int(mirrored[i]), array, features):
+                if self.skip_damaged is None or len(self.damaged) == len(self.index):
+                    raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
+                if images[i] not in self.damaged:
+                    self.damaged.add(images[i])
+                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
+                images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
+        y = torch.from_numpy(self.index["label"][images].astype(np.int64))
+        tensors = [torch.from_numpy(array).float(), y]
+        if features is not None:
+            rows, columns = self.features.manifest.grid
+            tensors.append(unpacked(features, rows * columns).unflatten(1, (rows, columns)))  # without the class token
+        return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
+
+    def read(self, i: int, image: int, mirrored: int, array: np.ndarray, features: np.ndarray | None) -> str | None:
+        """Fill row i with one orientation of an image; returns what is wrong with it, if anything is."""
+        fault = self.latents.read(self.index[image], mirrored, array[i : i + 1])
+        if fault or features is None:
+            return fault
+        return self.features.read(self.feature_index[image], mirrored, features[i : i + 1])
+
+    def order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.orders:
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
+        return self.orders[epoch]
+
+    def close(self) -> None:
+        for reader in filter(None, (self.latents, self.features)):
+            reader.close()
+
+
 def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
     """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
-    reader = _Reader(manifest, 1, slice(None), 0, hflip=False, verify=True, pin_memory=False, skip_damaged=None)
-    array = np.empty((len(rows), *reader.shape), reader.dtype)
+    reader = ShardReader(manifest)
+    array = np.empty((len(rows), *moments_shape(manifest)), DTYPES[manifest.dtype])
     try:
         good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
     finally:

@@ -4,6 +4,7 @@
 <folder>/index.npy         one SAMPLE row per image: shard, byte offset of the array, one crc32 per orientation, ...
 <folder>/manifest.json     the kind of latents, the codec that encoded them, the shards with their sizes and SHA-256
 <folder>/skipped.txt       the images that could not be read, with the reason
+<folder>/features/         optional: an encoder's features of the same images, see features.py
 
 The tar files are in WebDataset format. The index lets every process read every sample directly.
 """
@@ -11,9 +12,9 @@ The tar files are in WebDataset format. The index lets every process read every 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -44,67 +45,44 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of a folder of latents. Channel statistics are of the scaled latents, including mirror images."""
+def stored_manifest(folder: str | Path, missing: str) -> dict[str, Any]:
+    """What <folder>/manifest.json contains; a one-line ValueError if it is damaged, of another format or missing.
 
-    latents: LatentSpec
-    dtype: str  # of the stored moments, a key of DTYPES
-    class_names: tuple[str, ...]  # () of images without classes, whose labels are all 0
-    images: int  # in the source, including skipped ones
-    source: str = ""  # its kind
-    skipped: int = 0
-    counts: dict[str, int] = field(default_factory=dict)  # how many images were turned, put on white, ...
-    class_counts: tuple[int, ...] = ()
-    channel_mean: tuple[float, ...] = ()
-    channel_std: tuple[float, ...] = ()
-    shards: tuple[Shard, ...] = ()
-    index_sha256: str = ""
-    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
-    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
+    `missing`: what to do then.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        stored = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} has no manifest.json; {missing}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; extract again") from None
+    if (version := stored.pop("format", None)) != FORMAT:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
+    return stored
+
+
+def damaged_manifest(folder: str | Path, error: Exception) -> str:
+    return f"{Path(folder) / 'manifest.json'} is damaged ({type(error).__name__}: {error}); extract again"
+
+
+class ShardFolder:
+    """What the manifests of latents and of features share: shards with an index, in the folder they were read from."""
+
+    shards: tuple[Shard, ...]
+    index_sha256: str
+    folder: Path
+    rows: np.ndarray | None = None  # of the index, where some are held out
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
-        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
-        folder = Path(folder)
-        path = folder / "manifest.json"
-        try:
-            stored = read_json(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} has no manifest.json; write latents there with extract_features.py") from None
-        except ValueError as error:
-            raise ValueError(f"{error}; extract again") from None
-        if (version := stored.pop("format", None)) != FORMAT:
-            raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
-        try:
-            for derived in ("samples", "num_classes"):  # stored for people and other tools
-                del stored[derived]
-            stored["shape"] = stored.pop("latent_shape")
-            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
-            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder, rows=None)
-            check(manifest.dtype, DTYPES, "dtype")
-            for shard in manifest.shards:
-                sizes = (shard.samples, shard.bytes)
-                if Path(shard.name).name != shard.name or not all(0 <= size < 1 << 50 for size in sizes):
-                    raise ValueError(f"{shard} is not a file of this folder")
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); extract again") from None
-        return manifest
-
-    def to_json(self) -> str:
-        """The text of manifest.json."""
-        stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
-        stored |= stored.pop("latents")
-        stored["latent_shape"] = stored.pop("shape")
-        del stored["folder"], stored["rows"]
-        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
+    def check_names(self) -> None:
+        """Raises a ValueError for a shard that is not a file of this folder, or whose sizes cannot be true."""
+        for shard in self.shards:
+            sizes = (shard.samples, shard.bytes)
+            if Path(shard.name).name != shard.name or not all(0 <= size < 1 << 50 for size in sizes):
+                raise ValueError(f"{shard} is not a file of this folder")
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
@@ -127,6 +105,101 @@ class Manifest:
         if count and (index["shard"].max() >= len(sizes) or (index["offset"] > sizes[index["shard"]]).any()):
             raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
         return index if self.rows is None else index[self.rows]
+
+    def check_files(self, one: int, size: str) -> None:
+        """Raises a ValueError if a shard is missing, has another size, or is too small for samples of `one` bytes.
+
+        `size` names the manifest's entry that `one` comes from.
+        """
+        for shard in self.shards:
+            path = self.folder / shard.name
+            if shard.samples * one > shard.bytes:
+                raise ValueError(
+                    f"{self.folder / 'manifest.json'} says {size}, too large for the "
+                    f"{shard.samples} samples in the {shard.bytes} bytes of {shard.name}; {AGAIN}"
+                )
+            found = path.stat().st_size if path.is_file() else None
+            if found != shard.bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
+                raise ValueError(f"{path} {state}; {AGAIN}")
+
+    def verify(self) -> None:
+        """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
+        for shard in self.shards:
+            path = self.folder / shard.name
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
+
+
+@dataclass(frozen=True)
+class Manifest(ShardFolder):
+    """The contents of a folder of latents. Channel statistics are of the scaled latents, including mirror images."""
+
+    latents: LatentSpec
+    dtype: str  # of the stored moments, a key of DTYPES
+    class_names: tuple[str, ...]  # () of images without classes, whose labels are all 0
+    images: int  # in the source, including skipped ones
+    source: str = ""  # its kind
+    skipped: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # how many images were turned, put on white, ...
+    class_counts: tuple[int, ...] = ()
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    index_sha256: str = ""
+    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
+    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
+        stored = stored_manifest(folder, "write latents there with extract_features.py")
+        try:
+            for derived in ("samples", "num_classes"):  # stored for people and other tools
+                del stored[derived]
+            stored["shape"] = stored.pop("latent_shape")
+            latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
+            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=Path(folder), rows=None)
+            check(manifest.dtype, DTYPES, "dtype")
+            manifest.check_names()
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise ValueError(damaged_manifest(folder, error)) from None
+        return manifest
+
+    def normalized(self, by: str) -> "Manifest":
+        """With a scale and shift that give each channel mean 0 and standard deviation 1, if `by` is "channel".
+
+        data.normalize, for autoencoders whose channels differ, such as VA-VAE (Yao et al. 2025, arXiv 2501.01423).
+        """
+        if by == "none":
+            return self
+        if len(self.channel_std) != self.latents.shape[0] or not min(self.channel_std) > 0:
+            raise ValueError(f"data.normalize={by} needs channels that vary, but {self.folder / 'manifest.json'} has "
+                             f"channel_std={list(self.channel_std)}; use none, or extract again")  # fmt: skip
+        mean, std = np.array(self.channel_mean), np.array(self.channel_std)
+        scale, shift = (np.broadcast_to(value, mean.shape) for value in (self.latents.scale, self.latents.shift))
+        shift, scale = tuple((shift + mean / scale).tolist()), tuple((scale / std).tolist())
+        latents = replace(self.latents, scale=scale, shift=shift)
+        return replace(self, latents=latents, channel_mean=(0.0,) * len(mean), channel_std=(1.0,) * len(std))
+
+    def scaled_as(self, latents: LatentSpec) -> "Manifest":
+        """With the scale and shift of these latents, which data.normalize sets, if they have the same autoencoder."""
+        if latents.codec != self.latents.codec:
+            return self
+        return replace(self, latents=replace(self.latents, scale=latents.scale, shift=latents.shift))
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
+        stored |= stored.pop("latents")
+        stored["latent_shape"] = stored.pop("shape")
+        del stored["folder"], stored["rows"]
+        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def check(
         self,
@@ -165,26 +238,8 @@ class Manifest:
                 f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
             )
         one = 4 * math.prod(own.shape) * DTYPES[self.dtype].itemsize  # mean and std of both orientations
-        for shard in self.shards:
-            path = self.folder / shard.name
-            if shard.samples * one > shard.bytes:
-                raise ValueError(
-                    f"{self.folder / 'manifest.json'} says latent_shape={list(own.shape)}, too large for the "
-                    f"{shard.samples} samples in the {shard.bytes} bytes of {shard.name}; {AGAIN}"
-                )
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise ValueError(f"{path} {state}; {AGAIN}")
+        self.check_files(one, f"latent_shape={list(own.shape)}")
 
     def scale_remarks(self) -> list[str]:
         """What is wrong with the scale or shift of the latents, in words; [] if their deviation is near 1."""
         return scale_remarks(np.array(self.channel_mean), np.array(self.channel_std), self.latents.scale)
-
-    def verify(self) -> None:
-        """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
-        for shard in self.shards:
-            path = self.folder / shard.name
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")

@@ -14,7 +14,8 @@ from fastdit.data.writer import partial_folder, prepare, write_synced
 from fastdit.files import read_json
 
 OTHER_FAILED = "another process of this extraction has failed; see its message"
-SAYS = {"images": "the images", "vae": "the weights of the autoencoder"}  # of settings that are hashes
+SAYS = {"images": "the images", "vae": "the weights of the autoencoder", "weights": "the weights of the encoder",
+        "latents": "the latents"}  # of settings that are hashes  # fmt: skip
 
 
 class Progress:

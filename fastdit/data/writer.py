@@ -1,4 +1,4 @@
-"""Atomic writing of latent shards: they are written to <out>.partial, synced to disk, then renamed to <out>.
+"""Atomic writing of shards: they are written to <out>.partial, synced to disk, then renamed to <out>.
 
 Any number of processes write shards independently; `publish` merges them. The bytes depend on the samples alone: the
 tar files contain no times and no owners. A shard has its name only once it is complete.
@@ -23,6 +23,7 @@ from fastdit.data.images import Skipped, Unusable
 from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard, class_counts
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16, 626 files for ImageNet
+TAR_OVERHEAD = 2304  # bytes per sample in addition to its array: two tar headers, the npy header, the label, padding
 
 
 def check_out(out: str | Path, overwrite: bool = False) -> Path:
@@ -56,33 +57,26 @@ def prepare(out: Path) -> Path:
     return partial
 
 
-class ShardWriter:
-    """Writes shard `number` to `folder`; `close` returns what `publish` needs of it."""
+class TarWriter:
+    """Writes shard `number` to `folder`, each sample with its label; `close` returns what `publish` needs of it."""
 
-    def __init__(self, folder: Path, number: int, dtype: str):
-        self.folder, self.number, self.dtype = folder, number, DTYPES[dtype]
+    kind = ""  # of the arrays, part of their file names
+
+    def __init__(self, folder: Path, number: int):
+        self.number = number
         self.path = folder / f"shard-{number:05d}.tar"
         self.writing = self.path.with_suffix(f".{secrets.token_hex(4)}")  # a killed run's orphan may still write
         self.rows: list[tuple] = []
-        self.sums: np.ndarray | int = 0  # (3, C) float64: sums over images of mean, mean^2 and variance
+        self.sums: np.ndarray | int = 0  # float64, over images: what the manifest's statistics are made from
         self.tar = tarfile.open(self.writing, "w", format=tarfile.USTAR_FORMAT)
 
-    def add(self, key: int, moments: np.ndarray, label: int) -> None:
-        """Appends the moments (2, 2C, h, w) of an image and its mirror image; ValueError if they overflow the dtype."""
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(moments, dtype=self.dtype)
-        if not np.isfinite(array).all():
-            raise Unusable(
-                f"the latent of image {key} is not finite as {self.dtype.name}; "
-                "extract with --dtype float32 and --precision float32"
-            )
+    def store(self, key: int, array: np.ndarray, label: int) -> None:
+        """Appends the array (2, ...) of an image and its mirror image."""
         file = io.BytesIO()
         np.save(file, array)
-        offset = self._append(f"{key:09d}.moments.npy", file.getvalue()) + file.tell() - array.nbytes
+        offset = self._append(f"{key:09d}.{self.kind}.npy", file.getvalue()) + file.tell() - array.nbytes
         self._append(f"{key:09d}.cls", str(label).encode())
         self.rows.append((self.number, offset, [zlib.crc32(view) for view in array], int(key), int(label)))
-        mean, std = np.split(array.astype(np.float64), 2, axis=1)  # (2, C, h, w) each
-        self.sums = self.sums + np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
 
     def _append(self, name: str, data: bytes) -> int:
         """Writes one tar member; returns the offset of its data."""
@@ -103,6 +97,53 @@ class ShardWriter:
         return {"shard": asdict(shard), "rows": self.rows, "sums": sums, **about}
 
 
+class ShardWriter(TarWriter):
+    """Writes latents."""
+
+    kind = "moments"
+
+    def __init__(self, folder: Path, number: int, dtype: str):
+        super().__init__(folder, number)
+        self.dtype = DTYPES[dtype]
+
+    def add(self, key: int, moments: np.ndarray, label: int) -> None:
+        """Appends the moments (2, 2C, h, w) of an image and its mirror image; ValueError if they overflow the dtype."""
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(moments, dtype=self.dtype)
+        if not np.isfinite(array).all():
+            raise Unusable(
+                f"the latent of image {key} is not finite as {self.dtype.name}; "
+                "extract with --dtype float32 and --precision float32"
+            )
+        self.store(key, array, label)
+        mean, std = np.split(array.astype(np.float64), 2, axis=1)  # (2, C, h, w) each
+        # (3, C): mean, mean^2 and variance
+        self.sums = self.sums + np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
+
+
+def write_index(partial: Path, parts: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, str]:
+    """Merges the rows of all shards into index.npy; the rows (n,) and the SHA-256 of the file."""
+    index = np.array([(*r[:2], tuple(r[2]), *r[3:]) for part in parts for r in part["rows"]], dtype=SAMPLE)
+    file = io.BytesIO()
+    np.save(file, index)
+    _write(partial / "index.npy", file.getvalue())
+    return index, hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def move_into_place(partial: Path, out: Path, manifest: str, overwrite: bool = False) -> None:
+    """Completes `partial` with the text of its manifest and renames it to `out`."""
+    _write(partial / "manifest.json", manifest.encode())
+    _sync_folder(partial)
+    check_out(out, overwrite)
+    old = out.with_name(out.name + ".replaced")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    partial.rename(out)
+    _sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def publish(
     partial: Path,
     out: Path,
@@ -115,12 +156,9 @@ def publish(
 
     `about` describes the latents; the counts, statistics, shards and checksums are filled in here.
     """
-    index = np.array([(*r[:2], tuple(r[2]), *r[3:]) for part in parts for r in part["rows"]], dtype=SAMPLE)
+    index, digest = write_index(partial, parts)
     if not len(index):
         raise Unusable(f"none of the {about.images} images could be read; repair them or choose another folder")
-    file = io.BytesIO()
-    np.save(file, index)
-    _write(partial / "index.npy", file.getvalue())
     mean, square, variance = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
     skipped = Skipped(about.images)  # each process counted its own; this is the total
     for line in (line for part in parts for line in part["skipped"]):
@@ -139,19 +177,10 @@ def publish(
         channel_mean=tuple(((mean - shift) * scale).tolist()),
         channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(scale)).tolist()),
         shards=tuple(Shard(**part["shard"]) for part in parts),
-        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        index_sha256=digest,
         folder=out,
     )
-    _write(partial / "manifest.json", manifest.to_json().encode())
-    _sync_folder(partial)
-    check_out(out, overwrite)
-    old = out.with_name(out.name + ".replaced")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    move_into_place(partial, out, manifest.to_json(), overwrite)
     return manifest
 
 

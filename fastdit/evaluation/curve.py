@@ -2,20 +2,23 @@
 
 A file holds `settings`, the dotted config keys that it was measured with; `runs`, their number; and `points`, for some
 steps: `loss` and `bins` (20 parts of t), each a mean and a standard deviation over the runs. bench/quality/curve.py
-writes it.
+writes it. The band is Student's prediction interval: a run with another seed is inside with probability LEVEL. Few runs
+give a wide band, since they say little about the deviation.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from fastdit.config import Config, shipped_config, to_tree
 from fastdit.evaluation.loss import BINS
 from fastdit.files import read_json
 
-DEVIATIONS, LEAST = 4.0, 0.03  # the band around the mean: standard deviations of few runs; share of the mean, at least
+LEVEL, LEAST = 0.99, 0.03  # of the band; its half-width as a share of the mean, at least
 SECTIONS = ("model", "objective", "training")
 COMPARED = ("variant", "name", "time_distribution", "steps", "global_batch", "lr", "ema_decay", "ema_warmup")
 
@@ -36,10 +39,9 @@ class ReferenceCurve:
         try:
             stored = read_json(file)
             points = {int(p["step"]): np.array([p["loss"], *p["bins"]], float) for p in stored["points"]}
-            if not points or any(values.shape != (1 + BINS, 2) for values in points.values()):
-                raise ValueError("it has no points")
-            own, settings = settings_of(config), dict(stored["settings"])
-            runs = int(stored["runs"])
+            own, settings, runs = settings_of(config), dict(stored["settings"]), int(stored["runs"])
+            if not points or any(values.shape != (1 + BINS, 2) for values in points.values()) or runs < 2:
+                raise ValueError("it has no points, or fewer than two runs")
         except FileNotFoundError:
             raise ValueError(f"training.loss_reference={path} does not exist; give a file of bench/quality/curve.py or "
                              "an included one: quickstart") from None  # fmt: skip
@@ -53,7 +55,8 @@ class ReferenceCurve:
         if step not in self.points:
             return ""
         mean, deviation = self.points[step].T
-        half = np.fmax(DEVIATIONS * deviation, LEAST * np.abs(mean))
+        quantile = stdtrit(self.runs - 1, (1 + LEVEL) / 2) * math.sqrt(1 + 1 / self.runs)
+        half = np.fmax(quantile * deviation, LEAST * np.abs(mean))
         off = (np.array([loss, *bins], float) - mean) / half  # outside [-1, 1] is outside the band
         whose = f"the band of {self.name} ({self.runs} runs)"
         wrong = [f"{k / BINS:.2f}-{(k + 1) / BINS:.2f}" for k, value in enumerate(off[1:]) if abs(value) > 1]

@@ -4,6 +4,7 @@ docs/variants.md lists the options and their costs. All defaults are the officia
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
 from fastdit.models.dropout import dropout_keys
 from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding
+from fastdit.models.routing import Route
+from fastdit.models.taps import Tapped, settled
 from fastdit.registry import check, lookup
 
 
@@ -87,6 +90,10 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, options, attention) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options)
         self.initialize()
+        # in training only: who reads hidden tokens (models/taps.py), what was read, and which tokens skip blocks
+        self.taps = nn.ModuleDict()
+        self.tapped: dict[str, Tapped] = {}
+        self.route: Route | None = None
 
     def initialize(self) -> None:
         """Official initialization: linears Xavier uniform, bias zero; embedders N(0, 0.02); modulations, head zero."""
@@ -126,11 +133,25 @@ class DiT(nn.Module):
         pending = None  # the previous block's MLP branch, not yet added to the residual x
         rope = None if self.rope is None else tuple(self.rope)
         conditions = self.joint_modulations(c) if self.blocks[0].joint else [c] * len(self.blocks)
-        for block, key, condition in zip(self.blocks, keys, conditions, strict=True):
-            x, pending = block(x, pending, condition, rope, key)
-        if self.tokens > self.patches:  # drop the extra tokens
-            branch, *gate_and_bias = pending
-            x, pending = x[:, : self.patches], (branch[:, : self.patches], *gate_and_bias)
+        route, extra = self.route, self.tokens - self.patches
+        for number, (block, key, condition) in enumerate(zip(self.blocks, keys, conditions, strict=True), 1):
+            on_route = route is not None and route.first < number <= route.last
+            if on_route and number == route.first + 1:
+                whole = settled(x, pending)
+                x, pending = route.enter(whole), None
+            x, pending = block(x, pending, condition, route.rotations(rope) if on_route else rope, key)
+            if on_route and number == route.last:
+                x, pending, on_route = route.leave(whole, settled(x, pending)), None, False
+            for name, tap in self.taps.items():
+                if tap.block == number:
+                    tokens = settled(x, pending)
+                    kept = route.kept[:, : tokens.shape[1] - extra] if on_route else None
+                    self.tapped[name] = Tapped(tap(tokens[:, : tokens.shape[1] - extra]), kept)
+        if extra:  # drop them
+            x = x[:, : self.patches]
+            if pending is not None:
+                branch, *gate_and_bias = pending
+                pending = branch[:, : self.patches], *gate_and_bias
         return self.unpatchify(self.final_layer(x, pending, c))
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -180,30 +201,37 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.joint = True
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, dynamic: bool | None = None) -> None:
         """Compile each block with torch.compile. They share the code, so compiling takes seconds."""
         for block in self.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, dynamic=dynamic)
         if self.blocks[0].joint:
             self.joint_modulations = torch.compile(self.joint_modulations, fullgraph=True)
 
     def parameter_count(self) -> int:
-        """Number of parameters as published, including the frozen `pos_embed`."""
+        """Number of parameters as published, including the frozen `pos_embed` and without the projectors of taps."""
         table = 0 if self.pos_embed is None else self.pos_embed.numel()
-        return sum(p.numel() for p in self.parameters()) + table
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("taps.")) + table
 
-    def flops_per_image(self) -> int:
-        """FLOPs (2 x multiply-adds) of the matmuls in the forward pass per image; training takes 3x as many."""
-        d, tokens, conditions = self.hidden_size, self.tokens, 2 if self.num_classes else 1
-        mlp = self.blocks[0].mlp
-        per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
-        per_image = 2 * BLOCKS[self.options.block] * d * d
-        if self.options.block == "cross_attention":
-            per_token += 2 * d * d + 2 * conditions * d
-            per_image += conditions * 2 * d * d
+    def flops_per_image(self, lengths: Sequence[int] | None = None) -> int:
+        """FLOPs (2 x multiply-adds) of the matmuls in the forward pass per image; training takes 3x as many.
+
+        `lengths`: the number of tokens in each block, on a route. The projectors of taps count.
+        """
+        d, conditions = self.hidden_size, 2 if self.num_classes else 1
+        mlp, cross = self.blocks[0].mlp, self.options.block == "cross_attention"
+        total = 0
+        for tokens in lengths or [self.tokens] * len(self.blocks):
+            per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+            per_token += 2 * d * d + 2 * conditions * d if cross else 0
+            per_image = 2 * BLOCKS[self.options.block] * d * d + (conditions * 2 * d * d if cross else 0)
+            total += tokens * per_token + per_image
+        for tap in self.taps.values():
+            weights = sum(p.numel() for p in tap.parameters() if p.ndim > 1)
+            total += weights * min(lengths[tap.block - 1] if lengths else self.tokens, self.patches)
         ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # embedding and head
         ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.options.block] else 0)  # time embedding; final modulation
-        return 2 * (len(self.blocks) * (tokens * per_token + per_image) + ends)
+        return 2 * (total + ends)
 
 
 def drop_labels(y: Tensor, u: Tensor, class_dropout: float, null_label: int | None) -> Tensor:

@@ -15,7 +15,7 @@ from fastdit.config import NetworkOptions
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention, packed_attention
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) from kernels.rope_2d
+Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) from kernels.rope_2d, or (N, T, head_dim / 2)
 Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,), not yet added
 
 
@@ -101,7 +101,8 @@ def learned_shift_and_scale(norm: nn.Module, n: int) -> tuple[Tensor, Tensor]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of x (N, heads, T, head_dim) by angles given as cos, sin (T, head_dim / 2)."""
+    """Rotate the pairs (2i, 2i + 1) of x (N, heads, T, head_dim) by angles given as cos, sin of `Rope`."""
+    cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (cos, sin))  # over the heads
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 

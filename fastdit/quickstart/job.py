@@ -25,6 +25,7 @@ from fastdit.errors import make_folder
 from fastdit.evaluation.evaluate import load_reference, measure
 from fastdit.evaluation.features import load_features
 from fastdit.evaluation.images import open_set
+from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.metrics import frechet_distance
 from fastdit.evaluation.protocol import append_result
 from fastdit.quickstart.digits import read_folder, write_digits
@@ -33,11 +34,16 @@ from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
 from fastdit.report import write_report
 from fastdit.report.facts import QUALITY
 from fastdit.sampling import load_pipeline, sample
+from fastdit.sheets import save
+from fastdit.sweep import plot, points, samples_of, sweep, table
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
 
 VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
-SAMPLES = 500
+SAMPLES, SWEPT = 500, 100
+SWEEP, METRICS = "cfg_scale=1,1.4,2,4", ["frechet", "precision_recall"]
+STAGES = 7
+MEASURED = ["training.validate_every=200", "training.sample_every=500", "training.evaluate_every=500"]
 JUDGE = "judge.npz"
 THREADS = 2  # at most: an operator of these networks takes microseconds, and waking more threads takes longer
 ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling takes longer than it would save here
@@ -68,14 +74,15 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; choose another --out or remove it")
     places = [f"run_dir={out / 'run'}", f"data.shards={out / 'latents'}", f"data.vae={out / 'vae'}",
-              f"data.val_shards={out / 'held_out_latents'}", "training.validate_every=200"]  # fmt: skip
+              f"data.val_shards={out / 'held_out_latents'}", f"training.reference={out / 'held_out'}",
+              f"training.evaluate_features=classifier={out / JUDGE}", *MEASURED]  # fmt: skip
     config = load_config(shipped_config("quickstart"), [f"seed={seed}", *places, *ON_GPU * on_gpu, *overrides])
     make_folder(out, "--out")
     seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(name: str, what: str):
-        say(f"[{len(seconds) + 1}/6] {what}")
+        say(f"[{len(seconds) + 1}/{STAGES}] {what}")
         start = time.perf_counter()
         yield
         seconds[name] = round(time.perf_counter() - start, 2)
@@ -84,6 +91,8 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         counts = write_digits(out, config.data.image_size)
         train_images, train_labels = read_folder(out / "images", config.data.image_size)
         held_images, held_labels = read_folder(out / "held_out", config.data.image_size)
+        judge = Judge(held_images, held_labels)
+        judge.save(out / JUDGE)
 
     with stage("autoencoder", f"training a small autoencoder on {len(train_images)} images"):
         vae = small_vae(config.data.image_size, seed=seed).to(ranks.device)
@@ -107,8 +116,6 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         samples = open_set(out / "samples", "SAMPLES")
         images = np.load(out / "samples" / "samples.npz")["arr_0"]
         labels = np.arange(SAMPLES) % config.data.num_classes
-        judge = Judge(held_images, held_labels)
-        judge.save(out / JUDGE)
         extractor = load_features(f"classifier={out / JUDGE}", ranks.device)
         held_out = load_reference(out / "held_out", samples.size, extractor, ranks)
         result = measure(samples, held_out, ranks, extractor=extractor, seed=seed)
@@ -120,6 +127,17 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
             "frechet_distance": result["values"]["frechet"],
             "frechet_distance_real": frechet_distance(extractor(train_images[real]), held_out.features.moments),
         }
+        near, sheet = neighbors(out / "samples", out / "latents", ranks, held_out=out / "held_out_latents", seed=seed)
+        scores["memorized"] = near["values"]["memorized"]
+        save([sheet], out / "neighbors.png")
+
+    with stage("sweep", f"sweeping over the guidance scale with {SWEPT} images each"):
+        chosen, file = points([SWEEP]), out / "sweep.jsonl"
+        images = samples_of(str(checkpoint), ranks.device, chosen, num_samples=SWEPT, seed=seed)
+        features = f"classifier={out / JUDGE}"
+        results = sweep(chosen, images, out / "held_out", ranks, features=features, metrics=METRICS, out=str(file))
+        plot(chosen, results, out / "sweep.png")
+        say(table(chosen, results))
 
     metrics = read_metrics(config.run_dir)
     report = {
@@ -174,6 +192,8 @@ def quality(report: dict) -> list[dict]:
             ("real images recognized", f"{report['judge_accuracy_on_real']:.1%}", f"training images, by {judge}"),
             ("Frechet distance", report["frechet_distance"], "samples to held-out images, in the judge's features"),
             ("Frechet distance of real images", report["frechet_distance_real"], "as many training images instead"),
+            ("memorized", f"{report['memorized']:.1%}", "samples nearer to a training image than 99% of the held-out "
+             "images, by the distance of latents"),
             ("PSNR of the autoencoder", f"{report['reconstruction_psnr_db']:.1f} dB", "on held-out images"),
         )
     ]
@@ -185,7 +205,7 @@ def closing_words(report: dict, out: Path, config: Config) -> str:
 samples recognized   {report["class_accuracy"]:.1%}   (the judge on real images: {report["judge_accuracy_on_real"]:.1%})
 Frechet distance     {report["frechet_distance"]:.2f}   (real vs. real: {report["frechet_distance_real"]:.2f})
 time                 {report["seconds"]["total"]:.0f} s
-report               {out / "report.html"}
+report               {out / "report.html"}   (also there: neighbors.png, sweep.png)
 
 Next, with your own images in my_images/<class>/*.jpg:
   fastdit extract --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256

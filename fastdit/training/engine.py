@@ -26,6 +26,7 @@ class Engine(Protocol):
 
     name: str
     adam: torch.optim.AdamW  # its state is keyed by the master parameters
+    muon: torch.optim.Muon | None  # updates the blocks' matrices instead of AdamW
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32, computed in the engine's precision."""
@@ -55,9 +56,20 @@ class Engine(Protocol):
 
 
 def moments_of(engine: Engine) -> tuple[dict[str, list[Tensor]], int]:
-    """AdamW's MOMENTS, each shaped like `master_parameters()`, and its number of updates."""
-    states = [engine.adam.state[master] for master in engine.master_parameters()]
-    return {name: [state[name] for state in states] for name in MOMENTS}, int(states[0]["step"])
+    """AdamW's MOMENTS, each shaped like `master_parameters()`, and its number of updates.
+
+    For Muon's matrices, the first is its momentum and the second is 0.
+    """
+    masters = engine.master_parameters()
+    states = [engine.adam.state.get(master) or muon_state(engine, master) for master in masters]
+    updates = next(int(state["step"]) for state in states if "step" in state)
+    return {name: [state[name] for state in states] for name in MOMENTS}, updates
+
+
+def muon_state(engine: Engine, master: Tensor) -> dict[str, Tensor]:
+    """The state of a matrix that Muon updates, under AdamW's names."""
+    zeros = torch.zeros_like(master)
+    return {"exp_avg": engine.muon.state[master].get("momentum_buffer", zeros), "exp_avg_sq": zeros}
 
 
 def set_moments(engine: Engine, moments: Mapping[str, list[Tensor]], updates: int) -> None:
@@ -65,7 +77,10 @@ def set_moments(engine: Engine, moments: Mapping[str, list[Tensor]], updates: in
     for i, master in enumerate(engine.master_parameters()):
         step = torch.tensor(float(updates), device=master.device if engine.adam.defaults["fused"] else "cpu")
         copies = {name: tensors[i].to(master, copy=True) for name, tensors in moments.items()}
-        engine.adam.state[master] = {"step": step, **copies}
+        if engine.muon and master in set(engine.muon.param_groups[0]["params"]):
+            engine.muon.state[master] = {"momentum_buffer": copies["exp_avg"]}
+        else:
+            engine.adam.state[master] = {"step": step, **copies}
 
 
 class TorchEngine:
@@ -74,11 +89,16 @@ class TorchEngine:
     Where Triton runs, AdamW and EMA are one kernel over all tensors (kernels/adamw_ema.py), else PyTorch's own. With
     one process and no accumulation, that kernel also writes the weights in bf16, which autocast would otherwise do in
     every forward pass. The module then holds the bf16 weights, `masters` the fp32 ones. The losses do not change.
+
+    `optimizer="muon"`: PyTorch's Muon (Jordan et al. 2024) updates the matrices of the blocks, and AdamW the rest, with
+    one learning rate and weight decay: Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982). It waits for the device once a step, to skip a step that is not finite.
     """
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, ranks: Ranks, *, betas, weight_decay, precision, accumulation, grad_clip):
+    def __init__(self, model: nn.Module, ranks: Ranks, *, betas, weight_decay, precision, accumulation, grad_clip,
+                 optimizer="adamw"):  # fmt: skip
         self.module, self.precision, self.ranks = model, precision, ranks
         self.accumulation, self.grad_clip = accumulation, grad_clip
         self.forward = model
@@ -88,7 +108,7 @@ class TorchEngine:
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.one_pass = use_triton("adamw_ema", ranks.device.type, torch.float32)
+        self.one_pass = use_triton("adamw_ema", ranks.device.type, torch.float32) and optimizer == "adamw"
         rounded = set()  # not where gradients are added up, in bf16
         if self.one_pass and precision == "bf16" and accumulation == ranks.world == 1:
             rounded = rounded_weights(model) & set(self.parameters)
@@ -102,7 +122,12 @@ class TorchEngine:
         # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
         on_device = self.one_pass or ranks.device.type == "cuda"
         lr = torch.zeros((), device=ranks.device) if on_device else 0.0
-        self.adam = torch.optim.AdamW(self.masters, lr, betas, weight_decay=weight_decay, fused=True)
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if optimizer == "muon" else []
+        rest = [master for master in self.masters if master not in set(matrices)]
+        self.adam = torch.optim.AdamW(rest, lr, betas, weight_decay=weight_decay, fused=True)
+        self.muon = None
+        if matrices:
+            self.muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step. A replayed CUDA graph reads what was set before."""
@@ -113,6 +138,8 @@ class TorchEngine:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+        for group in self.muon.param_groups if self.muon else ():
+            group["lr"] = lr
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -137,6 +164,8 @@ class TorchEngine:
             if self.grad_clip:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
             self.adam.step()
+            if self.muon and not skipped:
+                self.muon.step()
             ema.update(self.masters, number, skipped)
         self.module.zero_grad(set_to_none=True)
         return norm, skipped
@@ -195,6 +224,9 @@ def build_engine(model: nn.Module, settings: TrainingConfig, ranks: Ranks, micro
     if uses_zero(settings):
         from fastdit.training.zero import DeepSpeedEngine
 
+        if settings.optimizer != "adamw":
+            raise ValueError(f"training.optimizer={settings.optimizer} needs whole matrices, but ZeRO partitions them; "
+                             "use training.engine=torch, or optimizer=adamw")  # fmt: skip
         zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
         return DeepSpeedEngine(model, ranks, **shared, **zero)
-    return TorchEngine(model, ranks, **shared)
+    return TorchEngine(model, ranks, **shared, optimizer=settings.optimizer)

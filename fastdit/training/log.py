@@ -23,6 +23,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
+from fastdit.models.routing import Routing
 from fastdit.training.boards import Boards
 
 RECORDS = 1 << 30  # bytes of metrics.jsonl: 400,000 steps at log_every=1 take 120 MB
@@ -54,11 +55,12 @@ class LossWindow:
 class Log:
     """Writes records on the main process, nothing elsewhere.
 
-    `images` to train on; `flops_per_image` of a whole training step.
+    `images` to train on; `flops_per_image(step)` of a whole training step.
     """
 
     def __init__(
-        self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, images: int, flops_per_image: float
+        self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, images: int,
+        flops_per_image: Callable[[int], float],
     ):
         self.ranks, self.device, steps = ranks, ranks.device, config.training.steps
         if not ranks.is_main:
@@ -91,7 +93,7 @@ class Log:
             "lr": lr,
             "steps_per_s": steps / seconds,
             "images_per_s": images / seconds,
-            "mfu": images / seconds * self.flops_per_image / self.peak_flops,
+            "mfu": images / seconds * self.flops_per_image(step) / self.peak_flops,
             "peak_gib": peak_gib(self.device),
         }
         self.record(step, record)
@@ -139,6 +141,13 @@ def say(run_dir: Path, line: str, show: Callable[[str], None] = print) -> None:
         file.write(line + "\n")
     show(line)
     sys.stdout.flush()
+
+
+def training_flops(model: DiT, routing: Routing | None) -> Callable[[int], float]:
+    """FLOPs per image of a training step, by its number from 1: the forward pass, and twice that backward."""
+    whole = 3 * model.flops_per_image()
+    routed = 3 * model.flops_per_image(routing.lengths(model)) if routing else whole
+    return lambda step: routed if routing and step <= routing.full_from else whole
 
 
 def start_line(

@@ -11,6 +11,7 @@ from fastdit import distributed
 from fastdit.build import (
     build_network,
     build_objective,
+    build_routing,
     check_device,
     check_sampling,
     prepare_for_training,
@@ -26,11 +27,12 @@ from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
 from fastdit.training import checkpoint
+from fastdit.training.alignment import attach, features_for
 from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow, say, start_line
+from fastdit.training.log import Log, LossWindow, say, start_line, training_flops
 from fastdit.training.monitor import Monitor
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
@@ -68,13 +70,21 @@ def train(config: Config, *, resume: bool = False, device: str | None = None, re
     return last
 
 
+def _prepare(run_dir: Path, config: Config, ranks: distributed.Ranks, start: int) -> None:
+    """Write what the folder of a run says about it, and remove what a repeated part writes again."""
+    save_config(config, run_dir / CONFIG)
+    write_environment(run_dir, ranks, start)
+    forget_averages(run_dir, start)
+    keep_autoencoder(config.data.vae, run_dir)
+
+
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
     device = ranks.device
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
-    settings = config.training
+    settings, features = config.training, features_for(config)
     check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
 
@@ -83,12 +93,14 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     learning_rate, times = learning_rates(settings), LossAwareTimes() if settings.loss_aware_times else None
     torch.manual_seed(seed_of(config.seed, INIT))
     model = build_network(config, latents.shape, objective, device).to(device).train()
+    routing = build_routing(settings, model)
+    alignments = attach(settings.align, model, features.dim if features else 0, routing)
     check_sampling(config, objective, model.null_label)  # a misspelled sampler fails now, not after the training
     monitor = Monitor(config, manifest, held_out, objective, ranks)
-    flops_per_image = 3 * model.flops_per_image()  # forward, and twice that backward
+    flops_per_image = training_flops(model, routing)
     initial, origin = None, "from random weights"
     if last:
-        model.load_state_dict(resumed_weights(last, config, manifest, model))
+        model.load_state_dict(resumed_weights(last, config, manifest, model, features))
     elif settings.init_from:
         sources = read_initial(settings.init_from, config)
         initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
@@ -107,17 +119,14 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     train_step = TrainStep(
         engine, ema, objective, ranks, latents, config.model.class_dropout, model.null_label, micro, accumulation,
-        seed=seed_of(config.seed, NOISE), times=times, averages=averages,
+        seed=seed_of(config.seed, NOISE), times=times, averages=averages, alignments=alignments, routing=routing,
     )  # fmt: skip
     plain_step = train_step
     if settings.cuda_graph:
         train_step = GraphedStep(train_step)
 
     if ranks.is_main:
-        save_config(config, run_dir / CONFIG)
-        write_environment(run_dir, ranks, start)
-        forget_averages(run_dir, start)
-        keep_autoencoder(config.data.vae, run_dir)
+        _prepare(run_dir, config, ranks, start)
     log = Log(run_dir, ranks, start, config, images=len(manifest), flops_per_image=flops_per_image)
     batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
@@ -134,13 +143,14 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
         skip_damaged=log.say if config.data.skip_damaged else None,
+        features=features,
     )
 
     def on_skip(done: int) -> None:
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
-    facts = describe(config, latents, manifest.class_names)
+    facts = describe(config, latents, manifest.class_names, features)
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
@@ -152,10 +162,10 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
             watchdog.at(step + 1, READS)
-            _, moments, y = next(batches)
+            _, moments, y, targets = next(batches)
             watchdog.at(step + 1, COMPUTES)
             lr = learning_rate(step)
-            losses, grad_norm, skipped = train_step(moments, y, step, lr)
+            losses, grad_norm, skipped = train_step(moments, y, step, lr, targets)
             window.add(losses, skipped)
 
             done = step + 1

@@ -238,7 +238,8 @@ class Monitor:
         if self.loaded != (name, self.step):
             own = dict(self.network.named_parameters())
             for key, tensor in self.engine.full_state(self.weights[name]()):
-                own[key].copy_(tensor)
+                if key in own:  # not the projectors of training.align
+                    own[key].copy_(tensor)
             self.loaded = name, self.step
 
     def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

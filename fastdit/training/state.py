@@ -8,6 +8,7 @@ run_dir/checkpoints/step-0000500/
     exp_avg_sq.safetensors   AdamW's running mean of its square, likewise
     progress.safetensors     AdamW's number of updates, the losses since the last log line, and, where they are on,
                              the histories of training.loss_aware_times and training.fp8
+    alignment.safetensors    the same five for the projectors of training.align, if it is on
     power-0.050.safetensors  and so on: the averages of training.ema_stds, also kept in run_dir/averages/step-0000500/
     golden.npz               a recorded forward pass, in converted checkpoints only
     checkpoint.json          step, latents, ... and the size and SHA-256 of every file; training/checkpoint.py writes it
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from fastdit.build import build_network, build_objective
 from fastdit.config import Config, load_config, save_config, to_tree
+from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -45,9 +47,10 @@ CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
 LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
-STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.")  # what a run may have otherwise than its training.init_from
+STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.", "taps.")  # what a run may have otherwise than its training.init_from
+ALIGNMENT, TAPS = "alignment", "taps."  # the file of the projectors of training.align; how their names start
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
-MUST_STAY = ("init_from", "ema_stds")  # keys of training: that describe a run from its first step
+MUST_STAY = ("init_from", "ema_stds", "align", "optimizer")  # keys of training: that describe a run from its first step
 
 
 @dataclass
@@ -75,7 +78,8 @@ class TrainingState:
         for file, tensors in sharded.items():
             for name, tensor in self.engine.full_state(tensors):
                 if self.ranks.is_main:
-                    copies[file][name] = self._to_host((file, name), tensor.detach())
+                    own, key = (ALIGNMENT, f"{file}.{name}") if name.startswith(TAPS) else (file, name)
+                    copies.setdefault(own, {})[key] = self._to_host((own, key), tensor.detach())
         if not self.ranks.is_main:
             return {}
         for file in ("model", *averages):
@@ -99,10 +103,10 @@ class TrainingState:
     def load(self, folder: Path) -> int:
         """Restore all but the weights from what `write_snapshot` wrote, and return its step."""
         progress = read_weights(folder / "progress.safetensors")
-        parts = {name: self.engine.partition(read_weights(folder / f"{name}.safetensors")) for name in MOMENTS}
+        parts = {name: self.engine.partition(read_all(folder, name)) for name in MOMENTS}
         set_moments(self.engine, parts, int(progress["updates"]))
         for name, average in [("ema", self.ema), *((average.name, average) for average in self.averages)]:
-            average.load(self.engine.partition(read_weights(folder / f"{name}.safetensors")))
+            average.load(self.engine.partition(read_all(folder, name)))
         self.window.load(below(progress, "window."))
         if self.times is not None and below(progress, "times."):  # absent if the run did not use them before
             self.times.load_state_dict(below(progress, "times."))
@@ -110,6 +114,13 @@ class TrainingState:
         if factors is not None and below(progress, "fp8."):
             factors.load_state_dict(below(progress, "fp8."))
         return checkpoint.read_meta(folder)["step"]
+
+
+def read_all(folder: Path, file: str) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint, and those of the projectors of training.align that belong to it."""
+    aligned = folder / f"{ALIGNMENT}.safetensors"
+    projectors = below(read_weights(aligned), f"{file}.") if aligned.is_file() else {}
+    return read_weights(folder / f"{file}.safetensors") | projectors
 
 
 def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: Config, folder: Path) -> None:
@@ -160,11 +171,13 @@ def forget_averages(run_dir: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT) -> dict[str, Tensor]:
+def resumed_weights(
+    folder: Path, config: Config, manifest: Manifest, model: DiT, features: FeatureManifest | None = None
+) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
-    for key, value in describe(config, manifest.latents, manifest.class_names).items():
+    for key, value in describe(config, manifest.latents, manifest.class_names, features).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
     before = load_config(folder / CONFIG)
@@ -193,11 +206,15 @@ def resumed_weights(folder: Path, config: Config, manifest: Manifest, model: DiT
             progress |= {f"times.{key}": tensor for key, tensor in LossAwareTimes().state_dict().items()}
         elif name == "fp8.history":  # of any length
             progress[name] = torch.zeros(*stored.shape[:1], len(fp8.linears_of(model)), 3)
+    taps = {f"{file}.{name}": tensor for file, own in expected.items() for name, tensor in own.items()
+            if name.startswith(TAPS)}  # fmt: skip
+    expected = {file: {name: own[name] for name in own if not name.startswith(TAPS)} for file, own in expected.items()}
+    expected |= {ALIGNMENT: taps} if taps else {}
     for name, own in {**expected, "progress": progress}.items():
         path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
         for line in mismatches(own, stored) + other_types(own, stored):
             raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
-    return read_weights(folder / "model.safetensors")
+    return read_all(folder, "model")
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -205,9 +222,11 @@ def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def describe(config: Config, latents: LatentSpec, class_names: Iterable[str]) -> dict[str, Any]:
+def describe(
+    config: Config, latents: LatentSpec, class_names: Iterable[str], features: FeatureManifest | None = None
+) -> dict[str, Any]:
     """The facts in checkpoint.json that must match on resume."""
-    return {
+    return ({"features": features.facts()} if features else {}) | {
         "model": config.model.variant,
         "num_classes": config.data.num_classes,
         "objective": config.objective.name,

@@ -1,7 +1,7 @@
 """One training step, from posterior moments to updated weights: noise, loss, backward, optimizer, EMA."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, StepRandom, step_generator
 from fastdit.models.dit import drop_labels
+from fastdit.models.routing import Routing
+from fastdit.training.alignment import Alignment, alignment_losses
 from fastdit.training.ema import EMA
 from fastdit.training.engine import Engine
 
@@ -43,13 +45,23 @@ class TrainStep:
     seed: int
     times: LossAwareTimes | None = None  # draws the times instead of the objective
     averages: Sequence[EMA] = ()  # further averages, updated like `ema`
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)  # by name, see training/alignment.py
+    routing: Routing | None = None
 
-    def __call__(self, moments: Tensor, y: Tensor, step: int, lr: float) -> "StepResult":
-        """moments (n, 2C, h, w) and y (n,) on the device, `step` counts from 0."""
-        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr)
+    def __call__(
+        self, moments: Tensor, y: Tensor, step: int, lr: float, features: Tensor | None = None
+    ) -> "StepResult":
+        """moments (n, 2C, h, w), y (n,) and features, as in Batch, on the device; `step` counts from 0."""
+        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr, features)
 
     def run(
-        self, moments: Tensor, y: Tensor, generator: torch.Generator, step: int, lr: float | Tensor
+        self,
+        moments: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        step: int,
+        lr: float | Tensor,
+        features: Tensor | None = None,
     ) -> "StepResult":
         """The same, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
@@ -59,21 +71,30 @@ class TrainStep:
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
         u, noise = random.rand(), random.randn(*shape)
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
-        fp8 = self.engine.module.fp8
+        model = self.engine.module
+        routes = None if self.routing is None else self.routing.draw(random.rand, model, step)
+        fp8 = model.fp8
         losses: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
         for i in range(self.accumulation):
             part = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
             self.engine.boundary(last=i == self.accumulation - 1)
+            model.route = None if routes is None else routes.of(part)
             loss = self.objective.loss(self.engine, x_0[part], y[part], t[part], noise[part])
             per_sample = loss.per_sample
             weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
-            self.engine.backward(weighted.mean())
+            targets = None if features is None else features[part]
+            aligned = alignment_losses(self.alignments, model, x_0[part], targets)
+            total = weighted.mean()
+            for name, values in aligned.items():
+                total = total + self.alignments[name].weight_at(step) * values.mean()
+            self.engine.backward(total)
             if fp8 is not None:
                 fp8.collect()
             losses.append(per_sample.detach() if factors is None else torch.stack([per_sample, weighted]).detach())
-            for name, values in loss.parts.items() if len(loss.parts) > 1 else ():
+            for name, values in ((loss.parts if len(loss.parts) > 1 else {}) | aligned).items():
                 parts.setdefault(name, []).append(values.detach())
+        model.route = None
         losses = torch.cat(losses, dim=-1)
         if self.times is not None:
             seen = torch.stack([t, losses[0].to(t)], 1)

@@ -44,6 +44,8 @@ def loss_of_run(
         manifest = shards_of(trained.config)[1]
     else:
         raise ValueError(f"--loss: {path} has neither data.val_shards nor data.val_fraction; give --shards")
+    if data.normalize != "none":
+        manifest = manifest.scaled_as(trained.latents)
     manifest.check(num_classes=data.num_classes)
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)

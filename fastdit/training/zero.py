@@ -16,6 +16,7 @@ class DeepSpeedEngine:
     """ZeRO stage 1, 2 or 3 through DeepSpeed; weights stay fp32 (torch_autocast), partitioned with Adam's state."""
 
     name = "deepspeed"
+    muon = None
 
     def __init__(
         self,

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from fastdit.data.features import holds_features
 from fastdit.training import checkpoint
 from fastdit.verify.checkpoints import verify_averages, verify_checkpoint
+from fastdit.verify.features import verify_features
 from fastdit.verify.findings import Findings
 from fastdit.verify.shards import verify_shards
 
 
 def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    """Check the newest checkpoint and the stored averages of a run, one checkpoint, or a folder of latents.
+    """Check the newest checkpoint and the stored averages of a run, one checkpoint, or a folder of latents or features.
 
     Returns the problems found.
 
@@ -20,7 +22,7 @@ def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; use a run, one of its checkpoints/step-*, or a folder of latents")
     if (path / "manifest.json").exists():
-        verify_shards(path, found, say)
+        (verify_features if holds_features(path) else verify_shards)(path, found, say)
     else:
         verify_checkpoint(checkpoint.find(path), found, say)
         verify_averages(path, found, say)

@@ -119,6 +119,8 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
             codec = LatentCodec.load(vae)
         except ValueError as error:
             return found.add("latents", str(error))
+        if config.data.normalize != "none":
+            codec.take_scale_of(latents)
         for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
             line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"
             found.add("latents", line)
@@ -126,7 +128,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         say(f"not checked: the autoencoder {vae} is not a local folder")
     if (shards / "manifest.json").is_file():
         try:
-            manifest = Manifest.load(shards)
+            manifest = Manifest.load(shards).normalized(config.data.normalize)
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):

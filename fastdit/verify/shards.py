@@ -1,17 +1,18 @@
 """Checks of a folder of latent shards."""
 
-import hashlib
 import io
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from fastdit.data.features import FOLDER
 from fastdit.data.latents import scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
+from fastdit.verify.features import verify_features
+from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings, rounded
 
 
@@ -49,17 +50,12 @@ class ChannelStatistics:
 
 
 def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
+    """Check a folder of latents, and the features in it if there are any."""
     try:
         manifest = Manifest.load(folder)
     except ValueError as error:
         return found.add("manifest", str(error))
-    for path in sorted(set(folder.glob("*.tar")) - {folder / shard.name for shard in manifest.shards}):
-        found.add("files", f"{path} is not in the manifest")
-    try:
-        index = manifest.index()
-    except ValueError as error:
-        found.add("index", str(error))
-        index = None
+    index = read_index(manifest, found)
     if index is not None and check_index(manifest, index, found):
         index = None  # its offsets cannot be trusted
     statistics = ChannelStatistics(manifest)
@@ -75,38 +71,20 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
             f"{size:.1f} MiB, latents {'x'.join(map(str, manifest.latents.shape))}, mean "
             f"{rounded(statistics.mean)}, standard deviation {rounded(statistics.std)}"
         )
+    if (folder / FOLDER).exists():
+        verify_features(folder / FOLDER, found, say, index)
 
 
 def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:
     """Return True if the index does not match the shards."""
-    before = found.counts["index"]
-    counts = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
-    if counts != [shard.samples for shard in manifest.shards]:
-        found.add("index", "index.npy and the manifest have different numbers of samples per shard")
-    if len(np.unique(index["key"])) != len(index):
-        found.add("index", "index.npy has a duplicate key")
-    labels = index["label"]
+    wrong, labels = check_counts(manifest, index, found), index["label"]
     last = max(manifest.num_classes, 1) - 1  # without classes, all labels are 0
     for row in index[(labels < 0) | (labels > last)]:
         found.add("labels", f"sample {row['key']:09d} has label {row['label']}, not one of 0..{last}")
     if not found.counts["labels"]:
         if class_counts(labels, manifest.num_classes) != manifest.class_counts:
             found.add("labels", "the class counts in the manifest differ from the index")
-    return found.counts["index"] > before
-
-
-def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | None:
-    """The memory-mapped bytes of the shard, or None if it has the wrong size."""
-    path = folder / shard.name
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard.bytes:
-        state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-        found.add("files", f"{path} {state}")
-        return None
-    data = np.memmap(path, np.uint8, "r")
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        found.add("files", f"{path} is damaged: its SHA-256 is not the one in the manifest")
-    return data
+    return wrong
 
 
 def check_samples(
@@ -121,10 +99,8 @@ def check_samples(
         if labels is not None and labels.get(key) != row["label"]:
             line = f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index"
             found.add("sample", line)
-        start = int(row["offset"])
-        both = data[start : start + 2 * size]
-        if [zlib.crc32(both[:size]), zlib.crc32(both[size:])] != row["crc32"].tolist() or len(both) != 2 * size:
-            found.add("sample", f"{shard.name}: sample {key} is damaged: its bytes do not match their CRC-32")
+        both = sample_bytes(data, row, size, shard.name, found)
+        if both is None:
             continue
         array = both.view(dtype).reshape(2, 2 * channels, height, width).astype(np.float64)
         if not np.isfinite(array).all():

@@ -1,7 +1,9 @@
 """A run against a reference curve: inside the band, outside it, or of other settings."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fastdit.config import load_config
@@ -13,9 +15,10 @@ FLAT = [1.0] * BINS
 
 @pytest.fixture
 def curve(tmp_path):
-    """The loss is 1 with a standard deviation of 0.02: the band is 0.08 on either side; in the bins it is 3%."""
+    """The loss is 1 with a standard deviation of 0.01: of three runs, the band is 9.925 sqrt(4/3) times that (Student's
+    t with two degrees of freedom, from a table). In the bins it is 3%."""
     config = load_config("quickstart")
-    points = [{"step": 100, "loss": [1.0, 0.02], "bins": [[1.0, 0.001]] * BINS}]
+    points = [{"step": 100, "loss": [1.0, 0.01], "bins": [[1.0, 0.001]] * BINS}]
     path = tmp_path / "mine_curve.json"
     path.write_text(json.dumps({"settings": settings_of(config), "runs": 3, "points": points}))
     return path
@@ -24,13 +27,23 @@ def curve(tmp_path):
 def test_a_loss_is_inside_or_outside_of_the_band(curve):
     reference = ReferenceCurve.load(str(curve), load_config("quickstart"))
     assert not reference.unlike
-    assert reference.compare(100, 1.07, FLAT) == "inside the band of mine (3 runs)"
-    assert reference.compare(100, 1.09, FLAT) == "above the band of mine (3 runs), which is 1.0000 +- 0.0800"
-    assert reference.compare(100, 0.9, FLAT).startswith("below the band of mine")
+    assert reference.compare(100, 1.11, FLAT) == "inside the band of mine (3 runs)"
+    assert reference.compare(100, 1.12, FLAT) == "above the band of mine (3 runs), which is 1.0000 +- 0.1146"
+    assert reference.compare(100, 0.88, FLAT).startswith("below the band of mine")
     bins = [*FLAT[:3], 1.02, 1.04, *FLAT[5:-1], 0.5]
     assert reference.compare(100, 1.0, bins) == "inside the band of mine (3 runs), except at t = 0.20-0.25, 0.95-1.00"
     assert reference.compare(101, 9.0, FLAT) == ""
     assert "outside" in reference.compare(100, float("nan"), FLAT)
+
+
+def test_another_run_is_outside_as_often_as_the_level_says(curve):
+    """Runs from a normal distribution, the curve from three others: 1% of 4,000 is 40 +- 6."""
+    config, random, outside = load_config("quickstart"), np.random.default_rng(0), 0
+    made = ReferenceCurve.load(str(curve), config)
+    for *others, new in random.normal(1, 0.1, (4000, 4)):
+        point = np.array([[np.mean(others), np.std(others, ddof=1)], *[[1, 0.001]] * BINS])
+        outside += "inside" not in replace(made, points={100: point}).compare(100, new, FLAT)
+    assert abs(outside - 40) < 4 * 6.3
 
 
 def test_other_settings_are_named(curve):

@@ -1,7 +1,7 @@
 """Extractions in threads in place of processes, and their results."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,3 +37,22 @@ def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
     monkeypatch.setattr(LatentCodec, "load", lambda *_: codec)
     meeting = threading.Barrier(count)
     return [ThreadRanks(rank, rank, count, torch.device("cpu"), meeting) for rank in range(count)]
+
+
+@dataclass(frozen=True)
+class TinyEncoder:
+    """Six values per patch, from its mean color; the mirror image's features are those of the image, mirrored."""
+
+    name: str = "tiny"
+    weights: str = "5" * 64
+    dim: int = 6
+    class_token: bool = True
+    grid: tuple[int, int] = (0, 0)
+
+    def at(self, grid: tuple[int, int], precision: str) -> "TinyEncoder":
+        return replace(self, grid=grid)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        maps = torch.nn.functional.adaptive_avg_pool2d(pixels, self.grid)
+        tokens = torch.cat([maps, 3 * maps**2 - 1], 1).flatten(2).transpose(1, 2)
+        return torch.cat([tokens, tokens.mean(1, keepdim=True)], 1)

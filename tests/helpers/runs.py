@@ -58,9 +58,10 @@ sampling: {{sampler: heun, steps: 4, cfg_scale: 1.5, batch_size: 4}}
     return root
 
 
-def train_here(world: Path, run_dir: Path, *overrides: str, resume: bool = False) -> Path:
+def train_here(world: Path, run_dir: Path, *overrides: str, resume: bool = False, read_initial=None) -> Path:
     """Train in this process, with the world's config; returns the last checkpoint."""
-    return train(load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides]), resume=resume)
+    config = load_config(world / "config.yaml", [f"run_dir={run_dir}", *overrides])
+    return train(config, resume=resume, read_initial=read_initial)
 
 
 def losses(run_dir: Path) -> list[float]:

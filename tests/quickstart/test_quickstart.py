@@ -39,12 +39,26 @@ def test_the_report_holds_every_figure(shortened):
     assert report["images"] == {"images": 1198, "held_out": 599}
     assert report["judge_accuracy_on_real"] > 0.9 and report["reconstruction_psnr_db"] > 15
     assert 0 < report["frechet_distance_real"] < report["frechet_distance"]
-    assert set(report["seconds"]) == {"images", "autoencoder", "extract", "train", "sample", "judge", "total"}
+    assert set(report["seconds"]) == {"images", "autoencoder", "extract", "train", "sample", "judge", "sweep", "total"}
     assert report["config"]["training"]["steps"] == 30 and report["config"]["seed"] == 1
     page = (out / "report.html").read_text()
     assert f"<td>{report['class_accuracy']:.1%}</td>" in page and "599 real images that were not trained on" in page
     assert "training.steps = 30" in page and "image/gif" in page and "Not on this page" not in page
     assert Image.open(out / "grid.png").size == (4 * 34 - 2, 10 * 34 - 2)  # four samples of each of ten classes
+
+
+def test_it_measures_during_training_sweeps_the_guidance_and_looks_for_copies(shortened):
+    out, report = shortened
+    [evaluation] = [json.loads(line) for line in (out / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluation["step"] == 30 and evaluation["protocol"]["features"] == "classifier"
+    [validation] = [r for r in map(json.loads, (out / "run" / "metrics.jsonl").read_text().splitlines())
+                    if "val_loss" in r]  # fmt: skip
+    assert validation["step"] == 30 and len(validation["val_bins"]) == 20 and validation["eval_frechet"] > 0
+    swept = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert [line["protocol"]["samples"]["sampling"]["cfg_scale"] for line in swept] == [1, 1.4, 2, 4]
+    assert 0 <= report["memorized"] <= 1
+    for name in ("sweep.png", "neighbors.png", "run/monitor/strip.png"):
+        assert min(Image.open(out / name).size) > 30, name
 
 
 def test_the_images_are_the_digits_and_the_held_out_ones_are_kept_apart(shortened):

