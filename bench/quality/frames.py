@@ -1,6 +1,6 @@
-"""A colour data set that any machine makes: frames of 16 games, one per level, an autoencoder, and latents.
+"""A color data set that any machine makes: frames of 16 games, one per level, an autoencoder, and latents.
 
-    python -m bench.quality.frames --out procgen        # on two cores a minute for the frames, 20 for the rest
+    python -m bench.quality.frames --out procgen        # 15 minutes on two cores
 
     train.tar, held_out.tar    2,000 and 200 frames of 64 px per game, of disjoint levels, as WebDatasets
     frames.json                what they are, with the SHA-256 of each set's pixels, and the autoencoder's PSNR
