@@ -43,6 +43,10 @@ METHODS: dict[str, list[str]] = {
         "model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope", "model.qk_norm=rms",
         "objective.time_distribution=logit_normal",
     ],
+    "layersync": ["training.align=[layersync]"],
+    "sra2": ["training.align=[sra2]"],
+    "routing": ["training.route=0.5", "training.route_ends=[1,1]"],
+    "muon": ["training.optimizer=muon", "training.cuda_graph=false"],
 }  # fmt: skip
 COMMON = [
     "objective=flow", "data.hflip=false", "training.ema_warmup=true", "training.report=false",
