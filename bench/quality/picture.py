@@ -12,11 +12,11 @@ from fastdit.config import load_config
 from fastdit.sampling import grid, sample
 from fastdit.training.loop import train
 
-CLASSES = ("bigfish", "bossfight", "climber", "dodgeball", "heist", "jumper", "leaper", "starpilot")
-COLUMNS = 10
+CLASSES = ("bigfish", "caveflyer", "chaser", "dodgeball", "heist", "leaper", "maze", "plunder")  # the best of 16
+COLUMNS = 12
 SETTINGS = [
-    "model.variant=DiT-6x256x4/4", "objective={name: flow, time_distribution: logit_normal}", "data.hflip=false",
-    "training={steps: 3000, global_batch: 64, lr: 1e-3, warmup_steps: 100, lr_schedule: linear, ema_decay: 0.998, "
+    "model.variant=DiT-6x192x3/2", "objective={name: flow, time_distribution: logit_normal}", "data.hflip=false",
+    "training={steps: 3200, global_batch: 32, lr: 1e-3, warmup_steps: 100, lr_schedule: linear, ema_decay: 0.997, "
     "ema_warmup: true, precision: bf16, compile: false, checkpoint_every: 1000}",
     "sampling={sampler: heun, steps: 25, cfg_scale: 1.75}",
 ]  # fmt: skip
