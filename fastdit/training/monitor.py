@@ -5,7 +5,7 @@ runs between two steps, on all processes: each takes some of the batches, and th
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.loss import check_images, validation_loss
 from fastdit.files import append_to
-from fastdit.pipeline import Inference
+from fastdit.pipeline import Inference, few_classes
 from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, random_share
 from fastdit.training.engine import Engine
@@ -97,7 +97,7 @@ class Monitor:
             spec, where = manifest.latents, f"data.shards={manifest.folder}"
             pipeline = image_pipeline(config, self.network, objective, spec, where, run_dir=self.run_dir, **names)
             self.pipeline = replace(pipeline, inference=self.inference)
-            self.labels = spread_labels(settings.sample_images, config.data.num_classes, len(manifest.class_names))
+            self.labels = spread_labels(settings.sample_images, config.data.num_classes, manifest.class_names)
         if settings.evaluate_every:
             with keys_of_the_config():
                 self.extractor = load_features(settings.evaluate_features, self.device)
@@ -278,11 +278,10 @@ class Monitor:
         return f", still {share:.0%} random weights" if share >= 0.05 else ""
 
 
-def spread_labels(count: int, num_classes: int, known: int) -> list[int]:
+def spread_labels(count: int, num_classes: int, class_names: Sequence[str]) -> list[int]:
     """Labels for a grid of up to CLASSES columns: classes spread evenly over those that the data has."""
-    classes = min(num_classes, known) or 1
-    columns = min(count, classes, CLASSES)
-    return [i % columns * classes // columns for i in range(count)]
+    classes = few_classes(num_classes, class_names, min(count, CLASSES))
+    return [classes[i % len(classes)] for i in range(count)]
 
 
 @contextmanager
