@@ -45,6 +45,7 @@ METHODS: dict[str, list[str]] = {
     ],
     "layersync": ["training.align=[layersync]"],
     "sra2": ["training.align=[sra2]"],
+    "repa": ["training.align=[{name: repa, width: 512}]"],
     "routing": ["training.route=0.5", "training.route_ends=[1,1]"],
     "muon": ["training.optimizer=muon", "training.cuda_graph=false"],
 }  # fmt: skip
@@ -54,7 +55,7 @@ COMMON = [
 ]  # fmt: skip
 SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 minutes of two cores, 90 s of a GPU
     "cpu": ["model.variant=DiT-6x192x3/4", "training={steps: 1600, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
-            "ema_decay: 0.995, precision: fp32, compile: false, log_every: 50}"],
+            "ema_decay: 0.995, precision: bf16, compile: false, log_every: 50}"],
     "gpu": ["model.variant=DiT-S/2", "training={steps: 4000, global_batch: 256, lr: 5e-4, warmup_steps: 200, "
             "ema_decay: 0.998, precision: bf16, compile: true, cuda_graph: true, log_every: 100}"],
 }  # fmt: skip
