@@ -7,6 +7,7 @@ import torch
 from fastdit.build import build_network, build_objective, build_routing, uses_zero
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import Config, assumed
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
 from fastdit.memory import Candidate, candidates
@@ -30,7 +31,7 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
     width, height = width_height(config.data.image_size)
-    shape = 4, height // 8, width // 8  # with the usual autoencoders; the shards know the real one
+    shape = (3, height, width) if config.data.vae == NO_VAE else (4, height // 8, width // 8)  # with the usual ones
     with torch.device("meta"):
         model = build_network(config, shape, build_objective(config))
         attach(settings.align, model, ENCODERS["DINOv2-B"], build_routing(settings, model))
