@@ -42,7 +42,7 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder of latents, written by fastdit extract
+    shards: str = ""  # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network

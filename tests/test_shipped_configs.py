@@ -15,9 +15,9 @@ from helpers.wandb import fake_wandb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["training.steps=2", "training.global_batch=4", "training.compile=false", "training.engine=torch",
-       "training.report=false", "training.sample_every=2", "training.sample_images=2", "sampling.steps=2",
-       "sampling.batch_size=4", "data.val_fraction=0.3"]  # fmt: skip
-MAKE = {"cifar10": sources.make_cifar10}  # what a config's commands read
+       "training.report=false", "training.sample_images=2", "sampling.steps=2", "sampling.batch_size=4"]  # fmt: skip
+WHERE_SET = {"training.sample_every": 2, "data.val_fraction": 0.3}
+MAKE = {"cifar10": sources.make_cifar10, "synthetic": lambda root: None}  # what a config's commands read
 COST = re.compile(r"(\d+)M parameters, (\d+) GFLOP per image and training step; (\d+)k steps take about "
                   r"([\d.]+) H100 hours \(fastdit plan, estimated\)")  # fmt: skip
 
@@ -32,6 +32,11 @@ def commands(name: str) -> list[list[str]]:
     return [words[4:] if words[1] == "launch" else words[1:] for words in lines]
 
 
+def value_of(config, key: str):
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
 def reduced(name: str, words: list[str]) -> list[str]:
     """A command on few images and a small network with the options and the patch of the config's."""
     words = [re.sub(r"^\d{4,}$", "8", word) for word in words]
@@ -40,6 +45,7 @@ def reduced(name: str, words: list[str]) -> list[str]:
         config = load_config(name, [word for word in words if "=" in word])
         patch = config.model.variant.rpartition("/")[2]
         words += [*FEW, f"model.variant=DiT-2x32x2/{patch}"]
+        words += [f"{key}={value}" for key, value in WHERE_SET.items() if value_of(config, key)]
     elif verb == "evaluate":
         words += ["--num-samples", "20"] if "--loss" in words else ["--metrics", "frechet"]
     return words if verb == "plan" else [*words, "--device", "cpu"]
