@@ -16,9 +16,10 @@ from fastdit.data.images import Size, parse_size, size_text, to_uint8, width_hei
 from fastdit.data.jobs import write_folder
 from fastdit.data.latents import LatentCodec, LatentSpec, sample_latents
 from fastdit.data.manifest import DTYPES, Manifest
-from fastdit.data.others import LAYOUTS, SD_SCALE, STATS, OtherLatents, Sample
+from fastdit.data.others import LAYOUTS, STATS, OtherLatents, Sample
 from fastdit.data.progress import Progress
 from fastdit.data.sources import MAX_CLASSES
+from fastdit.data.synthetic import SD_SCALE
 from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
 from fastdit.files import read_text
@@ -118,7 +119,7 @@ def import_latents(
 
 def _of_usual_pixels(codec: LatentCodec | None, out: Path) -> LatentCodec:
     """EDM2 gives the autoencoder pixels in [0, 1], and it decodes such: one for pixels in [-1, 1], beside `out`."""
-    if not codec:
+    if not codec or type(codec.vae).__name__ != "AutoencoderKL":
         raise ValueError("edm2 needs --vae: EDM2 encodes pixels in [0, 1], and the import writes the autoencoder that "
                          "decodes to [-1, 1]; give --vae stabilityai/sd-vae-ft-mse or its folder")  # fmt: skip
     folder = out.with_name(f"{out.name}-vae")

@@ -159,7 +159,14 @@ class Manifest(ShardFolder):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
+        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format.
+
+        "synthetic:..." in place of a folder describes generated latents (synthetic.py).
+        """
+        if str(folder).startswith("synthetic:"):
+            from fastdit.data.synthetic import synthetic  # a kind of Manifest
+
+            return synthetic(folder)
         stored = stored_manifest(folder, "write latents there with extract_features.py")
         try:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
@@ -233,7 +240,7 @@ class Manifest(ShardFolder):
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
-        if codec is not None and own.codec and codec != own.codec:
+        if codec is not None and codec != own.codec != "":
             raise ValueError(
                 f"the vae (fingerprint {codec[:12]}) is not the one that encoded the latents in {self.folder}: "
                 f"{own.vae} ({own.codec[:12]}); use that one or extract again"

@@ -22,10 +22,11 @@ import numpy as np
 
 from fastdit.data.latents import PerChannel
 from fastdit.data.sources import version_of
+from fastdit.data.synthetic import SD_SCALE
 from fastdit.files import JSON_BYTES, read_array, read_bytes, read_json
 
 MOST = 1 << 28  # bytes of one array; the latent of a 2048 px image has 2^22
-SD_SCALE, SD_VAE = 0.18215, "stabilityai/sd-vae-ft-"
+SD_VAE = "stabilityai/sd-vae-ft-"
 STATS = "latents_stats.pt"
 AGAIN = "copy it again"
 Sample = tuple[np.ndarray, int | None]  # moments (orientations, 2C, h, w), unscaled; label

@@ -114,7 +114,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
-    if vae.is_dir():
+    if latents.are_pixels or vae.is_dir():
         try:
             codec = LatentCodec.load(vae)
         except ValueError as error:
