@@ -209,6 +209,8 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
         (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
         (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),
+        (["--compare", good, folder / "reference.npz"], "samples.npz is not a text file; give files of JSON"),
+        ([good, *reference, "--image-size", "32"], "only, so it changes nothing for"),
     ):
         assert words in mistake(capsys, *argv, "--device", "cpu"), words
 
