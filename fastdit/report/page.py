@@ -277,8 +277,9 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
         shape = " x ".join(map(str, run.manifest.latents.shape))
         classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
         rows["data"] = f"{len(run.manifest):,} images {classes} in {config.data.shards}"
-        pixels = size_text(run.manifest.latents.image_size)
-        rows["latents"] = f"{shape}, of {pixels} px images through {config.data.vae}"
+        spec = run.manifest.latents
+        encoded = f"of {size_text(spec.image_size)} px images through {config.data.vae}"
+        rows["latents"] = f"{shape}, {'the pixels themselves' if spec.are_pixels else encoded}"
     else:
         rows["data"] = config.data.shards
     schedule = settings.lr_schedule.name
