@@ -98,6 +98,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         image_size=data.image_size,
         num_classes=data.num_classes,
         global_batch=settings.global_batch,
+        hflip=data.hflip,
         # loading an autoencoder takes seconds: only where the name leaves a doubt
         codec=LatentCodec.load(data.vae).fingerprint if data.vae not in ("", manifest.latents.vae) else None,
     )

@@ -100,8 +100,12 @@ def moved_bytes(
 
 
 def muon_matrices(model: DiT) -> list[Tensor]:
-    """The weights that training.optimizer=muon updates with Muon (training/muon.py)."""
-    return [p for p in model.blocks.parameters() if p.ndim == 2]
+    """The weights that training.optimizer=muon updates with Muon (training/muon.py): those that tokens pass through.
+
+    A modulation sees one vector per image: in a small batch its gradient has few directions, of which Newton-Schulz
+    would amplify the noise.
+    """
+    return [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "adaLN_modulation" not in name]
 
 
 def muon_flops(model: DiT, world: int) -> int:

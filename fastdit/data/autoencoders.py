@@ -78,6 +78,21 @@ def load_autoencoder(name: str | Path) -> nn.Module:
     return vae
 
 
+def from_unit_range(vae: nn.Module) -> nn.Module:
+    """An AutoencoderKL that was used with pixels in [0, 1], changed in place to the same one for pixels in [-1, 1].
+
+    It decodes exactly the same images. It encodes them with small differences at the border, where the first
+    convolution pads with zeros: black before, gray now.
+    """
+    first, last = vae.encoder.conv_in, vae.decoder.conv_out
+    with torch.no_grad():
+        first.bias += first.weight.sum((1, 2, 3)) / 2  # x = (pixel + 1) / 2
+        first.weight /= 2
+        last.weight *= 2
+        last.bias.mul_(2).sub_(1)
+    return vae
+
+
 def fingerprint(vae: nn.Module) -> str:
     """SHA-256 of the config entries that matter and the weights as little-endian fp32, sorted by name."""
     if isinstance(vae, Pixels):

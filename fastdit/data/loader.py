@@ -57,10 +57,10 @@ def latent_batches(
     Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
     choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
     With `features`, batches have those of the same images. Raises a ValueError immediately if latents or features are
-    missing, do not belong together or are fewer than `global_batch`, and during iteration if `verify` is set and a
-    sample's bytes do not match its crc32.
+    missing, do not belong together or are fewer than `global_batch`, or if `hflip` is set and there are no mirror
+    images; and during iteration if `verify` is set and a sample's bytes do not match its crc32.
     """
-    manifest.check(global_batch=global_batch)
+    manifest.check(global_batch=global_batch, hflip=hflip)
     if features is not None:
         features.check(manifest)
     if global_batch < 1 or start_step < 0:
@@ -234,10 +234,13 @@ class _Generator:
 
 
 def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
-    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
+    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index; without damaged ones.
+
+    `mirrored`: those of the mirror images, if there are any.
+    """
     if isinstance(manifest, Synthetic):
         return torch.from_numpy(manifest.moments(rows["key"], mirrored))
-    reader = ShardReader(manifest)
+    reader, mirrored = ShardReader(manifest), mirrored and manifest.orientations == 2
     array = np.empty((len(rows), *moments_shape(manifest)), DTYPES[manifest.dtype])
     try:
         good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]

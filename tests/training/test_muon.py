@@ -49,7 +49,7 @@ def test_matrices_of_the_blocks_move_along_the_orthogonalized_momentum_and_the_r
     theirs = dict(adamw.module.named_parameters())
     matrices = 0
     for name, p in muon.module.named_parameters():
-        if not (name.startswith("blocks.") and p.ndim == 2):
+        if not (name.startswith("blocks.") and p.ndim == 2 and "adaLN" not in name):
             assert torch.equal(p, theirs[name]), name
             continue
         matrices += 1
@@ -60,7 +60,7 @@ def test_matrices_of_the_blocks_move_along_the_orthogonalized_momentum_and_the_r
         assert ((s[: int(kept.sum())] > 0.5) & (s[: int(kept.sum())] < 1.4)).all(), (name, s)  # Newton-Schulz's range
         overlap = torch.trace(a[:, kept].T @ update.double() @ b[kept].T) / kept.sum()
         assert overlap > 0.6, (name, overlap)  # the same singular vectors
-    assert matrices == 10
+    assert matrices == 8
 
 
 def test_updates_equal_those_of_pytorchs_muon():
