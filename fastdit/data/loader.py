@@ -267,8 +267,7 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
     if not fraction:
         return manifest, None
     if isinstance(manifest, Synthetic):
-        raise ValueError(f"data.val_fraction={fraction} is for latents in files; use 0, and data.val_shards=synthetic:"
-                         "IMAGES/... with another number of images")  # fmt: skip
+        return manifest, manifest.others(fraction)
     held_out = _hash(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
     train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
     if not len(rest) or not len(train):
