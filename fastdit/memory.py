@@ -98,7 +98,8 @@ def moved_bytes(
         "selective": norm + activation,
         "full": norm + activation + 2 * (3 + 1),  # and attention's forward pass
     }[policy]
-    return d * tokens * blocks * (step + again)
+    decoder = model.options.decoder_blocks * 35 * 2 * model.blocks[-1].modulations  # per vector of a token, as counted
+    return d * tokens * (blocks * (step + again) + decoder)
 
 
 def memory_bytes(

@@ -225,7 +225,9 @@ class DiT(nn.Module):
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
         """Compile each block with torch.compile. They share the code, so compiling takes seconds."""
-        # one for each kind of input: the first block or another, on a route or not, in a decoder, with other shapes
+        if self.options.decoder_blocks:  # c has another rank there, and the compiler would make all its sizes dynamic
+            dynamic = False
+        # each kind of input has its own code: first block or another, on a route or not, in a decoder, of other sizes
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=dynamic)
