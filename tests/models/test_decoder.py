@@ -119,7 +119,7 @@ def test_compiled_blocks_accept_other_batches_and_see_no_symbolic_sizes(monkeypa
         return graph
 
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda block, **options: compile_module(block, backend=backend, **options))
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **kinds: compile_module(block, backend=backend, **kinds))
     model = small(decoder_blocks=1)
     inputs = [batch(model, n) for n in (2, 3)]
     expected = [model(*values) for values in inputs]
