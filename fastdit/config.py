@@ -42,13 +42,13 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder of latents, written by fastdit extract
+    shards: str = ""  # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
     hflip: bool = True  # mirror each image with probability 1/2
-    vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
+    vae: str = ""  # decodes the samples; default: the one that encoded the shards, as it must be; none: pixels
     prefetch: int = 4  # number of batches to read ahead
     skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
     val_shards: str = ""  # a folder of latents for the validation loss

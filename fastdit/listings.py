@@ -8,6 +8,7 @@ from fastdit import config as module
 from fastdit.config import Config, load_config, shipped_config, shipped_names
 from fastdit.registry import Choice
 
+COMMAND = re.compile(r"# (fastdit|deepspeed) ")  # a command at the top of a config
 FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")
 
 
@@ -16,7 +17,7 @@ def configs() -> str:
     parts = []
     for name in shipped_names():
         lines = shipped_config(name).read_text().splitlines()
-        about = [line.lstrip("# ") for line in lines if line.startswith("#")][1:]  # after the command
+        about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
         parts.append("\n".join([f"{name:16}{load_config(name).model.variant}", *(f"    {line}" for line in about)]))
     return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine"])
 

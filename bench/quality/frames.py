@@ -1,10 +1,11 @@
 """A color data set that any machine makes: frames of 16 games, one per level, an autoencoder, and latents.
 
-    python -m bench.quality.frames --out procgen        # 15 minutes on two cores
+    python -m bench.quality.frames --out procgen        # 40 minutes on two cores
 
     train.tar, held_out.tar    2,000 and 200 frames of 64 px per game, of disjoint levels, as WebDatasets
     frames.json                what they are, with the SHA-256 of each set's pixels, and the autoencoder's PSNR
     vae, latents, held         an autoencoder to 16 x 16 x 4 trained on train.tar, and the latents of both sets
+    latents/features           EfficientNet-Lite0's features of the frames, for training.align=repa; 5.3 GB
 
 What exists is kept, so a stopped run continues. The library is procgen's for Linux on x86-64, which pip downloads;
 without a network: `--wheel FILE`.
@@ -29,7 +30,9 @@ from PIL import Image
 from bench.quality import procgen
 from fastdit.data.archives import open_images
 from fastdit.data.extract import extract_features
+from fastdit.data.features import FOLDER
 from fastdit.data.images import read_image, to_pixels
+from fastdit.evaluation.encoders import load_encoder
 from fastdit.files import read_json, replace_text, replacing
 from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
 
@@ -85,9 +88,13 @@ def read_set(file: Path, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([read_image(source.open(i), None)[0] for i in chosen]), np.array(source.labels)[chosen]
 
 
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def make_autoencoder(out: Path, channels: Sequence[int], steps: int, **settings) -> float:
     """Train one on out/train.tar, write it to out/vae, and return its PSNR on out/held_out.tar in dB."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     pixels = to_pixels(torch.from_numpy(read_set(out / "train.tar", EVERY)[0]))
     pixels = pixels.to(device, memory_format=torch.channels_last)
     vae = small_vae(pixels.shape[-1], channels).to(device, memory_format=torch.channels_last)
@@ -118,8 +125,12 @@ def make(
         about["autoencoder"] = {"psnr_db": round(make_autoencoder(out, **autoencoder), 2)}
         replace_text(out / ABOUT, json.dumps(about, indent=1))
     for split, name in (("train", "latents"), ("held_out", "held")):
+        images = {"images": out / f"{split}.tar", "out": out / name, "vae": out / "vae", "image_size": size}
         if not (out / name).is_dir():
-            extract_features(images=out / f"{split}.tar", out=out / name, vae=out / "vae", image_size=size)
+            extract_features(**images)
+        if split == "train" and not (out / name / FOLDER).is_dir():
+            encoder = load_encoder("efficientnet-lite0", best_device())
+            extract_features(**images, encoder=encoder, feature_dtype="int8", precision="bfloat16")
     print(json.dumps(about))
 
 

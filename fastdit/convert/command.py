@@ -222,7 +222,9 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
 def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) -> list[str]:
     _, call = official.args_for(loaded.config, loaded.latents.image_size)
     lines = [f"IMPORTANT: the official scripts sample with another objective by default; use {call}"] if call else []
-    if not loaded.config.data.vae.startswith(official.VAES.format("")):
+    if loaded.latents.are_pixels:
+        lines.append("IMPORTANT: the official scripts decode with an autoencoder, and this network makes pixels")
+    elif not loaded.config.data.vae.startswith(official.VAES.format("")):
         lines.append("IMPORTANT: the official scripts decode with Stable Diffusion's autoencoder and scale 0.18215; "
                      f"use {loaded.config.data.vae} and {loaded.latents.scaling}")  # fmt: skip
     return lines

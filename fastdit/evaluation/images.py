@@ -133,6 +133,7 @@ def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
     manifest.check()
     index, spec = manifest.index(), manifest.latents
     codec = LatentCodec.load(spec.vae, device=device)
+    codec.take_scale_of(spec)
     spec.check(codec.spec(spec.image_size, spec.shape), f"{key}={path}", f"vae={spec.vae}")
 
     def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:

@@ -68,7 +68,11 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if "decoded_by" in protocol["reference"]:
         lines.append("note: --reference was decoded from latents, so the distance leaves out the autoencoder's own "
                      "error; give the images themselves to include it")  # fmt: skip
-    dim = protocol["features_dim"]
+    dim, count = protocol["features_dim"], protocol["num_images"]
+    if rough("frechet_infinity", result):
+        part = "still has a part of the bias and is too large; its error leaves that out" if count < dim else (
+            "is rough, because the bias is not linear in 1/N")  # fmt: skip
+        lines.append(f"note: with {count} images of {dim} features, frechet_infinity {part}; use {4 * dim} or more")
     for name, count in (("SAMPLES", protocol["num_images"]), ("--reference", protocol["reference"]["images"])):
         if 0 < count <= dim:
             lines.append(f"warning: {name}: {count} images are too few for a covariance of {dim} features; compare at "
@@ -86,17 +90,16 @@ def defaults(name: str) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The values of a result in a few lines."""
-    values, protocol, real = result["values"], result["protocol"], result["real"]
+    values, protocol = result["values"], result["protocol"]
     known = protocol["reference"]["images"] or "an unknown number"
     lines = [f"{protocol['num_images']} images, {known} in the reference"]
     if "frechet" in values:
-        lines.append(f"{result['distance']:<26}{number('frechet', values)}")
-    if real:
-        counts = f"{real['num_images']} against {real['reference_images']} images"
-        lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
+        lines.append(f"{result['distance']:<26}{shown('frechet', result)}")
+    if result["real"]:
+        lines.append(f"{'real against real':<26}{real_distance(result)}")
     for name, words in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
         if name in values:
-            lines.append(f"{words:<26}{number(name, values)} +- {number(f'{name}_error', values)}")
+            lines.append(f"{words:<26}{shown(name, result)}")
     rest = [key for key in values if not key.startswith(("frechet", "kid"))]
     return "\n".join(lines + [f"{title(key, result):<26}{number(key, values)}" for key in rest])
 
@@ -108,6 +111,26 @@ def title(key: str, result: dict[str, Any]) -> str:
 
 def number(key: str, values: dict[str, float]) -> str:
     return f"{values[key]:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+
+
+def shown(key: str, result: dict[str, Any]) -> str:
+    """A value with its standard error, where it has one."""
+    values, error = result["values"], f"{key}_error"
+    text = number(key, values) + (f" +- {number(error, values)}" if error in values else "")
+    return text + (" (rough)" if rough(key, result) else "")
+
+
+def real_distance(result: dict[str, Any]) -> str:
+    """Of one half of the real images to the other."""
+    real = result["real"]
+    return f"{number('frechet', real)} ({real['num_images']} against {real['reference_images']} images)"
+
+
+def rough(key: str, result: dict[str, Any]) -> bool:
+    """Whether the images are too few for this value."""
+    if key != "frechet_infinity" or key not in result["values"]:
+        return False
+    return formulas.is_rough(result["protocol"].get("num_images", 0), result["protocol"].get("features_dim", 0))
 
 
 def compare(a: str | Path, b: str | Path) -> str:
@@ -129,8 +152,8 @@ def compare(a: str | Path, b: str | Path) -> str:
     for key in ("samples", "sha256"):
         rows.append([key, *(str(result["subject"].get(key)) for result in results)])
     for key in results[0]["values"]:
-        if key in results[1]["values"]:
-            rows.append([title(key, results[0]), *(number(key, result["values"]) for result in results)])
+        if key in results[1]["values"] and not key.endswith("_error"):
+            rows.append([title(key, results[0]), *(shown(key, result) for result in results)])
     if all(result["real"] for result in results):
         rows.append(["real against real", *(number("frechet", result["real"]) for result in results)])
     return aligned(rows)

@@ -28,6 +28,7 @@ from fastdit.evaluation.evaluate import load_reference, measure
 from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.loss import check_images, validation_loss
+from fastdit.evaluation.protocol import shown
 from fastdit.files import append_to
 from fastdit.pipeline import Inference, few_classes
 from fastdit.training.boards import check_wandb
@@ -230,12 +231,12 @@ class Monitor:
         values = {f"eval_{name}": value for name, value in result["values"].items()}
         line = f"{images.count} samples of the EMA{self._young()}"
         if "frechet" in result["values"]:
-            line += f": {result['distance']} {result['values']['frechet']:.4f}"
+            line += f": {result['distance']} {shown('frechet', result)}"
         if result["real"]:
             values["eval_real_frechet"] = result["real"]["frechet"]
             line += f" (real against real {result['real']['frechet']:.4f})"
-        rest = {name: value for name, value in result["values"].items() if name != "frechet"}
-        return values, {}, ", ".join([line, *(f"{name} {value:.4f}" for name, value in rest.items())])
+        rest = [name for name in result["values"] if name != "frechet" and not name.endswith("_error")]
+        return values, {}, ", ".join([line, *(f"{name} {shown(name, result)}" for name in rest)])
 
     def _use(self, name: str) -> None:
         """Copy the current `model` or `ema` weights into the network. A collective call."""

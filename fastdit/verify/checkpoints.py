@@ -114,12 +114,12 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
-    if vae.is_dir():
+    if latents.are_pixels or vae.is_dir():
         try:
             codec = LatentCodec.load(vae)
         except ValueError as error:
             return found.add("latents", str(error))
-        if config.data.normalize != "none":
+        if config.data.normalize != "none" or (shards / "manifest.json").is_file():  # the shards know the scale
             codec.take_scale_of(latents)
         for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
             line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"

@@ -57,6 +57,11 @@ def test_distances_order_as_they_must(tmp_path, capsys):
     assert "warning: SAMPLES: 32 images are too few for a covariance of 1280 features" in said.err
 
 
+def small_npz(folder, count):
+    np.savez(folder / f"{count}.npz", pictures(count, "stripes"))
+    return folder / f"{count}.npz"
+
+
 def test_a_result_carries_its_protocol(folder, small, capsys):
     result = evaluate(folder / "samples.npz", "--reference", folder / "reference.npz", "--seed", "3")
     protocol, values = result["protocol"], result["values"]
@@ -70,9 +75,18 @@ def test_a_result_carries_its_protocol(folder, small, capsys):
     assert {"kid", "precision", "recall", "density", "coverage", "inception_score"} < values.keys()
     assert result["real"]["num_images"] == result["real"]["reference_images"] == 45
     assert 0 < result["real"]["frechet"] < values["frechet"]
-    said = capsys.readouterr()
-    assert "frechet_infinity is left out: 48 features need 192 samples or more" in said.err
-    assert "FD (tiny)" in said.out and "real against real" in said.out
+    assert values["frechet_infinity"] < values["frechet"] and values["frechet_error"] > 0
+    said, lines = capsys.readouterr(), {}
+    for line in said.out.splitlines():
+        lines[line[:26].strip()] = line[26:]
+    assert lines["FD (tiny)"] == f"{values['frechet']:.4f} +- {values['frechet_error']:.4f}"
+    assert lines["... for infinitely many"].endswith(f" +- {values['frechet_infinity_error']:.4f} (rough)")
+    assert "real against real" in lines and len(lines) == 10  # and no error has a line of its own
+    note = "with 70 images of 48 features, frechet_infinity is rough, because the bias is not linear in 1/N; use 192"
+    assert note in said.err and note in str(result["remarks"])
+    few = evaluate(small_npz(folder, 40), "--reference", folder / "reference.npz", "--metrics", "frechet_infinity")
+    assert "frechet_infinity still has a part of the bias and is too large" in few["remarks"][0]
+    assert "a part of the bias" in capsys.readouterr().err
 
 
 def test_an_npz_a_folder_and_saved_statistics_are_the_same_reference(folder, small, tmp_path):
@@ -147,7 +161,8 @@ def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatc
         assert alone["values"][key] == both["values"][key] == images["values"][key] == saved["values"][key] > 0
     samples = tiny(None, torch.device("cpu"))(pictures(70, "stripes"))
     assert images["values"]["spatial_frechet"] == frechet_distance(samples[:, 30:], values[:, 30:])
-    assert alone["values"].keys() == {"frechet", "spatial_frechet", "inception_score"} and alone["real"] is None
+    known = {"frechet", "frechet_error", "frechet_infinity", "frechet_infinity_error", "spatial_frechet"}
+    assert alone["values"].keys() == known | {"inception_score"} and alone["real"] is None
     assert "sFID" in capsys.readouterr().out
     assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
     said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
@@ -187,7 +202,7 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([mixed, *reference], "zzz.png has 64 x 64 pixels, 000.png 48 x 48; center-crop all with --image-size 48"),
         ([unfinished, *reference], "holds 40 of 50 samples; repeat its sample command"),
         ([good, *reference, "--metrics", "fid"], "--metrics='fid' is unknown; did you mean"),
-        ([good, *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: 48 features need 192"),
+        ([small_npz(folder, 20), *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: it needs"),
         ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
         ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must end in .npz"),
         ([good, *reference, "--out", tmp_path / "no" / "r.jsonl"], "no; create it"),

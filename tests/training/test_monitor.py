@@ -118,7 +118,8 @@ def test_every_result_is_in_all_places(watched):
     assert list(found) == [4, 8, 10]
     assert found[4].keys() == {"step", "time", "val_loss", "val_loss_error", "val_loss_model", "val_bins", "validate_s",
                                "sample_s", "monitor_s"}  # fmt: skip
-    assert {"eval_frechet", "eval_kid", "eval_real_frechet", "evaluate_s"} < found[8].keys() & found[10].keys()
+    evaluated = {"eval_frechet", "eval_frechet_error", "eval_kid", "eval_real_frechet", "evaluate_s"}
+    assert evaluated < found[8].keys() & found[10].keys()
     assert found[10]["val_loss"] < found[4]["val_loss"] and len(found[4]["val_bins"]) == 20
     parts = sum(found[8][f"{kind}_s"] for kind in ("validate", "sample", "evaluate"))
     assert 0 < parts <= found[8]["monitor_s"] < parts + 1
