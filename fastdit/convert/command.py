@@ -28,7 +28,7 @@ from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
-SHAPELESS = ("block", "norm", "qk_norm", "mlp")  # options that the shapes of the weights may not show
+SHAPELESS = ("block", "norm", "qk_norm", "mlp", "decoder_blocks")  # options that the shapes of the weights may not show
 TIME_LAYER = "t_embedder.mlp.0.weight"
 
 
