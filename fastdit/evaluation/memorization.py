@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
 from fastdit.evaluation.images import is_shards, open_set
 from fastdit.evaluation.neighbors import QUANTILE, RESAMPLES, memorized, nearest
