@@ -63,6 +63,9 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
     if sum(ends) >= len(model.blocks):
         raise ValueError(f"training.route_ends={list(ends)} leave none of {len(model.blocks)} blocks to skip; use "
                          f"smaller numbers, or {key}=0")  # fmt: skip
+    if ends[1] < (decoder := model.options.decoder_blocks):
+        raise ValueError(f"training.route_ends={list(ends)} let tokens skip blocks of the decoder, which needs every "
+                         f"token's condition; use [{ends[0]}, {decoder}], or model.decoder_blocks=0")  # fmt: skip
     if not 0 < round(share * model.patches) < model.patches:
         raise ValueError(f"{key}={share} of {model.patches} tokens is all or none; use another share")
     return Routing(share, ends, full_from)

@@ -102,12 +102,15 @@ class NetworkOptions:
     proj_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of both linear layers of the MLP
     dropout: float = 0.0  # probability of dropping an element of a branch's output in training (models/dropout.py)
+    decoder_blocks: int = 0  # the last blocks, as a decoder conditioned on the others' output (DDT, Wang et al. 2025)
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
         check_literals(self, "model")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
         _require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
+        blocks = self.decoder_blocks
+        _require(blocks >= 0, "model.decoder_blocks", blocks, "use 0 for none, 6 of 28 in the paper")
         _require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 

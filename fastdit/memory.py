@@ -36,7 +36,8 @@ def activation_bytes(
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
     bytes per value; more where the network has options. `activation` recomputes the activation's output; `selective`
     also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv,
-    fc1 and fc2 are kept in one byte per value, and that of proj in another one. `blocks`: see `full_blocks`.
+    fc1 and fc2 are kept in one byte per value, and that of proj in another one. `blocks`: see `full_blocks`. A block of
+    a decoder also keeps its modulation vectors and what they are computed from.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks) if blocks is None else blocks
     before, after = activation_widths(model)
@@ -45,7 +46,7 @@ def activation_bytes(
     dropped = (2 + cross) if model.options.dropout else 0  # branches: which values are dropped, and the result
     biased = before if model.blocks[0].mlp.kind == "gelu" else 0  # the exact GELU also keeps its input with the bias
     options = 2 * rotated + 3 * dropped + biased
-    units, residuals = {
+    plain, residuals = {
         "none": (1 + 3 + 1 + 2 + 1 + before + after + 4 * cross + options, 2 + cross),
         "activation": (1 + 3 + 1 + 2 + 1 + before + 4 * cross + options, 2 + cross),
         "selective": (3 + 1 + 2 + before + 3 * cross + dropped, 1),
@@ -53,7 +54,11 @@ def activation_bytes(
     }[policy]
     ends = residual + itemsize  # the residual and the input of the final layer
     in_bytes = -(1 + 1 + after) + 1 if fp8 and policy == "none" else 0
-    return round(d * tokens * (blocks * (itemsize * units + in_bytes + residual * residuals) + ends))
+    if decoder := model.options.decoder_blocks:
+        vectors = 2 * model.blocks[-1].modulations  # views of one tensor: a gate keeps it
+        units = {"selective": vectors, "full": vectors if vectors == 6 else 0}.get(policy, 1 + vectors)
+        ends += decoder * itemsize * units + 2 * residual + 4 * itemsize  # the condition; vectors of the final layer
+    return round(d * tokens * (blocks * (itemsize * plain + in_bytes + residual * residuals) + ends))
 
 
 def activation_widths(model: DiT) -> tuple[float, float]:
@@ -96,7 +101,8 @@ def moved_bytes(
         "selective": norm + activation,
         "full": norm + activation + 2 * (3 + 1),  # and attention's forward pass
     }[policy]
-    return d * tokens * blocks * (step + again)
+    decoder = model.options.decoder_blocks * 35 * 2 * model.blocks[-1].modulations  # per vector of a token, as counted
+    return d * tokens * (blocks * (step + again) + decoder)
 
 
 def muon_matrices(model: DiT) -> list[Tensor]:

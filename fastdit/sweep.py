@@ -54,8 +54,10 @@ def samples_of(
     if num_samples is None:
         raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
     pipelines, found = {}, []
+    for point in chosen:  # values of the wrong kind, before anything is loaded
+        config_from({}, "--sweep", overrides_of(point))
     for point in chosen:
-        settings = [f"sampling.{key}={value}" for key, value in point.items() if key != "weights"]
+        settings = overrides_of(point)
         loaded = tuple(point.get(key) for key in WHEN_LOADED)
         if loaded not in pipelines:
             kind = point.get("weights") or weights or "ema"
@@ -65,6 +67,10 @@ def samples_of(
         check_sampling(config, pipeline.objective, pipeline.model.null_label)
         found.append(generated(replace(pipeline, config=config), num_samples, seed, labels or "balanced"))
     return found
+
+
+def overrides_of(point: Point) -> list[str]:
+    return [f"sampling.{key}={value}" for key, value in point.items() if key != "weights"]
 
 
 def sweep(

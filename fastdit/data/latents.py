@@ -64,9 +64,12 @@ class LatentSpec:
     @property
     def scaling(self) -> str:
         """The scale in words: `0.18215`, or `0.31 to 0.52 by channel`."""
-        if isinstance(self.scale, tuple):
-            return f"{min(self.scale):g} to {max(self.scale):g} by channel"
-        return f"{self.scale:g}"
+        return in_words(self.scale)
+
+    @property
+    def shifting(self) -> str:
+        """The shift in words, likewise."""
+        return in_words(self.shift)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -91,6 +94,10 @@ class LatentSpec:
                 f"the latents of {theirs} have {key} {value}, but {mine} has latents with {key} {own} (autoencoder "
                 f"{self.vae}); use the same {remedy} for both"
             )
+
+
+def in_words(value: PerChannel) -> str:
+    return f"{min(value):g} to {max(value):g} by channel" if isinstance(value, tuple) else f"{value:g}"
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scale: PerChannel, shift: PerChannel = 0.0) -> Tensor:

@@ -254,8 +254,7 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
     if not fraction:
         return manifest, None
     if isinstance(manifest, Synthetic):
-        raise ValueError(f"data.val_fraction={fraction} is for latents in files; use 0, and data.val_shards=synthetic:"
-                         "IMAGES/... with another number of images")  # fmt: skip
+        return manifest, manifest.others(fraction)
     if isinstance(manifest, Mixture):
         trains, rests = zip(*(split(part, fraction) for part in manifest.parts), strict=True)
         return manifest.of(trains), manifest.of(rests)

@@ -45,6 +45,11 @@ class Synthetic(Manifest):
         """The images (count,) at positions from `start` on, in every epoch in the order of their numbers."""
         return (start % len(self) + np.arange(count, dtype=np.uint64)) % np.uint64(len(self))
 
+    def others(self, fraction: float) -> "Synthetic":
+        """Further images, a fraction as many, for the validation loss."""
+        count = min(max(1, round(fraction * len(self))), MOST_LISTED)
+        return synthetic(f"{PREFIX}{count}/{'x'.join(map(str, self.latents.shape))}/{self.num_classes}")
+
     def labels(self, keys: np.ndarray) -> np.ndarray:
         """(n,) int64."""
         return keys.astype(np.int64) % max(self.num_classes, 1)

@@ -104,6 +104,12 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"{title(key, result):<26}{number(key, values)}" for key in rest])
 
 
+def in_a_line(result: dict[str, Any]) -> str:
+    """The values of a result, for a log."""
+    parts = [f"{title(key, result)} {shown(key, result)}" for key in result["values"] if not key.endswith("_error")]
+    return ", ".join(parts + [f"real against real {real_distance(result)}"] * bool(result["real"]))
+
+
 def title(key: str, result: dict[str, Any]) -> str:
     """What a value is called."""
     return {"frechet": result["distance"], "spatial_frechet": "sFID", "kid": "KID"}.get(key, key.replace("_", " "))
@@ -143,7 +149,7 @@ def compare(a: str | Path, b: str | Path) -> str:
     flat = []
     for result in results:
         protocol = result["protocol"] | {"metrics": {name: result["protocol"]["metrics"][name] for name in common}}
-        flat.append(dict(_flat(protocol)))
+        flat.append(settings_of(protocol))
     names = sorted({*flat[0], *flat[1]})
     unlike = [f"{n}={flat[0].get(n)} and {flat[1].get(n)}" for n in names if flat[0].get(n) != flat[1].get(n)]
     if unlike:
@@ -175,11 +181,11 @@ def find_result(
     path: str | Path, images: ImageSet, reference: dict, extractor: Extractor, seed: int, metrics: Iterable[str]
 ) -> dict[str, Any] | None:
     """The result in a file of JSON lines that the same measurement of the same weights gave, if it is there."""
-    wanted, weights = stamp(images, reference, extractor, seed), subject(images)["sha256"]
+    wanted, weights = settings_of(stamp(images, reference, extractor, seed)), subject(images)["sha256"]
     for line in read_text(Path(path)).splitlines() if Path(path).is_file() else ():
         try:
             result = json.loads(line)
-            same = {k: v for k, v in result["protocol"].items() if k != "metrics"} == wanted
+            same = settings_of({k: v for k, v in result["protocol"].items() if k != "metrics"}) == wanted
             tried = result["protocol"]["metrics"].keys() | result["left_out"].keys()
             if same and result["subject"]["sha256"] == weights and set(metrics) <= tried:
                 return result
@@ -192,7 +198,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """The last result in a file of JSON lines."""
     if not Path(path).is_file():
         raise ValueError(f"--compare: {path} does not exist; write it with fastdit evaluate --out {path}")
-    lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+    try:
+        lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+    except ValueError:
+        raise ValueError(f"--compare: {path} is not a text file; give files of JSON lines that fastdit evaluate --out "
+                         "wrote, not samples or a reference") from None  # fmt: skip
     try:
         result = json.loads(lines[-1])
         shapes = all(isinstance(result[key], dict) for key in ("protocol", "subject", "values"))
@@ -202,6 +212,14 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--compare: {path} has no result in its last line; write it with fastdit evaluate "
                          f"--out {path}") from None  # fmt: skip
     return result
+
+
+def settings_of(protocol: dict) -> dict[str, Any]:
+    """By dotted key, without the path of weak weights, whose hash is there as well."""
+    settings = dict(_flat(protocol))
+    if "samples.weak_sha256" in settings:
+        settings.pop("samples.sampling.weak_checkpoint", None)
+    return settings
 
 
 def _flat(tree: dict, prefix: str = ""):

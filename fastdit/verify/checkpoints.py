@@ -46,7 +46,7 @@ def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None])
 
     own = model.state_dict()
     states = {name: check_weights(folder / f"{name}.safetensors", own, found) for name in ("model", "ema")}
-    if all(states.values()):
+    if all(states.values()) and config.training.ema_decay:  # with decay 0, the EMA is the weights
         check_average(states["model"], states["ema"], meta, found)
     if found.counts["weights"] or not states["ema"]:
         return

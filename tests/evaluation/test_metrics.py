@@ -257,3 +257,34 @@ def test_features_that_cannot_be_compared_are_refused():
         METRICS["inception_score"](Features(X), Features(Y), 0)
     with pytest.raises(ValueError, match="use --features inception-v3 and a reference with images or mu_s"):
         METRICS["spatial_frechet"](Features(X, spatial=X), Features(Y), 0)
+
+
+class AsFeatures(torch.nn.Module):
+    """For torchmetrics: what it takes for images are features already."""
+
+    num_features = 7
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_distances_and_scores_equal_those_of_torchmetrics():
+    fid, kid, inception = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid", "inception"))
+
+    def computed(metric, samples, reference):
+        metric.update(samples, real=False)
+        metric.update(reference, real=True)
+        return metric.compute()
+
+    fid = fid.FrechetInceptionDistance(AsFeatures()).set_dtype(torch.float64)
+    assert frechet_distance(X, Y) == pytest.approx(computed(fid, rows(X), rows(Y)).item(), rel=1e-6)
+    random, distances = np.random.default_rng(5), []
+    for _ in range(2):  # subsets of half of the smaller set
+        x, y = (rows(z)[random.permutation(len(z))[:35]] for z in (X, Y))
+        exact = kid.KernelInceptionDistance(AsFeatures(), subsets=1, subset_size=35)
+        distances.append(computed(exact, x, y)[0].item())
+    assert kernel_distance(rows(X), rows(Y), subsets=2, seed=5)[0] == pytest.approx(np.mean(distances), rel=1e-6)
+    score, logits = inception.InceptionScore(AsFeatures(), splits=1), 3 * rows(X)
+    score.update(logits)
+    assert inception_score(logits.softmax(1).numpy()) == pytest.approx(score.compute()[0].item(), rel=1e-6)

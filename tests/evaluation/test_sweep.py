@@ -86,7 +86,7 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tm
         (["cfg_scal=1,2"], "--sweep='cfg_scal' is unknown; did you mean 'cfg_scale'"),
         (["cfg_scale"], "--sweep cfg_scale is not of the form key=value,value"),
         (["cfg_scale=1", "sampling.cfg_scale=2"], "--sweep sampling.cfg_scale=2 repeats a key"),
-        (["cfg_scale=1,high"], "sampling.cfg_scale='high'"),
+        (["cfg_scale=1,high"], "error: --sweep: sampling.cfg_scale='high' must be a number"),
         (["steps=4,ddim50"], "steps='ddim50' needs a discrete schedule"),
         (["sampler=heun,hein"], "did you mean 'heun'"),
         (["weights=ema,raw"], "--sweep weights='raw' is unknown; did you mean"),
