@@ -212,8 +212,8 @@ def holds_features(folder: Path) -> bool:
 def find_features(shards: str | Path | tuple[ShardSet, ...], features: str | Path = "") -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
     if isinstance(shards, tuple):
-        raise ValueError(f"training.align needs features, which cannot be mixed; merge {shards_text(shards)} with "
-                         "fastdit shards merge")  # fmt: skip
+        raise ValueError(f"training.align needs features, which cannot be mixed as data.shards={shards_text(shards)} "
+                         "does; use one folder of latents")  # fmt: skip
     folder = Path(features) if features else Path(shards) / FOLDER
     if not features and not folder.is_dir():
         raise ValueError(

@@ -163,7 +163,7 @@ def test_sets_that_do_not_belong_together_are_refused(sets, tmp_path):
         Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "a"), 2.0)))
     with pytest.raises(ValueError, match="cannot be mixed with others"):
         Manifest.load((ShardSet("synthetic:8/1x1x2/3", 1.0), ShardSet(str(sets / "a"), 2.0)))
-    with pytest.raises(ValueError, match="merge 1 x a . 2 x b with fastdit shards merge"):
+    with pytest.raises(ValueError, match="cannot be mixed as data.shards=1 x a . 2 x b does; use one folder"):
         find_features((ShardSet("a", 1.0), ShardSet("b", 2.0)))
 
 
