@@ -60,7 +60,7 @@ def shards(parser: ArgumentParser) -> Command:
 
     def action(name: str, help: str, run: Command) -> ArgumentParser:
         added = actions.add_parser(name, help=help, description=f"{help}.")
-        added.set_defaults(run=run, parser=added)
+        added.set_defaults(act=run, parser=added)
         return added
 
     def stats(arguments: Namespace) -> None:
@@ -115,4 +115,4 @@ def shards(parser: ArgumentParser) -> Command:
     saved.add_argument("out", metavar="OUT")
     for added in (merged, parts, some, saved):
         added.add_argument("--overwrite", action="store_true", help="replace the result if it is there")
-    return stats
+    return lambda arguments: arguments.act(arguments)
