@@ -75,7 +75,7 @@ def test_every_method_is_a_config_of_both_sizes():
     for size, settings in methods.SIZES.items():
         for overrides in methods.METHODS.values():
             config = load_config("sit_s_2", [*settings, *methods.COMMON, *overrides])
-            assert config.objective.name == "flow" and config.training.steps % methods.POINTS == 0, size
+            assert config.objective.name == "flow" and config.training.steps % methods.POINTS[size] == 0, size
 
 
 def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_others(data, tmp_path, monkeypatch):
