@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -65,10 +65,19 @@ def latent_batches(
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
     reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
-    return _read_ahead(reader, start_step, prefetch)
+    return read_ahead(reader, start_step, prefetch)
 
 
-def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[Batch]:
+class Reads(Protocol):
+    """What `read_ahead` reads from; a batch is a named tuple of its step and tensors, or None."""
+
+    def batch(self, step: int) -> NamedTuple: ...
+
+    def close(self) -> None: ...
+
+
+def read_ahead(reader: Reads, start_step: int, prefetch: int) -> Iterator[Any]:
+    """The batches from `start_step` on; a thread reads `prefetch` of them ahead. Closing it closes the reader."""
     steps = count(start_step)
     pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
     try:
@@ -82,16 +91,16 @@ def _read_ahead(reader: "_Reader", start_step: int, prefetch: int) -> Iterator[B
         reader.close()
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
     if device.type != "cuda":
         return (yield from batches)
     stream = torch.cuda.Stream(device)
 
-    def moved() -> Batch:
-        step, *tensors = next(batches)
+    def moved() -> NamedTuple:
+        batch = next(batches)
         with torch.cuda.stream(stream):
-            return Batch(step, *(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+            return type(batch)(batch[0], *(t if t is None else t.to(device, non_blocking=True) for t in batch[1:]))
 
     try:
         ahead = moved()
@@ -240,12 +249,17 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
     """
     if not fraction:
         return manifest, None
-    held_out = _hash(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
+    held_out = held_out_rows(manifest.index()["key"], fraction)
     train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
     if not len(rest) or not len(train):
         raise ValueError(f"data.val_fraction={fraction} holds out {len(rest)} of the {len(manifest)} images in "
                          f"{manifest.folder}; use {'a larger' if not len(rest) else 'a smaller'} fraction")  # fmt: skip
     return train, rest
+
+
+def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether each key (n,) is among the `fraction` that is held out, by its hash: bool (n,)."""
+    return _hash(HELD_OUT, keys.astype(np.uint64)) < np.uint64(fraction * 2**64)
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
