@@ -41,7 +41,10 @@ def build_autoencoder(config: NetworkConfig, image_size: int | None = None, seed
 
 def pretrained(name: str) -> nn.Module:
     """The AutoencoderKL of a folder or a hub name, with its weights; ValueError for another kind."""
-    vae = load_autoencoder(name)
+    try:
+        vae = load_autoencoder(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("vae=", "training.init_from=", 1)) from None
     if type(vae).__name__ != "AutoencoderKL":
         raise ValueError(f"training.init_from={name} is an {type(vae).__name__}; only an AutoencoderKL can be trained")
     return vae

@@ -272,6 +272,8 @@ def load_network(
     """
     folder = checkpoint.find(Path(path))
     meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
+    if meta.get("kind") == AUTOENCODER:
+        raise ValueError(f"{folder} is of an autoencoder, not of a network; its run's folder {VAE} is for --vae")
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")
