@@ -127,7 +127,8 @@ class VaeMonitor:
         partial, final = self.run_dir / f"{VAE}.partial", self.run_dir / VAE
         shutil.rmtree(partial, ignore_errors=True)
         self.vae.save_pretrained(partial)
-        about = {"step": step, "images": self.quality.count, "held_out": self.held_out, **found}
+        about = {"step": step, "parameters": sum(p.numel() for p in self.vae.parameters()),
+                 "images": self.quality.count, "held_out": self.held_out, **found}  # fmt: skip
         (partial / ABOUT).write_text(json.dumps(about, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

@@ -15,7 +15,7 @@ from fastdit.files import read_json
 ARCHITECTURE = "vae.json"  # in a checkpoint: the config of diffusers
 
 
-def build_autoencoder(config: NetworkConfig, image_size: int | None = None, seed: int | None = None) -> nn.Module:
+def build_autoencoder(config: NetworkConfig, image_size: int, seed: int | None = None) -> nn.Module:
     """An untrained AutoencoderKL of diffusers (Rombach et al. 2022, arXiv 2112.10752), its weights from `seed`.
 
     Without a seed, they are from PyTorch's global generator, which a seed leaves as it was.
@@ -34,8 +34,7 @@ def build_autoencoder(config: NetworkConfig, image_size: int | None = None, seed
             latent_channels=config.latent_channels,
             norm_num_groups=config.norm_groups,
             mid_block_add_attention=config.attention,
-            scaling_factor=config.scaling_factor or 1.0,  # until it is measured
-            **{} if image_size is None else {"sample_size": image_size},
+            sample_size=image_size,
         )
 
 
