@@ -8,6 +8,7 @@ import torch
 
 from fastdit import distributed
 from fastdit.config import Config, TrainingConfig
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
@@ -62,6 +63,9 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
     if sum(ends) >= len(model.blocks):
         raise ValueError(f"training.route_ends={list(ends)} leave none of {len(model.blocks)} blocks to skip; use "
                          f"smaller numbers, or {key}=0")  # fmt: skip
+    if ends[1] < (decoder := model.options.decoder_blocks):
+        raise ValueError(f"training.route_ends={list(ends)} let tokens skip blocks of the decoder, which needs every "
+                         f"token's condition; use [{ends[0]}, {decoder}], or model.decoder_blocks=0")  # fmt: skip
     if not 0 < round(share * model.patches) < model.patches:
         raise ValueError(f"{key}={share} of {model.patches} tokens is all or none; use another share")
     return Routing(share, ends, full_from)
@@ -97,6 +101,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         image_size=data.image_size,
         num_classes=data.num_classes,
         global_batch=settings.global_batch,
+        hflip=data.hflip,
         # loading an autoencoder takes seconds: only where the name leaves a doubt
         codec=LatentCodec.load(data.vae).fingerprint if data.vae not in ("", manifest.latents.vae) else None,
     )
@@ -105,7 +110,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         data,
         image_size=manifest.latents.image_size,
         num_classes=manifest.num_classes if data.num_classes is None else data.num_classes,
-        vae=str(Path(vae).resolve()) if Path(vae).is_dir() else vae,
+        vae=str(Path(vae).resolve()) if vae != NO_VAE and Path(vae).is_dir() else vae,
     )
     if not (manifest.num_classes or config.sampling.weak_checkpoint):  # there is nothing to guide by
         config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))

@@ -42,13 +42,13 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder of latents, written by fastdit extract
+    shards: str = ""  # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
     hflip: bool = True  # mirror each image with probability 1/2
-    vae: str = ""  # decodes the samples; must be the one that encoded the shards, which is the default
+    vae: str = ""  # decodes the samples; default: the one that encoded the shards, as it must be; none: pixels
     prefetch: int = 4  # number of batches to read ahead
     skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
     val_shards: str = ""  # a folder of latents for the validation loss
@@ -82,12 +82,15 @@ class NetworkOptions:
     proj_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of both linear layers of the MLP
     dropout: float = 0.0  # probability of dropping an element of a branch's output in training (models/dropout.py)
+    decoder_blocks: int = 0  # the last blocks, as a decoder conditioned on the others' output (DDT, Wang et al. 2025)
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
         check_literals(self, "model")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
         _require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
+        blocks = self.decoder_blocks
+        _require(blocks >= 0, "model.decoder_blocks", blocks, "use 0 for none, 6 of 28 in the paper")
         _require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 

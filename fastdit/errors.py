@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_CODE = 2
+CLOSED_PIPE = 128 + 13  # as of a command that SIGPIPE ends
 
 
 def is_no_space(error: OSError) -> bool:
@@ -20,11 +22,20 @@ def is_no_space(error: OSError) -> bool:
 def friendly_exit() -> Iterator[None]:
     """Turns a ValueError (a user error), a full disk, a file that cannot be used or too little memory into one line.
 
-    The exit code is 2. Use it as a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
+    The exit code is 2; 141, without a line, where the output is a closed pipe, as in `fastdit ... | head -1`. Use it as
+    a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
     With FASTDIT_DEBUG=1 in the environment, the exception is raised with its traceback.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # errors now, not when the interpreter exits
+    except BrokenPipeError:
+        if not _discarded():
+            raise
+        raise SystemExit(CLOSED_PIPE) from None
     except (ValueError, OSError, MemoryError) as error:
         message: object = error
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
@@ -44,6 +55,16 @@ def friendly_exit() -> Iterator[None]:
             time.sleep(2)  # if the main process fails as well, it speaks first and the launcher ends this one
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
+
+
+def _discarded() -> bool:
+    """Whether the standard output is a pipe that nobody reads; then what is left of it is discarded."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.config import Config, load_config, shipped_config, shipped_names
 from fastdit.registry import Choice
 
+COMMAND = re.compile(r"# (fastdit|deepspeed) ")  # a command at the top of a config
 FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")
 
 
@@ -17,7 +18,7 @@ def configs() -> str:
     for schema in (Config, AutoencoderConfig):
         for name in shipped_names(schema):
             lines = shipped_config(name).read_text().splitlines()
-            about = [line.lstrip("# ") for line in lines if line.startswith("#")][1:]  # after the command
+            about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
             what = load_config(name, schema=schema).model.variant
             parts.append("\n".join([f"{name:16}{what}", *(f"    {line}" for line in about)]))
     return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine",

@@ -5,7 +5,10 @@ matrix products and attention at shares of the datasheet's rate, everything else
 (`cards.Efficiency`).
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from fastdit import distributed
 from fastdit.build import build_routing, uses_zero
@@ -33,7 +36,8 @@ def activation_bytes(
     branches 2, the input of fc1 1, its output, the activation's output; and twice the residual stream at `residual`
     bytes per value; more where the network has options. `activation` recomputes the activation's output; `selective`
     also the norms' outputs; `full` keeps only a block's residual and branch. With FP8 and `none`, the inputs of qkv,
-    fc1 and fc2 are kept in one byte per value, and that of proj in another one. `blocks`: see `full_blocks`.
+    fc1 and fc2 are kept in one byte per value, and that of proj in another one. `blocks`: see `full_blocks`. A block of
+    a decoder also keeps its modulation vectors and what they are computed from.
     """
     d, tokens, blocks = model.hidden_size, model.tokens, len(model.blocks) if blocks is None else blocks
     before, after = activation_widths(model)
@@ -42,7 +46,7 @@ def activation_bytes(
     dropped = (2 + cross) if model.options.dropout else 0  # branches: which values are dropped, and the result
     biased = before if model.blocks[0].mlp.kind == "gelu" else 0  # the exact GELU also keeps its input with the bias
     options = 2 * rotated + 3 * dropped + biased
-    units, residuals = {
+    plain, residuals = {
         "none": (1 + 3 + 1 + 2 + 1 + before + after + 4 * cross + options, 2 + cross),
         "activation": (1 + 3 + 1 + 2 + 1 + before + 4 * cross + options, 2 + cross),
         "selective": (3 + 1 + 2 + before + 3 * cross + dropped, 1),
@@ -50,7 +54,11 @@ def activation_bytes(
     }[policy]
     ends = residual + itemsize  # the residual and the input of the final layer
     in_bytes = -(1 + 1 + after) + 1 if fp8 and policy == "none" else 0
-    return round(d * tokens * (blocks * (itemsize * units + in_bytes + residual * residuals) + ends))
+    if decoder := model.options.decoder_blocks:
+        vectors = 2 * model.blocks[-1].modulations  # views of one tensor: a gate keeps it
+        units = {"selective": vectors, "full": vectors if vectors == 6 else 0}.get(policy, 1 + vectors)
+        ends += decoder * itemsize * units + 2 * residual + 4 * itemsize  # the condition; vectors of the final layer
+    return round(d * tokens * (blocks * (itemsize * plain + in_bytes + residual * residuals) + ends))
 
 
 def activation_widths(model: DiT) -> tuple[float, float]:
@@ -93,7 +101,26 @@ def moved_bytes(
         "selective": norm + activation,
         "full": norm + activation + 2 * (3 + 1),  # and attention's forward pass
     }[policy]
-    return d * tokens * blocks * (step + again)
+    decoder = model.options.decoder_blocks * 35 * 2 * model.blocks[-1].modulations  # per vector of a token, as counted
+    return d * tokens * (blocks * (step + again) + decoder)
+
+
+def muon_matrices(model: DiT) -> list[Tensor]:
+    """The weights that training.optimizer=muon updates with Muon (training/muon.py): those that tokens pass through.
+
+    A modulation sees one vector per image: in a small batch its gradient has few directions, of which Newton-Schulz
+    would amplify the noise.
+    """
+    return [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "adaLN_modulation" not in name]
+
+
+def muon_flops(model: DiT, world: int) -> int:
+    """FLOPs of Muon in a step, of the process with the largest share: five iterations of three products."""
+    shapes, total = Counter(p.shape for p in muon_matrices(model)), 0
+    for (rows, columns), number in shapes.items():
+        small, large = sorted((rows, columns))
+        total += -(-number // world) * 5 * 2 * (2 * small**2 * large + small**3)
+    return total
 
 
 def memory_bytes(
@@ -108,10 +135,12 @@ def memory_bytes(
     averages: int = 1,
     fp8: bool = False,
     blocks: float | None = None,
+    muon: bool = False,
 ) -> dict[str, float]:
     """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream.
 
     `averages`: the EMA, and one more for each of training.ema_stds. `blocks`: see `full_blocks`.
+    `muon`: training.optimizer=muon, which keeps one value per weight of a matrix instead of AdamW's two.
     """
     count = sum(p.numel() for p in model.parameters())
     width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual, "fp8": fp8, "blocks": blocks}
@@ -122,7 +151,7 @@ def memory_bytes(
         "weights": 4 * count / weights_over,
         "bf16 copies": 2 * count if precision == "bf16" else 0,  # autocast's, kept for the backward pass
         "gradients": 4 * count / gradients_over,
-        "optimizer": 8 * count / optimizer_over,
+        "optimizer": (8 * count - (4 * sum(p.numel() for p in muon_matrices(model)) if muon else 0)) / optimizer_over,
         "EMA": 4 * averages * count / optimizer_over,
         "activations": images * (kept + recomputed),
     }
@@ -154,7 +183,8 @@ def rank(
     lengths = routing.lengths(model) if routing else [model.tokens] * len(model.blocks)
     in_fp8 = 2 * model.tokens * weights * blocks / len(lengths) if settings.fp8 else 0  # FLOPs of a forward pass
     wide = 1 if settings.precision == "bf16" else 2  # TF32: twice the bytes per value, half the rate
-    alone = world == 1 and not uses_zero(settings)  # then the optimizer's pass writes bf16 weights, see engine.py
+    muon = settings.optimizer == "muon"
+    alone = world == 1 and not uses_zero(settings) and not muon  # AdamW's pass writes bf16 weights, see engine.py
     casts = 0 if wide == 2 else CAST_BYTES
     reached, bandwidth = card.efficiency, card.bandwidth * 1e12
     attention = 4 * sum(n * n for n in lengths) * model.hidden_size  # FLOPs, also of one image's forward pass
@@ -162,6 +192,7 @@ def rank(
     forward_s = (products / reached.products + attention / reached.attention) / (card.tflops / wide * 1e12)
     optimizer_bytes = OPTIMIZER_BYTES + AVERAGE_BYTES * len(settings.ema_stds)
     weight_bytes = optimizer_bytes / (world if uses_zero(settings) else 1) * count
+    once_s = muon_flops(model, world) / (reached.products * card.tflops * 1e12) if muon else 0
     candidates = []
     for policy in policies:
         memory = {m: memory_by_kind(model, settings, policy, m, world) for m in micros}
@@ -175,7 +206,7 @@ def rank(
         image_s += (moved / reached.memory + (with_fp8 - moved) / reached.fp8_operands) / bandwidth
         per_step = weight_bytes + (0 if alone and micro == share else casts) * count
         per_step += (share // micro - 1) * (ADD_BYTES + casts / 2) * count
-        step_s = share * image_s + per_step / reached.weights / bandwidth
+        step_s = share * image_s + per_step / reached.weights / bandwidth + once_s
         step_s += share // micro * (reached.small_s + (0 if settings.cuda_graph else reached.launch_s))
         candidates.append(Candidate(policy, micro, memory[micro], bool(fitting), step_s))
     return sorted(candidates, key=lambda c: (not c.fits, c.step_s))
@@ -239,6 +270,7 @@ def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int
         averages=1 + len(settings.ema_stds),
         fp8=settings.fp8,
         blocks=None if settings.route_full_steps else full_blocks(model, settings),
+        muon=settings.optimizer == "muon",
     )
 
 

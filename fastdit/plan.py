@@ -1,14 +1,17 @@
 """What a run will cost, before anything runs: parameters, FLOPs, memory by kind, speed and hours on a named GPU."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from fastdit.build import build_network, build_objective, build_routing, uses_zero
+from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import Config, assumed
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
+from fastdit.data.synthetic import PREFIX
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
 from fastdit.training.alignment import ALIGNMENTS, attach
@@ -22,15 +25,13 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     The micro-batch is the largest that fits, or training.micro_batch where that is a number of images. ValueError for
     an unknown GPU, and for a batch that cannot be divided among the processes.
     """
-    config, gpu = assumed(config), card_name(gpu)
+    (config, shape), gpu = known(config), card_name(gpu)
     card = GPUS[gpu]
     if world < 1:
         raise ValueError(f"--gpus={world} is not a number of GPUs; use 1 or more")
     settings = config.training
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
-    width, height = width_height(config.data.image_size)
-    shape = 4, height // 8, width // 8  # with the usual autoencoders; the shards know the real one
     with torch.device("meta"):
         model = build_network(config, shape, build_objective(config))
         attach(settings.align, model, ENCODERS["DINOv2-B"], build_routing(settings, model))
@@ -38,9 +39,20 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     return model, candidates(replace(config, training=open_), model, card, world)[0]
 
 
+def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
+    """The config and the latents' shape (C, h, w) as its shards tell; without them, as of the usual autoencoders."""
+    data = config.data
+    if data.shards.startswith(PREFIX) or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
+        manifest, _ = shards_of(config)
+        return resolved(config, manifest), manifest.latents.shape
+    config = assumed(config)
+    width, height = width_height(config.data.image_size)
+    return config, (3, height, width) if config.data.vae == NO_VAE else (4, height // 8, width // 8)
+
+
 def report(config: Config, gpu: str, world: int = 1) -> str:
     """The plan in Markdown, as `fastdit plan` prints it."""
-    config, gpu = assumed(config), card_name(gpu)
+    config, gpu = known(config)[0], card_name(gpu)
     model, plans = plan(config, gpu, world)
     settings, best, routing = config.training, plans[0], build_routing(config.training, model)
     trained = 3 * model.flops_per_image(routing.lengths(model) if routing else None)

@@ -18,7 +18,7 @@ from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.images import ImageSet
 from fastdit.evaluation.metrics import METRICS
-from fastdit.evaluation.protocol import aligned, append_result, find_result, number, remarks, title
+from fastdit.evaluation.protocol import aligned, append_result, find_result, real_distance, remarks, shown, title
 from fastdit.files import replacing
 from fastdit.registry import check
 from fastdit.sampling import load_pipeline
@@ -54,8 +54,10 @@ def samples_of(
     if num_samples is None:
         raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
     pipelines, found = {}, []
+    for point in chosen:  # values of the wrong kind, before anything is loaded
+        config_from({}, "--sweep", overrides_of(point))
     for point in chosen:
-        settings = [f"sampling.{key}={value}" for key, value in point.items() if key != "weights"]
+        settings = overrides_of(point)
         loaded = tuple(point.get(key) for key in WHEN_LOADED)
         if loaded not in pipelines:
             kind = point.get("weights") or weights or "ema"
@@ -65,6 +67,10 @@ def samples_of(
         check_sampling(config, pipeline.objective, pipeline.model.null_label)
         found.append(generated(replace(pipeline, config=config), num_samples, seed, labels or "balanced"))
     return found
+
+
+def overrides_of(point: Point) -> list[str]:
+    return [f"sampling.{key}={value}" for key, value in point.items() if key != "weights"]
 
 
 def sweep(
@@ -107,17 +113,19 @@ def words(point: Point) -> str:
 
 
 def table(chosen: Sequence[Point], results: Sequence[dict[str, Any]]) -> str:
-    """A row of values for each point, and the point of the smallest distance."""
+    """A row of values for each point, the point of the smallest distance, and that between real images."""
     keys = [key for key in results[0]["values"] if not key.endswith("_error")]
     keys = [key for key in keys if all(key in result["values"] for result in results)]
     rows = [[*chosen[0], *(title(key, results[0]) for key in keys)]]
     for point, result in zip(chosen, results, strict=True):
-        rows.append([*point.values(), *(number(key, result["values"]) for key in keys)])
+        rows.append([*point.values(), *(shown(key, result) for key in keys)])
     lines = [aligned(rows)]
     if "frechet" in keys:
         best = min(range(len(results)), key=lambda i: results[i]["values"]["frechet"])
-        value = number("frechet", results[best]["values"])
+        value = shown("frechet", results[best])
         lines.append(f"smallest {results[0]['distance']}: {value} at {words(chosen[best])}")
+        if results[0]["real"]:
+            lines.append(f"real against real: {real_distance(results[0])}")
     return "\n".join(lines)
 
 

@@ -215,12 +215,13 @@ def split_columns(d: int) -> tuple[int, int]:
 def row_programs(x: Tensor, programs: int, most: int, rows: int, stages: int) -> tuple[int, dict[str, Any]]:
     """How to cut x (N, T, D) into programs: the chunks of tokens per sample, and the kernel's constants.
 
-    A chunk is a power of two of tokens in [16, most]: about `programs` in all fill the GPU, larger chunks spare
-    re-reads. A program holds `rows` tokens at once and loads `stages` steps ahead. Each thread owns 8 of the A columns:
-    16-byte accesses, and sums over rows that stay inside the thread.
+    A chunk is a power of two of tokens in [16, most], or less in short samples: about `programs` in all fill the GPU,
+    larger chunks spare re-reads. A program holds `rows` tokens at once and loads `stages` steps ahead. Each thread owns
+    8 of the A columns: 16-byte accesses, and sums over rows that stay inside the thread.
     """
     n, t, d = x.shape
     a, b = split_columns(d)
     chunk = min(max(1 << max((n * t // programs).bit_length() - 1, 0), 16), most)
+    chunk = min(chunk, max(1 << (t - 1).bit_length(), rows))  # samples of one token, as in a decoder: one step
     constants = {"D": d, "A": a, "B": b, "ROWS": rows, "STEPS": chunk // rows, "STAGES": stages}
     return cdiv(t, chunk), constants | {"num_warps": min(max(a // 256, 1), 8)}

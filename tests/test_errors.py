@@ -1,11 +1,15 @@
 """A user's mistake is one line and exit code 2; other errors keep their traceback."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 from fastdit.errors import friendly_exit
 from fastdit.files import replace_text
+from helpers import ROOT
 from helpers.runs import file_size_limit
 
 
@@ -39,11 +43,25 @@ def test_mistakes_are_one_line(capsys, monkeypatch, error, line):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("x"), OSError(errno.EIO, "I/O error"), RuntimeError("x"), KeyboardInterrupt()]
+    "error",
+    [KeyError("x"), OSError(errno.EIO, "I/O error"), RuntimeError("x"), KeyboardInterrupt(),
+     BrokenPipeError(errno.EPIPE, "not of the output")],
 )
 def test_other_failures_pass_through(error):
     with pytest.raises(type(error)):
         raising(error)()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("line, code, said", [("configs", 141, ""), ("no-such-command", 2, "error: ")])
+def test_a_closed_pipe_ends_a_command_quietly(line, code, said, unbuffered):
+    """As in `fastdit configs | head -1`. A mistake is still told."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "fastdit.cli", line], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, text=True)  # fmt: skip
+    os.close(writer)
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 def test_a_text_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):

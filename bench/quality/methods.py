@@ -3,11 +3,13 @@
     python -m bench.quality.frames --out procgen                     # once: the data set
     python -m bench.quality.methods --data procgen --seeds 0 1 2     # every method; hours in bench/README.md
     python -m bench.quality.methods --data procgen --size gpu --only baseline modern
+    python -m bench.quality.methods --data procgen --rates           # images/s of all, side by side
     python -m bench.quality.methods --table                          # write docs/convergence.md again
 
 All methods of a seed see the same images in the same order. At four points of a run its EMA makes samples without
 guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation loss is
-the mean over equal parts of t, so that it does not depend on the times that a method trains with. Lines go to
+the mean over equal parts of t, so that it does not depend on the times that a method trains with. Seconds are images
+by the rate of --rates, where it was measured, so that other work on the machine does not decide. Lines go to
 bench/results/methods.jsonl, the table and the plot to docs/.
 A new method is a line of METHODS.
 """
@@ -17,6 +19,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 
 from bench.quality.frames import read_set
-from bench.record import ROOT, markdown, record
+from bench.record import ROOT, markdown, record, rotate
 from fastdit.config import load_config
 from fastdit.data.images import to_pixels, to_uint8
 from fastdit.data.latents import LatentCodec
@@ -36,19 +39,20 @@ from fastdit.training.loop import train
 from fastdit.training.state import load_network
 
 RESULTS, DOCS = ROOT / "bench" / "results" / "methods.jsonl", ROOT / "docs" / "convergence.md"
-BASELINE, FLOOR = "baseline", "real images"
+BASELINE, FLOOR, RATE = "baseline", "real images", "rate"
+MODERN = ["model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope", "model.qk_norm=rms",
+          "objective.time_distribution=logit_normal"]  # fmt: skip
+MUON = ["training.optimizer=muon", "training.cuda_graph=false"]
 METHODS: dict[str, list[str]] = {
     BASELINE: [],
-    "modern": [
-        "model.norm=rms", "model.mlp=swiglu", "model.position=sincos_rope", "model.qk_norm=rms",
-        "objective.time_distribution=logit_normal",
-    ],
+    "modern": MODERN,
     "layersync": ["training.align=[layersync]"],
     "sra2": ["training.align=[sra2]"],
     "repa": ["training.align=[{name: repa, width: 512}]"],
     "routing": ["training.route=0.5", "training.route_ends=[1,1]"],
-    "muon": ["training.optimizer=muon", "training.cuda_graph=false"],
-}  # fmt: skip
+    "muon": MUON,
+    "modern, muon": [*MODERN, *MUON],
+}
 COMMON = [
     "objective=flow", "data.hflip=false", "training.ema_warmup=true", "training.report=false",
     "sampling={sampler: dpmpp_2m, steps: 20, cfg_scale: 1}",
@@ -126,10 +130,30 @@ def run(method: str, seed: int, size: str, data: Path, changes: Sequence[str] = 
             "samples": settings.evaluate_images, "parameters": parameters, "points": points}  # fmt: skip
 
 
+def rates(size: str, data: Path, methods: Sequence[str], changes: Sequence[str] = (), rounds: int = 3) -> dict:
+    """Images/s of the methods, by turns in short runs: the median of all but the first log line of each."""
+
+    def rate(method: str) -> float:
+        with tempfile.TemporaryDirectory() as root:
+            short = ["training.steps=60", "training.log_every=15", "training.validate_every=0"]
+            config = load_config("sit_s_2", [*SIZES[size], *COMMON, *METHODS[method], f"run_dir={root}/run",
+                                             f"data.shards={data}/latents", *short, *changes])  # fmt: skip
+            train(config)
+            return statistics.median(line["images_per_s"] for line in read_metrics(config.run_dir)[1:])
+
+    found = rotate({method: partial(rate, method) for method in methods}, rounds)
+    return {method: round(statistics.median(each), 1) for method, each in found.items()}
+
+
 def newest_lines() -> dict[tuple, dict]:
-    """The last line of each size, method and seed."""
+    """The last line of each size, method and seed, with the seconds by the rates that were measured side by side."""
     text = RESULTS.read_text() if RESULTS.is_file() else ""
-    return {(line["size"], line["method"], line["seed"]): line for line in map(json.loads, text.splitlines())}
+    lines = {(line["size"], line["method"], line["seed"]): line for line in map(json.loads, text.splitlines())}
+    for (size, method, _), line in lines.items():
+        rate = lines.get((size, RATE, 0), {"rates": {}})["rates"].get(method)
+        for point in line.get("points", []) if rate else []:
+            point["seconds"] = point["images"] / rate
+    return lines
 
 
 def reached(points: Sequence[dict], distance: float) -> float | None:
@@ -210,9 +234,13 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=[*METHODS], default=[*METHODS], help="methods")
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--set", nargs="+", default=[], help="overrides of every run, as training.steps=500")
+    options.add_argument("--rates", action="store_true", help="only measure images/s of the methods, side by side")
     options.add_argument("--table", action="store_true", help="train nothing")
     given = options.parse_args()
-    if not given.table:
+    if given.rates:
+        found = rates(given.size, given.data, given.only, given.set)
+        record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=RATE, seed=0, rates=found)
+    elif not given.table:
         if (given.size, FLOOR, 0) not in newest_lines():
             found = floor(given.data, SAMPLES[given.size])
             record("methods", RESULTS.parent, name=RESULTS.name, size=given.size, method=FLOOR, seed=0, floor=found)

@@ -54,6 +54,7 @@ NETWORKS: dict[str, list[str]] = {
     "mlp_ratio=2": ["model.mlp_ratio=2"],
     **{f"position={name}": [f"model.position={name}"] for name in ("rope", "sincos_rope")},
     "registers=4": ["model.registers=4"],
+    "decoder_blocks=1": ["model.decoder_blocks=1"],
     **{f"{name}=false": [f"model.{name}=false"] for name in ("qkv_bias", "proj_bias", "mlp_bias")},
     "dropout=0.1": ["model.dropout=0.1"],
     "unpatchify=transposed_conv": ["model.unpatchify=transposed_conv"],

@@ -100,7 +100,7 @@ def _loss(arguments: Namespace, run: str) -> None:
 def _measure(arguments: Namespace, samples: str) -> None:
     from fastdit.distributed import close, init
     from fastdit.evaluation.evaluate import evaluate
-    from fastdit.evaluation.images import is_run
+    from fastdit.evaluation.images import check_crop, is_run
     from fastdit.evaluation.protocol import append_result, summary
     from fastdit.sweep import plot, points, samples_of, sweep, table
 
@@ -109,6 +109,7 @@ def _measure(arguments: Namespace, samples: str) -> None:
     given += ["--sweep"] * bool(arguments.sweep) + arguments.overrides
     if given and not is_run(samples):
         raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
+    check_crop(arguments.image_size, samples, arguments.reference)
     chosen = points(arguments.sweep or ())
     options = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
     options["metrics"] = arguments.metrics.split(",") if arguments.metrics else None

@@ -32,7 +32,11 @@ def extract(parser: ArgumentParser) -> Command:
         "WebDataset, ImageNet's or CIFAR's archive, or Parquet files of the Hugging Face hub",
     )
     parser.add_argument("--out", required=True, help="output folder; it appears once it is complete")
-    parser.add_argument("--vae", required=True, help="AutoencoderKL or AutoencoderDC: a local folder or a hub name")
+    parser.add_argument(
+        "--vae",
+        required=True,
+        help="AutoencoderKL or AutoencoderDC: a local folder or a hub name; none: latents are the pixels",
+    )
     parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
     parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")

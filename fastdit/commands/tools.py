@@ -10,7 +10,11 @@ from fastdit.config import load_config
 
 
 def plan(parser: ArgumentParser) -> Command:
-    """Predict the parameters, memory, speed and training time of a config."""
+    """Predict the parameters, memory, speed and training time of a config.
+
+    Image size, classes and the size of the latents are those of data.shards, where they are on this machine.
+    data.shards=synthetic:IMAGES/CxHxW/CLASSES stands for any.
+    """
     parser.add_argument("--config", help="the same as CONFIG")
     parser.add_argument("--gpu", default="H200", help="A100-80G, H100, H200, B200, ...")
     parser.add_argument("--gpus", type=int, default=1)

@@ -28,7 +28,7 @@ from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
-SHAPELESS = ("block", "norm", "qk_norm", "mlp")  # options that the shapes of the weights may not show
+SHAPELESS = ("block", "norm", "qk_norm", "mlp", "decoder_blocks")  # options that the shapes of the weights may not show
 TIME_LAYER = "t_embedder.mlp.0.weight"
 
 
@@ -222,9 +222,13 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
 def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) -> list[str]:
     _, call = official.args_for(loaded.config, loaded.latents.image_size)
     lines = [f"IMPORTANT: the official scripts sample with another objective by default; use {call}"] if call else []
-    if not loaded.config.data.vae.startswith(official.VAES.format("")):
-        lines.append("IMPORTANT: the official scripts decode with Stable Diffusion's autoencoder and scale 0.18215; "
-                     f"use {loaded.config.data.vae} and {loaded.latents.scaling}")  # fmt: skip
+    vae, latents = loaded.config.data.vae, loaded.latents
+    if latents.are_pixels:
+        lines.append("IMPORTANT: the official scripts decode with an autoencoder, and this network makes pixels")
+    elif not vae.startswith(official.VAES.format("")) or (latents.scale, latents.shift) != (0.18215, 0):
+        lines.append("IMPORTANT: the official scripts decode with Stable Diffusion's autoencoder, scale 0.18215 and no "
+                     f"shift; use {vae} with scale {latents.scaling} and shift {latents.shifting}, where latents are "
+                     "x_0 / scale + shift")  # fmt: skip
     return lines
 
 

@@ -56,11 +56,12 @@ def write_pipeline(loaded: Loaded, folder: Path, weights: str) -> None:
     transformer.load_state_dict(to_diffusers(state, shape))
     transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
-    if Path(config.data.vae).is_dir():
+    if latents.are_pixels or Path(config.data.vae).is_dir():
         codec = LatentCodec.load(config.data.vae)
         latents.check(codec.spec(latents.image_size, latents.shape), "the checkpoint", f"data.vae={config.data.vae}")
         if (kind := type(codec.vae).__name__) != "AutoencoderKL":
-            raise ValueError(f"data.vae={config.data.vae} is an {kind}, not DiTPipeline's; keep the fastdit checkpoint")
+            raise ValueError(f"data.vae={config.data.vae} is of class {kind}, not the AutoencoderKL of a DiTPipeline; "
+                             "keep the fastdit checkpoint")  # fmt: skip
         codec.vae.save_pretrained(folder / "vae")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     index |= {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdit.build import build_objective
 from fastdit.config import Config, assumed, config_from, load_config, shipped_config, to_tree
 from fastdit.convert.official import HEADS, Architecture, architecture
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.files import parse_yaml, read_yaml
@@ -209,8 +210,8 @@ def _merged(where: Path, said: dict[str, Any], stated: Stated) -> Config:
 
 
 def assumed_latents(vae: str, shape: Architecture) -> LatentSpec:
-    """The latents of a foreign network: those of `vae` if it is a local folder, else those of Stable Diffusion."""
-    codec = LatentCodec.load(vae) if Path(vae).is_dir() else None
+    """The latents of a foreign network: those of `vae` if it is local or NO_VAE, else Stable Diffusion's."""
+    codec = LatentCodec.load(vae) if vae == NO_VAE or Path(vae).is_dir() else None
     channels, downsample = (4, SD_DOWNSAMPLE) if codec is None else (codec.channels, codec.downsample)
     if channels != shape.in_channels:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""diffusers autoencoders: from a folder, a pipeline's folder or the Hugging Face hub, and how each is recognized."""
+"""diffusers autoencoders: from a folder, a pipeline's folder or the Hugging Face hub, and how each is recognized.
+
+With NO_VAE in place of a name, latents are the pixels themselves.
+"""
 
 import hashlib
 import json
@@ -6,14 +9,16 @@ import queue
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdit.files import read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderDC")  # Rombach et al. 2022, arXiv 2112.10752; Chen et al. 2024, arXiv 2410.10733
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+NO_VAE = "none"
 HUB_TIMEOUT_S = 5.0
 MAX_LAYERS = 100  # of a block: more would take hours to build
 # The config entries of an AutoencoderKL that affect latents or decoded pixels; the rest is bookkeeping.
@@ -24,20 +29,35 @@ FINGERPRINTED = (
 )  # fmt: skip
 
 
+class Pixels(nn.Module):
+    """In place of an autoencoder: latents (N, 3, H, W) are pixels in [-1, 1], and the posterior's deviation is 0."""
+
+    config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(3,), latent_channels=3)
+    dtype = torch.float32  # bfloat16 would not keep 256 levels
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent=pixels)
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=latents)
+
+
 def load_autoencoder(name: str | Path) -> nn.Module:
     """The autoencoder in a folder from save_pretrained, a pipeline's folder (with `vae/` in it) or a hub repository.
 
-    A repository is taken from the local cache if it is there. Raises a one-line ValueError if there is none, if it is
-    not complete or not one of KINDS, or if the hub does not answer within HUB_TIMEOUT_S.
+    NO_VAE: `Pixels`. A repository is taken from the local cache if it is there. Raises a one-line ValueError if there
+    is none, if it is not complete or not one of KINDS, or if the hub does not answer within HUB_TIMEOUT_S.
     """
+    if str(name) == NO_VAE:
+        return Pixels()
     import diffusers  # takes seconds to import
 
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not _is_hub_name(str(name)):
             raise ValueError(
-                f"vae={name} is not a folder; give one written by save_pretrained, or a hub name such as "
-                "stabilityai/sd-vae-ft-ema"
+                f"vae={name} is not a folder; give one written by save_pretrained, a hub name such as "
+                f"stabilityai/sd-vae-ft-ema, or {NO_VAE} for pixels"
             )
         folder = _hub_folder(str(name))
     if (folder / "vae" / "config.json").is_file():
@@ -58,9 +78,26 @@ def load_autoencoder(name: str | Path) -> nn.Module:
     return vae
 
 
+def from_unit_range(vae: nn.Module) -> nn.Module:
+    """An AutoencoderKL that was used with pixels in [0, 1], changed in place to the same one for pixels in [-1, 1].
+
+    It decodes exactly the same images. It encodes them with small differences at the border, where the first
+    convolution pads with zeros: black before, gray now.
+    """
+    first, last = vae.encoder.conv_in, vae.decoder.conv_out
+    with torch.no_grad():
+        first.bias += first.weight.sum((1, 2, 3)) / 2  # x = (pixel + 1) / 2
+        first.weight /= 2
+        last.weight *= 2
+        last.bias.mul_(2).sub_(1)
+    return vae
+
+
 def fingerprint(vae: nn.Module) -> str:
     """SHA-256 of the config entries that matter and the weights as little-endian fp32, sorted by name."""
-    if type(vae).__name__ == "AutoencoderKL":
+    if isinstance(vae, Pixels):
+        config = {"pixels": 1}
+    elif type(vae).__name__ == "AutoencoderKL":
         config = {key: getattr(vae.config, key, None) for key in FINGERPRINTED}
         found = {key: getattr(vae.config, key, None) for key in ("latents_mean", "latents_std")}
         config |= {key: value for key, value in found.items() if value is not None}

@@ -17,6 +17,7 @@ import torch
 
 from fastdit.data.add_features import PRECISIONS, add_features, check_same_images, check_space, feature_bytes
 from fastdit.data.archives import open_images
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.encode import extract_share
 from fastdit.data.features import FEATURE_DTYPES, Encoder
 from fastdit.data.images import Size, parse_size, width_height
@@ -53,8 +54,9 @@ def extract_features(
 ) -> Manifest:
     """Writes shards to `out` with the moments of each image in `images` (see `open_images`) and of its mirror image.
 
-    `vae`: a folder or a hub name; it computes in `precision` (None: bfloat16 on a GPU, float32 on a CPU), and the
-    moments are stored as `dtype`. `image_size`: the side of a square or (width, height), also as text: "512x256".
+    `vae`: a folder, a hub name, or "none": the latents are the pixels. It computes in `precision` (None: bfloat16 on a
+    GPU, float32 on a CPU), and the moments are stored as `dtype`. `image_size`: the side of a square or (width,
+    height), also as text: "512x256".
     `compile`: the encoder, with torch.compile (None: on a GPU, for many images). `adm_exact`: see `read_image`.
     `workers`: decoding threads of this process (None: its share of the cores). `ranks`: this process among those that
     share the work (None: a single process, on a GPU if there is one); all must see the same `out`. The images are
@@ -73,7 +75,10 @@ def extract_features(
     on_gpu = ranks.device.type == "cuda"
     adds = encoder is not None and not overwrite and (Path(out) / "manifest.json").is_file()
     out, image_size = Path(out).resolve() if adds else check_out(out, overwrite), parse_size(image_size)
-    precision = precision or ("bfloat16" if on_gpu and has_bfloat16(ranks.device) else "float32")
+    pixels = str(vae) == NO_VAE
+    if pixels and precision not in (None, "float32"):
+        raise ValueError(f"precision={precision} is that of an autoencoder, and vae={vae} has none; leave it out")
+    precision = precision or ("bfloat16" if on_gpu and not pixels and has_bfloat16(ranks.device) else "float32")
     workers = workers if workers is not None else cores_per_process()
     check(dtype, DTYPES, "dtype")
     check(precision, PRECISIONS, "precision")
@@ -93,7 +98,7 @@ def extract_features(
     exact = LatentCodec.load(vae, torch.float32, ranks.device)
     exact.check_image_size(*width_height(image_size))
     codec = exact if precision == "float32" else copy.deepcopy(exact).to(PRECISIONS[precision])
-    compile = on_gpu and len(source) >= WORTH_COMPILING if compile is None else compile
+    compile = not pixels and (on_gpu and len(source) >= WORTH_COMPILING if compile is None else compile)
     latents = replace(exact.spec(image_size), precision=precision)
     about = Manifest(latents, dtype, source.class_names, images=len(source), source=source.kind)
     settings = {

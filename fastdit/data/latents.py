@@ -1,4 +1,4 @@
-"""Pixels <-> moments <-> latents through a diffusers autoencoder.
+"""Pixels <-> moments <-> latents through a diffusers autoencoder, or without one.
 
 "Moments" are the posterior's mean and standard deviation, unscaled. A latent is
 x_0 = (mean + std * noise - shift) * scale.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit.data.autoencoders import fingerprint, load_autoencoder
+from fastdit.data.autoencoders import NO_VAE, fingerprint, load_autoencoder
 from fastdit.data.images import Size, width_height
 
 PerChannel = float | tuple[float, ...]  # one value for all channels of the latents, or one for each
@@ -28,7 +28,7 @@ class LatentSpec:
     shape: tuple[int, int, int]  # (C, h, w)
     scale: PerChannel
     shift: PerChannel
-    vae: str  # the autoencoder's folder or hub name
+    vae: str  # the autoencoder's folder or hub name, or NO_VAE
     codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
     image_size: Size  # pixels per side of a square, or (width, height)
     precision: str = ""  # in which the autoencoder encoded them; "" if unknown
@@ -58,11 +58,18 @@ class LatentSpec:
         return cls((channels, height, width), **others)
 
     @property
+    def are_pixels(self) -> bool:
+        return self.vae == NO_VAE
+
+    @property
     def scaling(self) -> str:
         """The scale in words: `0.18215`, or `0.31 to 0.52 by channel`."""
-        if isinstance(self.scale, tuple):
-            return f"{min(self.scale):g} to {max(self.scale):g} by channel"
-        return f"{self.scale:g}"
+        return in_words(self.scale)
+
+    @property
+    def shifting(self) -> str:
+        """The shift in words, likewise."""
+        return in_words(self.shift)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -89,6 +96,10 @@ class LatentSpec:
             )
 
 
+def in_words(value: PerChannel) -> str:
+    return f"{min(value):g} to {max(value):g} by channel" if isinstance(value, tuple) else f"{value:g}"
+
+
 def sample_latents(moments: Tensor, noise: Tensor, scale: PerChannel, shift: PerChannel = 0.0) -> Tensor:
     """x_0 (N, C, h, w) = (mean + std * noise - shift) * scale from moments (N, 2C, h, w) and standard normal noise."""
     mean, std = moments.chunk(2, dim=1)
@@ -109,10 +120,12 @@ def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel) -> list[
     """What is wrong with the scale or shift of latents, given the mean and deviation of each scaled channel (C,)."""
     lines, overall = [], float(np.sqrt((std**2).mean()))
     if not 0.5 <= overall <= 2 or not (std <= 4).all():
-        remedy = "see its latents_mean and latents_std" if isinstance(scale, tuple) else f"use {scale / overall:.3g}"
+        one = not isinstance(scale, tuple)
+        remedy = f"use {scale / overall:.3g}" if one else "see its latents_mean and latents_std"
         lines.append(
             f"the standard deviations of the scaled latents are {_rounded(std)}, far from the 1 that diffusion "
-            f"assumes: scale={scale if isinstance(scale, tuple) else f'{scale:g}'} is wrong; {remedy}"
+            f"assumes: scale={f'{scale:g}' if one else scale} is wrong; {remedy}, or set "
+            "data.normalize=channel"
         )
     if (np.abs(mean) > 3).any():
         lines.append(f"the means of the scaled latents are {_rounded(mean)}, far from 0; a shift is missing")
@@ -124,7 +137,7 @@ def _rounded(values: np.ndarray) -> str:
 
 
 class LatentCodec:
-    """A frozen AutoencoderKL or AutoencoderDC: `encode` returns moments, `decode` takes scaled latents.
+    """A frozen AutoencoderKL, AutoencoderDC or `Pixels`: `encode` returns moments, `decode` takes scaled latents.
 
     `scale`, `shift`: see `sample_latents`; of each channel where the autoencoder has latents_std and latents_mean.
     `downsample`: image side / latent side. `channels`: C. `fingerprint`: identifies the autoencoder independently of
@@ -150,9 +163,13 @@ class LatentCodec:
     def load(
         cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "LatentCodec":
-        """Loads a folder or a hub name; see `load_autoencoder`. ValueError if it does not encode and decode images."""
+        """The codec of a folder, a hub name or NO_VAE; see `load_autoencoder`.
+
+        ValueError if it does not encode and decode images.
+        """
         vae = load_autoencoder(name)
-        where = Path(name).resolve() if Path(name).is_dir() else name  # it is used from other folders, too
+        local = str(name) != NO_VAE and Path(name).is_dir()
+        where = Path(name).resolve() if local else name  # it is used from other folders, too
         try:  # diffusers accepts any settings
             codec = cls(vae, str(where))
             side = 2 * codec.downsample  # a group norm of one channel needs more than one pixel
@@ -203,7 +220,7 @@ class LatentCodec:
         """Pixels (N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w), float32 and unscaled: mean, then std."""
         self.check_image_size(*pixels.shape[-2:])
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
-        if not hasattr(encoded, "latent_dist"):  # AutoencoderDC's is a point
+        if not hasattr(encoded, "latent_dist"):  # that of AutoencoderDC and Pixels is a point
             mean = encoded.latent.float()
             return torch.cat([mean, torch.zeros_like(mean)], dim=1)
         posterior = encoded.latent_dist

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdit.data.features import FeatureManifest, is_finite, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
+from fastdit.data.synthetic import Synthetic
 
 HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
@@ -56,15 +57,18 @@ def latent_batches(
     Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
     choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
     With `features`, batches have those of the same images. Raises a ValueError immediately if latents or features are
-    missing, do not belong together or are fewer than `global_batch`, and during iteration if `verify` is set and a
-    sample's bytes do not match its crc32.
+    missing, do not belong together or are fewer than `global_batch`, or if `hflip` is set and there are no mirror
+    images; and during iteration if `verify` is set and a sample's bytes do not match its crc32.
     """
-    manifest.check(global_batch=global_batch)
+    manifest.check(global_batch=global_batch, hflip=hflip)
     if features is not None:
         features.check(manifest)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
-    reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
+    if isinstance(manifest, Synthetic):
+        reader = _Generator(manifest, global_batch, rows, pin_memory)
+    else:
+        reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
     return read_ahead(reader, start_step, prefetch)
 
 
@@ -223,9 +227,29 @@ class _Reader:
             reader.close()
 
 
+class _Generator:
+    """Makes batches of generated latents. There is nothing to shuffle or to mirror: all images are random alike."""
+
+    def __init__(self, manifest: Synthetic, global_batch: int, rows: slice, pin_memory: bool):
+        self.manifest, self.global_batch, self.rows, self.pin_memory = manifest, global_batch, rows, pin_memory
+
+    def batch(self, step: int) -> Batch:
+        keys = self.manifest.keys(step * self.global_batch, self.global_batch)[self.rows]
+        tensors = map(torch.from_numpy, (self.manifest.moments(keys), self.manifest.labels(keys)))
+        return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
+
+    def close(self) -> None:
+        pass
+
+
 def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -> Tensor:
-    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index, or of the mirror images; without damaged ones."""
-    reader = ShardReader(manifest)
+    """Moments (n, 2C, h, w) float32, unscaled, of rows of the index; without damaged ones.
+
+    `mirrored`: those of the mirror images, if there are any.
+    """
+    if isinstance(manifest, Synthetic):
+        return torch.from_numpy(manifest.moments(rows["key"], mirrored))
+    reader, mirrored = ShardReader(manifest), mirrored and manifest.orientations == 2
     array = np.empty((len(rows), *moments_shape(manifest)), DTYPES[manifest.dtype])
     try:
         good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
@@ -236,6 +260,8 @@ def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -
 
 def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:
     """The keys of the samples in the global batch of a step, in its order."""
+    if isinstance(manifest, Synthetic):
+        return manifest.keys(step * global_batch, global_batch).tolist()
     index = manifest.index()
     epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
     orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
@@ -249,6 +275,8 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
     """
     if not fraction:
         return manifest, None
+    if isinstance(manifest, Synthetic):
+        return manifest, manifest.others(fraction)
     held_out = held_out_rows(manifest.index()["key"], fraction)
     train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
     if not len(rest) or not len(train):

@@ -1,6 +1,7 @@
 """The manifest of a folder of latent shards.
 
 <folder>/shard-00000.tar   <key>.moments.npy (2, 2C, h, w): mean and std of the image and of its mirror image; <key>.cls
+                           imported latents may lack mirror images: (1, 2C, h, w), "orientations": 1
 <folder>/index.npy         one SAMPLE row per image: shard, byte offset of the array, one crc32 per orientation, ...
 <folder>/manifest.json     the kind of latents, the codec that encoded them, the shards with their sizes and SHA-256
 <folder>/skipped.txt       the images that could not be read, with the reason
@@ -141,6 +142,7 @@ class Manifest(ShardFolder):
     class_names: tuple[str, ...]  # () of images without classes, whose labels are all 0
     images: int  # in the source, including skipped ones
     source: str = ""  # its kind
+    orientations: int = 2  # of each image: 1 of imported latents without those of the mirror images
     skipped: int = 0
     counts: dict[str, int] = field(default_factory=dict)  # how many images were turned, put on white, ...
     class_counts: tuple[int, ...] = ()
@@ -157,7 +159,14 @@ class Manifest(ShardFolder):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format."""
+        """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format.
+
+        "synthetic:..." in place of a folder describes generated latents (synthetic.py).
+        """
+        if str(folder).startswith("synthetic:"):
+            from fastdit.data.synthetic import synthetic  # a kind of Manifest
+
+            return synthetic(folder)
         stored = stored_manifest(folder, "write latents there with extract_features.py")
         try:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
@@ -166,6 +175,7 @@ class Manifest(ShardFolder):
             latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
             manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=Path(folder), rows=None)
             check(manifest.dtype, DTYPES, "dtype")
+            check(manifest.orientations, (1, 2), "orientations")
             manifest.check_names()
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise ValueError(damaged_manifest(folder, error)) from None
@@ -208,10 +218,12 @@ class Manifest(ShardFolder):
         num_classes: int | None = None,
         codec: str | None = None,
         global_batch: int | None = None,
+        hflip: bool = False,
     ) -> None:
         """Raises a ValueError if the latents do not match the settings (None: not checked) or a shard is incomplete.
 
         `num_classes=0` (unconditional) matches any labels. `codec` is the autoencoder's LatentCodec.fingerprint.
+        `hflip` needs the latents of the mirror images: a mirrored latent is not the latent of the mirrored image.
         """
         own = self.latents
         if image_size is not None and image_size != own.image_size:
@@ -228,7 +240,7 @@ class Manifest(ShardFolder):
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
-        if codec is not None and codec != own.codec:
+        if codec is not None and codec != own.codec != "":
             raise ValueError(
                 f"the vae (fingerprint {codec[:12]}) is not the one that encoded the latents in {self.folder}: "
                 f"{own.vae} ({own.codec[:12]}); use that one or extract again"
@@ -237,7 +249,12 @@ class Manifest(ShardFolder):
             raise ValueError(
                 f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
             )
-        one = 4 * math.prod(own.shape) * DTYPES[self.dtype].itemsize  # mean and std of both orientations
+        if hflip and self.orientations == 1:
+            raise ValueError(
+                f"data.hflip=True, but {self.folder} has no latents of mirror images, and a mirrored latent is not the "
+                "latent of a mirrored image; set data.hflip=false"
+            )
+        one = 2 * self.orientations * math.prod(own.shape) * DTYPES[self.dtype].itemsize  # mean and std
         self.check_files(one, f"latent_shape={list(own.shape)}")
 
     def scale_remarks(self) -> list[str]:

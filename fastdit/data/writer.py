@@ -71,12 +71,13 @@ class TarWriter:
         self.tar = tarfile.open(self.writing, "w", format=tarfile.USTAR_FORMAT)
 
     def store(self, key: int, array: np.ndarray, label: int) -> None:
-        """Appends the array (2, ...) of an image and its mirror image."""
+        """Appends the array (2, ...) of an image and its mirror image, or (1, ...) without the mirror image."""
         file = io.BytesIO()
         np.save(file, array)
         offset = self._append(f"{key:09d}.{self.kind}.npy", file.getvalue()) + file.tell() - array.nbytes
         self._append(f"{key:09d}.cls", str(label).encode())
-        self.rows.append((self.number, offset, [zlib.crc32(view) for view in array], int(key), int(label)))
+        checks = [zlib.crc32(view) for view in array]  # of one orientation, the index has it twice
+        self.rows.append((self.number, offset, [checks[0], checks[-1]], int(key), int(label)))
 
     def _append(self, name: str, data: bytes) -> int:
         """Writes one tar member; returns the offset of its data."""
@@ -107,7 +108,7 @@ class ShardWriter(TarWriter):
         self.dtype = DTYPES[dtype]
 
     def add(self, key: int, moments: np.ndarray, label: int) -> None:
-        """Appends the moments (2, 2C, h, w) of an image and its mirror image; ValueError if they overflow the dtype."""
+        """Appends the moments (2 or 1, 2C, h, w) as `store` does; ValueError if they overflow the dtype."""
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(moments, dtype=self.dtype)
         if not np.isfinite(array).all():
@@ -116,7 +117,7 @@ class ShardWriter(TarWriter):
                 "extract with --dtype float32 and --precision float32"
             )
         self.store(key, array, label)
-        mean, std = np.split(array.astype(np.float64), 2, axis=1)  # (2, C, h, w) each
+        mean, std = np.split(array.astype(np.float64), 2, axis=1)  # (2 or 1, C, h, w) each
         # (3, C): mean, mean^2 and variance
         self.sums = self.sums + np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
 
@@ -192,7 +193,10 @@ def write_shards(
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes pairs of moments (2, 2C, h, w) and label, in a single process; `about` describes them. See `check_out`."""
+    """Writes pairs of moments (orientations, 2C, h, w) and label, in a single process; `about` describes them.
+
+    See `check_out`.
+    """
     out = check_out(out, overwrite)
     partial = prepare(out)
     parts: list[dict[str, Any]] = []

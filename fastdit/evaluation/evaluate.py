@@ -85,9 +85,10 @@ def measure(
     metrics: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """On the main process: protocol, subject, values, real, left_out, environment; {} on the others. A collective call.
+    """On the main process: protocol, subject, distance, values, real, left_out, environment, remarks; {} elsewhere.
 
-    The processes share the images, which only the extractor resizes. Without `metrics`: those that these images allow.
+    A collective call. The processes share the images, which only the extractor resizes. Without `metrics`: those that
+    these images allow.
     """
     values, digest = extract(images, extractor, ranks)
     if not ranks.is_main:
@@ -103,7 +104,7 @@ def measure(
             if metrics:
                 raise ValueError(f"--metrics={name}: {error}") from None
             left_out[name] = str(error)
-    return {
+    result = {
         "protocol": stamp(images, reference.about, extractor, seed) | {"metrics": {n: defaults(n) for n in kept}},
         "subject": {"samples": str(images.path), "samples_sha256": digest, **subject(images)},
         "distance": extractor.distance,
@@ -112,6 +113,7 @@ def measure(
         "left_out": left_out,
         "environment": made_on(ranks.device),
     }
+    return result | {"remarks": remarks(result)}
 
 
 def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.ndarray, str]:

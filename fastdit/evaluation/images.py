@@ -77,6 +77,15 @@ def open_set(
     return _folder(path, key, image_size)
 
 
+def check_crop(image_size: str | None, *paths: str | Path) -> None:
+    """ValueError where --image-size would change none of the images at these paths."""
+    files = [path for path in map(Path, paths) if path.exists()]
+    fixed = [p for p in files if p.suffix == ".npz" or is_run(p) or is_shards(p) or (p / SAMPLING).is_file()]
+    if image_size and len(fixed) == len(paths):
+        raise ValueError(f"--image-size={image_size} center-crops folders and archives of images only, so it changes "
+                         f"nothing for {' and '.join(map(str, fixed))}; leave it out")  # fmt: skip
+
+
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a run or a checkpoint."""
     return (Path(path) / "checkpoints").is_dir() or (Path(path) / "checkpoint.json").is_file()
@@ -133,6 +142,7 @@ def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
     manifest.check()
     index, spec = manifest.index(), manifest.latents
     codec = LatentCodec.load(spec.vae, device=device)
+    codec.take_scale_of(spec)
     spec.check(codec.spec(spec.image_size, spec.shape), f"{key}={path}", f"vae={spec.vae}")
 
     def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:

@@ -9,10 +9,12 @@ from PIL import Image
 
 from fastdit.data.loader import permutation
 from fastdit.distributed import Ranks
-from fastdit.evaluation.images import is_shards, open_set
+from fastdit.evaluation.features import FEATURES
+from fastdit.evaluation.images import check_crop, is_shards, open_set
 from fastdit.evaluation.neighbors import QUANTILE, RESAMPLES, memorized, nearest
 from fastdit.evaluation.protocol import made_on, stamp, subject
 from fastdit.evaluation.spaces import FeatureSpace, LatentSpace, pictures_of
+from fastdit.registry import check
 from fastdit.sheets import labelled
 
 LEAST = 1000  # training images whose own neighbors are the yardstick without held-out images, if there are as many
@@ -42,9 +44,12 @@ def neighbors(
     """
     if k < 1 or rows < 1:
         raise ValueError(f"-k {k} and --rows={rows} must be 1 or more")
+    if features:
+        check(features.partition("=")[0], ["latents", *FEATURES], "--features")
     features = features or ("latents" if is_shards(reference) else "efficientnet-lite0")
     if vae and features != "latents":
         raise ValueError(f"--vae={vae} is for --features latents; leave it out")
+    check_crop(image_size, samples)  # training images are cropped to the size of the samples
     images = open_set(samples, "SAMPLES", image_size)
     space = (LatentSpace(reference, images.size, ranks, vae) if features == "latents"
              else FeatureSpace(features, reference, images.size, ranks))  # fmt: skip

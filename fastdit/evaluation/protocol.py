@@ -68,7 +68,11 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if "decoded_by" in protocol["reference"]:
         lines.append("note: --reference was decoded from latents, so the distance leaves out the autoencoder's own "
                      "error; give the images themselves to include it")  # fmt: skip
-    dim = protocol["features_dim"]
+    dim, count = protocol["features_dim"], protocol["num_images"]
+    if rough("frechet_infinity", result):
+        part = "still has a part of the bias and is too large; its error leaves that out" if count < dim else (
+            "is rough, because the bias is not linear in 1/N")  # fmt: skip
+        lines.append(f"note: with {count} images of {dim} features, frechet_infinity {part}; use {4 * dim} or more")
     for name, count in (("SAMPLES", protocol["num_images"]), ("--reference", protocol["reference"]["images"])):
         if 0 < count <= dim:
             lines.append(f"warning: {name}: {count} images are too few for a covariance of {dim} features; compare at "
@@ -86,19 +90,24 @@ def defaults(name: str) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The values of a result in a few lines."""
-    values, protocol, real = result["values"], result["protocol"], result["real"]
+    values, protocol = result["values"], result["protocol"]
     known = protocol["reference"]["images"] or "an unknown number"
     lines = [f"{protocol['num_images']} images, {known} in the reference"]
     if "frechet" in values:
-        lines.append(f"{result['distance']:<26}{number('frechet', values)}")
-    if real:
-        counts = f"{real['num_images']} against {real['reference_images']} images"
-        lines.append(f"{'real against real':<26}{real['frechet']:.4f} ({counts})")
+        lines.append(f"{result['distance']:<26}{shown('frechet', result)}")
+    if result["real"]:
+        lines.append(f"{'real against real':<26}{real_distance(result)}")
     for name, words in (("frechet_infinity", "... for infinitely many"), ("kid", "KID")):
         if name in values:
-            lines.append(f"{words:<26}{number(name, values)} +- {number(f'{name}_error', values)}")
+            lines.append(f"{words:<26}{shown(name, result)}")
     rest = [key for key in values if not key.startswith(("frechet", "kid"))]
     return "\n".join(lines + [f"{title(key, result):<26}{number(key, values)}" for key in rest])
+
+
+def in_a_line(result: dict[str, Any]) -> str:
+    """The values of a result, for a log."""
+    parts = [f"{title(key, result)} {shown(key, result)}" for key in result["values"] if not key.endswith("_error")]
+    return ", ".join(parts + [f"real against real {real_distance(result)}"] * bool(result["real"]))
 
 
 def title(key: str, result: dict[str, Any]) -> str:
@@ -108,6 +117,26 @@ def title(key: str, result: dict[str, Any]) -> str:
 
 def number(key: str, values: dict[str, float]) -> str:
     return f"{values[key]:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+
+
+def shown(key: str, result: dict[str, Any]) -> str:
+    """A value with its standard error, where it has one."""
+    values, error = result["values"], f"{key}_error"
+    text = number(key, values) + (f" +- {number(error, values)}" if error in values else "")
+    return text + (" (rough)" if rough(key, result) else "")
+
+
+def real_distance(result: dict[str, Any]) -> str:
+    """Of one half of the real images to the other."""
+    real = result["real"]
+    return f"{number('frechet', real)} ({real['num_images']} against {real['reference_images']} images)"
+
+
+def rough(key: str, result: dict[str, Any]) -> bool:
+    """Whether the images are too few for this value."""
+    if key != "frechet_infinity" or key not in result["values"]:
+        return False
+    return formulas.is_rough(result["protocol"].get("num_images", 0), result["protocol"].get("features_dim", 0))
 
 
 def compare(a: str | Path, b: str | Path) -> str:
@@ -120,7 +149,7 @@ def compare(a: str | Path, b: str | Path) -> str:
     flat = []
     for result in results:
         protocol = result["protocol"] | {"metrics": {name: result["protocol"]["metrics"][name] for name in common}}
-        flat.append(dict(_flat(protocol)))
+        flat.append(settings_of(protocol))
     names = sorted({*flat[0], *flat[1]})
     unlike = [f"{n}={flat[0].get(n)} and {flat[1].get(n)}" for n in names if flat[0].get(n) != flat[1].get(n)]
     if unlike:
@@ -129,8 +158,8 @@ def compare(a: str | Path, b: str | Path) -> str:
     for key in ("samples", "sha256"):
         rows.append([key, *(str(result["subject"].get(key)) for result in results)])
     for key in results[0]["values"]:
-        if key in results[1]["values"]:
-            rows.append([title(key, results[0]), *(number(key, result["values"]) for result in results)])
+        if key in results[1]["values"] and not key.endswith("_error"):
+            rows.append([title(key, results[0]), *(shown(key, result) for result in results)])
     if all(result["real"] for result in results):
         rows.append(["real against real", *(number("frechet", result["real"]) for result in results)])
     return aligned(rows)
@@ -152,11 +181,11 @@ def find_result(
     path: str | Path, images: ImageSet, reference: dict, extractor: Extractor, seed: int, metrics: Iterable[str]
 ) -> dict[str, Any] | None:
     """The result in a file of JSON lines that the same measurement of the same weights gave, if it is there."""
-    wanted, weights = stamp(images, reference, extractor, seed), subject(images)["sha256"]
+    wanted, weights = settings_of(stamp(images, reference, extractor, seed)), subject(images)["sha256"]
     for line in read_text(Path(path)).splitlines() if Path(path).is_file() else ():
         try:
             result = json.loads(line)
-            same = {k: v for k, v in result["protocol"].items() if k != "metrics"} == wanted
+            same = settings_of({k: v for k, v in result["protocol"].items() if k != "metrics"}) == wanted
             tried = result["protocol"]["metrics"].keys() | result["left_out"].keys()
             if same and result["subject"]["sha256"] == weights and set(metrics) <= tried:
                 return result
@@ -169,7 +198,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """The last result in a file of JSON lines."""
     if not Path(path).is_file():
         raise ValueError(f"--compare: {path} does not exist; write it with fastdit evaluate --out {path}")
-    lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+    try:
+        lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+    except ValueError:
+        raise ValueError(f"--compare: {path} is not a text file; give files of JSON lines that fastdit evaluate --out "
+                         "wrote, not samples or a reference") from None  # fmt: skip
     try:
         result = json.loads(lines[-1])
         shapes = all(isinstance(result[key], dict) for key in ("protocol", "subject", "values"))
@@ -179,6 +212,14 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--compare: {path} has no result in its last line; write it with fastdit evaluate "
                          f"--out {path}") from None  # fmt: skip
     return result
+
+
+def settings_of(protocol: dict) -> dict[str, Any]:
+    """By dotted key, without the path of weak weights, whose hash is there as well."""
+    settings = dict(_flat(protocol))
+    if "samples.weak_sha256" in settings:
+        settings.pop("samples.sampling.weak_checkpoint", None)
+    return settings
 
 
 def _flat(tree: dict, prefix: str = ""):

@@ -71,6 +71,7 @@ class LatentSpace:
         self.ranks, self.size, self.manifest = ranks, size, load_shards(reference, "--reference", size)
         self.index, self.spec = self.manifest.index(), self.manifest.latents
         self.codec = LatentCodec.load(vae or self.spec.vae, device=ranks.device)
+        self.codec.take_scale_of(self.spec)
         made = self.codec.spec(self.spec.image_size, self.spec.shape)
         self.spec.check(made, f"--reference={reference}", f"vae={self.codec.name}")
         self.hash, self.about = self.codec.fingerprint, about_shards(self.manifest)

@@ -23,12 +23,14 @@ from fastdit.models.layers import NORMS, Attention, CrossAttention, Linear, Mlp,
 
 BLOCKS = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}  # modulation vectors per branch
 
-# a branch output (N, T, D) that is not yet added to the residual, its gate (N, D), its bias (D,)
+# a branch output (N, T, D) that is not yet added to the residual, its gate (N, D) or (N, T, D), its bias (D,)
 Pending = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class DiTBlock(nn.Module):
     """One transformer block over (N, T, D); the condition c is (N, D), tokens (N, K, D) to attend to, or None.
+
+    In the decoder of a DDT, c is (N, T, D): each token has its own modulation vectors.
 
     One fused op adds a branch to the residual, then normalizes and modulates the input of the next branch. A block
     therefore returns its MLP branch as `pending`, and the next block or the final layer adds it.
@@ -78,7 +80,7 @@ class DiTBlock(nn.Module):
         return x, (h, gate, None if bias is None else bias.clone())
 
     def _vectors(self, c: Tensor | None, n: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Shift, scale and gate (N, D) of each branch; a gate of None means 1."""
+        """Shift, scale and gate (N, D), or (N, T, D), of each branch; a gate of None means 1."""
         if self.modulations == 0:
             return [(*learned_shift_and_scale(norm, n), None) for norm in self.norms]
         vectors = (c if self.joint else self.adaLN_modulation(c)).chunk(2 * self.modulations, dim=-1)
@@ -108,6 +110,12 @@ def add_and_modulate(
     x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: str = "layer", linear: Linear | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return r = x + gate (branch + bias) and norm(r) (1 + scale) + shift, both (N, T, D), the second for `linear`."""
+    if shift.ndim == 3:  # vectors (N, T, D): the ops see each token as a sample of its own
+        if pending is not None:
+            branch, gate, bias = pending
+            pending = alone(branch), None if gate is None else gate.flatten(0, 1), bias
+        r, h = add_and_modulate(alone(x), pending, shift.flatten(0, 1), scale.flatten(0, 1), norm)
+        return r.view_as(x), h.view_as(x)
     if pending is None:
         return x, adaln(x, shift, scale, norm=norm)
     branch, gate, bias = pending
@@ -116,6 +124,11 @@ def add_and_modulate(
     if linear is not None and linear.after_norm is not None:
         return linear.after_norm(linear, x, branch, gate, shift, scale, bias, norm)
     return gate_residual_adaln(x, branch, gate, shift, scale, bias, norm=norm)
+
+
+def alone(x: Tensor) -> Tensor:
+    """(N, T, D) -> (N T, 1, D)"""
+    return x.reshape(-1, 1, x.shape[-1])
 
 
 class FinalLayer(nn.Module):

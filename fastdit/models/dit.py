@@ -58,7 +58,12 @@ class DiT(nn.Module):
         head_dim = hidden_size // num_heads
         check(attention, ATTENTION, "model.attention")
         options = NetworkOptions(**options)
-        position, registers = options.position, options.registers
+        position, registers, decoder = options.position, options.registers, options.decoder_blocks
+        if decoder and not BLOCKS[options.block]:
+            raise ValueError(f"model.decoder_blocks={decoder} modulates each token, but block={options.block!r} has no "
+                             "modulations; use adaln_zero or adaln, or decoder_blocks=0")  # fmt: skip
+        if decoder >= depth:
+            raise ValueError(f"model.decoder_blocks={decoder} leaves none of {depth} blocks for the encoder; use fewer")
         if "rope" in position and head_dim % 4:
             raise ValueError(
                 f"model.position={position!r} rotates pairs along two axes and needs head_dim to be a multiple of 4, "
@@ -75,7 +80,9 @@ class DiT(nn.Module):
         in_context = (2 if num_classes else 1) if options.block == "in_context" else 0  # tokens for time and label
         self.tokens = self.patches + registers + in_context  # sequence length in the blocks
 
+        self.encoder_blocks = depth - decoder  # the number of blocks before the decoder, if there is one
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.decoder_embedder = PatchEmbed(patch_size, in_channels, hidden_size) if decoder else None
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_row=class_dropout > 0)
@@ -102,9 +109,10 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        patch_weight = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as a linear
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedder in (self.x_embedder, *([self.decoder_embedder] if self.decoder_embedder else [])):
+            patch_weight = embedder.proj.weight
+            nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as a linear
+            nn.init.zeros_(embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         if self.num_classes:
@@ -121,25 +129,25 @@ class DiT(nn.Module):
         keys = [None] * len(self.blocks)
         if self.options.dropout and self.training:
             keys = dropout_keys(x, len(self.blocks), 3)  # at most three branches per block
-        c = self.condition(t, y)
-        x = self.x_embedder(x)  # (N, T, D), T = (H / p)(W / p)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
+        x_t, time = x, self.t_embedder(t)
+        c, tokens = self.condition(time, y), None
         if self.options.block == "in_context":
-            x, c = torch.cat([x, c], dim=1), None
-        if self.registers is not None:
-            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
-        x = x.to(self.residual_dtype or self.x_embedder.proj.weight.dtype)
+            c, tokens = None, c
+        x = self.embed(self.x_embedder, x_t, tokens)
         pending = None  # the previous block's MLP branch, not yet added to the residual x
         rope = None if self.rope is None else tuple(self.rope)
-        conditions = self.joint_modulations(c) if self.blocks[0].joint else [c] * len(self.blocks)
+        conditions = list(self.joint_modulations(c)) if self.blocks[0].joint else [c] * self.encoder_blocks
         route, extra = self.route, self.tokens - self.patches
-        for number, (block, key, condition) in enumerate(zip(self.blocks, keys, conditions, strict=True), 1):
+        for number, (block, key) in enumerate(zip(self.blocks, keys, strict=True), 1):
+            if number == self.encoder_blocks + 1:  # the decoder sees x_t, and the encoder's output as its condition
+                c = settled(x, pending) + time[:, None]  # (N, tokens, D)
+                x, pending = self.embed(self.decoder_embedder, x_t), None
+                conditions += [c] * self.options.decoder_blocks
             on_route = route is not None and route.first < number <= route.last
             if on_route and number == route.first + 1:
                 whole = settled(x, pending)
                 x, pending = route.enter(whole), None
-            x, pending = block(x, pending, condition, route.rotations(rope) if on_route else rope, key)
+            x, pending = block(x, pending, conditions[number - 1], route.rotations(rope) if on_route else rope, key)
             if on_route and number == route.last:
                 x, pending, on_route = route.leave(whole, settled(x, pending)), None, False
             for name, tap in self.taps.items():
@@ -148,28 +156,39 @@ class DiT(nn.Module):
                     kept = route.kept[:, : tokens.shape[1] - extra] if on_route else None
                     self.tapped[name] = Tapped(tap(tokens[:, : tokens.shape[1] - extra]), kept)
         if extra:  # drop them
-            x = x[:, : self.patches]
+            x, c = x[:, : self.patches], c[:, : self.patches] if self.options.decoder_blocks else c
             if pending is not None:
-                branch, *gate_and_bias = pending
-                pending = branch[:, : self.patches], *gate_and_bias
+                branch, gate, bias = pending
+                gate = gate[:, : self.patches] if gate is not None and gate.ndim == 3 else gate
+                pending = branch[:, : self.patches], gate, bias
         return self.unpatchify(self.final_layer(x, pending, c))
 
-    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Embeddings of time and label: their sum (N, D) for adaLN blocks, else tokens (N, 1 or 2, D)."""
-        c = self.t_embedder(t)
+    def embed(self, embedder: PatchEmbed, x_t: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Latents (N, C, H, W) -> (N, tokens, D): patches with their positions, further `tokens`, registers."""
+        x = embedder(x_t)  # (N, T, D), T = (H / p)(W / p)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if tokens is not None:
+            x = torch.cat([x, tokens], dim=1)
+        if self.registers is not None:
+            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
+        return x.to(self.residual_dtype or embedder.proj.weight.dtype)
+
+    def condition(self, time: Tensor, y: Tensor | None) -> Tensor:
+        """Embedded time (N, D) with the label's embedding: their sum for adaLN blocks, else tokens (N, 1 or 2, D)."""
         if BLOCKS[self.options.block]:
-            return c + self.y_embedder(y) if self.num_classes else c
-        return torch.stack([c, self.y_embedder(y)] if self.num_classes else [c], dim=1)
+            return time + self.y_embedder(y) if self.num_classes else time
+        return torch.stack([time, self.y_embedder(y)] if self.num_classes else [time], dim=1)
 
     def joint_modulations(self, c: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of all blocks' adaLN_modulation on c (N, D), as one matmul."""
-        linears = [block.adaLN_modulation[1] for block in self.blocks]
+        """The outputs of the encoder blocks' adaLN_modulation on c (N, D), as one matmul; without a decoder, of all."""
+        linears = [block.adaLN_modulation[1] for block in self.blocks[: self.encoder_blocks]]
         device = c.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c.dtype
         # cast before concatenating: when compiled, both take the one pass over the weights that autocast needs anyway
         weight = torch.cat([linear.weight.to(dtype) for linear in linears])
         bias = torch.cat([linear.bias.to(dtype) for linear in linears])
-        return F.linear(F.silu(c), weight, bias).chunk(len(self.blocks), dim=-1)
+        return F.linear(F.silu(c), weight, bias).chunk(len(linears), dim=-1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, T, p p C) with channels fastest -> (N, C, H, W)."""
@@ -193,16 +212,23 @@ class DiT(nn.Module):
                     layer.backend = backend
 
     def join_modulations(self) -> None:
-        """Compute the modulations of all blocks in one matmul, for small batches; ValueError if there are none."""
+        """Compute the modulations of all blocks in one matmul, for small batches; ValueError if there are none.
+
+        Those of a decoder stay as they are: they have one row per token.
+        """
         if not BLOCKS[self.options.block]:
             raise ValueError(
                 f"training.joint_adaln=true needs modulations, but block={self.options.block!r} has none; use false"
             )
-        for block in self.blocks:
+        for block in self.blocks[: self.encoder_blocks]:
             block.joint = True
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
         """Compile each block with torch.compile. They share the code, so compiling takes seconds."""
+        if self.options.decoder_blocks:  # c has another rank there, and the compiler would make all its sizes dynamic
+            dynamic = False
+        # each kind of input has its own code: first block or another, on a route or not, in a decoder, of other sizes
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=dynamic)
         if self.blocks[0].joint:
@@ -221,16 +247,20 @@ class DiT(nn.Module):
         d, conditions = self.hidden_size, 2 if self.num_classes else 1
         mlp, cross = self.blocks[0].mlp, self.options.block == "cross_attention"
         total = 0
-        for tokens in lengths or [self.tokens] * len(self.blocks):
+        decoder = self.options.decoder_blocks  # its modulations are per token
+        for number, tokens in enumerate(lengths or [self.tokens] * len(self.blocks), 1):
             per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
             per_token += 2 * d * d + 2 * conditions * d if cross else 0
-            per_image = 2 * BLOCKS[self.options.block] * d * d + (conditions * 2 * d * d if cross else 0)
-            total += tokens * per_token + per_image
+            per_image = conditions * 2 * d * d if cross else 0
+            rows = tokens if number > self.encoder_blocks else 1
+            total += tokens * per_token + per_image + rows * 2 * BLOCKS[self.options.block] * d * d
         for tap in self.taps.values():
             weights = sum(p.numel() for p in tap.parameters() if p.ndim > 1)
             total += weights * min(lengths[tap.block - 1] if lengths else self.tokens, self.patches)
-        ends = self.patches * d * (self.in_channels + self.out_channels) * self.patch_size**2  # embedding and head
-        ends += 256 * d + d * d + (2 * d * d if BLOCKS[self.options.block] else 0)  # time embedding; final modulation
+        channels = self.in_channels * (2 if decoder else 1) + self.out_channels
+        ends = self.patches * d * channels * self.patch_size**2  # embeddings and head
+        rows = self.patches if decoder else 1
+        ends += 256 * d + d * d + (rows * 2 * d * d if BLOCKS[self.options.block] else 0)  # time; final modulation
         return 2 * (total + ends)
 
 

@@ -18,7 +18,10 @@ def settled(x: Tensor, pending: Pending | None) -> Tensor:
     branch, gate, bias = pending
     wide = torch.promote_types(x.dtype, torch.float32)
     branch = branch.to(wide) if bias is None else branch.to(wide) + bias.to(wide)
-    return (x.to(wide) + (branch if gate is None else gate.to(wide)[:, None] * branch)).to(x.dtype)
+    if gate is not None:
+        gate = gate.to(wide)
+        branch = (gate if gate.ndim == 3 else gate[:, None]) * branch
+    return (x.to(wide) + branch).to(x.dtype)
 
 
 class Tapped(NamedTuple):

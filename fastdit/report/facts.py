@@ -127,7 +127,7 @@ def warnings(run: Run) -> list[str]:
                          f"{'first' if not best else f'{10 * best}% to {10 * best + 10}%'}.")  # fmt: skip
     if run.manifest and run.manifest.channel_std:
         std = math.sqrt(np.square(run.manifest.channel_std).mean() + np.var(run.manifest.channel_mean))
-        if not 0.7 < std < 1.4:
+        if not (0.7 < std < 1.4 or run.manifest.latents.are_pixels):
             found.append(f"The scaled latents have a standard deviation of {std:.2g}, not about 1: the autoencoder's "
                          f"scaling_factor {run.manifest.latents.scaling} does not fit these images. Noise levels and "
                          "samplers assume 1.")  # fmt: skip

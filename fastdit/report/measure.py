@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
+from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_moments
@@ -78,7 +79,7 @@ def measure_run(
     pipeline = model = None
     with noted(found.notes, "No samples"):
         vae = run.config.data.vae
-        local = Path(vae).is_dir() or (run.folder / VAE).is_dir()
+        local = vae == NO_VAE or Path(vae).is_dir() or (run.folder / VAE).is_dir()
         if budget_s < math.inf and not local and not try_to_load_from_cache(vae, "config.json"):  # no download now
             raise ValueError(f"data.vae={vae} is not on this machine; make them with fastdit report {run.folder}")
         pipeline = load_pipeline(last, overrides, weights=found.weights, device=device)

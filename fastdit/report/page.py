@@ -11,6 +11,7 @@ import numpy as np
 from fastdit import __version__
 from fastdit.data.images import size_text
 from fastdit.evaluation.loss import BINS, IMAGES
+from fastdit.evaluation.protocol import rough
 from fastdit.evaluation.protocol import title as title_of
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import Measured
@@ -139,8 +140,13 @@ def quality(run: Run) -> dict[tuple[str, str], str]:
             if not name.endswith("_error"):
                 error = f" ± {short(values[f'{name}_error'])}" if f"{name}_error" in values else ""
                 about = "the same samples" if figures and figures[-1][1] in (protocol(last), "the same samples") else ""
+                error += " (rough)" if rough(name, last) else ""
                 figures.append((title_of(name, {"distance": str(last.get("distance"))}), about or protocol(last),
                                 short(value) + error))  # fmt: skip
+        real = last.get("real")
+        if "frechet" in values and isinstance(real, dict) and isinstance(real.get("frechet"), float):
+            counts = f"{real.get('num_images')} against {real.get('reference_images')} images"
+            figures.append(("real against real", counts, short(real["frechet"])))
     return {(name, about): short(value) if isinstance(value, float) else str(value) for name, about, value in figures}
 
 
@@ -271,8 +277,9 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
         shape = " x ".join(map(str, run.manifest.latents.shape))
         classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
         rows["data"] = f"{len(run.manifest):,} images {classes} in {config.data.shards}"
-        pixels = size_text(run.manifest.latents.image_size)
-        rows["latents"] = f"{shape}, of {pixels} px images through {config.data.vae}"
+        spec = run.manifest.latents
+        encoded = f"of {size_text(spec.image_size)} px images through {config.data.vae}"
+        rows["latents"] = f"{shape}, {'the pixels themselves' if spec.are_pixels else encoded}"
     else:
         rows["data"] = config.data.shards
     schedule = settings.lr_schedule.name

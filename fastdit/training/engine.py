@@ -16,7 +16,9 @@ from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
 from fastdit.kernels import adamw_ema
 from fastdit.kernels.runtime import use_triton
+from fastdit.memory import muon_matrices
 from fastdit.training.ema import EMA, capturing
+from fastdit.training.muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
 
@@ -26,7 +28,7 @@ class Engine(Protocol):
 
     name: str
     adam: torch.optim.AdamW  # its state is keyed by the master parameters
-    muon: torch.optim.Muon | None  # updates the blocks' matrices instead of AdamW
+    muon: Muon | None  # updates the blocks' matrices instead of AdamW
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32, computed in the engine's precision."""
@@ -90,9 +92,8 @@ class TorchEngine:
     one process and no accumulation, that kernel also writes the weights in bf16, which autocast would otherwise do in
     every forward pass. The module then holds the bf16 weights, `masters` the fp32 ones. The losses do not change.
 
-    `optimizer="muon"`: PyTorch's Muon (Jordan et al. 2024) updates the matrices of the blocks, and AdamW the rest, with
-    one learning rate and weight decay: Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
-    2502.16982). It waits for the device once a step, to skip a step that is not finite.
+    `optimizer="muon"`: Muon (muon.py) updates the matrices of the blocks, and AdamW the rest, with one learning rate
+    and weight decay. It waits for the device once a step, to skip a step that is not finite.
     """
 
     name = "torch"
@@ -122,12 +123,12 @@ class TorchEngine:
         # on a GPU the learning rate is a tensor there: a replayed CUDA graph reads its new value
         on_device = self.one_pass or ranks.device.type == "cuda"
         lr = torch.zeros((), device=ranks.device) if on_device else 0.0
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if optimizer == "muon" else []
+        matrices = muon_matrices(model) if optimizer == "muon" else []
         rest = [master for master in self.masters if master not in set(matrices)]
         self.adam = torch.optim.AdamW(rest, lr, betas, weight_decay=weight_decay, fused=True)
         self.muon = None
         if matrices:
-            self.muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.muon = Muon(matrices, ranks, weight_decay)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step. A replayed CUDA graph reads what was set before."""

@@ -80,10 +80,10 @@ class Log:
             self.bar.update(1)
 
     def write(self, step: int, losses: dict[str, float], *, grad_norm: float, lr: float, seconds: float, steps: int,
-              images: int) -> None:  # fmt: skip
+              images: int, monitor_s: float = 0.0) -> None:  # fmt: skip
         """One record over the last `steps` steps, which took `seconds` for `images` images of all processes.
 
-        `losses`: `loss`, and its parts where there are several.
+        `losses`: `loss`, and its parts where there are several. `monitor_s`: what the monitor will still take.
         """
         if not self.ranks.is_main:
             return
@@ -97,7 +97,7 @@ class Log:
             "peak_gib": peak_gib(self.device),
         }
         self.record(step, record)
-        eta = timedelta(seconds=round((self.steps - step) * seconds / steps))
+        eta = timedelta(seconds=round((self.steps - step) * seconds / steps + monitor_s))
         self.say(
             f"step {step}/{self.steps} ({step / self.steps:.0%})  epoch {step / self.steps_per_epoch:.2f}  "
             + "".join(f"{name} {value:.4f}  " for name, value in losses.items())
@@ -230,6 +230,15 @@ def rewind(path: Path, step: int) -> None:
     if os.path.lexists(path):
         kept = [record for record in read_records(path) if type(record.get("step")) is int and record["step"] <= step]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def reset_peak(device: torch.device) -> None:
+    """`peak_gib` starts anew; on a CPU where the system allows it, which is Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_gib(device: torch.device) -> float:

@@ -182,7 +182,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
                 clock, clock_step = time.perf_counter(), done
                 window.clear()
                 log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
-                          images=steps * settings.global_batch)  # fmt: skip
+                          images=steps * settings.global_batch, monitor_s=monitor.remaining(done))  # fmt: skip
             if save_due or guard.save or guard.stop or guard.failed:
                 writer.wait()  # raises the error of a failed write; the copy below replaces what it reads
                 last = writer.start(done, partial(write_snapshot, state.snapshot(), config), facts)

@@ -28,13 +28,14 @@ from fastdit.evaluation.evaluate import load_reference, measure
 from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.loss import check_images, validation_loss
+from fastdit.evaluation.protocol import in_a_line
 from fastdit.files import append_to
 from fastdit.pipeline import Inference, few_classes
 from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, random_share
 from fastdit.training.engine import Engine
 from fastdit.training.guard import Requests
-from fastdit.training.log import Log, as_json, read_records, rewind, synchronize
+from fastdit.training.log import Log, as_json, read_records, reset_peak, rewind, synchronize
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.sheets import NAME, sheet, sheets, step_of, strip, write_png
 from fastdit.training.watchdog import MONITORS, Watchdog
@@ -67,6 +68,7 @@ class Monitor:
         settings, size = config.training, manifest.latents.image_size
         self.config, self.held_out, self.objective, self.ranks = config, held_out, objective, ranks
         self.run_dir, self.device, self.loaded = Path(config.run_dir), ranks.device, ("", 0)
+        self.seconds: dict[str, float] = {}  # that each of DONE took the last time
         every = settings.validate_every
         self.every = {
             "validate": (settings.checkpoint_every if held_out else 0) if every is None else every,
@@ -133,6 +135,11 @@ class Monitor:
         """Does what is due after step number `step`; returns the seconds that it took."""
         return self._run(step, self._due(step))
 
+    def remaining(self, step: int) -> float:
+        """Seconds that everything due from this step on will take, as far as is known by now."""
+        last, known = self.config.training.steps, [(self.every[name], s) for name, s in self.seconds.items()]
+        return sum(s * (last // every - (step - 1) // every + (last % every > 0)) for every, s in known)
+
     def _due(self, step: int) -> list[str]:
         last = self.config.training.steps
         return [name for name, every in self.every.items() if every and step and (step % every == 0 or step == last)]
@@ -153,12 +160,14 @@ class Monitor:
                 synchronize(self.device)
                 seconds = time.perf_counter() - started
                 values |= found[0] | {f"{name}_s": seconds}
+                self.seconds[name] = seconds
                 pictures |= found[1]
                 took.append(f"{DONE[name]} in {seconds:.1f} s")
                 self.log.say(f"step {step}  {found[2]}")
         if took:
             self.log.record(step, values | {"monitor_s": time.perf_counter() - begun}, pictures)
             self.log.say(f"step {step}  {', '.join(took)}; images/s does not include that time")
+        reset_peak(self.device)  # peak_gib is that of the steps
         return time.perf_counter() - begun
 
     def _validate(self) -> Found:
@@ -228,14 +237,9 @@ class Monitor:
         with append_to(self.run_dir / EVALUATIONS) as file:
             file.write(as_json({"step": self.step, **result}))
         values = {f"eval_{name}": value for name, value in result["values"].items()}
-        line = f"{images.count} samples of the EMA{self._young()}"
-        if "frechet" in result["values"]:
-            line += f": {result['distance']} {result['values']['frechet']:.4f}"
         if result["real"]:
             values["eval_real_frechet"] = result["real"]["frechet"]
-            line += f" (real against real {result['real']['frechet']:.4f})"
-        rest = {name: value for name, value in result["values"].items() if name != "frechet"}
-        return values, {}, ", ".join([line, *(f"{name} {value:.4f}" for name, value in rest.items())])
+        return values, {}, f"{images.count} samples of the EMA{self._young()}: {in_a_line(result)}"
 
     def _use(self, name: str) -> None:
         """Copy the current `model` or `ema` weights into the network. A collective call."""
@@ -291,4 +295,5 @@ def keys_of_the_config() -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error).replace("--reference", "training.reference").replace("--features ", "--features=")
+        text = text.replace("SAMPLES has", "data.shards has").replace("--image-size for a folder", "a folder of images")
         raise ValueError(text.replace("--features", "training.evaluate_features")) from None

@@ -29,8 +29,7 @@ def image_pipeline(
     settings, device = config.sampling, next(model.parameters()).device
     kept = run_dir is not None and not Path(config.data.vae).is_dir() and (run_dir / VAE).is_dir()
     codec = LatentCodec.load(str(run_dir / VAE) if kept else config.data.vae, device=device)
-    if config.data.normalize != "none":
-        codec.take_scale_of(latents)
+    codec.take_scale_of(latents)
     latents.check(codec.spec(latents.image_size, latents.shape), str(where), f"data.vae={config.data.vae}")
     weak, weak_identity = None, ""
     if settings.weak_checkpoint:

@@ -43,7 +43,7 @@ def verify_checkpoint(folder: Path, meta: dict[str, Any], found: Findings, say: 
 
     own = model.state_dict()
     states = {name: check_weights(folder / f"{name}.safetensors", own, found) for name in ("model", "ema")}
-    if all(states.values()):
+    if all(states.values()) and config.training.ema_decay:  # with decay 0, the EMA is the weights
         check_average(states["model"], states["ema"], meta, found)
     if found.counts["weights"] or not states["ema"]:
         return
@@ -111,12 +111,12 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
-    if vae.is_dir():
+    if latents.are_pixels or vae.is_dir():
         try:
             codec = LatentCodec.load(vae)
         except ValueError as error:
             return found.add("latents", str(error))
-        if config.data.normalize != "none":
+        if config.data.normalize != "none" or (shards / "manifest.json").is_file():  # the shards know the scale
             codec.take_scale_of(latents)
         for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
             line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"

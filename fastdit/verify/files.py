@@ -47,11 +47,14 @@ def check_shard(folder: Path, shard: Shard, found: Findings) -> np.ndarray | Non
     return data
 
 
-def sample_bytes(data: np.ndarray, row: np.void, size: int, name: str, found: Findings) -> np.ndarray | None:
-    """Both orientations of a sample, `size` bytes each; None with a finding if they do not match their checksums."""
+def sample_bytes(
+    data: np.ndarray, row: np.void, size: int, name: str, found: Findings, orientations: int = 2
+) -> np.ndarray | None:
+    """All orientations of a sample, `size` bytes each; None with a finding if they do not match their checksums."""
     start = int(row["offset"])
-    both = data[start : start + 2 * size]
-    if [zlib.crc32(both[:size]), zlib.crc32(both[size:])] == row["crc32"].tolist() and len(both) == 2 * size:
-        return both
+    views = data[start : start + orientations * size]
+    if [zlib.crc32(views[:size]), zlib.crc32(views[-size:])] == row["crc32"].tolist():
+        if len(views) == orientations * size:
+            return views
     found.add("sample", f"{name}: sample {row['key']:09d} is damaged: its bytes do not match their CRC-32")
     return None

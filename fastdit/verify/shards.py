@@ -23,7 +23,7 @@ class ChannelStatistics:
         self.manifest, self.images, self.sums = manifest, 0, np.zeros((3, manifest.latents.shape[0]))
 
     def add(self, array: np.ndarray) -> None:
-        mean, std = np.split(array, 2, axis=1)  # (2, C, h, w) each
+        mean, std = np.split(array, 2, axis=1)  # (2 or 1, C, h, w) each
         self.sums += np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
         self.images += 1
 
@@ -99,10 +99,10 @@ def check_samples(
         if labels is not None and labels.get(key) != row["label"]:
             line = f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index"
             found.add("sample", line)
-        both = sample_bytes(data, row, size, shard.name, found)
-        if both is None:
+        views = sample_bytes(data, row, size, shard.name, found, manifest.orientations)
+        if views is None:
             continue
-        array = both.view(dtype).reshape(2, 2 * channels, height, width).astype(np.float64)
+        array = views.view(dtype).reshape(-1, 2 * channels, height, width).astype(np.float64)
         if not np.isfinite(array).all():
             found.add("sample", f"{shard.name}: sample {key} has values that are not finite")
         elif (array[:, channels:] < 0).any():

@@ -82,7 +82,7 @@ def test_every_method_is_a_config_of_both_sizes():
 def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_others(data, tmp_path, monkeypatch):
     monkeypatch.setitem(methods.SAMPLES, "cpu", 8)
     lines = {("cpu", methods.FLOOR, 0): {"floor": methods.floor(data, 8)}}
-    for method in ("baseline", "modern"):
+    for method in ("baseline", "modern", "repa"):
         lines["cpu", method, 0] = methods.run(method, 0, "cpu", data, TINY)
     again = methods.run("baseline", 0, "cpu", data, TINY)
     points = lines["cpu", "baseline", 0]["points"]
@@ -94,6 +94,19 @@ def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_ot
     assert all(f"| {row} |" in found for row in ("baseline | 1 | 64", "modern | 1 | 64", "training frames, decoded"))
     methods.plot("cpu", lines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_seconds_are_images_by_the_rates_that_were_measured_side_by_side(data, tmp_path, monkeypatch):
+    rates = methods.rates("cpu", data, ["baseline", "repa"], TINY, rounds=1)
+    assert rates.keys() == {"baseline", "repa"} and all(rate > 0 for rate in rates.values())
+    points = [{"images": 10, "seconds": 7.0}, {"images": 20, "seconds": 9.0}]
+    lines = [{"size": "cpu", "method": m, "seed": 0, "points": points} for m in ("baseline", "muon")]
+    lines.append({"size": "cpu", "method": methods.RATE, "seed": 0, "rates": {"baseline": 5.0}})
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "lines.jsonl")
+    methods.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = methods.newest_lines()
+    assert [point["seconds"] for point in found["cpu", "baseline", 0]["points"]] == [2, 4]
+    assert [point["seconds"] for point in found["cpu", "muon", 0]["points"]] == [7, 9]
 
 
 def test_training_frames_are_nearer_to_the_held_out_ones_than_what_a_bad_autoencoder_makes_of_them(data):

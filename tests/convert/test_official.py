@@ -87,6 +87,37 @@ def test_the_architecture_of_every_known_size_is_read_off_its_shapes(variant):
         assert architecture(create_dit(variant, num_classes=0).state_dict(), "it").num_classes == 0
 
 
+def released(depth: int, d: int, tokens: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a released file: latents of 4 channels, patches of 2, learned variance, a null label."""
+    block = {
+        "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
+        "adaLN_modulation.1": (6 * d, d),
+    }  # fmt: skip
+    linears = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d)}
+    linears |= {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    linears |= {"final_layer.linear": (2 * 4 * 2 * 2, d), "final_layer.adaLN_modulation.1": (2 * d, d)}
+    linears |= {"x_embedder.proj": (d, 4, 2, 2)}
+    shapes = {f"{name}.weight": shape for name, shape in linears.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+    return shapes | {"pos_embed": (1, tokens, d), "y_embedder.embedding_table.weight": (classes + 1, d)}
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_a_file_with_the_layout_of_the_released_xl_2_fits_the_network_exactly(size):
+    recorded = {name: tuple(tensor.shape) for name, tensor in golden_weights().items()}
+    assert released(2, 48, 16, 10) == recorded  # the table is right: the official code wrote these
+    side = size // 8
+    layout = released(28, 1152, (side // 2) ** 2, 1000)
+    file = {name: torch.empty(shape, device="meta") for name, shape in layout.items()}
+    shape = architecture(file, "DiT-XL-2.pt")
+    assert (shape.variant, shape.input_size, shape.num_classes) == ("DiT-XL/2", side, 1000)
+    with torch.device("meta"):
+        network = create_dit(shape.variant, input_size=shape.input_size, learn_sigma=shape.learn_sigma)
+    assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == layout
+    network.load_state_dict(file, strict=True, assign=True)
+    assert sum(map(torch.numel, file.values())) == network.parameter_count() == 675_129_632 + 1152 * (size == 512) * 768
+
+
 def test_a_converted_network_gives_the_recorded_outputs(place):
     z, model = golden("dit"), load_pipeline(place / "ddpm").model
     with torch.no_grad():

@@ -78,6 +78,7 @@ def objectives() -> list[dict[str, Any]]:
 
 def networks() -> list[dict[str, Any]]:
     options = {key: some for key, some in values(ModelConfig).items() if key not in ("variant", "attention")}
+    options["decoder_blocks"] = [0, 1]  # of two blocks
     cases = [{key: value} for key, some in options.items() for value in some]
     cases += [{"class_dropout": 0.0}, {"classes": 0}, {"classes": 0, "class_dropout": 0.0}]
     return [case for case in cases if case != {"learn_sigma": False}]  # DDPM's default objective needs 2C channels

@@ -316,7 +316,14 @@ def test_an_export_says_what_the_official_scripts_and_the_pipeline_do_otherwise(
     source, heard = make_checkpoint(place, tmp_path / "a", objective), []
     convert(source, "official", tmp_path / "a.pt", say=heard.append)
     call = r"create_diffusion\(..., noise_schedule='squaredcos_cap_v2', learn_sigma=False, sigma_small=True\)"
-    assert re.search(call, "\n".join(heard)) and any("scale 0.18215; use" in line for line in heard)
+    assert re.search(call, "\n".join(heard)) and any("scale 0.18215 and no shift; use" in line for line in heard)
+    source = make_checkpoint(place, tmp_path / "c", vae="stabilityai/sd-vae-ft-ema")
+    other = command.read(source, command.Stated(), quiet)
+    (said,) = command.official_remarks(other, other, tmp_path, tmp_path)
+    assert "use stabilityai/sd-vae-ft-ema with scale 0.3 and shift 0, where latents are x_0 / scale + shift" in said
+    latents = loaded.replace(other.latents, scale=(1.0, 2.0, 3.0, 4.0), shift=(0.0, 0.5, -0.5, 1.0))
+    (said,) = command.official_remarks(loaded.replace(other, latents=latents), other, tmp_path, tmp_path)
+    assert "with scale 1 to 4 by channel and shift -0.5 to 1 by channel" in said
     source = make_checkpoint(place, tmp_path / "b", {"name": "flow", "interpolant": "gvp", "prediction": "score"})
     convert(source, "official", tmp_path / "b.pt", say=heard.append)
     assert any("--path-type GVP --prediction score" in line for line in heard)
@@ -348,6 +355,9 @@ def test_a_source_of_initial_weights_with_other_heads_or_options_is_refused(plac
     rms = make_checkpoint(place, tmp_path / "rms", norm="rms")
     with pytest.raises(ValueError, match="has model.norm='rms', this run 'layer'"):
         read_initial(str(rms), load_config(rms / "config.yaml", ["model.norm=layer"]), quiet)
+    decoder = make_checkpoint(place, tmp_path / "decoder", decoder_blocks=1)
+    with pytest.raises(ValueError, match="has model.decoder_blocks=1, this run 2; make them equal"):
+        read_initial(str(decoder), load_config(decoder / "config.yaml", ["model.decoder_blocks=2"]), quiet)
     heard = []
     [state, _] = read_initial(str(place / "flow_pipe"), config, heard.append)  # the time convention is the folder's
     torch.testing.assert_close(state["final_layer.linear.bias"], golden_weights()["final_layer.linear.bias"])

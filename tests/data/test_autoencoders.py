@@ -128,7 +128,7 @@ def test_a_network_on_latents_of_an_autoencoder_dc_is_sampled(tmp_path):
     train(load_config("dit_s_2", lines))
     [image] = fastdit.load(tmp_path / "run", device="cpu").sample(n=1)
     assert image.size == (32, 32)
-    with pytest.raises(ValueError, match="is an AutoencoderDC, not DiTPipeline's; keep the fastdit checkpoint"):
+    with pytest.raises(ValueError, match="is of class AutoencoderDC, not the AutoencoderKL of"):
         convert(tmp_path / "run", "diffusers", tmp_path / "pipe", say=lambda line: None)
 
 
@@ -274,9 +274,9 @@ def test_a_scale_that_does_not_fit_is_said(tmp_path, capfd, scale, wrong):
 def test_remarks_on_scales():
     assert scale_remarks(np.zeros(4), np.ones(4), 0.2) == []
     [line] = scale_remarks(np.zeros(4), np.full(4, 5.5), 0.2)
-    assert line.endswith("scale=0.2 is wrong; use 0.0364")
+    assert line.endswith("scale=0.2 is wrong; use 0.0364, or set data.normalize=channel")
     [line] = scale_remarks(np.zeros(2), np.full(2, 5.5), (0.2, 0.3))
-    assert line.endswith("scale=(0.2, 0.3) is wrong; see its latents_mean and latents_std")
+    assert "scale=(0.2, 0.3) is wrong; see its latents_mean and latents_std, or set data.normalize" in line
     [line] = scale_remarks(np.array([0.0, 3.5]), np.ones(2), 0.2)
     assert "a shift is missing" in line
 

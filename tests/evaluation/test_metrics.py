@@ -12,6 +12,7 @@ from fastdit.evaluation.metrics import (
     Features,
     density_coverage,
     frechet_distance,
+    frechet_error,
     frechet_infinity,
     inception_score,
     kernel_distance,
@@ -80,6 +81,43 @@ def test_infinitely_many_samples_have_the_distance_of_their_gaussian_within_the_
     values, errors = np.array(found).T
     assert abs(values.mean() - truth) < 3 * values.std() / 24**0.5 < np.mean(biased)  # the bias is found, and removed
     assert values.std() == pytest.approx(errors.mean(), rel=0.4)
+
+
+@pytest.mark.parametrize("shift", [0, 0.3])
+@pytest.mark.parametrize("count", [12, 24, 96])  # of 24 features
+def test_the_error_of_the_frechet_distance_is_the_spread_over_new_samples(count, shift):
+    """At most 3.5 times too large, where the distance is mostly bias; never much too small."""
+    reference, found = Moments(np.zeros(24), np.eye(24)), []
+    for seed in range(24):
+        samples = np.random.default_rng(seed).normal(shift, size=(count, 24))
+        found.append((frechet_distance(samples, reference), frechet_error(samples, reference, seed)))
+    values, errors = np.array(found).T
+    assert 0.7 < errors.mean() / values.std(ddof=1) < 3.5
+    if shift and count == 96:  # the distance is mostly not bias
+        assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.4)
+
+
+def test_the_error_leaves_out_each_group_in_turn():
+    """A transcription of the formula, for fewer and for more samples than features."""
+    for count in (4, 7, 23, 70):
+        groups = np.random.default_rng(2).permutation(count) % 10
+        left = [frechet_distance(np.delete(Y[:count], groups == g, 0), X) for g in range(min(10, count))]
+        variance = (len(left) - 1) / len(left) * sum((value - np.mean(left)) ** 2 for value in left)
+        assert frechet_error(Y[:count], X, seed=2) == pytest.approx(variance**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0, 1])
+@pytest.mark.parametrize("count", [45, 60, 120, 180])  # of 60 features
+def test_with_few_samples_the_extrapolation_is_nearer_to_the_truth_and_its_error_says_how_near(count, decay):
+    variances = np.arange(1, 61) ** -float(decay)
+    a, b = (Moments(np.full(60, mean), np.diag(variances)) for mean in (0.1, 0))
+    truth, found = frechet_distance(a, b), []
+    for seed in range(8):
+        samples = a.mu + np.random.default_rng(seed).normal(size=(count, 60)) * variances**0.5
+        value, error = frechet_infinity(samples, b, seed=seed)
+        found.append((value - truth, error, frechet_distance(samples, b) - truth))
+    off, error, plain = np.square(found).mean(0) ** 0.5
+    assert off < error < plain and off < 0.5 * plain
 
 
 def test_precision_recall_density_and_coverage_follow_their_formulas():
@@ -176,6 +214,8 @@ def test_the_number_of_threads_changes_no_digit():
         torch.set_num_threads(threads)
         results.append([
             frechet_distance(SAMPLES, REFERENCE),
+            frechet_error(SAMPLES, REFERENCE),
+            frechet_error(SAMPLES[:20], REFERENCE),  # fewer than features
             frechet_infinity(SAMPLES, REFERENCE),
             kernel_distance(rows(SAMPLES), rows(REFERENCE), subsets=5),
         ])
@@ -189,7 +229,7 @@ def test_every_metric_returns_named_finite_numbers():
     values = {}
     for metric in METRICS.values():
         values |= metric(samples, reference, 0)
-    assert len(values) == 11 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
+    assert len(values) == 12 and all(isinstance(v, float) and np.isfinite(v) for v in values.values())
     assert values["frechet_infinity"] < values["frechet"]
     assert values["spatial_frechet"] == frechet_distance(SAMPLES[:, :5], REFERENCE[:, :5])
     stated = Features(None, stated=moments_of(REFERENCE))
@@ -208,10 +248,43 @@ def test_features_that_cannot_be_compared_are_refused():
             moments_of(np.full((3, 2), bad))
     with pytest.raises(ValueError, match="neighbor number 3; use 4"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
-    for count, dim, least in ((29, 2, 30), (39, 10, 40)):
-        with pytest.raises(ValueError, match=f"{dim} features need {least} samples or more to extrapolate from"):
-            frechet_infinity(np.zeros((count, dim)), np.zeros((9, dim)))
+    with pytest.raises(ValueError, match="it needs 30 samples or more to extrapolate from, not 29"):
+        frechet_infinity(np.zeros((29, 2)), np.zeros((9, 2)))
+    with pytest.raises(ValueError, match="a standard error needs 3 samples or more, not 2"):
+        frechet_error(np.zeros((2, 2)), np.zeros((9, 2)))
+    assert METRICS["frechet"](Features(X[:2]), Features(Y), 0).keys() == {"frechet"}
     with pytest.raises(ValueError, match="class probabilities"):
         METRICS["inception_score"](Features(X), Features(Y), 0)
     with pytest.raises(ValueError, match="use --features inception-v3 and a reference with images or mu_s"):
         METRICS["spatial_frechet"](Features(X, spatial=X), Features(Y), 0)
+
+
+class AsFeatures(torch.nn.Module):
+    """For torchmetrics: what it takes for images are features already."""
+
+    num_features = 7
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_distances_and_scores_equal_those_of_torchmetrics():
+    fid, kid, inception = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid", "inception"))
+
+    def computed(metric, samples, reference):
+        metric.update(samples, real=False)
+        metric.update(reference, real=True)
+        return metric.compute()
+
+    fid = fid.FrechetInceptionDistance(AsFeatures()).set_dtype(torch.float64)
+    assert frechet_distance(X, Y) == pytest.approx(computed(fid, rows(X), rows(Y)).item(), rel=1e-6)
+    random, distances = np.random.default_rng(5), []
+    for _ in range(2):  # subsets of half of the smaller set
+        x, y = (rows(z)[random.permutation(len(z))[:35]] for z in (X, Y))
+        exact = kid.KernelInceptionDistance(AsFeatures(), subsets=1, subset_size=35)
+        distances.append(computed(exact, x, y)[0].item())
+    assert kernel_distance(rows(X), rows(Y), subsets=2, seed=5)[0] == pytest.approx(np.mean(distances), rel=1e-6)
+    score, logits = inception.InceptionScore(AsFeatures(), splits=1), 3 * rows(X)
+    score.update(logits)
+    assert inception_score(logits.softmax(1).numpy()) == pytest.approx(score.compute()[0].item(), rel=1e-6)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from fastdit.cli import main
 from fastdit.data.manifest import Manifest
 from fastdit.likelihood import likelihood
 from fastdit.sampling import sample
@@ -59,6 +60,22 @@ def test_labels_that_mean_other_classes_are_refused(world, trained, tmp_path, ca
     assert "has other classes than the run (9, not 0); extract both with the same classes" in said
     with pytest.raises(ValueError, match="has other classes than the run"):
         likelihood(trained, tmp_path / "latents", num_images=2, steps=2, device="cpu")
+
+
+def test_the_path_of_weak_weights_may_differ(trained, reference, tmp_path, capsys):
+    out = []
+    for name in "ab":
+        shutil.copytree(trained, tmp_path / name)
+        out.append(tmp_path / f"{name}.jsonl")
+        weak = f"sampling.weak_checkpoint={tmp_path / name}"
+        result = evaluate(trained, "--reference", reference, *FEW, weak, "--sweep", "steps=2", out=out[-1])
+        evaluate(trained, "--reference", reference, *FEW, weak, "--sweep", "steps=2", out=tmp_path / "both.jsonl")
+    assert result["protocol"]["samples"]["weak_sha256"]
+    main(["evaluate", "--compare", *map(str, out)])
+    assert "FD (tiny)" in capsys.readouterr().out
+    assert len((tmp_path / "both.jsonl").read_text().splitlines()) == 1  # not measured again
+    evaluate(trained, "--reference", reference, *FEW, "--sweep", "steps=2", out=out[1])
+    assert "weak_sha256=" in mistake(capsys, "--compare", *out)
 
 
 def test_what_means_nothing_is_refused(world, trained, reference, tmp_path, capsys):

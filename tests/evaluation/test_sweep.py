@@ -37,9 +37,13 @@ def test_a_sweep_measures_each_combination_once(trained, reference, tmp_path, sm
     assert seen == [(c, s, w) for c in (1, 3) for s in ("2", "4") for w in ("model", "ema")]
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["cfg_scale", "steps", "weights", "FD", "(tiny)", "KID"]
-    assert said[1].split()[:4] == ["1", "2", "model", f"{lines[0]['values']['frechet']:.4f}"]
-    smallest = min(line["values"]["frechet"] for line in lines)
-    assert said[9].startswith(f"smallest FD (tiny): {smallest:.4f} at cfg_scale=") and len(set(said[1:9])) == 8
+    values = [line["values"] for line in lines]
+    first = [f"{values[0]['frechet']:.4f}", "+-", f"{values[0]['frechet_error']:.4f}"]
+    assert said[1].split()[:6] == ["1", "2", "model", *first]
+    best = min(values, key=lambda value: value["frechet"])
+    smallest = f"smallest FD (tiny): {best['frechet']:.4f} +- {best['frechet_error']:.4f} at cfg_scale="
+    assert said[9].startswith(smallest) and len(set(said[1:9])) == 8
+    assert said[10] == f"real against real: {lines[0]['real']['frechet']:.4f} (8 against 10 images)"
     plot = Image.open(out.with_suffix(".png"))
     assert plot.size == (900, 600) and len(plot.convert("RGB").getcolors(1 << 24)) > 100
     alone = evaluate(trained, "--reference", reference, "--num-samples", 8, "--metrics", "frechet,kid", "--weights",
@@ -82,7 +86,7 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tm
         (["cfg_scal=1,2"], "--sweep='cfg_scal' is unknown; did you mean 'cfg_scale'"),
         (["cfg_scale"], "--sweep cfg_scale is not of the form key=value,value"),
         (["cfg_scale=1", "sampling.cfg_scale=2"], "--sweep sampling.cfg_scale=2 repeats a key"),
-        (["cfg_scale=1,high"], "sampling.cfg_scale='high'"),
+        (["cfg_scale=1,high"], "error: --sweep: sampling.cfg_scale='high' must be a number"),
         (["steps=4,ddim50"], "steps='ddim50' needs a discrete schedule"),
         (["sampler=heun,hein"], "did you mean 'heun'"),
         (["weights=ema,raw"], "--sweep weights='raw' is unknown; did you mean"),

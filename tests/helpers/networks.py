@@ -22,6 +22,7 @@ OPTIONS = {
     "no_bias": {"qkv_bias": False, "proj_bias": False, "mlp_bias": False},
     "dropout": {"dropout": 0.2},
     "transposed_conv": {"unpatchify": "transposed_conv"},
+    "decoder": {"decoder_blocks": 1},
     "wide": {"input_size": (4, 10)},
     "unconditional": {"num_classes": 0, "block": "in_context"},
 }
@@ -30,6 +31,7 @@ EVERYTHING = {
     "mlp_bias": False, "dropout": 0.2, "unpatchify": "transposed_conv", "input_size": (4, 10),
 }  # fmt: skip
 COMBINED = {f"{block}_with_all": {"block": block, **EVERYTHING} for block in BLOCKS}
+COMBINED["decoder_with_all"] = {"decoder_blocks": 2, "block": "adaln", "depth": 3, **EVERYTHING}
 OPTIONS |= COMBINED
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

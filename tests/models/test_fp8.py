@@ -64,7 +64,9 @@ def test_output_and_gradients_are_those_of_rounded_operands(model):
     assert linear.magnitudes.grad.tolist() == [v.abs().max().item() for v in (x, linear.weight, grad)]
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu"}, {"mlp": "gelu"}, {"mlp_bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp": "swiglu"}, {"mlp": "gelu"}, {"mlp_bias": False}, {"decoder_blocks": 1}], ids=str
+)
 def test_the_network_stays_near_the_exact_one(options):
     """Also where the MLP is one function (gelu_tanh, swiglu); once there is a history, no worse than before."""
     exact, model = network(fp8=False, **options), network(**options)

@@ -81,7 +81,7 @@ def test_query_key_norm_bounds_the_logits_whatever_the_weights(norm):
     assert ((after - before).abs().max() < 1e-3) == (norm is not None)
 
 
-@pytest.mark.parametrize("options", [{}, {"block": "adaln"}], ids=["adaln_zero", "adaln"])
+@pytest.mark.parametrize("options", [{}, {"block": "adaln"}, {"decoder_blocks": 1}], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_joint_modulations_change_neither_values_nor_names(options, compiled, monkeypatch):
     """Compiled without Inductor; test_dit.py compiles joint modulations with it."""
@@ -204,6 +204,9 @@ def test_dropout_is_a_function_of_the_latents_alone():
         ({"position": "rope", "hidden_size": 36, "num_heads": 6}, "36 / 6 = 6; use another num_heads"),
         ({"registers": -1}, "registers=-1"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"decoder_blocks": -1}, "model.decoder_blocks=-1 is out of range; use 0 for none"),
+        ({"decoder_blocks": 1}, "model.decoder_blocks=1 leaves none of 1 blocks for the encoder; use fewer"),
+        ({"decoder_blocks": 1, "block": "in_context"}, "'in_context' has no modulations; use adaln_zero or adaln"),
         ({"input_size": (4, 7)}, "latent size 7 is not divisible by patch_size=2; use a latent of 6"),
     ],
 )

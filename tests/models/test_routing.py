@@ -86,7 +86,7 @@ def test_output_and_gradients_equal_a_forward_pass_written_by_hand():
     inputs = [x.requires_grad_(), *model.parameters()]
 
     def by_hand() -> torch.Tensor:
-        c = model.condition(t, y)
+        c = model.condition(model.t_embedder(t), y)
         whole = settled(*model.blocks[0](model.x_embedder(x) + model.pos_embed, None, c))
         short = settled(*model.blocks[1](torch.stack([whole[0, kept[0]], whole[1, kept[1]]]), None, c))
         back = []

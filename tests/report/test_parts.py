@@ -165,8 +165,11 @@ def test_a_sheet_places_images_row_by_row_and_shrinks_large_ones():
 def test_what_was_measured_during_training_is_on_the_page(tmp_path):
     events = [{"step": 50 * k, "monitor_s": 1.0, "val_loss": 1 / k, "val_bins": [1.0] * 20, "eval_frechet": 9.0 / k}
               for k in (1, 2)]  # fmt: skip
-    result = {"step": 100, "distance": "FD (tiny)", "values": {"frechet": 4.5, "kid": 0.25, "kid_error": 0.125},
-              "protocol": {"num_images": 500, "reference": {"images": 600}, "samples": {
+    result = {"step": 100, "distance": "FD (tiny)",
+              "real": {"frechet": 1.25, "num_images": 300, "reference_images": 300},
+              "values": {"frechet": 4.5, "frechet_infinity": 2.5, "frechet_infinity_error": 3.5, "kid": 0.25,
+                         "kid_error": 0.125},
+              "protocol": {"num_images": 500, "features_dim": 200, "reference": {"images": 600}, "samples": {
                   "weights": "ema", "seed": 0, "sampling": {"sampler": {"name": "heun"}, "steps": "20",
                                                             "cfg_scale": 1.4}}}}  # fmt: skip
     run = a_run(measured=events, evaluations=[result])
@@ -174,6 +177,8 @@ def test_what_was_measured_during_training_is_on_the_page(tmp_path):
     found = page.quality(run)
     how = "500 samples of step 100, ema, heun, 20 steps, guidance 1.4, seed 0, against 600 real images"
     assert found["FD (tiny)", how] == "4.5" and found["KID", "the same samples"] == "0.25 ± 0.125"
+    assert found["frechet infinity", "the same samples"] == "2.5 ± 3.5 (rough)"
+    assert found["real against real", "300 against 300 images"] == "1.25"
     assert found["validation loss", "of the EMA at step 100, on images that the run held out"] == "0.5"
     steps, losses = run.curve("val_loss")
     assert steps.tolist() == [50, 100] and losses.tolist() == [1.0, 0.5]

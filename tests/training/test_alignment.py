@@ -267,7 +267,7 @@ def test_alignment_and_routing_change_the_run_and_leave_its_random_numbers(world
 def test_engines_and_processes_give_the_same_run(world, featured, tmp_path, options, processes):
     aligned = [*ALIGNED[0][:-1], ", {name: repa, weight: 5, width: 32}]"]
     common = ["--config", str(world / "config.yaml"), *SHORT, "".join(aligned), featured, *ROUTED,
-              "training.checkpoint_every=6"]  # fmt: skip
+              "training.checkpoint_every=6", "model.decoder_blocks=1"]  # fmt: skip
     run("train.py", *common, f"run_dir={tmp_path}/one")
     run("train.py", *common, *options, f"run_dir={tmp_path}/other", processes=processes)
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -315,6 +315,8 @@ def test_an_alignment_ends_and_tokens_stop_skipping_at_their_steps(world, tmp_pa
      "tokens after block 2, but training.route=0.5 lets some skip blocks 2 to 3; use projector=mlp, or another block"),
     (["training.align=[repa]", "data.features=nowhere"], "nowhere has no manifest.json; write features there with"),
     (["training.route=1.5"], "training.route=1.5 is out of range"),
+    ([*ROUTED, "model.decoder_blocks=2"], "training.route_ends=[1, 1] let tokens skip blocks of the decoder, which "
+     "needs every token's condition; use [1, 2], or model.decoder_blocks=0"),
     (["training.route=0.5", "training.route_ends=[1]"], "training.route_ends=[1] must be a list of 2 numbers"),
 ], ids=str)  # fmt: skip
 def test_mistakes_are_found_before_a_run_begins(world, featured, tmp_path, options, words):

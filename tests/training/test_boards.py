@@ -8,7 +8,7 @@ import pytest
 from fastdit.training.boards import has_key
 from fastdit.training.log import read_records
 from helpers.runs import train_here
-from helpers.wandb import fake_wandb
+from helpers.wandb import fake_wandb, history
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.checkpoint_every=2", "model.variant=DiT-2x64x4/4", "data.val_fraction=0.1", "training.wandb=mine",
@@ -69,3 +69,30 @@ def test_another_host_needs_its_own_key_and_an_error_says_how_to_go_on(world, tm
     wandb.init = fails
     with pytest.raises(ValueError, match=r"training.wandb=mine cannot be used \(no route to host\); set WANDB_MODE"):
         train_here(world, tmp_path / "run", *SHORT, "training.steps=1")
+
+
+def test_the_files_of_the_real_package_hold_the_values_of_metrics_jsonl(world, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    run = tmp_path / "run"
+    try:
+        train_here(world, run, *SHORT, "training.steps=3")
+        train_here(world, run, *SHORT, "training.steps=4", resume=True)
+    finally:
+        wandb.teardown()
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert {path.stem.removeprefix("run-") for path in files} == {(run / "wandb_id").read_text()} and len(files) == 2
+    logged, records = [entry for path in files for entry in history(path)], read_records(run / "metrics.jsonl")
+    assert [entry["step"] for entry in logged] == [1, 2, 2, 3, 3, 4, 4]
+    for record, entry in zip(records, logged, strict=True):
+        wanted = {key: value for key, value in record.items() if key not in ("val_bins", "time")}
+        wanted |= {f"val_bins/{i:02d}": value for i, value in enumerate(record.get("val_bins", []))}
+        pictures = [value for key, value in entry.items() if key in ("samples/path", "samples_over_time/path")]
+        own = ("_", "samples/", "samples_over_time/")  # _step and _runtime are W&B's
+        assert {key: value for key, value in entry.items() if not key.startswith(own)} == wanted
+        assert bool(pictures) == ("sample_s" in record)
+        assert all(any((path.parent / "files" / name).is_file() for path in files) for name in pictures)

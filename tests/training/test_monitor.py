@@ -21,7 +21,7 @@ from fastdit.distributed import Ranks
 from fastdit.evaluation.features import FEATURES
 from fastdit.pipeline import ImagePipeline
 from fastdit.training import checkpoint
-from fastdit.training.log import read_metrics, read_records
+from fastdit.training.log import Log, peak_gib, read_metrics, read_records
 from fastdit.training.loop import train
 from fastdit.training.monitor import Monitor, spread_labels
 from fastdit.training.sheets import GAP, GRAY, read_png, sheet, strip, write_png
@@ -118,7 +118,8 @@ def test_every_result_is_in_all_places(watched):
     assert list(found) == [4, 8, 10]
     assert found[4].keys() == {"step", "time", "val_loss", "val_loss_error", "val_loss_model", "val_bins", "validate_s",
                                "sample_s", "monitor_s"}  # fmt: skip
-    assert {"eval_frechet", "eval_kid", "eval_real_frechet", "evaluate_s"} < found[8].keys() & found[10].keys()
+    evaluated = {"eval_frechet", "eval_frechet_error", "eval_kid", "eval_real_frechet", "evaluate_s"}
+    assert evaluated < found[8].keys() & found[10].keys()
     assert found[10]["val_loss"] < found[4]["val_loss"] and len(found[4]["val_bins"]) == 20
     parts = sum(found[8][f"{kind}_s"] for kind in ("validate", "sample", "evaluate"))
     assert 0 < parts <= found[8]["monitor_s"] < parts + 1
@@ -214,7 +215,8 @@ MISTAKES = {
     "training.validate_every=-1": "training.validate_every=-1 is out of range; use 0 for never",
     "training.evaluate_every=5": "training.evaluate_every=5 needs training.reference; give real images",
     f"{EVALUATED}/none": "none does not exist; give real images",
-    f"{EVALUATED}/large.npz": "images of 32x32 pixels, training.reference=.* of 48x48",
+    f"{EVALUATED}/large.npz": "data.shards has images of 32x32 pixels, training.reference=.* of 48x48;.*"
+    "give a reference of 32x32, or a folder of images$",
     f"{EVALUATED}/empty": "training.reference=.*empty",
     f"{EVALUATED} training.evaluate_features=inception": "training.evaluate_features='.* did you mean 'inception-v3'",
     "training.evaluate_images=1": "training.evaluate_images=1 is out of range; use 2 or more",
@@ -253,6 +255,40 @@ def test_a_mistake_is_answered_at_the_start(world, wrong, tmp_path, overrides, m
     with pytest.raises(ValueError, match=MISTAKES[overrides]) as error:
         train(load_config(world / "config.yaml", [f"run_dir={tmp_path}/run", *given]), device="cpu")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_time_left_includes_what_the_monitor_will_take(world, tmp_path, monkeypatch):
+    write, told = Log.write, {}
+
+    def spy(self, step, *arguments, monitor_s, **options):
+        told[step] = monitor_s
+        write(self, step, *arguments, monitor_s=7200, **options)
+
+    monkeypatch.setattr(Log, "write", spy)
+    train_here(world, tmp_path / "run", *SHORT, "training.validate_images=20", "training.sample_every=5",
+               "training.sample_images=2")  # fmt: skip
+    found = events(tmp_path / "run")
+    validations = {record["step"]: record["validate_s"] for record in found if "validate_s" in record}  # 4, 8, 10
+    samples = {record["step"]: record["sample_s"] for record in found if "sample_s" in record}  # 5, 10
+    assert [told[step] for step in (1, 4)] == [0, 0] and told[5] == 2 * validations[4]
+    assert told[6] == told[8] == 2 * validations[4] + samples[5] and told[10] == validations[8] + samples[5]
+    assert (tmp_path / "run" / "train.log").read_text().count("  eta 2:00:0") == 10
+
+
+def test_peak_memory_is_that_of_the_steps(world, tmp_path, monkeypatch):
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not reset the peak of a process")
+    before, peaks = Monitor._validate, []
+
+    def large(self):
+        np.ones(1 << 26)
+        peaks.append(peak_gib(self.device))
+        return before(self)
+
+    monkeypatch.setattr(Monitor, "_validate", large)
+    train_here(world, tmp_path / "run", *SHORT, "training.validate_images=20")
+    after = [record["peak_gib"] for record in read_metrics(tmp_path / "run") if record["step"] > 4]
+    assert len(peaks) == 3 and max(after) < min(peaks) - 0.25  # of 0.5 GiB
 
 
 def test_a_changed_share_is_refused_by_a_resume(world, watched):

@@ -23,9 +23,9 @@ SHORT = ["training.steps=6", "training.checkpoint_every=3", "training.precision=
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention"])
+@pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention", "adaln_zero model.decoder_blocks=2"])
 def test_a_resume_is_exact_and_a_checkpoint_keeps_every_name(world, tmp_path, block):
-    options = [f"model.block={block}", *EVERYTHING, *SHORT]
+    options = [*f"model.block={block}".split(), *EVERYTHING, *SHORT]
     whole = train_here(world, tmp_path / "whole", *options)
     train_here(world, tmp_path / "halves", *options, "training.steps=3")
     halves = train_here(world, tmp_path / "halves", *options, resume=True)

@@ -160,6 +160,13 @@ CHECKPOINT_FAULTS = {
 }  # fmt: skip
 
 
+def test_without_an_average_the_weights_in_its_place_are_no_fault(place, tmp_path):
+    folder = copy(place, tmp_path, "ddpm")
+    as_trained(folder)
+    written(folder, "ema_decay: 0.9999", "ema_decay: 0.0")
+    assert not any("EMA" in line for line in verify(folder, quiet))
+
+
 @pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
 def test_every_fault_of_a_checkpoint_is_named(place, tmp_path, name):
     folder = copy(place, tmp_path, "ddpm")
