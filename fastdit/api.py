@@ -21,7 +21,7 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
-from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
+from fastdit.config import SD_VAE, Config, config_from, load_config, shards_text, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
@@ -158,7 +158,11 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
 def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:
     """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
     size = config.data.image_size or 256
-    given = config.data.shards if (Path(config.data.shards or "-") / "manifest.json").is_file() else ""
+    given = config.data.shards
+    if isinstance(given, tuple):
+        mixed = shards_text(given)
+        raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
+    given = given if (Path(given or "-") / "manifest.json").is_file() else ""
     shards = given or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
     if not (Path(shards) / "manifest.json").is_file():
         say(f"extracting the latents of {images} to {shards}")

@@ -41,8 +41,28 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 
 @dataclass(frozen=True)
+class ShardSet:
+    """A folder of latents and its weight among others: its share of every batch is weight / sum of the weights."""
+
+    path: str = ""
+    weight: float = 0.0
+
+    def __post_init__(self):
+        _require(self.path, "data.shards.path", self.path, "use a folder of latents")
+        possible = 0 < self.weight < float("inf")
+        _require(possible, f"data.shards: the weight of {self.path}", self.weight, "use a positive number")
+
+
+def shards_text(shards: str | tuple[ShardSet, ...]) -> str:
+    """data.shards in words: `a`, or `0.7 x a + 0.3 x b`."""
+    return shards if isinstance(shards, str) else " + ".join(f"{each.weight:g} x {each.path}" for each in shards)
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES
+    # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES; or several folders, mixed:
+    # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]
+    shards: str | tuple[ShardSet, ...] = ""
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network

@@ -167,8 +167,12 @@ def likelihood(
         f"{num_images} images, {steps} steps of {method}, {probes} probes\n"
         f"log p(x_0)          {report.nats:.2f} +- {report.nats_error:.2f} nats per image of {dimensions} dimensions\n"
         f"-log2 p(x_0)        {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits per dimension\n"
-        f"log2 q - log2 p     {report.posterior_bits_per_dim:.4f} +- {report.posterior_bits_per_dim_error:.4f} "
-        "bits per dimension, beyond the posterior's own noise"
+        + (
+            "log2 q - log2 p     infinite: the deviation of these latents is 0"
+            if math.isnan(report.posterior_bits_per_dim)
+            else f"log2 q - log2 p     {report.posterior_bits_per_dim:.4f} +- "
+            f"{report.posterior_bits_per_dim_error:.4f} bits per dimension, beyond the posterior's own noise"
+        )
     )
     return report
 

@@ -41,7 +41,7 @@ JOURNEY = [  # (command line, what it prints or writes)
     (["train", "sit_s_2", "run_dir=runs/tuned", *OTHER], "from official.pt"),
     (["report", "runs/mine", "runs/tuned"], ".html"),
 ]  # fmt: skip
-ELSEWHERE = {"launch", "quickstart", "import", "train-vae"}  # tests/training/test_train.py, and folders of their own
+ELSEWHERE = {"launch", "quickstart", "import", "shards", "train-vae"}  # tests/training/test_train.py, and folders
 
 
 def test_every_command_of_the_readme_runs_on_awkward_images_offline(tmp_path, monkeypatch, capsys):

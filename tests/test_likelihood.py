@@ -13,7 +13,7 @@ from fastdit.data.latents import sample_latents
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.likelihood import variational_bound
 from fastdit.distributed import ImageRandom, seed_of
-from fastdit.likelihood import batches, likelihood, mean_and_error
+from fastdit.likelihood import batches, likelihood, log_posterior, mean_and_error
 from fastdit.training import state
 from helpers.checkpoints import golden_weights, quiet
 from helpers.data import make_shards, tiny_vae
@@ -124,6 +124,14 @@ def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch
     assert "3 images, 2 steps of euler, 1 probes" in printed and f"{report['nats']:.2f} +- " in printed
     assert report["probe_error_nats"] is None and report["dimensions"] == D  # one probe has no spread
     assert report["bits_per_dim"] == pytest.approx(-report["nats"] / D / math.log(2), rel=1e-6)
+
+
+def test_latents_without_a_posterior_have_no_noise_of_their_own_to_compare_with(place, monkeypatch):
+    said = []
+    zero = lambda moments, noise, scale: log_posterior(moments * 0, noise, scale)  # noqa: E731
+    monkeypatch.setattr("fastdit.likelihood.log_posterior", zero)
+    likelihood(place / "flow", place / "latents", num_images=2, probes=1, steps=2, say=said.append)
+    assert said[0].endswith("log2 q - log2 p     infinite: the deviation of these latents is 0")
 
 
 def test_means_and_errors():

@@ -31,7 +31,7 @@ from bench.record import ROOT, markdown, record, rotate
 from fastdit.config import load_config
 from fastdit.data.images import to_pixels, to_uint8
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.distributed import init
 from fastdit.evaluation.evaluate import evaluate
 from fastdit.training.log import read_metrics, read_records

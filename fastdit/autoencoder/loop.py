@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +33,8 @@ from fastdit.config import save_config
 from fastdit.data.archives import open_images
 from fastdit.data.extract import cores_per_process
 from fastdit.data.images import to_pixels
-from fastdit.data.loader import on_device, permutation
+from fastdit.data.loader import on_device
+from fastdit.data.order import Order
 from fastdit.data.pixels import PixelReader, pixel_batches, split_rows
 from fastdit.data.sources import ImageSource, remarks
 from fastdit.distributed import seed_of
@@ -129,9 +131,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     )  # fmt: skip
 
     def on_skip(done: int) -> None:
-        places = [divmod(p, images) for p in range((done - 1) * settings.global_batch, done * settings.global_batch)]
-        orders = {epoch: permutation(order, epoch, images) for epoch in {epoch for epoch, _ in places}}
-        log.skip(done, [int(reader.rows[orders[epoch][place]]) for epoch, place in places], [])
+        chosen, _ = Order(order, [images])(np.arange((done - 1) * settings.global_batch, done * settings.global_batch))
+        log.skip(done, reader.rows[chosen].tolist(), [])
 
     guard, facts = Guard(settings.max_skipped, ranks, on_skip), describe(config, images)
     with (
@@ -198,7 +199,7 @@ def _images(config: AutoencoderConfig) -> tuple[ImageSource, PixelReader, PixelR
                          "data.val_fraction=0.01 instead")  # fmt: skip
     if not len(rows) or not len(others):
         raise ValueError(f"data.images={data.images} holds no images; give others")
-    chosen = torch.arange(len(others)).numpy() if data.val_images else rest if len(rest) else rows
+    chosen = np.arange(len(others)) if data.val_images else rest if len(rest) else rows
     workers = data.workers or cores_per_process()
     reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=data.cache_gib * 2**30)
     measured = PixelReader(others, chosen, data.image_size, workers=workers)

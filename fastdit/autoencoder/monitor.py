@@ -19,7 +19,7 @@ from fastdit.autoencoder.perceptual import Perceptual
 from fastdit.autoencoder.quality import Quality, own_blocks
 from fastdit.autoencoder.state import PREFIX
 from fastdit.data.latents import scale_remarks
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.data.pixels import PixelReader
 from fastdit.distributed import Ranks
 from fastdit.evaluation.features import load_features

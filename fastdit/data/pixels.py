@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdit.data.images import Size, Skipped, load_crop, width_height
-from fastdit.data.loader import held_out_rows, mirrors, permutation, read_ahead
+from fastdit.data.loader import read_ahead
+from fastdit.data.order import Order, held_out_rows, mirrors
 from fastdit.data.sources import ImageSource
 
 
@@ -77,27 +78,16 @@ class _Batches:
     def __init__(self, reader: PixelReader, global_batch: int, rows: slice, seed: int, hflip: bool, pin_memory: bool):
         self.reader, self.global_batch, self.own = reader, global_batch, np.arange(global_batch)[rows]
         self.seed, self.hflip, self.pin_memory = seed, hflip, pin_memory
-        self.orders: dict[int, np.ndarray] = {}
+        self.order = Order(seed, [len(reader.rows)])
 
     def batch(self, step: int) -> PixelBatch:
-        count = len(self.reader.rows)
-        epochs, positions = np.divmod(step * self.global_batch + self.own, count)
-        images, mirrored = np.empty_like(positions), np.zeros(len(positions), bool)
-        for epoch in np.unique(epochs).tolist():
-            mask = epochs == epoch
-            images[mask] = self._order(epoch)[positions[mask]]
-            if self.hflip:
-                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
+        images, epochs = self.order(step * self.global_batch + self.own)
         pixels = self.reader.read(images)  # (n, H, W, 3)
-        pixels[mirrored] = pixels[mirrored][:, :, ::-1]
+        if self.hflip:
+            mirrored = mirrors(self.seed, epochs, images) > 0
+            pixels[mirrored] = pixels[mirrored][:, :, ::-1]
         tensor = torch.from_numpy(pixels)
         return PixelBatch(step, tensor.pin_memory() if self.pin_memory else tensor)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}
-            self.orders[epoch] = permutation(self.seed, epoch, len(self.reader.rows))
-        return self.orders[epoch]
 
     def close(self) -> None:
         self.reader.close()

@@ -1,8 +1,8 @@
 """Generated latents, any number of them and without a disk, for benchmarks and smoke tests.
 
-data.shards=synthetic:IMAGES/CxHxW/CLASSES, by default 4x32x32 and 1000: image i has class i mod CLASSES. Its moments
-are a function of (IMAGES, i): normal, so that scaled latents have mean 0 and deviation 1; with three channels, pixels
-without an autoencoder, uniform in [-1, 1].
+data.shards=synthetic:IMAGES/CxHxW/CLASSES: image i has class i mod CLASSES; without CLASSES there are none, and
+synthetic:IMAGES is short for 4x32x32 and 1000. The moments of image i are a function of (IMAGES, i): normal, so that
+scaled latents have mean 0 and deviation 1; with three channels, pixels without an autoencoder, uniform in [-1, 1].
 """
 
 import math
@@ -74,7 +74,8 @@ class Synthetic(Manifest):
 
 def synthetic(text: str | Path) -> Synthetic:
     """The latents that a text such as synthetic:50000/3x32x32/10 describes; ValueError for one of another form."""
-    found = re.fullmatch(rf"{PREFIX}([\d_]+)(?:/(\d+)x(\d+)x(\d+)(?:/(\d+))?)?", str(text), re.ASCII)
+    n = r"\d{1,18}|\d{1,3}(?:_\d{3}){1,5}"
+    found = re.fullmatch(rf"{PREFIX}({n})(?:/({n})x({n})x({n})(?:/({n}))?)?", str(text), re.ASCII)
     images, *shape, classes = (int(number or 0) for number in found.groups()) if found else [0] * 5
     if not any(shape):
         shape, classes = [4, 32, 32], 1000

@@ -66,12 +66,12 @@ def test_the_number_of_images_costs_nothing():
         manifest.index()
 
 
-WRONG = ["synthetic:", "synthetic:0", "synthetic:x", "synthetic:-1", "synthetic:9/4x8", "synthetic:9/4x0x8/2",
-         "synthetic:9/4x8x8/", "synthetic:9//2", f"synthetic:{1 << 60}", "synthetic:9/4x8x8/1000000",
-         "synthetic:9/4x99999x8/1", "synthetic:\uff11\uff12"]  # fmt: skip
+WRONG = ["synthetic:", "synthetic:0", "synthetic:x", "synthetic:-1", "synthetic:_", "synthetic:1_0", "synthetic:9/4x8",
+         "synthetic:9/4x0x8/2", "synthetic:9/4x8x8/", "synthetic:9//2", f"synthetic:{1 << 60}", f"synthetic:{10**99}",
+         "synthetic:9/4x8x8/1000000", "synthetic:9/4x99999x8/1", "synthetic:\uff11\uff12"]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:30])
 def test_a_text_of_another_form_is_one_line(text):
     message = "is not synthetic:IMAGES/CxHxW/CLASSES|of the latents is out of range"
     with pytest.raises(ValueError, match=message) as error:
