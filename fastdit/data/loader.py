@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdit.data.features import FeatureManifest, is_finite, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
 from fastdit.data.mixture import Mixture
-from fastdit.data.order import HELD_OUT, hash_of, mirrors
+from fastdit.data.order import held_out_rows, mirrors
 from fastdit.data.synthetic import Synthetic
 
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
@@ -70,10 +70,19 @@ def latent_batches(
         reader = _Generator(manifest, global_batch, rows, pin_memory)
     else:
         reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
-    return _read_ahead(reader, start_step, prefetch)
+    return read_ahead(reader, start_step, prefetch)
 
 
-def _read_ahead(reader: "_Reader | _Generator", start_step: int, prefetch: int) -> Iterator[Batch]:
+class Reads(Protocol):
+    """What `read_ahead` reads from; a batch is a named tuple of its step and tensors, or None."""
+
+    def batch(self, step: int) -> NamedTuple: ...
+
+    def close(self) -> None: ...
+
+
+def read_ahead(reader: Reads, start_step: int, prefetch: int) -> Iterator[Any]:
+    """The batches from `start_step` on; a thread reads `prefetch` of them ahead. Closing it closes the reader."""
     steps = count(start_step)
     pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
     try:
@@ -87,16 +96,16 @@ def _read_ahead(reader: "_Reader | _Generator", start_step: int, prefetch: int) 
         reader.close()
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
     if device.type != "cuda":
         return (yield from batches)
     stream = torch.cuda.Stream(device)
 
-    def moved() -> Batch:
-        step, *tensors = next(batches)
+    def moved() -> NamedTuple:
+        batch = next(batches)
         with torch.cuda.stream(stream):
-            return Batch(step, *(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+            return type(batch)(batch[0], *(t if t is None else t.to(device, non_blocking=True) for t in batch[1:]))
 
     try:
         ahead = moved()
@@ -258,7 +267,7 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
     if isinstance(manifest, Mixture):
         trains, rests = zip(*(split(part, fraction) for part in manifest.parts), strict=True)
         return manifest.of(trains), manifest.of(rests)
-    held_out = hash_of(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
+    held_out = held_out_rows(manifest.index()["key"], fraction)
     train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
     if not len(rest) or not len(train):
         raise ValueError(f"data.val_fraction={fraction} holds out {len(rest)} of the {len(manifest)} images in "

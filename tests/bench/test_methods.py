@@ -32,7 +32,8 @@ def render(name: str, split: str, count: int):
 def data(tmp_path_factory):
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("data")
-    small = {"channels": (4, 8, 8), "steps": 3, "batch_size": 4}
+    settings = frames.AUTOENCODER["training"] | {"steps": 3, "global_batch": 4}
+    small = frames.AUTOENCODER | {"model": frames.AUTOENCODER["model"] | {"channels": [4, 8, 8]}, "training": settings}
     frames.make(out, CLASSES, {"train": 8, "held_out": 4}, render, SIDE, small)
     torch.set_num_threads(threads)
     return out
