@@ -21,13 +21,14 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
-from fastdit.config import SD_VAE, Config, config_from, load_config, shards_text, to_tree
+from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
+from fastdit.schema import SD_VAE, Config, shards_text
 from fastdit.sheets import in_rows, labelled, tiled
 from fastdit.training.loop import train as run_training
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config, to_tree
+from fastdit.config import load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
@@ -37,6 +37,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments

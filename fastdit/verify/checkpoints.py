@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, shards_text
+from fastdit.config import load_config
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
+from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES
 from fastdit.training.engine import MOMENTS
