@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text
+from fastdit.loop_config import LoopConfig, require
 from fastdit.registry import Choice, UnknownKey, check_literals, convert
 
 MAX_EMA_STD = 12**-0.5  # relative standard deviation of a uniform average (training/ema.py)
@@ -35,10 +36,6 @@ SYNONYMS = {  # names that other code bases use
 }  # fmt: skip
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
-def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{key}={value!r} is out of range; {remedy}")
-
 
 @dataclass(frozen=True)
 class ShardSet:
@@ -48,9 +45,9 @@ class ShardSet:
     weight: float = 0.0
 
     def __post_init__(self):
-        _require(self.path, "data.shards.path", self.path, "use a folder of latents")
+        require(self.path, "data.shards.path", self.path, "use a folder of latents")
         possible = 0 < self.weight < float("inf")
-        _require(possible, f"data.shards: the weight of {self.path}", self.weight, "use a positive number")
+        require(possible, f"data.shards: the weight of {self.path}", self.weight, "use a positive number")
 
 
 def shards_text(shards: str | tuple[ShardSet, ...]) -> str:
@@ -76,15 +73,15 @@ class DataConfig:
 
     def __post_init__(self):
         fraction = self.val_fraction
-        _require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
+        require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
         both = fraction and self.val_shards
-        _require(not both, "data.val_fraction", fraction, "use 0 with data.val_shards, which gives other images")
+        require(not both, "data.val_fraction", fraction, "use 0 with data.val_shards, which gives other images")
         size, classes = self.image_size, self.num_classes
         sides = size if isinstance(size, tuple) else () if size is None else (size,)
-        _require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
-        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
+        require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
+        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
         known = classes is None or 0 <= classes < 1 << 31
-        _require(known, "data.num_classes", classes, "use 0 for an unconditional network")
+        require(known, "data.num_classes", classes, "use 0 for an unconditional network")
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,11 @@ class NetworkOptions:
 
     def __post_init__(self):
         check_literals(self, "model")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
-        _require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
+        require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
         blocks = self.decoder_blocks
-        _require(blocks >= 0, "model.decoder_blocks", blocks, "use 0 for none, 6 of 28 in the paper")
-        _require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
+        require(blocks >= 0, "model.decoder_blocks", blocks, "use 0 for none, 6 of 28 in the paper")
+        require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "use a positive factor, 4 in the paper")
 
 
 @dataclass(frozen=True)
@@ -123,60 +120,11 @@ class ModelConfig(NetworkOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a probability in [0, 1)")
+        require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "use a probability in [0, 1)")
 
     @property
     def options(self) -> NetworkOptions:
         return NetworkOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(NetworkOptions)})
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """What the training of a network and that of an autoencoder have in common."""
-
-    steps: int = 400_000
-    epochs: float = 0.0  # passes over the images, instead of steps; 0: steps count
-    global_batch: int = 256  # images per step, over all processes
-    micro_batch: int = 0  # images per forward pass and process; 0: all of its images
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0  # linear learning-rate warmup
-    lr_schedule: Choice = Choice("constant")  # linear, cosine, inverse_sqrt or wsd, see training/schedule.py
-    grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
-    ema_decay: float = 0.9999
-    ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)), for runs of a few hundred steps
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, optimizer state and EMA are always fp32
-    log_every: int = 50
-    checkpoint_every: int = 10_000
-    checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
-    keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
-    keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
-    wandb: str = ""  # log to this project of Weights & Biases, too; offline where there is no API key
-    max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
-    timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
-    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
-
-    def __post_init__(self):
-        for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
-            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
-        for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
-            _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
-        _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
-        _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
-        _require(
-            self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
-        )
-        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
-        _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
-        _require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
-        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
-
-    @property
-    def time_limit_s(self) -> float:
-        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
-        hours, _, minutes = self.time_limit.rpartition(":")
-        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
 
 
 @dataclass(frozen=True)
@@ -215,31 +163,31 @@ class TrainingConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
+        require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
         for key in ("validate_every", "sample_every", "evaluate_every"):
-            _require((getattr(self, key) or 0) >= 0, f"training.{key}", getattr(self, key), "use 0 for never")
+            require((getattr(self, key) or 0) >= 0, f"training.{key}", getattr(self, key), "use 0 for never")
         for key, least in (("validate_images", 1), ("sample_images", 1), ("evaluate_images", 2)):
-            _require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
+            require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
         stds, remedy = self.ema_stds, "use two or more different widths, such as [0.05, 0.1]; [] for none"
-        _require(len(stds) != 1 and len(set(stds)) == len(stds), "training.ema_stds", list(stds), remedy)
+        require(len(stds) != 1 and len(set(stds)) == len(stds), "training.ema_stds", list(stds), remedy)
         remedy = f"use widths between 0 and {MAX_EMA_STD:.4f}, that of a uniform average"
-        _require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
-        _require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
-        _require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
+        require(all(0 < std <= MAX_EMA_STD for std in stds), "training.ema_stds", list(stds), remedy)
+        require(self.fp8_history >= 1, "training.fp8_history", self.fp8_history, "use 1 or more steps")
+        require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
         if self.optimizer == "muon":
-            _require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
+            require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
         if self.fp8:
-            _require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
-            _require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
+            require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
+            require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")
             policy = self.activation_checkpointing  # FP8 products save their own inputs
-            _require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
-        _require(0 <= self.route < 1, "training.route", self.route, "use a share in [0, 1), 0.5 in the paper")
-        _require(min(self.route_ends) >= 0, "training.route_ends", list(self.route_ends), "use [2, 4] as in the paper")
+            require(policy != "activation", "training.activation_checkpointing", policy, "use selective with fp8=true")
+        require(0 <= self.route < 1, "training.route", self.route, "use a share in [0, 1), 0.5 in the paper")
+        require(min(self.route_ends) >= 0, "training.route_ends", list(self.route_ends), "use [2, 4] as in the paper")
         steps = self.route_full_steps
-        _require(0 <= steps <= self.steps, "training.route_full_steps", steps, "use 0 to training.steps")
+        require(0 <= steps <= self.steps, "training.route_full_steps", steps, "use 0 to training.steps")
         if self.joint_adaln:
-            _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
-        _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
+            require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
+        require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
 
     @property
     def residual_bytes(self) -> int:
@@ -263,14 +211,14 @@ class SamplingConfig:
     compile: bool = True  # on a GPU, compile the blocks and capture the network's evaluation as a CUDA graph
 
     def __post_init__(self):
-        _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
+        require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
         few = all(len(number) < 7 for number in re.findall(r"\d+", self.steps))
-        _require(few, "sampling.steps", self.steps, "use fewer than 1,000,000")
-        _require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
+        require(few, "sampling.steps", self.steps, "use fewer than 1,000,000")
+        require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
-        _require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
-        _require(0 <= self.route < 1, "sampling.route", self.route, "use a share in [0, 1), and cfg_scale above 1")
-        _require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
+        require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")
+        require(0 <= self.route < 1, "sampling.route", self.route, "use a share in [0, 1), and cfg_scale above 1")
+        require(0 <= self.cfg_rescale <= 1, "sampling.cfg_rescale", self.cfg_rescale, "use a factor in [0, 1]")
 
 
 @dataclass(frozen=True)
