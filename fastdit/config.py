@@ -68,6 +68,9 @@ def config_from(
     try:
         return convert(schema, tree, "")
     except UnknownKey as error:
+        sections, command = schema.others
+        if sections & tree.keys():
+            raise ValueError(f"{where} is a config of {command}; {schema.listed_by} lists the keys here") from None
         key, value = error.key, error.value
         while isinstance(value, dict) and len(value) == 1:  # an unknown section: name what was set in it
             [(name, value)] = value.items()

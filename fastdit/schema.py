@@ -260,4 +260,5 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
-    listed_by = "fastdit train --help-config"  # not a field
+    listed_by = "fastdit train --help-config"  # not a field, nor is the next
+    others = {"loss", "discriminator"}, "fastdit train-vae"  # sections of another kind of config, and its command

@@ -148,7 +148,8 @@ class AutoencoderConfig:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     training: AutoencoderTraining = AutoencoderTraining()
 
-    listed_by = "fastdit train-vae --help-config"  # not a field
+    listed_by = "fastdit train-vae --help-config"  # not a field, nor is the next
+    others = {"objective", "sampling"}, "fastdit train"
 
     def __post_init__(self):
         settings = self.discriminator

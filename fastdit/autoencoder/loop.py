@@ -209,10 +209,8 @@ def _images(config: AutoencoderConfig) -> tuple[ImageSource, PixelReader, PixelR
 def _autoencoder(config: AutoencoderConfig, last: Path | None) -> tuple[nn.Module, NetworkConfig, str]:
     """The network to train, the section `model` that describes it, and where its weights are from."""
     settings, scale = config.training, config.model.scaling_factor
-    if last and settings.init_from:  # the checkpoint has its weights
-        return (vae := from_checkpoint(last)), as_config(vae, scale), ""
     if settings.init_from:
-        vae = pretrained(settings.init_from)
+        vae = from_checkpoint(last) if last else pretrained(settings.init_from)  # a checkpoint has its weights
         if settings.decoder_only and scale is None:  # the latents stay as they are
             scale = float(vae.config.scaling_factor)
         return vae, as_config(vae, scale), f"from {settings.init_from}"

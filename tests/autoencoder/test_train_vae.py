@@ -159,10 +159,10 @@ def test_the_decoder_alone_keeps_the_latents(images, whole, tmp_path):
     assert load_config(tmp_path / "run/config.yaml", schema=AutoencoderConfig).model.channels == (4, 8)
     assert "loss" in read_metrics(tmp_path / "run")[-1]
     shutil.copytree(tmp_path / "run", tmp_path / "again")
-    more = [f"run_dir={tmp_path}/again", "training.steps=5"]
+    more = [f"run_dir={tmp_path}/again", "training.steps=5", "model.scaling_factor=null"]
     config = load_config(tmp_path / "run/config.yaml", more, AutoencoderConfig)
-    train_autoencoder(config, resume=True, device="cpu")
-    assert read_metrics(tmp_path / "again")[-1]["step"] == 5
+    resumed = LatentCodec.load(train_autoencoder(config, resume=True, device="cpu"))
+    assert read_metrics(tmp_path / "again")[-1]["step"] == 5 and resumed.scale == before.scale
 
 
 def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):

@@ -128,3 +128,7 @@ def test_a_picture_of_another_form_is_cropped(tmp_path):
 def test_a_config_of_a_network_is_not_one_of_an_autoencoder():
     with pytest.raises(ValueError, match="data.shards='x' is not a known key"):
         config_from({"data": {"shards": "x"}}, "here", (), AutoencoderConfig)
+    with pytest.raises(ValueError, match="vae_kl_f4.yaml is a config of fastdit train-vae; fastdit train --help"):
+        load_config("vae_kl_f4")
+    with pytest.raises(ValueError, match="sit_s_2.yaml is a config of fastdit train; fastdit train-vae --help"):
+        load_config("sit_s_2", schema=AutoencoderConfig)
