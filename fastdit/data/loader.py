@@ -24,6 +24,7 @@ from fastdit.data.order import HELD_OUT, hash_of, mirrors
 from fastdit.data.synthetic import Synthetic
 
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
+STRETCHES = 256  # of files that were asked for; after them one may be out of memory again
 
 
 class Batch(NamedTuple):
@@ -114,14 +115,17 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 class ShardReader:
     """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
 
-    def __init__(self, manifest: ShardFolder, verify: bool = True):
-        self.manifest, self.verify = manifest, verify
+    def __init__(self, manifest: ShardFolder, verify: bool = True, block: int = 0):
+        self.manifest, self.verify, self.block = manifest, verify, block
+        self.ahead: OrderedDict[tuple[int, int], None] = OrderedDict()  # stretches that the system was asked to read
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
         """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
         data = memoryview(out.reshape(-1).view(np.uint8))
         shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
+        if self.block:
+            self.read_ahead(shard, offset, 2 * self.block * data.nbytes)
         complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
         reason = ""
         if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
@@ -132,13 +136,23 @@ class ShardReader:
             path = self.manifest.folder / self.manifest.shards[shard].name
             return f"sample {int(sample['key']):09d} of {path} {reason}"
 
+    def read_ahead(self, shard: int, offset: int, size: int) -> None:
+        """Have the system read the `size` bytes around an offset at once: about one block of data.block."""
+        stretch = shard, offset // size
+        if stretch not in self.ahead and hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(self.file(shard), stretch[1] * size, size, os.POSIX_FADV_WILLNEED)
+        self.ahead[stretch] = None
+        self.ahead.move_to_end(stretch)
+        if len(self.ahead) > STRETCHES:
+            self.ahead.popitem(last=False)
+
     def file(self, shard: int) -> int:
         if shard in self.files:
             self.files.move_to_end(shard)
         else:
             if len(self.files) == OPEN_FILES:
                 os.close(self.files.popitem(last=False)[1])
-            self.files[shard] = os.open(self.manifest.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+            self.files[shard] = os.open(self.manifest.shard(shard), os.O_RDONLY)
         return self.files[shard]
 
     def close(self) -> None:
@@ -169,9 +183,10 @@ class _Reader:
                 f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
                 f"{manifest.num_classes} classes; {AGAIN}"
             )
-        self.latents, self.features, self.order = ShardReader(manifest, verify), None, manifest.order(seed)
+        self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
+        self.order = manifest.order(seed)
         if features is not None:
-            self.features, self.feature_index = ShardReader(features, verify), features.index()
+            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.index()
             if manifest.rows is not None:  # some images are held out
                 self.feature_index = self.feature_index[manifest.rows]
 
