@@ -76,8 +76,9 @@ def unpacked(array: np.ndarray, tokens: int) -> Tensor:
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether all values are, of an array of floats, or of features stored as int8."""
-    if array.dtype == np.float16:  # NumPy's own test takes 20 times as long
-        return bool((array.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00)
+    if array.dtype == np.float16:  # by the bits, positive and negative: NumPy's own test takes 20 times as long
+        largest = (np.maximum.reduce(array.view(dtype), axis=None, initial=0) for dtype in (np.int16, np.uint16))
+        return bool(next(largest) < 0x7C00 and next(largest) < 0xFC00)
     return bool(np.isfinite(array if array.dtype.names is None else array["scale"]).all())
 
 

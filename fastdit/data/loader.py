@@ -4,6 +4,7 @@ Every process can read every sample, so the images in a batch depend neither on 
 at which a run resumes.
 """
 
+import math
 import os
 import zlib
 from collections import OrderedDict, deque
@@ -122,19 +123,29 @@ class ShardReader:
 
     def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
         """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
-        data = memoryview(out.reshape(-1).view(np.uint8))
-        shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
-        if self.block:
-            self.read_ahead(shard, offset, 2 * self.block * data.nbytes)
-        complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
-        reason = ""
-        if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
-            reason = "is damaged: its bytes do not match its crc32"
-        elif not is_finite(out):
-            reason = "has values that are not finite"
-        if reason:
-            path = self.manifest.folder / self.manifest.shards[shard].name
-            return f"sample {int(sample['key']):09d} of {path} {reason}"
+        return self.fill(sample[None], np.array([mirrored]), out).get(0)
+
+    def fill(self, samples: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> dict[int, str]:
+        """Fill out (n, ...) with one orientation of each sample (n,); returns what is wrong with those that are bad."""
+        faults, data, size = {}, memoryview(out.reshape(-1).view(np.uint8)), out[:1].nbytes
+        checks = np.take_along_axis(samples["crc32"], mirrored[:, None], 1)[:, 0].tolist()
+        places = zip(samples["shard"].tolist(), (samples["offset"].astype(np.int64) + mirrored * size).tolist(),
+                     checks, strict=True)  # fmt: skip
+        for i, (shard, offset, check) in enumerate(places):
+            own = data[i * size : (i + 1) * size]
+            if self.block:
+                self.read_ahead(shard, offset, 2 * self.block * size)
+            complete = os.preadv(self.file(shard), (own,), offset) == size
+            if not complete or (self.verify and zlib.crc32(own) != check):
+                faults[i] = "is damaged: its bytes do not match its crc32"
+        if not is_finite(out):
+            for i in range(len(out)):
+                if i not in faults and not is_finite(out[i : i + 1]):
+                    faults[i] = "has values that are not finite"
+        for i, reason in faults.items():
+            path = self.manifest.folder / self.manifest.shards[int(samples["shard"][i])].name
+            faults[i] = f"sample {int(samples['key'][i]):09d} of {path} {reason}"
+        return faults
 
     def read_ahead(self, shard: int, offset: int, size: int) -> None:
         """Have the system read the `size` bytes around an offset at once: about one block of data.block."""
@@ -195,27 +206,34 @@ class _Reader:
         mirrored = mirrors(self.seed, epochs, images) if self.hflip else np.zeros_like(images)
         array = np.empty((len(images), *moments_shape(self.manifest)), DTYPES[self.manifest.dtype])
         features = None if self.features is None else np.empty(len(images), self.features.manifest.record)
-        for i in range(len(images)):
-            while fault := self.read(i, images[i], int(mirrored[i]), array, features):
+        faults = self.read(images, mirrored, array, features)
+        for i in sorted(faults):
+            fault = faults[i]
+            while fault:
                 if self.skip_damaged is None or len(self.damaged) == len(self.index):
                     raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
                 if images[i] not in self.damaged:
                     self.damaged.add(images[i])
                     self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
                 images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
+                one = slice(i, i + 1)
+                own = None if features is None else features[one]
+                fault = self.read(images[one], mirrored[one], array[one], own).get(0)
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
-            rows, columns = self.features.manifest.grid
-            tensors.append(unpacked(features, rows * columns).unflatten(1, (rows, columns)))  # without the class token
+            grid = self.features.manifest.grid
+            tensors.append(unpacked(features, math.prod(grid)).unflatten(1, grid))  # without the class token
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
 
-    def read(self, i: int, image: int, mirrored: int, array: np.ndarray, features: np.ndarray | None) -> str | None:
-        """Fill row i with one orientation of an image; returns what is wrong with it, if anything is."""
-        fault = self.latents.read(self.index[image], mirrored, array[i : i + 1])
-        if fault or features is None:
-            return fault
-        return self.features.read(self.feature_index[image], mirrored, features[i : i + 1])
+    def read(
+        self, images: np.ndarray, mirrored: np.ndarray, array: np.ndarray, features: np.ndarray | None
+    ) -> dict[int, str]:
+        """Fill the arrays with one orientation of each image; returns what is wrong with those that are bad."""
+        faults = self.latents.fill(self.index[images], mirrored, array)
+        if features is not None:
+            faults = self.features.fill(self.feature_index[images], mirrored, features) | faults
+        return faults
 
     def close(self) -> None:
         for reader in filter(None, (self.latents, self.features)):
