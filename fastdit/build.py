@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from fastdit import distributed
-from fastdit.config import Config, TrainingConfig
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
@@ -19,6 +18,7 @@ from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
 from fastdit.models.routing import Routing
 from fastdit.registry import bind, build
+from fastdit.schema import Config, TrainingConfig
 
 
 def build_objective(config: Config) -> Objective:

@@ -7,7 +7,7 @@ import torch
 
 from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero
 from fastdit.cards import GIB, GPUS, card_name
-from fastdit.config import Config, assumed
+from fastdit.config import assumed
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
@@ -15,6 +15,7 @@ from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
+from fastdit.schema import Config
 from fastdit.training.alignment import ALIGNMENTS, attach
 
 IMAGENET = 1_281_167  # images

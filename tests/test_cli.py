@@ -63,7 +63,7 @@ MISTAKES = {
     "verify nowhere": "nowhere",
     "verify a b": "unexpected argument 'b'",
     "launch train": "the following arguments are required: --gpus",
-    "launch --gpus 2 verify x": "name extract, train, sample or evaluate after the options",
+    "launch --gpus 2 verify x": "name extract, train, train-vae, sample or evaluate after the options",
     "launch --gpus 8 --nodes 2 train sit_s_2": "several nodes need --master HOST:PORT",
 }
 
@@ -159,8 +159,8 @@ def test_all_processes_together_give_one_message(world, tmp_path):
 def test_the_notebook_runs(tmp_path, monkeypatch):
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert code[0].count("= 600, 1000") == 1
-    code[0] = code[0].replace("= 600, 1000", "= 2, 2")
+    assert code[0].count("= 1300, 1000") == 1
+    code[0] = code[0].replace("= 1300, 1000", "= 2, 2")
     monkeypatch.chdir(tmp_path)
     scope = {}
     for cell in code:

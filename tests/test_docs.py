@@ -7,6 +7,7 @@ from functools import wraps
 import pytest
 
 from fastdit import cli
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands import COMMANDS
 from fastdit.config import config_from, load_config, shipped_names
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -50,6 +51,9 @@ def check_command(words: list[str], parsed: list) -> None:
     given = parsed[-1]
     if words[0] == "launch":
         return check_command(given.command_line, parsed) if given.command_line else None
+    if words[0] == "train-vae":
+        load_config(next(iter(given.names)), given.overrides, AutoencoderConfig)
+        return None
     if words[0] == "train":
         load_config(next(iter(given.names)), given.overrides)
     check_overrides(given.overrides)

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.config import ShardSet, shards_text
 from fastdit.data.images import Unusable
 from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
 from fastdit.data.remote import fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
+from fastdit.schema import ShardSet, shards_text
 
 FOLDER = "features"  # within the folder of the latents
 FEATURE_DTYPES = ("float16", "int8")

@@ -19,13 +19,13 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from fastdit.config import ShardSet
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import fetch_manifest, fetched, is_remote
 from fastdit.files import map_array, read_array, read_bytes, read_json
 from fastdit.registry import check, convert_all
+from fastdit.schema import ShardSet
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}

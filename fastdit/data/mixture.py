@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.config import ShardSet, shards_text
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import Order, shares
 from fastdit.data.synthetic import Synthetic
+from fastdit.schema import ShardSet, shards_text
 
 APART = 10**12  # key n of set i is i * APART + n
 

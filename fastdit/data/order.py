@@ -142,6 +142,11 @@ def mirrors(seed: int, epoch: int | np.ndarray, images: np.ndarray) -> np.ndarra
     return (hash_of(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
 
 
+def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether each key (n,) is among the `fraction` that is held out, by its hash: bool (n,)."""
+    return hash_of(HELD_OUT, keys.astype(np.uint64)) < np.uint64(fraction * 2**64)
+
+
 def hash_of(*words: int | np.ndarray) -> np.ndarray:
     """64-bit hash: splitmix64's finalizer (Steele et al. 2014) after each integer; one-to-one in the last one."""
     state = np.zeros(1, np.uint64)

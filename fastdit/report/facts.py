@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from fastdit import environment
-from fastdit.config import Config, load_config, to_tree
+from fastdit.config import load_config, to_tree
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_bytes, read_json
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.log import RECORDS, read_metrics, read_records

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import Config
 from fastdit.data.features import FeatureManifest, find_features, resample
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tap, Tapped
 from fastdit.registry import Choice, build, check, lookup
+from fastdit.schema import Config
 
 PAPER_DEPTH = 28  # of DiT-XL and SiT-XL, for which the papers give block numbers
 

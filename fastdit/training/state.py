@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config, to_tree
+from fastdit.config import load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
@@ -37,6 +37,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
@@ -44,6 +45,7 @@ from fastdit.training.log import LossWindow
 from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
 
 CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
+AUTOENCODER = "autoencoder"  # the kind of a checkpoint of fastdit train-vae (autoencoder/state.py)
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
 LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
@@ -272,6 +274,8 @@ def load_network(
     """
     folder = checkpoint.find(Path(path))
     meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
+    if meta.get("kind") == AUTOENCODER:
+        raise ValueError(f"{folder} is of an autoencoder, not of a network; its run's folder {VAE} is for --vae")
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")

@@ -3,16 +3,18 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, shards_text
+from fastdit.config import load_config
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
+from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES
 from fastdit.training.engine import MOMENTS
@@ -24,12 +26,8 @@ GOLDEN_BYTES = 1 << 28
 CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding, also on other hardware
 
 
-def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
-    meta, faults = checkpoint.inspect(folder)
-    for fault in faults:
-        found.add("files", fault)
-    if not meta:
-        return
+def verify_checkpoint(folder: Path, meta: dict[str, Any], found: Findings, say: Callable[[str], None]) -> None:
+    """`meta`: what checkpoint.json says."""
     try:
         latents, config = latents_of(meta), load_config(folder / CONFIG)
         objective = build_objective(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdit.config import ShardSet, config_from
+from fastdit.config import config_from
 from fastdit.data.features import find_features
 from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
@@ -17,6 +17,7 @@ from fastdit.data.writer import write_shards
 from fastdit.report.facts import read_run
 from fastdit.report.measure import Measured
 from fastdit.report.page import about
+from fastdit.schema import ShardSet
 from fastdit.verify import verify
 from helpers.runs import losses, train_here
 from helpers.sets import SIZES, SPEC, write, write_all
