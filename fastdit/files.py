@@ -1,6 +1,7 @@
 """JSON, YAML and arrays from files that anyone may have written: reading runs nothing, never blocks and stays small."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -39,12 +40,16 @@ def read_bytes(path: Path, most: int) -> bytes:
 
     A pipe would block, and a device never ends.
     """
+    check_regular(path, most)
+    return path.read_bytes()
+
+
+def check_regular(path: Path, most: int) -> None:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")
     if status.st_size > most:
         raise ValueError(f"{path} has {status.st_size} bytes, more than the {most} that are read")
-    return path.read_bytes()
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
@@ -79,6 +84,20 @@ def read_array(data: bytes) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises all kinds of errors on damaged headers
         raise ValueError(f"it is not an array: {error}") from None
+
+
+def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
+    """The array in a .npy file of at most `most` bytes, mapped into memory, and the file's SHA-256.
+
+    ValueError for what `read_bytes` and `read_array` refuse.
+    """
+    check_regular(path, most)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        return np.lib.format.open_memmap(path, mode="r"), digest
+    except Exception as error:
+        raise ValueError(f"{path} is not an array: {error}") from None
 
 
 def append_to(path: Path) -> TextIO:
