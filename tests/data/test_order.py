@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdit.config import ShardSet
 from fastdit.data.loader import latent_batches, sample_keys, split
 from fastdit.data.manifest import Manifest, Shard
 from fastdit.data.order import LISTED, WINDOW, Order, permutation, scattered
+from fastdit.schema import ShardSet
 from helpers.sets import write_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")

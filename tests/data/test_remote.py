@@ -9,10 +9,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from fastdit.config import ShardSet
 from fastdit.data import remote
 from fastdit.data.loader import latent_batches, sample_keys
 from fastdit.data.manifest import Manifest
+from fastdit.schema import ShardSet
 from helpers.sets import write_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
