@@ -175,7 +175,7 @@ def _array(path: Path, key: str) -> ImageSet:
             with archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = _header(file)
                 start = file.tell()
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise all kinds of errors on damaged files
         raise ValueError(f"{key}={path} cannot be read ({error}); give an npz with arr_0, uint8 (N, H, W, 3)") from None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(f"{key}={path} holds {dtype} {shape}; arr_0 must be uint8 (N, H, W, 3) in C order")
@@ -192,11 +192,11 @@ def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Itera
     image = math.prod(shape[1:])
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         for b in numbers:
-            file.seek(start + b * BLOCK * image)
             count = min(BLOCK, shape[0] - b * BLOCK)
             try:
+                file.seek(start + b * BLOCK * image)
                 data = file.read(count * image)
-            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            except Exception as error:  # of as many kinds as above
                 raise ValueError(f"{key}={path} is damaged ({error}); write it again") from None
             if len(data) < count * image:
                 raise ValueError(f"{key}={path} is damaged: arr_0 ends in image block {b}; write it again")
