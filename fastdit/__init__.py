@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
-API = ("load", "grid", "extract", "train", "Model")
+API = ("load", "grid", "extract", "train", "train_vae", "Model")
 
 
 def __getattr__(name: str):
-    """load, grid, extract, train and Model, from api.py: only their first use imports PyTorch."""
+    """load, grid, extract, train, train_vae and Model, from api.py: only their first use imports PyTorch."""
     if name not in API:
         raise AttributeError(f"module 'fastdit' has no attribute {name!r}")
     from fastdit import api

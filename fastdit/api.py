@@ -5,6 +5,7 @@
     fastdit.grid(images, columns=4)
     fastdit.extract("images", "latents", vae="vae", image_size=256)
     fastdit.train("sit_s_2", shards="latents", run_dir="runs/mine", training={"steps": 1000})
+    fastdit.train_vae("vae_kl_f4", images="images", run_dir="runs/vae")
 """
 
 import tempfile
@@ -18,7 +19,9 @@ import torch
 from PIL import Image
 
 from fastdit import distributed
-from fastdit.config import SD_VAE, Config, config_from, load_config, to_tree
+from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.loop import train_autoencoder
+from fastdit.config import SD_VAE, Config, config_from, load_config, shards_text, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
@@ -125,18 +128,41 @@ def train(
     `config`: the name of an included config, a YAML file, or a mapping with its sections; `sections` are merged into
     it, e.g. training={"steps": 1000}.
     """
-    tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config))
+    settings = _settings(config, sections, {"data.shards": shards, "run_dir": run_dir}, "train()", Config)
+    return run_training(settings, resume=resume, device=device, read_initial=read_initial, report=report_at_end)
+
+
+def train_vae(
+    config: str | Path | Mapping[str, Any],
+    *,
+    images: str | Path = "",
+    run_dir: str | Path = "",
+    resume: bool = False,
+    device: str | None = None,
+    **sections: Mapping[str, Any],
+) -> Path:
+    """Train an autoencoder and return run_dir/vae. `config` and `sections`: as for `train`, of `fastdit train-vae`."""
+    places = {"data.images": images, "run_dir": run_dir}
+    settings = _settings(config, sections, places, "train_vae()", AutoencoderConfig)
+    return train_autoencoder(settings, resume=resume, device=device)
+
+
+def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Path], where: str, schema: type) -> Any:
+    """The config with the sections merged into it, and the places that are given."""
+    tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config, schema=schema))
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
-    places = [f"data.shards={shards}"] * bool(shards) + [f"run_dir={run_dir}"] * bool(run_dir)
-    settings = config_from(tree, "train()", places)
-    return run_training(settings, resume=resume, device=device, read_initial=read_initial, report=report_at_end)
+    return config_from(tree, where, [f"{key}={value}" for key, value in places.items() if value], schema)
 
 
 def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:
     """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
     size = config.data.image_size or 256
-    given = config.data.shards if (Path(config.data.shards or "-") / "manifest.json").is_file() else ""
+    given = config.data.shards
+    if isinstance(given, tuple):
+        mixed = shards_text(given)
+        raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
+    given = given if (Path(given or "-") / "manifest.json").is_file() else ""
     shards = given or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
     if not (Path(shards) / "manifest.json").is_file():
         say(f"extracting the latents of {images} to {shards}")

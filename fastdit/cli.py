@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from fastdit import __version__
 from fastdit.commands import COMMANDS
-from fastdit.config import suggest
+from fastdit.config import Config, suggest
 from fastdit.errors import friendly_exit
 
 
@@ -65,7 +65,8 @@ def _unknown_option(arguments: Namespace, rest: list[str], word: str) -> str:
     value = value or (following[0] if following and not following[0].startswith("-") else "")
     known = [string for action in arguments.parser._actions for string in action.option_strings]
     near = difflib.get_close_matches(option, known, 1, 0.75)
-    key = suggest(option.strip("-")) if hasattr(arguments, "takes_overrides") else ""
+    schema = getattr(arguments, "schema", Config)
+    key = suggest(option.strip("-"), schema) if hasattr(arguments, "takes_overrides") else ""
     if key and (not near or key.endswith("." + option.strip("-").replace("-", "_"))):
         near = [f"{key}={value or '...'}"]
     hint = f"did you mean {near[0]}? " if near else ""

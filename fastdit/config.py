@@ -41,8 +41,28 @@ def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
 
 
 @dataclass(frozen=True)
+class ShardSet:
+    """A folder of latents and its weight among others: its share of every batch is weight / sum of the weights."""
+
+    path: str = ""
+    weight: float = 0.0
+
+    def __post_init__(self):
+        _require(self.path, "data.shards.path", self.path, "use a folder of latents")
+        possible = 0 < self.weight < float("inf")
+        _require(possible, f"data.shards: the weight of {self.path}", self.weight, "use a positive number")
+
+
+def shards_text(shards: str | tuple[ShardSet, ...]) -> str:
+    """data.shards in words: `a`, or `0.7 x a + 0.3 x b`."""
+    return shards if isinstance(shards, str) else " + ".join(f"{each.weight:g} x {each.path}" for each in shards)
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    shards: str = ""  # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES
+    # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES; or several folders, mixed:
+    # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]
+    shards: str | tuple[ShardSet, ...] = ""
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
@@ -111,13 +131,13 @@ class ModelConfig(NetworkOptions):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    init_from: str = ""  # start from these weights: a run, checkpoint, official .pt file or diffusers folder
+class LoopConfig:
+    """What the training of a network and that of an autoencoder have in common."""
+
     steps: int = 400_000
-    epochs: float = 0.0  # passes over the shards, instead of steps; 0: steps count
+    epochs: float = 0.0  # passes over the images, instead of steps; 0: steps count
     global_batch: int = 256  # images per step, over all processes
-    micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    micro_batch: int = 0  # images per forward pass and process; 0: all of its images
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -126,8 +146,45 @@ class TrainingConfig:
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(ema_decay, (1 + step) / (10 + step)), for runs of a few hundred steps
-    ema_stds: tuple[float, ...] = ()  # relative widths of averages to store for `fastdit ema`, such as [0.05, 0.1]
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights, optimizer state and EMA are always fp32
+    log_every: int = 50
+    checkpoint_every: int = 10_000
+    checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
+    keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
+    keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
+    wandb: str = ""  # log to this project of Weights & Biases, too; offline where there is no API key
+    max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
+    timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
+    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
+
+    def __post_init__(self):
+        for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
+            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
+        for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
+            _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+        _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
+        _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
+        _require(
+            self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
+        )
+        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
+        _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
+        _require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
+        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
+
+    @property
+    def time_limit_s(self) -> float:
+        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
+        hours, _, minutes = self.time_limit.rpartition(":")
+        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(LoopConfig):
+    init_from: str = ""  # start from these weights: a run, checkpoint, official .pt file or diffusers folder
+    micro_batch: int = 0  # images per forward pass and process; 0: all of its images; -1: as many as fit in GPU memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    ema_stds: tuple[float, ...] = ()  # relative widths of averages to store for `fastdit ema`, such as [0.05, 0.1]
     fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; on a GPU, needs Ada, Hopper or newer
     fp8_history: int = 16  # steps whose largest magnitudes set the FP8 scaling factors
     fp8_margin: float = 2.0  # how many times larger than in the history a value may become before it saturates
@@ -145,11 +202,6 @@ class TrainingConfig:
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed if its launcher is used
     zero_stage: int = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's JSON config
-    log_every: int = 50
-    checkpoint_every: int = 10_000
-    checkpoint_minutes: float = 0.0  # also save whenever this much time has passed; 0: never
-    keep_checkpoints: int = 3  # number of most recent checkpoints to keep; 0: all
-    keep_every: int = 0  # also keep those whose step is a multiple of this; 0: none
     validate_every: int | None = None  # steps between validation losses; null: as checkpoint_every; 0: never
     validate_images: int = 1280  # images of the validation loss
     loss_reference: str = ""  # a JSON file of validation losses to compare with, see bench/quality/curve.py
@@ -159,31 +211,15 @@ class TrainingConfig:
     reference: str = ""  # for evaluate_every: real images, or a file of fastdit evaluate --save-reference
     evaluate_images: int = 500  # number of samples of an evaluation
     evaluate_features: str = "efficientnet-lite0"  # as fastdit evaluate --features
-    wandb: str = ""  # log to this project of Weights & Biases, too; offline where there is no API key
     report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
-    max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
-    timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
-    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
 
     def __post_init__(self):
-        for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
-            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
+        super().__post_init__()
         _require(self.micro_batch >= -1, "training.micro_batch", self.micro_batch, "use -1 for as many as fit")
-        for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
-            _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
         for key in ("validate_every", "sample_every", "evaluate_every"):
             _require((getattr(self, key) or 0) >= 0, f"training.{key}", getattr(self, key), "use 0 for never")
         for key, least in (("validate_images", 1), ("sample_images", 1), ("evaluate_images", 2)):
             _require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
-        _require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
-        _require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
-        _require(
-            self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
-        )
-        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
-        _require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
-        _require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
-        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
         stds, remedy = self.ema_stds, "use two or more different widths, such as [0.05, 0.1]; [] for none"
         _require(len(stds) != 1 and len(set(stds)) == len(stds), "training.ema_stds", list(stds), remedy)
         remedy = f"use widths between 0 and {MAX_EMA_STD:.4f}, that of a uniform average"
@@ -204,12 +240,6 @@ class TrainingConfig:
         if self.joint_adaln:
             _require(self.zero_stage < 3, "training.joint_adaln", True, "use training.zero_stage=1 or 2 with it")
         _require(self.zero_stage in (1, 2, 3), "training.zero_stage", self.zero_stage, "use 1, 2 or 3")
-
-    @property
-    def time_limit_s(self) -> float:
-        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
-        hours, _, minutes = self.time_limit.rpartition(":")
-        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
 
     @property
     def residual_bytes(self) -> int:
@@ -253,17 +283,19 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
+    listed_by = "fastdit train --help-config"  # not a field
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), schema: type = Config) -> Any:
     """Reads a YAML file, or an included config by its name, and applies overrides such as `training.lr=2e-4`.
 
-    Errors name file, key, value and remedy.
+    `schema`: the dataclass to make of it. Errors name file, key, value and remedy.
     """
     path = Path(path)
     if path.parent == Path() and shipped_config(path.name).is_file():
         path = shipped_config(path.name)
     if not path.is_file():
-        near = difflib.get_close_matches(path.stem, shipped_names(), 1, 0.5)
+        near = difflib.get_close_matches(path.stem, shipped_names(schema), 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"--config {path} does not exist; {hint}fastdit configs lists the included ones")
     try:
@@ -272,10 +304,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"--config {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path} must contain sections such as `training:`, not a {type(tree).__name__}")
-    return config_from(tree, path, overrides)
+    return config_from(tree, path, overrides, schema)
 
 
-def config_from(tree: dict[str, Any], where: str | Path, overrides: Iterable[str] = ()) -> Config:
+def config_from(
+    tree: dict[str, Any], where: str | Path, overrides: Iterable[str] = (), schema: type = Config
+) -> Any:
     """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -284,15 +318,15 @@ def config_from(tree: dict[str, Any], where: str | Path, overrides: Iterable[str
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
         data["image_size"] = [int(side) for side in data["image_size"].split("x")]
     try:
-        return convert(Config, tree, "")
+        return convert(schema, tree, "")
     except UnknownKey as error:
         key, value = error.key, error.value
         while isinstance(value, dict) and len(value) == 1:  # an unknown section: name what was set in it
             [(name, value)] = value.items()
             key = f"{key}.{name}"
-        near = suggest(key)
+        near = suggest(key, schema)
         hint = f"did you mean {near!r}? All keys" if near else "all keys"
-        message = f"{where}: {key}={value!r} is not a known key; {hint}: fastdit train --help-config"
+        message = f"{where}: {key}={value!r} is not a known key; {hint}: {schema.listed_by}"
         raise ValueError(message) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -314,17 +348,18 @@ def all_keys(section: type = Config, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def suggest(key: str) -> str:
+def suggest(key: str, schema: type = Config) -> str:
     """The config key that `key` probably means, by its last part, a synonym, or its spelling; "" if none is near."""
-    keys, last = list(all_keys()), key.rpartition(".")[2].replace("-", "_").lower()
+    keys, last = list(all_keys(schema)), key.rpartition(".")[2].replace("-", "_").lower()
     names = {known.rpartition(".")[2]: known for known in reversed(keys)}  # the first section wins
-    if found := SYNONYMS.get(last) or names.get(last):
+    synonyms = {name: known for name, known in SYNONYMS.items() if known in keys}
+    if found := synonyms.get(last) or names.get(last):
         return found
     near = [known for known in keys if len(last) > 2 and known.startswith(key)]
     if near := near or difflib.get_close_matches(key, keys, 1, 0.75):
         return near[0]
-    near = difflib.get_close_matches(last, [*names, *SYNONYMS], 1, 0.6)
-    return names.get(near[0]) or SYNONYMS[near[0]] if near else ""
+    near = difflib.get_close_matches(last, [*names, *synonyms], 1, 0.6)
+    return names.get(near[0]) or synonyms[near[0]] if near else ""
 
 
 def shipped_config(name: str) -> Path:
@@ -333,12 +368,13 @@ def shipped_config(name: str) -> Path:
     return folder / (name if name.endswith(".yaml") else f"{name}.yaml")
 
 
-def shipped_names() -> list[str]:
-    """The names of the included configs."""
-    return sorted(path.stem for path in shipped_config("any").parent.glob("*.yaml"))
+def shipped_names(schema: type = Config) -> list[str]:
+    """The names of the included configs: those of autoencoders begin with `vae_`."""
+    names = sorted(path.stem for path in shipped_config("any").parent.glob("*.yaml"))
+    return [name for name in names if name.startswith("vae_") == (schema is not Config)]
 
 
-def save_config(config: Config, path: str | Path) -> None:
+def save_config(config: Any, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
     replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
 

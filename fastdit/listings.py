@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 
-from fastdit import config as module
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.config import Config, load_config, shipped_config, shipped_names
 from fastdit.registry import Choice
 
@@ -15,21 +15,24 @@ FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")
 def configs() -> str:
     """One paragraph per included config: its name and the comments at its top."""
     parts = []
-    for name in shipped_names():
-        lines = shipped_config(name).read_text().splitlines()
-        about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
-        parts.append("\n".join([f"{name:16}{load_config(name).model.variant}", *(f"    {line}" for line in about)]))
-    return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine"])
+    for schema in (Config, AutoencoderConfig):
+        for name in shipped_names(schema):
+            lines = shipped_config(name).read_text().splitlines()
+            about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
+            what = load_config(name, schema=schema).model.variant
+            parts.append("\n".join([f"{name:16}{what}", *(f"    {line}" for line in about)]))
+    return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine",
+                      "fastdit train-vae vae_NAME data.images=images run_dir=runs/vae"])  # fmt: skip
 
 
-def keys() -> str:
-    """One line per key: dotted name, type, default and comment, as they stand in config.py."""
+def keys(schema: type = Config) -> str:
+    """One line per key: dotted name, type, default and comment, as they stand in the source."""
     lines = []
-    for section in dataclasses.fields(Config):
+    for section in dataclasses.fields(schema):
         dotted = dataclasses.is_dataclass(section.type) and section.type is not Choice
         own = section.type if dotted else None
         if own is None:
-            lines.append(_line(section.name, *_source(Config)[section.name]))
+            lines.append(_line(section.name, *_source(schema)[section.name]))
             continue
         for field in dataclasses.fields(own):
             owner = next(c for c in own.__mro__ if field.name in vars(c).get("__annotations__", {}))
@@ -45,7 +48,7 @@ def _line(key: str, kind: str, default: str, comment: str) -> str:
 def _source(owner: type) -> dict[str, tuple[str, str, str]]:
     """Type, default and comment of each field, from the source; a comment may also stand in the lines above."""
     found, above = {}, []
-    for line in inspect.getsource(getattr(module, owner.__name__)).splitlines():
+    for line in inspect.getsource(owner).splitlines():
         if match := FIELD.match(line):
             name, kind, default, comment = match.groups()
             found[name] = kind, default, " ".join([*above, *filter(None, [comment])])

@@ -42,7 +42,8 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
 def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
     """The config and the latents' shape (C, h, w) as its shards tell; without them, as of the usual autoencoders."""
     data = config.data
-    if data.shards.startswith(PREFIX) or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
+    mixed = isinstance(data.shards, tuple)
+    if mixed or data.shards.startswith(PREFIX) or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)

@@ -159,8 +159,8 @@ def test_all_processes_together_give_one_message(world, tmp_path):
 def test_the_notebook_runs(tmp_path, monkeypatch):
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert code[0].count("= 600, 1000") == 1
-    code[0] = code[0].replace("= 600, 1000", "= 2, 2")
+    assert code[0].count("= 1300, 1000") == 1
+    code[0] = code[0].replace("= 1300, 1000", "= 2, 2")
     monkeypatch.chdir(tmp_path)
     scope = {}
     for cell in code:

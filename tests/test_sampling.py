@@ -13,11 +13,11 @@ from PIL import Image
 import fastdit
 from fastdit.config import load_config
 from fastdit.evaluation.images import open_set
-from fastdit.quickstart.small_vae import small_vae
 from fastdit.sampling import grid, image_labels, load_pipeline, sample
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
 from helpers import ROOT
+from helpers.data import small_vae
 from helpers.runs import run, run_command
 
 COUNT = 10  # three batches of 4, the last one padded

@@ -14,8 +14,9 @@ FILES = sorted([*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").glob("*.p
 RANK = {
     "registry": 0, "errors": 0, "files": 0, "lock": 1, "sheets": 1, "distributed": 0, "kernels": 0, "config": 1,
     "environment": 1, "data": 2, "diffusion": 2, "models": 2, "build": 3, "cards": 3, "memory": 4, "pipeline": 4,
-    "evaluation": 5, "training": 6, "sampling": 7, "likelihood": 7, "plan": 7, "gallery": 8, "listings": 8, "doctor": 8,
-    "sweep": 8, "api": 9, "commands": 10, "convert": 8, "verify": 8, "report": 8, "quickstart": 9, "cli": 11,
+    "evaluation": 5, "training": 6, "autoencoder": 7, "sampling": 7, "likelihood": 7, "plan": 7, "gallery": 8,
+    "listings": 8, "doctor": 8, "sweep": 8, "api": 9, "commands": 10, "convert": 8, "verify": 8, "report": 8,
+    "quickstart": 9, "cli": 11,
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@
 
     train.tar, held_out.tar    2,000 and 200 frames of 64 px per game, of disjoint levels, as WebDatasets
     frames.json                what they are, with the SHA-256 of each set's pixels, and the autoencoder's PSNR
-    vae, latents, held         an autoencoder to 16 x 16 x 4 trained on train.tar, and the latents of both sets
+    autoencoder, vae           the training of an autoencoder to 16 x 16 x 4 on train.tar, and the result
+    latents, held              the latents of both sets
     latents/features           EfficientNet-Lite0's features of the frames, for training.align=repa; 5.3 GB
 
 What exists is kept, so a stopped run continues. The library is procgen's for Linux on x86-64, which pip downloads;
@@ -16,8 +17,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,21 +29,30 @@ import torch
 from PIL import Image
 
 from bench.quality import procgen
+from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.loop import train_autoencoder
+from fastdit.autoencoder.monitor import ABOUT as MEASURED
+from fastdit.config import config_from
 from fastdit.data.archives import open_images
 from fastdit.data.extract import extract_features
 from fastdit.data.features import FOLDER
-from fastdit.data.images import read_image, to_pixels
+from fastdit.data.images import read_image
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.files import read_json, replace_text, replacing
-from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
 
 Render = Callable[[str, str, int], Iterable[np.ndarray]]  # (class, split, count) -> uint8 (H, W, 3)
 SETS = {"train": 2000, "held_out": 200}  # frames per class
 ABOUT = "frames.json"
 
 
-AUTOENCODER = {"channels": (16, 24, 48), "steps": 3000, "batch_size": 16, "lr": 3e-3, "kl_weight": 1e-4}
-EVERY = 4  # every fourth frame trains the autoencoder
+AUTOENCODER = {
+    "data": {"hflip": False},
+    "model": {"channels": [16, 24, 48], "layers": 1, "norm_groups": 4, "attention": False},
+    "loss": {"reconstruction": "l1", "kl_weight": 1e-4},
+    "training": {"steps": 3000, "global_batch": 16, "lr": 3e-3, "betas": [0.9, 0.999], "warmup_steps": 150,
+                 "lr_schedule": {"name": "linear", "final": 0.02}, "ema_decay": 0.99, "precision": "bf16",
+                 "compile": False, "log_every": 100, "evaluate_images": 3200, "evaluate_features": ""},
+}  # of fastdit train-vae  # fmt: skip
 
 
 def write_frames(out: Path, classes: Sequence[str], counts: dict[str, int], render: Render) -> dict[str, dict]:
@@ -92,26 +102,14 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_autoencoder(out: Path, channels: Sequence[int], steps: int, **settings) -> float:
+def make_autoencoder(out: Path, size: int, settings: dict) -> float:
     """Train one on out/train.tar, write it to out/vae, and return its PSNR on out/held_out.tar in dB."""
-    device = best_device()
-    pixels = to_pixels(torch.from_numpy(read_set(out / "train.tar", EVERY)[0]))
-    pixels = pixels.to(device, memory_format=torch.channels_last)
-    vae = small_vae(pixels.shape[-1], channels).to(device, memory_format=torch.channels_last)
-    start, losses = time.perf_counter(), []
-
-    def on_step(step: int, loss: float) -> None:
-        losses.append(loss)
-        if step % 100 == 0:
-            recent, seconds = np.mean(losses[-100:]), time.perf_counter() - start
-            print(f"autoencoder: step {step}/{steps} loss {recent:.4f} {seconds:.0f} s", flush=True)
-
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # or the first step's weights would stay
-        train_vae(vae, pixels, steps=steps, **settings, on_step=on_step)
-    held = to_pixels(torch.from_numpy(read_set(out / "held_out.tar")[0]))
-    quality = psnr(vae, held.to(device))
-    vae.save_pretrained(out / "vae")
-    return quality
+    places = [f"run_dir={out / 'autoencoder'}", f"data.images={out / 'train.tar'}", f"data.image_size={size}",
+              f"data.val_images={out / 'held_out.tar'}"]  # fmt: skip
+    run = out / "autoencoder"
+    vae = train_autoencoder(config_from(settings, "AUTOENCODER", places, AutoencoderConfig), resume=run.is_dir())
+    shutil.copytree(vae, out / "vae")
+    return read_json(vae / MEASURED)["psnr"]
 
 
 def make(
@@ -122,7 +120,7 @@ def make(
     about = read_json(out / ABOUT) if (out / ABOUT).is_file() else write_frames(out, classes, counts, render)
     if not (out / "vae").is_dir():
         replace_text(out / ABOUT, json.dumps(about, indent=1))
-        about["autoencoder"] = {"psnr_db": round(make_autoencoder(out, **autoencoder), 2)}
+        about["autoencoder"] = {"psnr_db": round(make_autoencoder(out, size, autoencoder), 2)}
         replace_text(out / ABOUT, json.dumps(about, indent=1))
     for split, name in (("train", "latents"), ("held_out", "held")):
         images = {"images": out / f"{split}.tar", "out": out / name, "vae": out / "vae", "image_size": size}

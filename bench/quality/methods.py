@@ -6,7 +6,7 @@
     python -m bench.quality.methods --data procgen --rates           # images/s of all, side by side
     python -m bench.quality.methods --table                          # write docs/convergence.md again
 
-All methods of a seed see the same images in the same order. At four points of a run its EMA makes samples without
+All methods of a seed see the same images in the same order. At two or four points of a run its EMA makes samples without
 guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation loss is
 the mean over equal parts of t, so that it does not depend on the times that a method trains with. Seconds are images
 by the rate of --rates, where it was measured, so that other work on the machine does not decide. Lines go to
@@ -31,7 +31,7 @@ from bench.record import ROOT, markdown, record, rotate
 from fastdit.config import load_config
 from fastdit.data.images import to_pixels, to_uint8
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.distributed import init
 from fastdit.evaluation.evaluate import evaluate
 from fastdit.training.log import read_metrics, read_records
@@ -60,11 +60,13 @@ COMMON = [
 SIZES: dict[str, list[str]] = {  # a run and its measurements take at most 10 minutes of two cores, 90 s of a GPU
     "cpu": ["model.variant=DiT-6x192x3/4", "training={steps: 1600, global_batch: 64, lr: 1e-3, warmup_steps: 100, "
             "ema_decay: 0.995, precision: bf16, compile: false, log_every: 50}"],
+    "cpu_lr": ["model.variant=DiT-6x192x3/4", "training={steps: 800, global_batch: 64, lr: 4e-3, warmup_steps: 100, "
+               "ema_decay: 0.995, precision: bf16, compile: false, log_every: 50}"],  # at the baseline's best rate
     "gpu": ["model.variant=DiT-S/2", "training={steps: 4000, global_batch: 256, lr: 5e-4, warmup_steps: 200, "
             "ema_decay: 0.998, precision: bf16, compile: true, cuda_graph: true, log_every: 100}"],
 }  # fmt: skip
-SAMPLES = {"cpu": 800, "gpu": 3200}
-POINTS = 4  # at which a run is measured
+SAMPLES = {"cpu": 800, "cpu_lr": 800, "gpu": 3200}
+POINTS = {"cpu": 4, "cpu_lr": 2, "gpu": 4}  # at which a run is measured
 
 
 def reference(data: Path, samples: np.ndarray | None = None) -> Path | dict[str, float]:
@@ -105,7 +107,7 @@ def seconds_of(metrics: Sequence[dict], global_batch: int) -> dict[int, float]:
 
 
 def run(method: str, seed: int, size: str, data: Path, changes: Sequence[str] = ()) -> dict:
-    """Train one method, which measures itself at POINTS steps; the contents of its line."""
+    """Train one method, which measures itself at POINTS[size] steps; the contents of its line."""
     with tempfile.TemporaryDirectory() as root:
         overrides = [
             *SIZES[size], *COMMON, *METHODS[method], f"seed={seed}", f"run_dir={root}/run",
@@ -113,7 +115,7 @@ def run(method: str, seed: int, size: str, data: Path, changes: Sequence[str] = 
             f"training.evaluate_images={SAMPLES[size]}", *changes,
         ]  # fmt: skip
         settings = load_config("sit_s_2", overrides).training
-        every = -(-settings.steps // POINTS)
+        every = -(-settings.steps // POINTS[size])
         keys = ("validate_every", "evaluate_every", "checkpoint_every")
         config = load_config("sit_s_2", [*overrides, *(f"training.{key}={every}" for key in keys)])
         last = train(config)

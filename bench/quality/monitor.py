@@ -12,10 +12,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from bench.record import parser, record, significant
+from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.network import build_autoencoder
 from fastdit.config import load_config
 from fastdit.data.extract import extract_features
 from fastdit.quickstart.digits import write_digits
-from fastdit.quickstart.small_vae import small_vae
 from fastdit.training.log import read_metrics, read_records
 from fastdit.training.loop import train
 
@@ -29,7 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, redirect_stdout(sys.stderr):
         root, seconds, losses = Path(name), {}, {}
         write_digits(root, 32)
-        small_vae(32, seed=0).save_pretrained(root / "vae")
+        network = load_config("vae_digits", schema=AutoencoderConfig).model
+        build_autoencoder(network, 32, seed=0).save_pretrained(root / "vae")
         for images in ("images", "held_out"):
             extract_features(images=root / images, out=root / f"{images}_latents", vae=root / "vae", image_size=32)
         common = [f"data.shards={root}/images_latents", f"data.val_shards={root}/held_out_latents",

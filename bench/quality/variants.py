@@ -30,9 +30,8 @@ from fastdit.evaluation.metrics import frechet_distance
 from fastdit.models.blocks import BLOCKS
 from fastdit.models.layers import ACTIVATIONS, NORMS
 from fastdit.quickstart.digits import read_folder, write_digits
-from fastdit.quickstart.job import SAMPLES, VAE, pixels
+from fastdit.quickstart.job import SAMPLES, small_autoencoder
 from fastdit.quickstart.judge import Judge
-from fastdit.quickstart.small_vae import small_vae, train_vae
 from fastdit.sampling import load_pipeline, sample
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
@@ -134,13 +133,11 @@ class World:
     held_features: np.ndarray
 
     @classmethod
-    def make(cls, root: Path, vae_steps: int = VAE["steps"]) -> "World":
+    def make(cls, root: Path, vae_steps: int | None = None) -> "World":
         config = load_config(shipped_config("quickstart"))
         size = config.data.image_size
         write_digits(root, size)
-        vae = small_vae(size, seed=0)
-        train_vae(vae, pixels(read_folder(root / "images", size)[0]), **VAE | {"steps": vae_steps}, seed=0)
-        vae.save_pretrained(root / "vae")
+        small_autoencoder(root, [f"training.steps={vae_steps}"] * bool(vae_steps))
         extract_features(images=root / "images", out=root / "latents", vae=str(root / "vae"), image_size=size)
         images, labels = read_folder(root / "held_out", size)
         judge = Judge(images, labels)

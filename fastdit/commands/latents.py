@@ -1,4 +1,4 @@
-"""Folders of latents: import.
+"""Folders of latents: import and shards.
 
 Each function adds its arguments to a parser and returns what runs it.
 """
@@ -43,3 +43,76 @@ def import_(parser: ArgumentParser) -> Command:
         import_latents(arguments.layout, arguments.src, arguments.out, **given)
 
     return run
+
+
+def shards(parser: ArgumentParser) -> Command:
+    """Look at folders of latents, merge, split or repair them.
+
+    fastdit shards stats latents
+    fastdit shards merge a b c OUT
+    fastdit shards split latents TRAIN VAL --fraction 0.01
+    fastdit shards sample latents sheet.png --per-class 2
+    fastdit shards repair latents OUT
+    No folder is changed: results are new folders, which appear once they are complete. Features (extract --encoder) are
+    not taken along. fastdit verify checks a folder.
+    """
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=type(parser))
+
+    def action(name: str, help: str, run: Command) -> ArgumentParser:
+        added = actions.add_parser(name, help=help, description=f"{help}.")
+        added.set_defaults(act=run, parser=added)
+        return added
+
+    def stats(arguments: Namespace) -> None:
+        from fastdit.data.shards import stats
+
+        print(stats(arguments.folder, arguments.every_class))
+
+    def merge(arguments: Namespace) -> None:
+        from fastdit.data.shards import merge
+
+        *folders, out = arguments.folders
+        print(f"{out}: {len(merge(folders, out, overwrite=arguments.overwrite))} images")
+
+    def split(arguments: Namespace) -> None:
+        from fastdit.data.shards import split
+
+        numbers = {key: getattr(arguments, key) for key in ("fraction", "count", "per_class", "overwrite")}
+        for part in split(arguments.folder, arguments.train, arguments.val, **numbers):
+            print(f"{part.folder}: {len(part)} images")
+
+    def sample(arguments: Namespace) -> None:
+        from fastdit.data.shards import sample
+
+        options = {key: getattr(arguments, key) for key in ("count", "per_class", "seed", "vae", "overwrite")}
+        print(sample(arguments.folder, arguments.out, **options))
+
+    def repair(arguments: Namespace) -> None:
+        from fastdit.data.shards import repair
+
+        repair(arguments.folder, arguments.out, overwrite=arguments.overwrite)
+
+    added = action("stats", "Images, classes, statistics of the channels, autoencoder and size", stats)
+    added.add_argument("folder", metavar="DIR")
+    added.add_argument("--every-class", action="store_true", help="the number of images of each class")
+    merged = action("merge", "Write the images of several folders to a new one", merge)
+    merged.add_argument("folders", metavar="DIR", nargs="+", help="the folders, and then the new one")
+    parts = action("split", "Write two folders, for training and validation", split)
+    parts.add_argument("folder", metavar="DIR")
+    parts.add_argument("train", metavar="TRAIN", help="the new folder with all other images")
+    parts.add_argument("val", metavar="VAL", help="the new folder with the chosen images, the same in every run")
+    parts.add_argument("--fraction", type=float, help="of the images, as data.val_fraction chooses them")
+    some = action("sample", "Random images: OUT.png is a sheet of them, decoded; any other OUT a new folder", sample)
+    some.add_argument("folder", metavar="DIR")
+    some.add_argument("out", metavar="OUT")
+    some.add_argument("--seed", type=int, default=0)
+    some.add_argument("--vae", help="the autoencoder, if it was moved")
+    for added in (parts, some):
+        added.add_argument("--count", type=int, help="of images" + (" (64)" if added is some else ""))
+        added.add_argument("--per-class", type=int, help="images of each class")
+    saved = action("repair", "Write the intact samples of a damaged folder to a new one, and name the others", repair)
+    saved.add_argument("folder", metavar="DIR")
+    saved.add_argument("out", metavar="OUT")
+    for added in (merged, parts, some, saved):
+        added.add_argument("--overwrite", action="store_true", help="replace the result if it is there")
+    return lambda arguments: arguments.act(arguments)

@@ -1,4 +1,4 @@
-"""From images to samples: extract, train, sample, quickstart and launch.
+"""From images to samples: extract, train, train-vae, sample, quickstart and launch.
 
 Each function adds its arguments to a parser and returns what runs it.
 """
@@ -9,9 +9,12 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
 from fastdit.commands.look import make_picture, take_pictures, wants_picture
 from fastdit.config import load_config
+
+LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
 
 
 def extract(parser: ArgumentParser) -> Command:
@@ -104,6 +107,34 @@ def train(parser: ArgumentParser) -> Command:
     return run
 
 
+def train_vae(parser: ArgumentParser) -> Command:
+    """Train an autoencoder on images.
+
+    fastdit train-vae vae_kl_f4 data.images=images run_dir=runs/vae
+    CONFIG is a YAML file, or the name of an included config (fastdit configs). The result is RUN/vae, for extract,
+    train and sample. Repeat the command with --resume to continue. Several GPUs: fastdit launch --gpus 8 train-vae ...
+    """
+    parser.add_argument("--config", help="the same as CONFIG")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in run_dir")
+    parser.add_argument("--device", help=DEVICE)
+    parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
+    take_words(parser, "CONFIG")
+    parser.set_defaults(schema=AutoencoderConfig)
+
+    def run(arguments: Namespace) -> None:
+        if arguments.help_config:
+            from fastdit.listings import keys
+
+            return print(keys(AutoencoderConfig))
+        name = one_name(arguments, "config", "config, such as vae_kl_f4")
+        config = load_config(name, arguments.overrides, AutoencoderConfig)
+        from fastdit.autoencoder.loop import train_autoencoder  # after load_config: importing torch takes seconds
+
+        train_autoencoder(config, resume=arguments.resume, device=arguments.device)
+
+    return run
+
+
 def sample(parser: ArgumentParser) -> Command:
     """Sample images from a run to PNG files, an .npz file for evaluation and a grid.
 
@@ -159,8 +190,8 @@ def launch(parser: ArgumentParser) -> Command:
     parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="COMMAND ...")
 
     def run(arguments: Namespace) -> None:
-        if not arguments.command_line or arguments.command_line[0] not in ("extract", "train", "sample", "evaluate"):
-            parser.error("name extract, train, sample or evaluate after the options")
+        if not arguments.command_line or arguments.command_line[0] not in LAUNCHED:
+            parser.error(f"name {', '.join(LAUNCHED[:-1])} or {LAUNCHED[-1]} after the options")
         if arguments.nodes > 1 and not arguments.master:
             parser.error("several nodes need --master HOST:PORT, the same on all of them")
         places = ["--standalone"]

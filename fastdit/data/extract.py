@@ -79,7 +79,7 @@ def extract_features(
     if pixels and precision not in (None, "float32"):
         raise ValueError(f"precision={precision} is that of an autoencoder, and vae={vae} has none; leave it out")
     precision = precision or ("bfloat16" if on_gpu and not pixels and has_bfloat16(ranks.device) else "float32")
-    workers = workers if workers is not None else _cores_per_process()
+    workers = workers if workers is not None else cores_per_process()
     check(dtype, DTYPES, "dtype")
     check(precision, PRECISIONS, "precision")
     check(feature_dtype, FEATURE_DTYPES, "feature_dtype")
@@ -181,6 +181,6 @@ def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: st
             say(f"warning: {line}")
 
 
-def _cores_per_process() -> int:
+def cores_per_process() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.config import ShardSet, shards_text
 from fastdit.data.images import Unusable
 from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
 from fastdit.data.writer import TarWriter, move_into_place, write_index
@@ -208,8 +209,11 @@ def holds_features(folder: Path) -> bool:
         return False
 
 
-def find_features(shards: str | Path, features: str | Path = "") -> FeatureManifest:
+def find_features(shards: str | Path | tuple[ShardSet, ...], features: str | Path = "") -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
+    if isinstance(shards, tuple):
+        raise ValueError(f"training.align needs features, which cannot be mixed as data.shards={shards_text(shards)} "
+                         "does; use one folder of latents")  # fmt: skip
     folder = Path(features) if features else Path(shards) / FOLDER
     if not features and not folder.is_dir():
         raise ValueError(

@@ -172,10 +172,11 @@ class LatentCodec:
         where = Path(name).resolve() if local else name  # it is used from other folders, too
         try:  # diffusers accepts any settings
             codec = cls(vae, str(where))
-            moments = codec.encode(torch.zeros(1, 3, codec.downsample, codec.downsample))
-            reason = f"an image of {codec.downsample} px becomes moments of shape {tuple(moments.shape)}"
+            side = 2 * codec.downsample  # a group norm of one channel needs more than one pixel
+            moments = codec.encode(torch.zeros(1, 3, side, side))
+            reason = f"an image of {side} px becomes moments of shape {tuple(moments.shape)}"
             codec.decode(moments[:, : codec.channels])
-            fits = moments.shape == (1, 2 * codec.channels, 1, 1)
+            fits = moments.shape == (1, 2 * codec.channels, 2, 2)
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             fits, reason = False, str(error).strip().partition("\n")[0]
         if not fits:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fastdit.data.features import FeatureManifest, is_finite, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
+from fastdit.data.mixture import Mixture
+from fastdit.data.order import held_out_rows, mirrors
 from fastdit.data.synthetic import Synthetic
 
-HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
@@ -54,7 +55,7 @@ def latent_batches(
     """Infinite iterator over batches from `start_step` on; a background thread reads `prefetch` batches ahead.
 
     Step k uses positions k * global_batch to (k + 1) * global_batch - 1; `rows` selects this process's part of them.
-    Position p is the (p mod n)-th image of epoch p // n. Each epoch has its own permutation and, with `hflip`, its own
+    The images at the positions are those of an `Order`. Each epoch has its own permutation and, with `hflip`, its own
     choice of mirrored images; both depend only on (seed, epoch). Close the iterator to stop the thread.
     With `features`, batches have those of the same images. Raises a ValueError immediately if latents or features are
     missing, do not belong together or are fewer than `global_batch`, or if `hflip` is set and there are no mirror
@@ -69,10 +70,19 @@ def latent_batches(
         reader = _Generator(manifest, global_batch, rows, pin_memory)
     else:
         reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
-    return _read_ahead(reader, start_step, prefetch)
+    return read_ahead(reader, start_step, prefetch)
 
 
-def _read_ahead(reader: "_Reader | _Generator", start_step: int, prefetch: int) -> Iterator[Batch]:
+class Reads(Protocol):
+    """What `read_ahead` reads from; a batch is a named tuple of its step and tensors, or None."""
+
+    def batch(self, step: int) -> NamedTuple: ...
+
+    def close(self) -> None: ...
+
+
+def read_ahead(reader: Reads, start_step: int, prefetch: int) -> Iterator[Any]:
+    """The batches from `start_step` on; a thread reads `prefetch` of them ahead. Closing it closes the reader."""
     steps = count(start_step)
     pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
     try:
@@ -86,16 +96,16 @@ def _read_ahead(reader: "_Reader | _Generator", start_step: int, prefetch: int) 
         reader.close()
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
     if device.type != "cuda":
         return (yield from batches)
     stream = torch.cuda.Stream(device)
 
-    def moved() -> Batch:
-        step, *tensors = next(batches)
+    def moved() -> NamedTuple:
+        batch = next(batches)
         with torch.cuda.stream(stream):
-            return Batch(step, *(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+            return type(batch)(batch[0], *(t if t is None else t.to(device, non_blocking=True) for t in batch[1:]))
 
     try:
         ahead = moved()
@@ -168,21 +178,15 @@ class _Reader:
                 f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
                 f"{manifest.num_classes} classes; {AGAIN}"
             )
-        self.latents, self.features, self.orders = ShardReader(manifest, verify), None, {}
+        self.latents, self.features, self.order = ShardReader(manifest, verify), None, manifest.order(seed)
         if features is not None:
             self.features, self.feature_index = ShardReader(features, verify), features.index()
             if manifest.rows is not None:  # some images are held out
                 self.feature_index = self.feature_index[manifest.rows]
 
     def batch(self, step: int) -> Batch:
-        epochs, positions = np.divmod(step * self.global_batch + self.rows, len(self.index))
-        images = np.empty_like(positions)
-        mirrored = np.zeros_like(positions)
-        for epoch in np.unique(epochs).tolist():  # at most two, since a batch is not larger than an epoch
-            mask = epochs == epoch
-            images[mask] = self.order(epoch)[positions[mask]]
-            if self.hflip:
-                mirrored[mask] = mirrors(self.seed, epoch, images[mask])
+        images, epochs = self.order(step * self.global_batch + self.rows)
+        mirrored = mirrors(self.seed, epochs, images) if self.hflip else np.zeros_like(images)
         array = np.empty((len(images), *moments_shape(self.manifest)), DTYPES[self.manifest.dtype])
         features = None if self.features is None else np.empty(len(images), self.features.manifest.record)
         for i in range(len(images)):
@@ -206,12 +210,6 @@ class _Reader:
         if fault or features is None:
             return fault
         return self.features.read(self.feature_index[image], mirrored, features[i : i + 1])
-
-    def order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-            self.orders[epoch] = permutation(self.seed, epoch, len(self.index))
-        return self.orders[epoch]
 
     def close(self) -> None:
         for reader in filter(None, (self.latents, self.features)):
@@ -253,10 +251,8 @@ def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> 
     """The keys of the samples in the global batch of a step, in its order."""
     if isinstance(manifest, Synthetic):
         return manifest.keys(step * global_batch, global_batch).tolist()
-    index = manifest.index()
-    epochs, places = np.divmod(step * global_batch + np.arange(global_batch), len(index))
-    orders = {epoch: permutation(seed, epoch, len(index)) for epoch in np.unique(epochs).tolist()}
-    return [int(index["key"][orders[e][p]]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+    images, _ = manifest.order(seed)(step * global_batch + np.arange(global_batch))
+    return manifest.index()["key"][images].tolist()
 
 
 def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | None]:
@@ -268,31 +264,12 @@ def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | Non
         return manifest, None
     if isinstance(manifest, Synthetic):
         return manifest, manifest.others(fraction)
-    held_out = _hash(HELD_OUT, manifest.index()["key"].astype(np.uint64)) < np.uint64(fraction * 2**64)
+    if isinstance(manifest, Mixture):
+        trains, rests = zip(*(split(part, fraction) for part in manifest.parts), strict=True)
+        return manifest.of(trains), manifest.of(rests)
+    held_out = held_out_rows(manifest.index()["key"], fraction)
     train, rest = (replace(manifest, rows=np.flatnonzero(rows)) for rows in (~held_out, held_out))
     if not len(rest) or not len(train):
         raise ValueError(f"data.val_fraction={fraction} holds out {len(rest)} of the {len(manifest)} images in "
                          f"{manifest.folder}; use {'a larger' if not len(rest) else 'a smaller'} fraction")  # fmt: skip
     return train, rest
-
-
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order (n,) of an epoch's images, sorted by a hash: independent of any library's shuffle."""
-    return np.argsort(_hash(seed, epoch, 0, np.arange(n, dtype=np.uint64)), kind="stable")
-
-
-def mirrors(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """The orientation of each image (n,) in an epoch: 0 original, 1 mirrored."""
-    return (_hash(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
-
-
-def _hash(*words: int | np.ndarray) -> np.ndarray:
-    """64-bit hash: splitmix64's finalizer (Steele et al. 2014) after each integer; one-to-one in the last one."""
-    state = np.zeros(1, np.uint64)
-    for word in words:
-        word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state

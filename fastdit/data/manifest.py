@@ -19,8 +19,10 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
+from fastdit.config import ShardSet
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
+from fastdit.data.order import Order
 from fastdit.files import read_array, read_bytes, read_json
 from fastdit.registry import check, convert_all
 
@@ -124,6 +126,10 @@ class ShardFolder:
                 state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
                 raise ValueError(f"{path} {state}; {AGAIN}")
 
+    def order(self, seed: int) -> Order:
+        """Which of the images comes when in a run with this seed."""
+        return Order(seed, [len(self)])
+
     def verify(self) -> None:
         """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
         for shard in self.shards:
@@ -158,11 +164,15 @@ class Manifest(ShardFolder):
         return len(self.class_names)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
+    def load(cls, folder: str | Path | tuple[ShardSet, ...]) -> "Manifest":
         """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format.
 
-        "synthetic:..." in place of a folder describes generated latents (synthetic.py).
+        "synthetic:..." in place of a folder describes generated latents (synthetic.py), several sets a mixture.
         """
+        if isinstance(folder, tuple):
+            from fastdit.data.mixture import mixture  # a kind of Manifest
+
+            return mixture(folder)
         if str(folder).startswith("synthetic:"):
             from fastdit.data.synthetic import synthetic  # a kind of Manifest
 

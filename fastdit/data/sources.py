@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastdit.data.images import EXTENSIONS, Opened, skip_line
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.files import read_bytes
 
 MAX_LIST = 1 << 30  # bytes of a list

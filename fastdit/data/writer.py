@@ -197,20 +197,34 @@ def write_shards(
 
     See `check_out`.
     """
+    keyed = ((key, *sample) for key, sample in enumerate(samples))
+    return write_keyed(keyed, out, replace(about, images=0), shard_size=shard_size, overwrite=overwrite)
+
+
+def write_keyed(
+    samples: Iterable[tuple[int, np.ndarray, int]],
+    out: str | Path,
+    about: Manifest,
+    *,
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+) -> Manifest:
+    """Like `write_shards`, of samples with keys that differ; `about.images` is kept, and 0 is their number."""
     out = check_out(out, overwrite)
     partial = prepare(out)
     parts: list[dict[str, Any]] = []
     try:
-        key = -1
-        for key, (moments, label) in enumerate(samples):
-            if key % shard_size == 0:
+        count = 0
+        for key, moments, label in samples:
+            if count % shard_size == 0:
                 writer = ShardWriter(partial, len(parts), about.dtype)
             writer.add(key, moments, label)
-            if (key + 1) % shard_size == 0:
+            count += 1
+            if count % shard_size == 0:
                 parts.append(writer.close())
-        if (key + 1) % shard_size:
+        if count % shard_size:
             parts.append(writer.close())
-        return publish(partial, out, replace(about, images=key + 1), parts, overwrite)
+        return publish(partial, out, replace(about, images=about.images or count), parts, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

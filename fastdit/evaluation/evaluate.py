@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
 from fastdit.evaluation.features import Extractor, load_features
 from fastdit.evaluation.images import ImageSet, open_set, read_statistics, save_statistics

@@ -102,7 +102,7 @@ def resize_tensorflow(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def _weights(path: Path, expected: str, where: str) -> dict[str, Tensor]:
+def checked_weights(path: Path, expected: str, where: str) -> dict[str, Tensor]:
     """The tensors of a .pth file with the expected SHA-256; unpickling can create nothing but tensors."""
     data = read_bytes(path, 1 << 30)
     if (found := hashlib.sha256(data).hexdigest()) != expected:
@@ -123,7 +123,7 @@ def efficientnet_lite0(path: str | None, device: torch.device) -> Extractor:
     if not file.is_file():
         raise ValueError(f"{file} does not exist; {install}")
     network = EfficientNetLite0()
-    network.load_state_dict(_weights(file, LITE0_HASH, install))
+    network.load_state_dict(checked_weights(file, LITE0_HASH, install))
     return Extractor(
         "efficientnet-lite0", "FD (EfficientNet-Lite0)", LITE0_HASH, 1280, _ready(network, device),
         lambda x: (resize_bicubic(x, 224) - 127) / 128, (network._fc.weight.cpu(), network._fc.bias.cpu()), device,
@@ -140,7 +140,7 @@ def inception_v3(path: str | None, device: torch.device) -> Extractor:
     if not file.is_file():
         raise ValueError(f"{file} does not exist; {where} and give --features inception-v3=FILE")
     network = InceptionV3()
-    network.load_state_dict(_weights(file, INCEPTION_HASH, where))
+    network.load_state_dict(checked_weights(file, INCEPTION_HASH, where))
     return Extractor(
         "inception-v3", "FID", INCEPTION_HASH, 2048, _ready(network, device),
         lambda x: (resize_tensorflow(x, 299) - 128) / 128, (network.fc.weight.cpu(), 0.0), device, 2023,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdit.data.latents import sample_latents
-from fastdit.data.loader import permutation, read_moments
+from fastdit.data.loader import read_moments
 from fastdit.data.manifest import AGAIN, Manifest
+from fastdit.data.order import permutation
 from fastdit.diffusion.objectives import Model, Objective
 from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdit.data.loader import permutation
+from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
 from fastdit.evaluation.features import FEATURES
 from fastdit.evaluation.images import check_crop, is_shards, open_set

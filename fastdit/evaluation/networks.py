@@ -66,9 +66,12 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
         self._fc = nn.Linear(1280, 1000)
 
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu6(self._bn0(self._conv_stem(_same(x, 3, 2))))  # (N, 32, 112, 112)
+
     def maps(self, x: Tensor) -> Tensor:
         """(N, 1280, 7, 7), before the mean."""
-        x = F.relu6(self._bn0(self._conv_stem(_same(x, 3, 2))))  # (N, 32, 112, 112)
+        x = self.stem(x)
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x)))

@@ -109,7 +109,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embedder in (self.x_embedder, *([self.decoder_embedder] if self.decoder_embedder else [])):
+        for embedder in filter(None, (self.x_embedder, self.decoder_embedder)):
             patch_weight = embedder.proj.weight
             nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))  # as a linear
             nn.init.zeros_(embedder.proj.bias)
@@ -212,10 +212,7 @@ class DiT(nn.Module):
                     layer.backend = backend
 
     def join_modulations(self) -> None:
-        """Compute the modulations of all blocks in one matmul, for small batches; ValueError if there are none.
-
-        Those of a decoder stay as they are: they have one row per token.
-        """
+        """Compute all modulations but a decoder's in one matmul, for small batches; ValueError if there are none."""
         if not BLOCKS[self.options.block]:
             raise ValueError(
                 f"training.joint_adaln=true needs modulations, but block={self.options.block!r} has none; use false"
@@ -247,20 +244,20 @@ class DiT(nn.Module):
         d, conditions = self.hidden_size, 2 if self.num_classes else 1
         mlp, cross = self.blocks[0].mlp, self.options.block == "cross_attention"
         total = 0
-        decoder = self.options.decoder_blocks  # its modulations are per token
         for number, tokens in enumerate(lengths or [self.tokens] * len(self.blocks), 1):
             per_token = 4 * d * d + 2 * tokens * d + mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
             per_token += 2 * d * d + 2 * conditions * d if cross else 0
             per_image = conditions * 2 * d * d if cross else 0
-            rows = tokens if number > self.encoder_blocks else 1
+            rows = tokens if number > self.encoder_blocks else 1  # a decoder's modulations are per token
             total += tokens * per_token + per_image + rows * 2 * BLOCKS[self.options.block] * d * d
         for tap in self.taps.values():
             weights = sum(p.numel() for p in tap.parameters() if p.ndim > 1)
             total += weights * min(lengths[tap.block - 1] if lengths else self.tokens, self.patches)
-        channels = self.in_channels * (2 if decoder else 1) + self.out_channels
+        decoder = self.decoder_embedder is not None
+        channels = self.in_channels * (1 + decoder) + self.out_channels
         ends = self.patches * d * channels * self.patch_size**2  # embeddings and head
-        rows = self.patches if decoder else 1
-        ends += 256 * d + d * d + (rows * 2 * d * d if BLOCKS[self.options.block] else 0)  # time; final modulation
+        rows = (self.patches if decoder else 1) if BLOCKS[self.options.block] else 0
+        ends += 256 * d + d * d + rows * 2 * d * d  # time embedding; final modulation
         return 2 * (total + ends)
 
 

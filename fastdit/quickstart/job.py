@@ -7,18 +7,19 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fastdit
+from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.loop import train_autoencoder
+from fastdit.autoencoder.monitor import ABOUT
 from fastdit.config import Config, load_config, shipped_config, to_tree
 from fastdit.data.extract import extract_features
-from fastdit.data.images import to_pixels
 from fastdit.distributed import init
 from fastdit.environment import hardware
 from fastdit.errors import make_folder
@@ -28,9 +29,9 @@ from fastdit.evaluation.images import open_set
 from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.metrics import frechet_distance
 from fastdit.evaluation.protocol import append_result
+from fastdit.files import read_json
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
-from fastdit.quickstart.small_vae import psnr, small_vae, train_vae
 from fastdit.report import write_report
 from fastdit.report.facts import QUALITY
 from fastdit.sampling import load_pipeline, sample
@@ -39,7 +40,6 @@ from fastdit.sweep import plot, points, samples_of, sweep, table
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
 
-VAE = {"steps": 450, "batch_size": 32, "lr": 5e-3, "kl_weight": 1e-3}
 SAMPLES, SWEPT = 500, 100
 SWEEP, METRICS = "cfg_scale=1,1.4,2,4", ["frechet", "precision_recall"]
 STAGES = 7
@@ -64,8 +64,12 @@ def few_threads() -> Iterator[None]:
 
 
 @few_threads()
-def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), say: Callable = print) -> dict:
+def quickstart(
+    out: str | Path = "quickstart", *, seed: int = 0, overrides=(), vae_overrides=(), say: Callable = print
+) -> dict:
     """Run the full pipeline, write to `out` (new or empty), and return the contents of report.json.
+
+    `overrides`: of configs/quickstart.yaml; `vae_overrides`: of configs/vae_digits.yaml.
 
     All networks run on a GPU if there is one.
     """
@@ -95,10 +99,7 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
         judge.save(out / JUDGE)
 
     with stage("autoencoder", f"training a small autoencoder on {len(train_images)} images"):
-        vae = small_vae(config.data.image_size, seed=seed).to(ranks.device)
-        train_vae(vae, pixels(train_images).to(ranks.device), **VAE, seed=seed, on_step=progress(VAE["steps"], say))
-        reconstruction_psnr = psnr(vae, pixels(held_images).to(ranks.device))
-        vae.save_pretrained(out / "vae")
+        autoencoder, about = small_autoencoder(out, [f"seed={seed}", *vae_overrides])
 
     with stage("extract", "encoding the images as shards of latents"):
         settings = {"vae": str(out / "vae"), "image_size": config.data.image_size, "ranks": ranks}
@@ -142,18 +143,19 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     metrics = read_metrics(config.run_dir)
     report = {
         **{key: round(value, 4) for key, value in scores.items()},
-        "reconstruction_psnr_db": round(reconstruction_psnr, 2),
+        "reconstruction_psnr_db": round(about["psnr"], 2),
         "images": counts,
         "parameters": {
             "dit": load_pipeline(checkpoint).model.parameter_count(),
-            "autoencoder": sum(p.numel() for p in vae.parameters()),
+            "autoencoder": about["parameters"],
         },
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "train_images_per_s": metrics[-1]["images_per_s"],
         "final_loss": metrics[-1]["loss"],
         "seed": seed,
         "config": to_tree(config),
-        "autoencoder": {**VAE, "latent_shape": list(manifest.latents.shape), "scale": manifest.latents.scale},
+        "autoencoder": {"latent_shape": list(manifest.latents.shape), "scale": manifest.latents.scale,
+                        "config": to_tree(autoencoder)},  # fmt: skip
         "samples": SAMPLES,
         "versions": {"fastdit": fastdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"hardware": hardware(ranks.device), "threads": torch.get_num_threads()},
@@ -166,20 +168,14 @@ def quickstart(out: str | Path = "quickstart", *, seed: int = 0, overrides=(), s
     return report
 
 
-def progress(steps: int, say: Callable) -> Callable[[int, float], None]:
-    """Prints step, loss and remaining time ten times."""
-    start = time.perf_counter()
-
-    def on_step(step: int, loss: float) -> None:
-        if step % max(steps // 10, 1) == 0:
-            eta = timedelta(seconds=round((time.perf_counter() - start) / step * (steps - step)))
-            say(f"step {step}/{steps} ({step / steps:.0%})  loss {loss:.4f}  eta {eta}")
-
-    return on_step
-
-
-def pixels(images: np.ndarray) -> torch.Tensor:
-    return to_pixels(torch.from_numpy(images))
+def small_autoencoder(out: Path, overrides: Sequence[str] = ()) -> tuple[AutoencoderConfig, dict]:
+    """Train the autoencoder of configs/vae_digits.yaml on out/images, measure it on out/held_out, and copy it to
+    out/vae. Returns its config and what was measured."""
+    places = [f"run_dir={out / 'autoencoder'}", f"data.images={out / 'images'}", f"data.val_images={out / 'held_out'}"]
+    config = load_config(shipped_config("vae_digits"), [*places, *overrides], AutoencoderConfig)
+    trained = train_autoencoder(config)
+    shutil.copytree(trained, out / "vae")
+    return config, read_json(out / "vae" / ABOUT)
 
 
 def quality(report: dict) -> list[dict]:

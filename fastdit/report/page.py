@@ -9,6 +9,7 @@ from importlib.resources import files
 import numpy as np
 
 from fastdit import __version__
+from fastdit.config import shards_text
 from fastdit.data.images import size_text
 from fastdit.evaluation.loss import BINS, IMAGES
 from fastdit.evaluation.protocol import rough
@@ -276,12 +277,12 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
     if run.manifest:
         shape = " x ".join(map(str, run.manifest.latents.shape))
         classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
-        rows["data"] = f"{len(run.manifest):,} images {classes} in {config.data.shards}"
+        rows["data"] = f"{len(run.manifest):,} images {classes} in {shards_text(config.data.shards)}"
         spec = run.manifest.latents
         encoded = f"of {size_text(spec.image_size)} px images through {config.data.vae}"
         rows["latents"] = f"{shape}, {'the pixels themselves' if spec.are_pixels else encoded}"
     else:
-        rows["data"] = config.data.shards
+        rows["data"] = shards_text(config.data.shards)
     schedule = settings.lr_schedule.name
     schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""

@@ -78,7 +78,7 @@ def set_moments(engine: Engine, moments: Mapping[str, list[Tensor]], updates: in
     """The reverse of `moments_of`; the tensors are copied."""
     for i, master in enumerate(engine.master_parameters()):
         step = torch.tensor(float(updates), device=master.device if engine.adam.defaults["fused"] else "cpu")
-        copies = {name: tensors[i].to(master, copy=True) for name, tensors in moments.items()}
+        copies = {name: torch.empty_like(master).copy_(tensors[i]) for name, tensors in moments.items()}  # its strides
         if engine.muon and master in set(engine.muon.param_groups[0]["params"]):
             engine.muon.state[master] = {"momentum_buffer": copies["exp_avg"]}
         else:
@@ -142,8 +142,12 @@ class TorchEngine:
         for group in self.muon.param_groups if self.muon else ():
             group["lr"] = lr
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the module computes."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast():
             return self.forward(x, t, y).float()
 
     def boundary(self, last: bool) -> None:

@@ -42,10 +42,11 @@ def sheets(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()), key=step_of)
 
 
-def strip(folder: Path, height: int) -> np.ndarray | None:
-    """The first row, of images of `height` pixels, of up to ROWS grids in the folder, each with its step; or None."""
+def strip(folder: Path, height: int, row: int = 0) -> np.ndarray | None:
+    """One row, of images of `height` pixels, of up to ROWS grids in the folder, each with its step; or None."""
     rows = [(step_of(path), picture) for path in sheets(folder) if (picture := read_png(path)) is not None]
-    rows = [(step, picture[:height]) for step, picture in rows if picture.shape[1:] == rows[-1][1].shape[1:]]
+    top = row * (height + GAP)
+    rows = [(step, picture[top : top + height]) for step, picture in rows if picture.shape[1:] == rows[-1][1].shape[1:]]
     if not rows:
         return None
     kept = [rows[i] for i in spread(len(rows), ROWS)]

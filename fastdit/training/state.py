@@ -44,6 +44,7 @@ from fastdit.training.log import LossWindow
 from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
 
 CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
+AUTOENCODER = "autoencoder"  # the kind of a checkpoint of fastdit train-vae (autoencoder/state.py)
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
 LABELS = "y_embedder.embedding_table.weight"
 COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
@@ -271,6 +272,8 @@ def load_network(
     """
     folder = checkpoint.find(Path(path))
     meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
+    if meta.get("kind") == AUTOENCODER:
+        raise ValueError(f"{folder} is of an autoencoder, not of a network; its run's folder {VAE} is for --vae")
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")

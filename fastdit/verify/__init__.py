@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fastdit.data.features import holds_features
 from fastdit.training import checkpoint
+from fastdit.training.state import AUTOENCODER
+from fastdit.verify.autoencoders import verify_autoencoder
 from fastdit.verify.checkpoints import verify_averages, verify_checkpoint
 from fastdit.verify.features import verify_features
 from fastdit.verify.findings import Findings
@@ -24,6 +26,13 @@ def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
     if (path / "manifest.json").exists():
         (verify_features if holds_features(path) else verify_shards)(path, found, say)
     else:
-        verify_checkpoint(checkpoint.find(path), found, say)
+        folder = checkpoint.find(path)
+        meta, faults = checkpoint.inspect(folder)
+        for fault in faults:
+            found.add("files", fault)
+        if meta.get("kind") == AUTOENCODER:
+            verify_autoencoder(folder, meta, found, say)
+        elif meta:
+            verify_checkpoint(folder, meta, found, say)
         verify_averages(path, found, say)
     return found.all()

@@ -3,12 +3,13 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config
+from fastdit.config import Config, load_config, shards_text
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_array
@@ -24,12 +25,8 @@ GOLDEN_BYTES = 1 << 28
 CLOSE = 1e-4  # tolerance relative to the largest output: fp32 rounding, also on other hardware
 
 
-def verify_checkpoint(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
-    meta, faults = checkpoint.inspect(folder)
-    for fault in faults:
-        found.add("files", fault)
-    if not meta:
-        return
+def verify_checkpoint(folder: Path, meta: dict[str, Any], found: Findings, say: Callable[[str], None]) -> None:
+    """`meta`: what checkpoint.json says."""
     try:
         latents, config = latents_of(meta), load_config(folder / CONFIG)
         objective = build_objective(config)
@@ -113,26 +110,28 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     scales = latents.scale if isinstance(latents.scale, tuple) else (latents.scale,)
     if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
-    vae, shards = Path(config.data.vae), Path(config.data.shards or "nowhere")
+    vae, shards = Path(config.data.vae), config.data.shards
+    stored = isinstance(shards, tuple) or (Path(shards or "nowhere") / "manifest.json").is_file()
     if latents.are_pixels or vae.is_dir():
         try:
             codec = LatentCodec.load(vae)
         except ValueError as error:
             return found.add("latents", str(error))
-        if config.data.normalize != "none" or (shards / "manifest.json").is_file():  # the shards know the scale
+        if config.data.normalize != "none" or stored:  # the shards know the scale
             codec.take_scale_of(latents)
         for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
             line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"
             found.add("latents", line)
     else:
         say(f"not checked: the autoencoder {vae} is not a local folder")
-    if (shards / "manifest.json").is_file():
+    if stored:
         try:
             manifest = Manifest.load(shards).normalized(config.data.normalize)
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):
-            found.add("latents", f"the latents in {shards} have {key} {other}, but the checkpoint says {own}")
+            where = shards_text(shards)
+            found.add("latents", f"the latents in {where} have {key} {other}, but the checkpoint says {own}")
 
 
 def read_golden(path: Path) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ def render(name: str, split: str, count: int):
 def data(tmp_path_factory):
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("data")
-    small = {"channels": (4, 8, 8), "steps": 3, "batch_size": 4}
+    settings = frames.AUTOENCODER["training"] | {"steps": 3, "global_batch": 4}
+    small = frames.AUTOENCODER | {"model": frames.AUTOENCODER["model"] | {"channels": [4, 8, 8]}, "training": settings}
     frames.make(out, CLASSES, {"train": 8, "held_out": 4}, render, SIDE, small)
     torch.set_num_threads(threads)
     return out
@@ -75,7 +76,7 @@ def test_every_method_is_a_config_of_both_sizes():
     for size, settings in methods.SIZES.items():
         for overrides in methods.METHODS.values():
             config = load_config("sit_s_2", [*settings, *methods.COMMON, *overrides])
-            assert config.objective.name == "flow" and config.training.steps % methods.POINTS == 0, size
+            assert config.objective.name == "flow" and config.training.steps % methods.POINTS[size] == 0, size
 
 
 def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_others(data, tmp_path, monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from chaos.table import Table
-from fastdit.data.loader import mirrors, sample_keys
+from fastdit.data.loader import sample_keys
 from fastdit.data.manifest import Manifest
+from fastdit.data.order import mirrors
 from fastdit.distributed import seed_of
 from fastdit.training import checkpoint
 from fastdit.training.engine import MOMENTS

@@ -22,11 +22,10 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.preview import Preview, psnr
 from fastdit.data.sources import list_images
 from fastdit.distributed import Ranks
-from fastdit.quickstart.small_vae import small_vae
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
 from fastdit.training.state import latents_of
-from helpers.data import tiny_vae, write_digits
+from helpers.data import small_vae, tiny_vae, write_digits
 from helpers.extraction import files_of, run
 
 MEAN, STD = (0.1, -0.2, 0.3, 0.0), (0.5, 1.0, 2.0, 4.0)

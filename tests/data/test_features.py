@@ -17,8 +17,9 @@ from fastdit.cli import main
 from fastdit.data import encode
 from fastdit.data.features import FeatureManifest
 from fastdit.data.images import load_crop, to_pixels
-from fastdit.data.loader import latent_batches, mirrors, permutation
+from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
+from fastdit.data.order import mirrors, permutation
 from fastdit.data.progress import Progress
 from fastdit.data.sources import list_images
 from fastdit.verify import verify

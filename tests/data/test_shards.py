@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fastdit.data.latents import LatentSpec
-from fastdit.data.loader import latent_batches, mirrors, on_device, permutation
+from fastdit.data.loader import latent_batches, on_device
 from fastdit.data.manifest import Manifest
+from fastdit.data.order import mirrors, permutation
 from fastdit.data.writer import write_shards
 from fastdit.verify import verify
 

@@ -29,6 +29,14 @@ def tiny_vae(seed: int = 0, **options):
         )
 
 
+def small_vae(size: int = 32, channels: tuple[int, ...] = (8, 8, 16), seed: int = 0):
+    """The quickstart's autoencoder, with random weights."""
+    from fastdit.autoencoder.config import NetworkConfig
+    from fastdit.autoencoder.network import build_autoencoder
+
+    return build_autoencoder(NetworkConfig(channels, layers=1, norm_groups=4, attention=False), size, seed)
+
+
 def write_digits(root: Path, count: int) -> Path:
     """The first `count` digits of scikit-learn as 40 x 36 RGB PNGs, in one subfolder per class."""
     from sklearn.datasets import load_digits

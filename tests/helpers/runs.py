@@ -41,7 +41,7 @@ def make_world(root: Path) -> Path:
     """Write root/{images,held_out,vae,latents} and root/config.yaml, for a run of twenty short steps."""
     from fastdit.data.extract import extract_features
     from fastdit.quickstart.digits import write_digits
-    from fastdit.quickstart.small_vae import small_vae
+    from helpers.data import small_vae
 
     write_digits(root, 32)
     small_vae(32, seed=1).save_pretrained(root / "vae")

@@ -23,11 +23,11 @@ def shortened(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "out"
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(main_job.VAE, "steps", 60)
         patch.setattr(main_job, "SAMPLES", 40)
         changes = ["training.steps=30", "training.log_every=10", "sampling.steps=4"]
         torch.set_num_threads(16)
-        report = main_job.quickstart(out, seed=1, overrides=changes, say=lambda _: None)
+        short = ["training.steps=120"]
+        report = main_job.quickstart(out, seed=1, overrides=changes, vae_overrides=short, say=lambda _: None)
         assert torch.get_num_threads() == 16
     torch.set_num_threads(threads)
     return out, report

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from fastdit.config import load_config
 from fastdit.memory import micro_batches
-from fastdit.quickstart.small_vae import small_vae
 from fastdit.training import checkpoint
 from fastdit.training.engine import TorchEngine
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
 from fastdit.training.zero import merge_deepspeed
 from helpers import ROOT
+from helpers.data import small_vae
 from helpers.runs import losses, rendezvous, run, run_command, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")

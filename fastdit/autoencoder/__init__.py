@@ -1,0 +1,1 @@
+"""`fastdit train-vae`: the training of an autoencoder (diffusers AutoencoderKL) on images."""

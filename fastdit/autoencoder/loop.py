@@ -1,0 +1,270 @@
+"""The training of an autoencoder, from config to run_dir/vae, as one flat function."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdit import distributed
+from fastdit.autoencoder.config import AutoencoderConfig, NetworkConfig
+from fastdit.autoencoder.monitor import VaeMonitor
+from fastdit.autoencoder.network import Reconstruction, as_config, build_autoencoder, from_checkpoint, pretrained
+from fastdit.autoencoder.perceptual import Perceptual, load_perceptual
+from fastdit.autoencoder.state import (
+    CRITIC,
+    AutoencoderState,
+    build_critic,
+    check_resume,
+    describe,
+    write_snapshot,
+)
+from fastdit.autoencoder.step import AutoencoderStep
+from fastdit.build import check_device
+from fastdit.config import save_config
+from fastdit.data.archives import open_images
+from fastdit.data.extract import cores_per_process
+from fastdit.data.images import to_pixels
+from fastdit.data.loader import on_device
+from fastdit.data.order import Order
+from fastdit.data.pixels import PixelReader, pixel_batches, split_rows
+from fastdit.data.sources import ImageSource, remarks
+from fastdit.distributed import seed_of
+from fastdit.environment import write_environment
+from fastdit.errors import out_of_memory_says
+from fastdit.lock import FolderLock
+from fastdit.memory import micro_batches
+from fastdit.training import checkpoint
+from fastdit.training.boards import check_wandb
+from fastdit.training.ema import EMA, too_young
+from fastdit.training.engine import MOMENTS, TorchEngine, set_moments
+from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
+from fastdit.training.log import Log, LossWindow
+from fastdit.training.schedule import learning_rates
+from fastdit.training.state import CONFIG, VAE
+from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
+from fastdit.training.weights import read_weights
+
+INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
+
+
+def train_autoencoder(config: AutoencoderConfig, *, resume: bool = False, device: str | None = None) -> Path:
+    """Train as `config` says and return run_dir/vae, a folder of diffusers with the EMA.
+
+    `resume` continues from the newest checkpoint in `run_dir`.
+    """
+    ranks, run_dir = distributed.init(device, 2 * config.training.timeout_s), Path(config.run_dir)  # watchdog first
+    checkpoint.check_run_dir(run_dir, resume)
+    with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
+        return _train(config, run_dir, ranks, resume)
+
+
+def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
+    device = ranks.device
+    last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
+    # data
+    check_device(config.training, device)
+    check_wandb(config.training.wandb)
+    source, reader, measured, held_out = _images(config)
+    images, settings = len(reader.rows), config.training
+    if settings.epochs:
+        settings = replace(settings, steps=math.ceil(settings.epochs * images / settings.global_batch))
+    micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
+
+    # networks, from the seed alone: every process starts with the same weights
+    torch.manual_seed(seed_of(config.seed, INIT))
+    vae, network, origin = _autoencoder(config, last)
+    config = replace(config, model=network, training=settings)
+    _check_size(config)
+    critic = build_critic(config)
+    if last:
+        check_resume(last, config, images, vae, critic)
+        vae.load_state_dict(read_weights(last / "model.safetensors"))
+        if critic:
+            critic.load_state_dict(read_weights(last / f"{CRITIC}.safetensors"))
+    perceptual = load_perceptual(config.loss.perceptual, config.loss.vgg, device)
+    flops = _flops_per_image(config, vae, critic, perceptual)
+    module = Reconstruction(vae, settings.decoder_only).to(device, memory_format=torch.channels_last).train()
+    lpips = perceptual if config.loss.perceptual == "lpips" else None
+    monitor = VaeMonitor(config, vae, measured, held_out, ranks, lpips)
+    if settings.compile:
+        module.compile()
+    shared = dict(betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
+                  accumulation=accumulation, grad_clip=settings.grad_clip)  # fmt: skip
+    engine, judge = TorchEngine(module, ranks, **shared), None
+    if critic:
+        judge = TorchEngine(critic.to(device, memory_format=torch.channels_last), ranks, **shared)
+        zeros = [torch.zeros_like(master) for master in judge.master_parameters()]
+        set_moments(judge, dict.fromkeys(MOMENTS, zeros), 0)  # it may be saved before its first step
+    ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
+    window, weight = LossWindow(device), torch.zeros((), device=device)
+    state = AutoencoderState(config, engine, judge, ema, weight, window)
+    start = state.load(last) if last else 0
+    width, height = config.data.sides
+    shape = (network.latent_channels, height // network.downsample, width // network.downsample)
+    train_step = AutoencoderStep(
+        config, engine, judge, ema, perceptual, ranks, shape, micro, accumulation, seed_of(config.seed, NOISE), weight
+    )
+    learning_rate = learning_rates(settings)
+    critic_rate = learning_rates(replace(settings, lr=config.discriminator.lr or settings.lr))
+
+    if ranks.is_main:
+        save_config(config, run_dir / CONFIG)
+        write_environment(run_dir, ranks, start)
+    log = Log(run_dir, ranks, start, config, images=images, flops_per_image=flops)
+    reader.say = log.say
+    origin = f"resumed at step {start}" if start else origin
+    for line in (*remarks(source), _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)):
+        log.say(line)
+    order, own = seed_of(config.seed, ORDER), micro * accumulation
+    batches = pixel_batches(
+        reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,
+        start_step=start, hflip=config.data.hflip, prefetch=config.data.prefetch, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+    def on_skip(done: int) -> None:
+        chosen, _ = Order(order, [images])(np.arange((done - 1) * settings.global_batch, done * settings.global_batch))
+        log.skip(done, reader.rows[chosen].tolist(), [])
+
+    guard, facts = Guard(settings.max_skipped, ranks, on_skip), describe(config, images)
+    with (
+        Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
+        checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
+        closing(on_device(batches, device)) as batches,
+        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
+        out_of_memory_says(f"{device} has too little memory for training.micro_batch={micro}; use a smaller one"),
+    ):
+        monitor.begin(engine, ema, log, watchdog, start)
+        clock, clock_step = time.perf_counter(), start
+        for step in range(start, settings.steps):
+            watchdog.at(step + 1, READS)
+            pixels = to_pixels(next(batches).images)  # (n, 3, H, W), channels last
+            watchdog.at(step + 1, COMPUTES)
+            lr = learning_rate(step)
+            losses, grad_norm, skipped = train_step(pixels, step, lr, critic_rate(step))
+            window.add(losses, skipped)
+
+            done = step + 1
+            guard.add(done, skipped, *requests.poll(), writer.failed)
+            log_due = done % settings.log_every == 0 or done == settings.steps
+            save_due = done % settings.checkpoint_every == 0 or done == settings.steps
+            log.step()
+            watchdog.at(done, LOGS)
+            if log_due or save_due:
+                guard.flush()
+                means = window.means()  # the only wait for the device
+            if log_due:
+                seconds, steps = time.perf_counter() - clock, done - clock_step
+                clock, clock_step = time.perf_counter(), done
+                window.clear()
+                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
+                          images=steps * settings.global_batch)  # fmt: skip
+            if save_due or guard.save or guard.stop or guard.failed:
+                writer.wait()  # raises the error of a failed write
+                snapshot = state.snapshot() if ranks.is_main else {}
+                last = writer.start(done, partial(write_snapshot, snapshot, config, vae), facts)
+                guard.save, requests.saved = False, time.monotonic()
+            if guard.stop and done < settings.steps:
+                writer.wait()
+                log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
+                raise SystemExit(EXIT_STOPPED)
+            clock += monitor(done)
+        writer.wait()
+    size = "x".join(map(str, dict.fromkeys(config.data.sides)))
+    log.say(too_young(settings, settings.steps))
+    log.say(f"checkpoint {last}; next: fastdit extract --images {config.data.images} --vae {run_dir / VAE} "
+            f"--image-size {size} --out latents")  # fmt: skip
+    log.close()
+    return run_dir / VAE
+
+
+def _images(config: AutoencoderConfig) -> tuple[ImageSource, PixelReader, PixelReader, bool]:
+    """The images, a reader of those to train on, one of those to measure on, and whether these are held out."""
+    data = config.data
+    if not data.images:
+        raise ValueError("data.images is not set; give a folder, list or archive of images")
+    source = open_images(data.images)
+    rows, rest = split_rows(source, data.val_fraction, "data.val_fraction")
+    others = open_images(data.val_images) if data.val_images else source
+    if data.val_images and others.identity == source.identity:
+        raise ValueError(f"data.val_images={data.val_images} holds the images of data.images; use "
+                         "data.val_fraction=0.01 instead")  # fmt: skip
+    if not len(rows) or not len(others):
+        raise ValueError(f"data.images={data.images} holds no images; give others")
+    chosen = np.arange(len(others)) if data.val_images else rest if len(rest) else rows
+    workers = data.workers or cores_per_process()
+    reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=data.cache_gib * 2**30)
+    measured = PixelReader(others, chosen, data.image_size, workers=workers)
+    return source, reader, measured, bool(data.val_images) or len(rest) > 0
+
+
+def _autoencoder(config: AutoencoderConfig, last: Path | None) -> tuple[nn.Module, NetworkConfig, str]:
+    """The network to train, the section `model` that describes it, and where its weights are from."""
+    settings, scale = config.training, config.model.scaling_factor
+    if last and settings.init_from:  # the checkpoint has its weights
+        return (vae := from_checkpoint(last)), as_config(vae, scale), ""
+    if settings.init_from:
+        vae = pretrained(settings.init_from)
+        if settings.decoder_only and scale is None:  # the latents stay as they are
+            scale = float(vae.config.scaling_factor)
+        return vae, as_config(vae, scale), f"from {settings.init_from}"
+    side = config.data.image_size
+    vae = build_autoencoder(config.model, side if isinstance(side, int) else max(side))
+    return vae, config.model, "from random weights"
+
+
+def _check_size(config: AutoencoderConfig) -> None:
+    factor = config.model.downsample
+    for side in config.data.sides:
+        if side % factor:
+            below = max(side // factor, 1) * factor
+            channels = list(config.model.channels)
+            raise ValueError(f"data.image_size={side} is not divisible by {factor}, the downsampling factor of "
+                             f"model.channels={channels}; use {below} or {below + factor}")  # fmt: skip
+
+
+def _flops_per_image(
+    config: AutoencoderConfig, vae: nn.Module, critic: nn.Module | None, perceptual: Perceptual | None
+) -> Callable[[int], float]:
+    """FLOPs per image of a training step, by its number from 1; a backward pass counts as two forward passes.
+
+    The perceptual distance takes the image and the reconstruction, and gives the gradient of the latter alone. The
+    discriminator takes the reconstruction once for its gradient, and both again for that of the weights.
+    """
+    width, height = config.data.sides
+    image = torch.zeros(1, 3, height, width, device="meta")
+
+    def forward(module: nn.Module | None, call: Callable) -> float:
+        if module is None:
+            return 0.0
+        module = copy.deepcopy(module).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(module)
+        return counter.get_total_flops()
+
+    encoder = forward(vae, lambda m: m.encode(image))
+    decoder = forward(vae, lambda m: m.decode(m.encode(image).latent_dist.mean)) - encoder
+    distance = forward(perceptual, lambda m: m.maps(image))
+    patches = forward(critic, lambda m: m(image))
+    base = (1 if config.training.decoder_only else 3) * encoder + 3 * decoder + 3 * distance
+    return lambda step: base + (8 * patches if step >= config.discriminator.start else 0)
+
+
+def _start_line(config: AutoencoderConfig, vae, critic, ranks, images: int, batch: tuple[int, int], origin: str) -> str:
+    settings, counts = config.training, [sum(p.numel() for p in m.parameters()) for m in (vae, critic) if m]
+    judge = f" and a discriminator of {counts[1]:,} from step {config.discriminator.start:,} on" if critic else ""
+    threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
+    return (
+        f"{config.model.variant}: {counts[0]:,} parameters{judge}, {images:,} images, {ranks.world} x {ranks.device}"
+        f"{threads}, perceptual loss {config.loss.perceptual}, batch {' x '.join(map(str, (ranks.world, *batch)))}, "
+        f"{settings.steps:,} steps = {settings.steps * settings.global_batch / images:.1f} epochs"
+        + (f", {origin}" if origin else "")
+    )

@@ -1,0 +1,87 @@
+"""Several folders of latents as one, each with its share of every batch: data.shards=[{path: a, weight: 0.7}, ...]."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fastdit.config import ShardSet, shards_text
+from fastdit.data.manifest import Manifest
+from fastdit.data.order import Order, shares
+from fastdit.data.synthetic import Synthetic
+
+APART = 10**12  # key n of set i is i * APART + n
+
+
+@dataclass(frozen=True)
+class Mixture(Manifest):
+    """The manifest of all sets: their shards by absolute path, and statistics weighted as the sets are."""
+
+    parts: tuple[Manifest, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def index(self) -> np.ndarray:
+        """SAMPLE rows (n,) of all sets, one after the other."""
+        rows, shards = [part.index() for part in self.parts], 0
+        for number, (part, index) in enumerate(zip(self.parts, rows, strict=True)):
+            index["shard"] += shards
+            index["key"] += number * APART
+            shards += len(part.shards)
+        return np.concatenate(rows)
+
+    def order(self, seed: int) -> Order:
+        return Order(seed, [len(part) for part in self.parts], self.weights)
+
+    def check_files(self, one: int, size: str) -> None:
+        for part in self.parts:
+            part.check()
+
+    def of(self, parts: Sequence[Manifest]) -> "Mixture":
+        """The same with parts of its sets."""
+        return replace(self, parts=tuple(parts))
+
+
+def mixture(sets: Sequence[ShardSet]) -> Manifest:
+    """The folders as one manifest; ValueError where they cannot train one network, or cannot be read in one batch."""
+    parts, weights = [Manifest.load(each.path) for each in sets], [each.weight for each in sets]
+    if not parts:
+        raise ValueError("data.shards=[] names no latents; give a folder, or a list of {path: FOLDER, weight: 0.5}")
+    first, where = parts[0], f"data.shards={sets[0].path}"
+    for part, each in zip(parts, sets, strict=True):
+        if isinstance(part, Synthetic):
+            raise ValueError(f"data.shards={each.path} cannot be mixed with others; use it alone")
+        if [other.index_sha256 for other in parts].count(part.index_sha256) > 1:
+            raise ValueError(f"data.shards names {each.path} twice; add its weights")
+        first.latents.check(part.latents, where, f"data.shards={each.path}")
+        for key, own, other in (
+            ("image_size", first.latents.image_size, part.latents.image_size),
+            ("dtype", first.dtype, part.dtype),
+            ("classes", first.class_names, part.class_names),
+        ):
+            if own != other:
+                own, other = (f"{len(k)}, such as {k[-1]}" if key == "classes" and k else k for k in (own, other))
+                raise ValueError(f"{where} has {key} {own or 'none'}, data.shards={each.path} {other or 'none'}; mix "
+                                 "latents that agree in image size, dtype and classes")  # fmt: skip
+    part_of = shares(weights)[:, None] / shares(weights).sum()  # (sets, 1)
+    mean, std = (np.array([getattr(part, key) for part in parts]) for key in ("channel_mean", "channel_std"))
+    average = (part_of * mean).sum(axis=0)
+    deviation = np.sqrt((part_of * (std**2 + mean**2)).sum(axis=0) - average**2)
+    shards = [replace(shard, name=str((part.folder / shard.name).resolve())) for part in parts for shard in part.shards]
+    contents = repr([(part.index_sha256, weight) for part, weight in zip(parts, weights, strict=True)])
+    fields = vars(first) | {
+        "images": sum(part.images for part in parts),
+        "skipped": sum(part.skipped for part in parts),
+        "class_counts": tuple(np.sum([part.class_counts for part in parts], axis=0).tolist()),
+        "orientations": min(part.orientations for part in parts),
+        "channel_mean": tuple(average.tolist()),
+        "channel_std": tuple(deviation.tolist()),
+        "shards": tuple(shards),
+        "index_sha256": hashlib.sha256(contents.encode()).hexdigest(),
+        "folder": Path(shards_text(tuple(sets))),
+    }
+    return Mixture(**fields, parts=tuple(parts), weights=tuple(weights))

@@ -1,0 +1,103 @@
+"""Which image comes when: a pure function of (seed, position), evaluated where it is needed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
+MIXED = 0x313D << 40  # of the hash that mixes sets; no epoch
+ROUND = 10_000  # positions in a row in which each set of a mixture has its share
+
+
+class Order:
+    """The images at the positions of a run.
+
+    One set of n images: position p is the (p mod n)-th image of epoch p // n, and each epoch has its own permutation.
+    Several sets, of `sizes` images: of each ROUND positions in a row, each set has a number in proportion to its
+    weight, at random places, and goes through its own images in its own epochs. Images are numbered across the sets.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float] = (1.0,)):
+        self.seed, self.sizes, self.counts = seed, np.array(sizes), shares(weights)
+        self.first = np.cumsum(self.sizes) - self.sizes  # image of each set
+        self.orders: dict[int, dict[int, np.ndarray]] = {part: {} for part in range(len(sizes))}
+        self.rounds: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images (n,) at positions (n,), and the epoch of each in its set (n,)."""
+        parts, places = self.places(positions)
+        epochs, places = np.divmod(places, self.sizes[parts])
+        images = np.empty_like(places)
+        for part, epoch in {*zip(parts.tolist(), epochs.tolist(), strict=True)}:
+            mask = (parts == part) & (epochs == epoch)
+            images[mask] = self.first[part] + self.permutation(part, epoch)[places[mask]]
+        return images, epochs
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The set of each position (n,), and how many of that set's images come before it (n,)."""
+        if len(self.sizes) == 1:
+            return np.zeros_like(positions), positions
+        rounds, within = np.divmod(positions, ROUND)
+        parts, places = np.empty_like(within), np.empty_like(within)
+        for number in np.unique(rounds).tolist():
+            mask = rounds == number
+            parts[mask], places[mask] = (each[within[mask]] for each in self.round(number))
+        return parts, rounds * self.counts[parts] + places
+
+    def round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sets of a round's positions (ROUND,), and how many images of the same set come before in it (ROUND,)."""
+        if number not in self.rounds:
+            self.rounds = {n: found for n, found in self.rounds.items() if n == number - 1}
+            hashed = hash_of(self.seed, MIXED, number, np.arange(ROUND, dtype=np.uint64))
+            parts = np.repeat(np.arange(len(self.counts)), self.counts)[np.argsort(hashed, kind="stable")]
+            before = np.empty(ROUND, np.int64)
+            before[np.argsort(parts, kind="stable")] = np.concatenate([np.arange(count) for count in self.counts])
+            self.rounds[number] = parts, before
+        return self.rounds[number]
+
+    def permutation(self, part: int, epoch: int) -> np.ndarray:
+        kept = self.orders[part]
+        if epoch not in kept:
+            kept = self.orders[part] = {e: order for e, order in kept.items() if e == epoch - 1}
+            kept[epoch] = permutation(self.seed, epoch, int(self.sizes[part]), part)
+        return kept[epoch]
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """How many of ROUND positions each set has (sets,), by largest remainders; ValueError for one that has none."""
+    exact = ROUND * np.array(weights, np.float64) / np.sum(weights)
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: ROUND - counts.sum()]] += 1
+    if (counts < 1).any():
+        weight = weights[int(np.argmin(counts))]
+        raise ValueError(f"data.shards has a weight {weight} of {np.sum(weights):g} in all; use at least 1 / {ROUND}")
+    return counts
+
+
+def permutation(seed: int, epoch: int, n: int, part: int = 0) -> np.ndarray:
+    """The order (n,) of an epoch's images, sorted by a hash: independent of any library's shuffle."""
+    words = (part,) if part else ()
+    return np.argsort(hash_of(seed, epoch, 0, *words, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def mirrors(seed: int, epoch: int | np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The orientation of each image (n,) in an epoch: 0 original, 1 mirrored."""
+    epoch = epoch.astype(np.uint64) if isinstance(epoch, np.ndarray) else epoch
+    return (hash_of(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
+
+
+def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether each key (n,) is among the `fraction` that is held out, by its hash: bool (n,)."""
+    return hash_of(HELD_OUT, keys.astype(np.uint64)) < np.uint64(fraction * 2**64)
+
+
+def hash_of(*words: int | np.ndarray) -> np.ndarray:
+    """64-bit hash: splitmix64's finalizer (Steele et al. 2014) after each integer; one-to-one in the last one."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)
+        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state

@@ -1,0 +1,225 @@
+"""fastdit train-vae: the same training on any number of processes and after any stop, and what it leaves."""
+
+import json
+import shutil
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdit.autoencoder import step as step_module
+from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.loop import train_autoencoder
+from fastdit.autoencoder.quality import Quality, own_blocks
+from fastdit.cli import main
+from fastdit.config import load_config, save_config
+from fastdit.data.archives import open_images
+from fastdit.data.extract import extract_features
+from fastdit.data.images import load_crop, to_pixels
+from fastdit.data.latents import LatentCodec
+from fastdit.data.pixels import split_rows
+from fastdit.distributed import Ranks
+from fastdit.training import checkpoint
+from fastdit.training.guard import EXIT_STOPPED
+from fastdit.training.log import Log, read_metrics, read_records
+from fastdit.training.weights import read_weights
+from fastdit.verify import verify
+from helpers.evaluation import use_tiny
+from helpers.runs import Forks, run
+
+from .conftest import small
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAST = "checkpoints/step-0000008"
+
+
+def losses(run_dir, key="loss"):
+    return [record[key] for record in read_metrics(run_dir) if key in record]
+
+
+def measured(run_dir):
+    return [record for record in read_records(run_dir / "metrics.jsonl") if "psnr" in record]
+
+
+def states(run_dir, step=LAST):
+    return {path.name: read_weights(path) for path in sorted((run_dir / step).glob("*.safetensors"))}
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys() and len(one) == 8
+    for file in one:
+        assert one[file].keys() == other[file].keys()
+        for name, tensor in one[file].items():
+            torch.testing.assert_close(other[file][name], tensor, **tolerance)
+
+
+def test_a_run_learns_measures_and_leaves_a_folder_for_extract(images, whole, tmp_path):
+    assert len(losses(whole)) == 8 and losses(whole, "reconstruction")[-1] < losses(whole, "reconstruction")[0]
+    assert len(losses(whole, "discriminator")) == 6 and losses(whole, "adversarial_weight")[0] == 0
+    assert all(0 < w <= 5e3 for w in losses(whole, "adversarial_weight")[1:])
+    first, last = measured(whole)
+    assert (first["step"], last["step"]) == (4, 8) and last["psnr"] > first["psnr"] > 5
+    assert Image.open(whole / "monitor/step-0000008.png").size == (4 * 18 - 2, 3 * 18 - 2)
+    assert min(Image.open(whole / "monitor/strip.png").size) > 30 and (whole / "curves.png").stat().st_size > 5000
+    codec = LatentCodec.load(whole / "vae")
+    ema = read_weights(whole / LAST / "ema.safetensors")
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in codec.vae.state_dict().items())
+    assert codec.scale == pytest.approx(1 / last["latent_std_all"])
+    manifest = extract_features(images=images, out=tmp_path / "latents", vae=whole / "vae", image_size=16)
+    assert manifest.latents.shape == (3, 8, 8) and not manifest.scale_remarks()
+
+
+def test_the_measured_psnr_is_that_of_the_held_out_images(images, whole):
+    config = load_config(whole / "config.yaml", schema=AutoencoderConfig)
+    files = sorted(images.rglob("*.png"))
+    source = open_images(images)
+    rows, held = split_rows(source, config.data.val_fraction, "data.val_fraction")
+    assert len(rows) + len(held) == len(files) and not set(rows) & set(held) and 15 < len(held) < 40
+    about = json.loads((whole / "vae/about.json").read_text())
+    config = small(images, whole, f"training.evaluate_images={len(held)}")
+    pictures = np.stack([load_crop(source.open(int(i)), 16) for i in held])
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    codec = LatentCodec.load(whole / "vae")
+    quality = Quality(own_blocks(lambda i: pictures[i], np.arange(len(held)), ranks), len(held), ranks, None, None)
+    found, *_ = quality(codec.vae)
+    with torch.no_grad():
+        mean = codec.vae.encode(to_pixels(torch.from_numpy(pictures))).latent_dist.mean
+        output = (127.5 * codec.vae.decode(mean).sample + 128).clamp(0, 255).floor().movedim(1, -1).numpy()
+    exact = 20 * np.log10(255) - 10 * np.log10(np.square(output - pictures).mean())
+    assert found["psnr"] == pytest.approx(exact, abs=1e-3) and found["psnr"] == pytest.approx(about["psnr"], abs=2)
+    np.testing.assert_allclose(found["latent_mean"], mean.mean((0, 2, 3)), atol=0.2)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_killed_run_resumes_exactly(images, whole, tmp_path, step):
+    """Before the discriminator's first step, and between two checkpoints."""
+    config = small(images, tmp_path / "run")
+    save_config(config, tmp_path / "run.yaml")
+    run("fastdit/cli.py", "train-vae", str(tmp_path / "run.yaml"), "--device", "cpu", kill=(step, 0))
+    before = checkpoint.checkpoints(tmp_path / "run")
+    assert len(before) < 4
+    train_autoencoder(config, resume=True, device="cpu")
+    assert_same(states(whole), states(tmp_path / "run"), rtol=0, atol=0)
+    assert losses(tmp_path / "run") == losses(whole)
+    keys = ("step", "psnr", "ssim", "latent_mean", "latent_std")
+    one, two = ([[r[key] for key in keys] for r in measured(d)] for d in (whole, tmp_path / "run"))
+    assert one == two
+    digests = [checkpoint.sha256(d / "vae/diffusion_pytorch_model.safetensors") for d in (whole, tmp_path / "run")]
+    assert digests[0] == digests[1]
+
+
+def test_two_processes_and_micro_batches_equal_one(images, tmp_path):
+    """The measurements, too, with a Frechet distance in made-up features.
+
+    The discriminator learns slowly: Adam's first step follows the sign even of a gradient that is rounding alone, as
+    that of the last bias is.
+    """
+    for name, processes, changes in (("two", 2, ["training.micro_batch=2"]), ("one", 1, [])):
+        changes += ["training.evaluate_features=efficientnet-lite0", "training.evaluate_images=60"]
+        config = small(images, tmp_path / name, "discriminator.lr=1e-5", *changes)
+        save_config(config, tmp_path / f"{name}.yaml")
+        options = "train-vae", str(tmp_path / f"{name}.yaml"), "--device", "cpu"
+        with Forks("fastdit/cli.py", *options, processes=processes, before=use_tiny) as forks:
+            assert set(forks.wait()) == {0}, forks.said()
+    for key in ("loss", "discriminator", "adversarial_weight", "grad_norm"):
+        assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), rel=1e-3), key
+    one, two = (measured(tmp_path / name)[-1] for name in ("one", "two"))
+    for key in ("psnr", "ssim", "frechet", "latent_std_all"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def test_a_signal_saves_and_stops(images, whole, tmp_path, monkeypatch):
+    def step(self):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "step", step)
+    with pytest.raises(SystemExit) as stopped:
+        train_autoencoder(small(images, tmp_path / "run", "training.checkpoint_every=100"), device="cpu")
+    assert stopped.value.code == EXIT_STOPPED
+    monkeypatch.undo()
+    train_autoencoder(small(images, tmp_path / "run", "training.checkpoint_every=100"), resume=True, device="cpu")
+    assert_same(states(whole), states(tmp_path / "run"), rtol=0, atol=0)
+
+
+def test_the_decoder_alone_keeps_the_latents(images, whole, tmp_path):
+    out = train_autoencoder(
+        small(images, tmp_path / "run", f"training.init_from={whole}/vae", "training.decoder_only=true",
+              "model.channels=[8,8,8]", "training.steps=4", "training.evaluate_every=0"),
+        device="cpu",
+    )  # fmt: skip
+    before, after = LatentCodec.load(whole / "vae"), LatentCodec.load(out)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(before.encode(x), after.encode(x)) and before.scale == after.scale
+    assert not torch.equal(before.decode(x[:, :, :8, :8]), after.decode(x[:, :, :8, :8]))
+    assert load_config(tmp_path / "run/config.yaml", schema=AutoencoderConfig).model.channels == (4, 8)
+    assert "loss" in read_metrics(tmp_path / "run")[-1]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    more = [f"run_dir={tmp_path}/again", "training.steps=5"]
+    config = load_config(tmp_path / "run/config.yaml", more, AutoencoderConfig)
+    train_autoencoder(config, resume=True, device="cpu")
+    assert read_metrics(tmp_path / "again")[-1]["step"] == 5
+
+
+def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
+    loss, calls = step_module.reconstruction_loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(step_module, "reconstruction_loss", failing)
+    config = small(images, tmp_path / "run", "training.steps=4", "training.checkpoint_every=1")
+    train_autoencoder(config, device="cpu")
+    third, fourth = (states(tmp_path / "run", f"checkpoints/step-{n:07d}") for n in (3, 4))
+    for file in third.keys() - {"progress.safetensors"}:
+        assert all(torch.equal(tensor, fourth[file][name]) for name, tensor in third[file].items()), file
+    [skipped] = read_records(tmp_path / "run/skipped.jsonl")
+    assert skipped["step"] == 4 and len(set(skipped["keys"])) == 8
+
+
+def test_compiled_blocks_and_bf16_give_nearly_the_same_losses(images, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    train_autoencoder(small(images, tmp_path / "run", "training.compile=true", "training.steps=4"), device="cpu")
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:4], rel=1e-4)
+    train_autoencoder(small(images, tmp_path / "bf16", "training.precision=bf16", "training.steps=4"), device="cpu")
+    assert losses(tmp_path / "bf16")[:3] == pytest.approx(losses(whole)[:3], rel=2e-2)
+
+
+def test_a_scale_that_does_not_fit_is_warned_of_and_kept(images, tmp_path, capsys):
+    config = small(images, tmp_path / "run", "model.scaling_factor=0.001", "training.steps=4")
+    out = train_autoencoder(config, device="cpu")
+    assert "warning: the standard deviations of the scaled latents are" in capsys.readouterr().out
+    assert LatentCodec.load(out).scale == 0.001
+
+
+def test_verify_knows_these_checkpoints(whole, tmp_path):
+    assert verify(whole, lambda line: None) == []
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / LAST / "discriminator.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert any("discriminator.safetensors has" in problem for problem in verify(tmp_path / "run", lambda line: None))
+
+
+def test_a_resume_refuses_other_settings(images, whole, tmp_path):
+    for change, message in (
+        ("training.global_batch=4", "has training.global_batch=8, this run 4; make them equal to resume"),
+        ("model.layers=2", "has model.layers=1, this run 2; make them equal to resume"),
+        ("data.val_fraction=0.2", "has images="),
+        ("seed=1", "has seed=0, this run 1"),
+        ("discriminator.weight=0", "has discriminator.weight=0.5, this run 0.0; a resume can change it, but neither"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_autoencoder(small(images, whole, change), resume=True, device="cpu")
+    with pytest.raises(ValueError, match="is not empty; continue with --resume"):
+        train_autoencoder(small(images, whole), device="cpu")
+
+
+def test_commands_for_runs_of_a_network_name_the_folder_to_use(whole, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(whole)])
+    assert "is of an autoencoder" in capsys.readouterr().err
