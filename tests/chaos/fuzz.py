@@ -1,4 +1,4 @@
-"""Table 8: thousands of mutated files of every kind that is read (subjects.py, mutate.py), in processes that are watched.
+"""Table 8: mutated files of every kind that is read (subjects.py, mutate.py), in a process that is watched.
 
     PYTHONPATH=.:tests python -m chaos.fuzz [--count 10000] [--seed 0] [--case N] [--only KIND] [--keep DIR]
 
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,11 +60,11 @@ class End:
 def run(place: Path, seed: int, count: int = COUNT) -> Table:
     table = Table(
         "Mutated files",
-        f"{count} cases: up to two files of a small good source are changed by up to three mutations each, of random bytes "
-        "or of the format's own structure, and are read in a process with "
-        f"{MEMORY >> 30} GiB of address space and an audit hook as for the hostile files. A case is *read*, or *refused* "
-        "as a command refuses it: one line that begins with `error:` and names the file. *Silently used*: bytes of shards "
-        "that differ from those that were written reached a batch, or `fastdit verify` did not find them. A case hangs "
+        f"{count} cases: up to two files of a small good source are changed by up to three mutations each, of random "
+        "bytes or of the format's own structure, and are read in a process with "
+        f"{MEMORY >> 30} GiB of address space and an audit hook as for the hostile files. A case is *read*, or "
+        "*refused* as a command refuses it: one line that begins with `error:` and names the file. *Silently used*: "
+        "changed bytes of shards reached a batch, or `fastdit verify` did not find them. A case hangs "
         f"if it takes over {LIMIT_S:g} s of CPU, or {WALL_S:g} s.",
         ["kind", "cases", READ, REFUSED, *FAULTS, "slowest"],
     )
@@ -125,6 +126,7 @@ VARIED = ("images", "images of an evaluation", "Parquet of other types", "config
 def work(root: Path, seed: int, numbers: list[int], kinds: list[str], pipe) -> None:
     """The body of the process."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     sys.dont_write_bytecode = True
     case, watching = root / "case", [False]
     (case / "tmp").mkdir(parents=True, exist_ok=True)

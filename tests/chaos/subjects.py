@@ -1,16 +1,17 @@
 """What is fuzzed: small good files of every kind that is read, and what reads them."""
 
 import hashlib
-import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from fastdit.data.images import read_image
 from fastdit.data.import_latents import import_latents
 from fastdit.data.loader import latent_batches, read_moments
 from fastdit.data.manifest import Manifest
-from fastdit.evaluation.images import open_set, read_statistics
+from fastdit.distributed import Ranks
+from fastdit.evaluation.evaluate import load_reference
+from fastdit.evaluation.images import open_set
+from fastdit.evaluation.metrics import frechet_distance
 from fastdit.training.weights import read_weights
 from fastdit.verify import verify
 from helpers import awkward, sources
@@ -68,17 +72,30 @@ def use_images(path: Path, out: Path, good: Path | None) -> None:
 
 
 def use_set(path: Path, out: Path, good: Path | None) -> None:
-    """As the samples or the reference of an evaluation."""
-    if read_statistics(path, "--reference") is None:
-        images = open_set(path, "--reference", str(SIDE))
-        for block in images.blocks(range(min(-(-images.count // images.block), 4))):
-            assert block.dtype == np.uint8
+    """As the samples of an evaluation."""
+    images = open_set(path, "SAMPLES", str(SIDE))
+    for block in images.blocks(range(min(-(-images.count // images.block), 4))):
+        assert block.dtype == np.uint8
+
+
+TINY = SimpleNamespace(name="tiny", hash="0" * 64, dim=5, spatial=0)
+ONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def use_statistics(path: Path, out: Path, good: Path | None) -> None:
+    """As the reference of an evaluation."""
+    features = load_reference(path, (8, 8), TINY, ONE, save_to=str(out / "again.npz")).features
+    moments = features.moments
+    frechet_distance(moments, moments)
 
 
 def one_image(folder: Path) -> Path:
     draw, rng = random.Random(folder.name), np.random.default_rng(0)
-    kinds = [c for kind in (awkward.plain, awkward.turned, awkward.deep, awkward.transparent, awkward.moving)
-             for c in kind(rng, (40, 36))]  # fmt: skip
+    kinds = [
+        c
+        for kind in (awkward.plain, awkward.turned, awkward.deep, awkward.transparent, awkward.moving)
+        for c in kind(rng, (40, 36))
+    ]
     case = draw.choice(kinds)
     (folder / f"0.{case.suffix}").write_bytes(case.data)
     return folder
@@ -144,11 +161,13 @@ def damaged(path: Path, good: Path) -> bool:
     """Whether a file that has a digest was changed; a manifest has none."""
     return all(  # an edited manifest may well describe other values
         (path / name).read_bytes() == (good / name).read_bytes()
-        for name in ("manifest.json", "features/manifest.json") if (good / name).is_file()
+        for name in ("manifest.json", "features/manifest.json")
+        if (good / name).is_file()
     ) and any(
         (path / file.relative_to(good)).read_bytes() != file.read_bytes()
-        for file in good.rglob("*") if file.suffix in (".tar", ".npy")
-    )  # fmt: skip
+        for file in good.rglob("*")
+        if file.suffix in (".tar", ".npy")
+    )
 
 
 def seal(path: Path) -> None:
@@ -195,6 +214,7 @@ def repa_zip(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "latents.zip", "w") as archive:
         for path in sorted((folder / "vae-sd").rglob("*.*")):
             archive.write(path, path.relative_to(folder / "vae-sd"))
+    shutil.rmtree(folder / "vae-sd")
     return folder / "latents.zip"
 
 
@@ -231,8 +251,13 @@ def importing(layout: str) -> Callable[[Path, Path, Path | None], None]:
 def statistics(folder: Path) -> Path:
     about = {"extractor": "tiny", "extractor_sha256": "0" * 64, "sha256": "1" * 64, "images": 9, "size": [8, 8]}
     values = RNG.normal(size=(9, 5))
-    np.savez(folder / "reference.npz", mu=values.mean(0), sigma=np.cov(values.T), features=values.astype(np.float32),
-             about=np.array(json.dumps(about)))  # fmt: skip
+    np.savez(
+        folder / "reference.npz",
+        mu=values.mean(0),
+        sigma=np.cov(values.T),
+        features=values.astype(np.float32),
+        about=np.array(json.dumps(about)),
+    )
     return folder / "reference.npz"
 
 
@@ -242,8 +267,10 @@ def samples(folder: Path) -> Path:
 
 
 def weights(folder: Path) -> Path:
-    save_file({"a.weight": torch.randn(4, 3), "a.bias": torch.zeros(4), "b": torch.ones(2, 2, dtype=torch.bfloat16)},
-              folder / "model.safetensors")  # fmt: skip
+    save_file(
+        {"a.weight": torch.randn(64, 9), "a.bias": torch.zeros(64), "b": torch.ones(2, 2, dtype=torch.bfloat16)},
+        folder / "model.safetensors",
+    )
     return folder / "model.safetensors"
 
 
@@ -275,8 +302,12 @@ def cifar_parts(folder: Path) -> Path:
     """CIFAR-10 as a plain tar file, whose pickles are changed in place."""
     rows = sources.PIXELS.transpose(0, 3, 1, 2).reshape(12, -1)
     with tarfile.open(folder / "cifar-10-python.tar", "w") as tar:
-        sources.add(tar, "cifar-10-batches-py/batches.meta", pickle.dumps({b"label_names": [b"ant", b"bee", b"cat"]}, 2))
-        sources.add(tar, "cifar-10-batches-py/data_batch_1", pickle.dumps({b"data": rows, b"labels": sources.LABELS}, 2))
+        sources.add(
+            tar, "cifar-10-batches-py/batches.meta", pickle.dumps({b"label_names": [b"ant", b"bee", b"cat"]}, 2)
+        )
+        sources.add(
+            tar, "cifar-10-batches-py/data_batch_1", pickle.dumps({b"data": rows, b"labels": sources.LABELS}, 2)
+        )
     return folder / "cifar-10-python.tar"
 
 
@@ -289,14 +320,27 @@ def metadata(folder: Path) -> Path:
     import pyarrow
     from pyarrow import parquet
 
-    from chaos.mutate import grown
+    from chaos.mutations import grown
 
     draw = random.Random(folder.name)
-    about = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": [*sources.NAMES], "_type": "ClassLabel"}}}}
-    cells = draw.choice(([sources.png(i) for i in range(4)], [{"bytes": sources.png(i)} for i in range(4)], ["x"] * 4,
-                         [1, 2, 3, 4], [None, b"", b"x", b"y"], [{"path": "/etc/passwd"}] * 4, [[b"x"]] * 4))  # fmt: skip
+    about = {
+        "info": {"features": {"image": {"_type": "Image"}, "label": {"names": [*sources.NAMES], "_type": "ClassLabel"}}}
+    }
+    cells = draw.choice(
+        (
+            [sources.png(i) for i in range(4)],
+            [{"bytes": sources.png(i)} for i in range(4)],
+            ["x"] * 4,
+            [1, 2, 3, 4],
+            [None, b"", b"x", b"y"],
+            [{"path": "/etc/passwd"}] * 4,
+            [[b"x"]] * 4,
+        )
+    )
     labels = draw.choice(([0, 1, 2, 0], ["a", "b", "", None], [1.5] * 4, [[1]] * 4, [-1, 2**40, 0, 1], [True] * 4))
-    table = pyarrow.table({draw.choice(("image", "img", "x", "")): cells, draw.choice(("label", "cls", "image")): labels})
+    table = pyarrow.table(
+        {draw.choice(("image", "img", "x", "")): cells, draw.choice(("label", "cls", "image")): labels}
+    )
     table = table.replace_schema_metadata({"huggingface": json.dumps(grown(about, draw), ensure_ascii=True)})
     parquet.write_table(table, folder / "train.parquet")
     return folder / "train.parquet"
@@ -310,7 +354,9 @@ SUBJECTS: dict[str, Subject] = {
     "JSONL list": Subject(jsonl_list, use_images),
     "WebDataset": Subject(sources.make_webdataset, use_images),
     "WebDataset with JSON": Subject(plain_tar, use_images),
-    "ImageNet, training": Subject(lambda folder: (sources.make_devkit(folder), sources.make_imagenet(folder))[1], use_images),
+    "ImageNet, training": Subject(
+        lambda folder: (sources.make_devkit(folder), sources.make_imagenet(folder))[1], use_images
+    ),
     "ImageNet, validation": Subject(sources.make_imagenet_val, use_images),
     "CIFAR-10, packed": Subject(sources.make_cifar10, use_images),
     "CIFAR-10": Subject(cifar_parts, use_images),
@@ -324,7 +370,7 @@ SUBJECTS: dict[str, Subject] = {
     "latents of REPA, zip": Subject(repa_zip, importing("repa")),
     "latents of LightningDiT": Subject(lightningdit, importing("lightningdit")),
     "latents of Cerebras": Subject(cerebras, importing("cerebras")),
-    "reference statistics": Subject(statistics, use_set),
+    "reference statistics": Subject(statistics, use_statistics),
     "samples (npz)": Subject(samples, use_set),
     "weights": Subject(weights, tensors_of),
     "config": Subject(config, use_config),
