@@ -93,7 +93,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
             return archive.read(name)
 
         labels = _labels_in_zip(root, fetch) if "dataset.json" in sizes else None
-    names = sorted(files)
+    names, archived = sorted(files), "" if root.is_dir() else f"{root}: "
     known = _known_labels(labels, names, root) if labels is not None else {}
 
     def read(i: int) -> Sample:
@@ -106,7 +106,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
             raise ValueError(f"{root}: {names[i]} has {len(array)} channels, not mean and deviation of each; {AGAIN}")
         return array[None], known.get(names[i])
 
-    return OtherLatents(names, read, versions, f"{SD_VAE}mse")
+    return OtherLatents([archived + name for name in names], read, versions, f"{SD_VAE}mse")
 
 
 def lightningdit(root: Path, scale: float | None, mirrored: Path | None) -> OtherLatents:

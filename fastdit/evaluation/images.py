@@ -218,15 +218,23 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
     except Exception as error:  # of many kinds, from zipfile, numpy and json
         raise ValueError(f"{key}={path} cannot be read ({error}); write it again with --save-reference") from None
     for mu, sigma in pairs:
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
             raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
-    known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT)
-    fits = values is None or values.shape[1:] == pairs[0][0].shape
+    known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT and _is_size(about["size"])
+                                         and type(about["images"]) is int)  # fmt: skip
+    # what is not a .npy file in an npz is read as bytes
+    fits = values is None or (isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.ndim == 2
+                              and values.shape[1:] == pairs[0][0].shape and bool(np.isfinite(values).all()))  # fmt: skip
     if not (all(np.isfinite(array).all() for pair in pairs for array in pair) and known and fits):
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
     moments = [Moments(mu, sigma, about.get("images", 0)) for mu, sigma in pairs]
     return Statistics(Features(values, None, *moments), about)
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is [width, height], or None, as of statistics whose images are not known."""
+    return value is None or (isinstance(value, list) and [type(side) for side in value] == [int, int])
 
 
 def save_statistics(path: Path, features: Features, about: dict) -> None:

@@ -14,7 +14,7 @@ from fastdit.data.archives import open_images
 from fastdit.data.features import FeatureManifest
 from fastdit.data.images import read_image
 from fastdit.data.import_latents import import_latents
-from fastdit.evaluation.images import open_set
+from fastdit.evaluation.images import open_set, read_statistics
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
 
@@ -146,6 +146,36 @@ def test_foreign_latents_that_overflow_are_named(tmp_path):
     np.save(source / "imagenet256_features/2.npy", np.full((1, 4, 8, 8), 3e38, np.float32))
     with pytest.raises(ValueError, match="imagenet256_features/2.npy has values too large"):
         import_latents("fast-dit", source, tmp_path.with_name("out"), say=quiet)
+
+
+@pytest.mark.parametrize("change", [
+    {"features": None}, {"features": np.full((9, 5), np.nan, np.float32)}, {"features": np.zeros((9, 5), np.int64)},
+    {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, {"about": {"size": 8}}, {"about": {"images": "many"}},
+])  # fmt: skip
+def test_statistics_of_a_reference_that_are_damaged_are_named(tmp_path, change):
+    path = subjects.statistics(tmp_path)
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    about = json.loads(str(arrays["about"])) | change.pop("about", {})
+    np.savez(path, **{**arrays, "about": np.array(json.dumps(about)), **change})
+    if "features" in change and change["features"] is None:
+        with zipfile.ZipFile(path, "w") as archive:  # NumPy returns what is not a .npy file as bytes
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    file.write(b"x") if name == "features" else np.lib.format.write_array(file, array)
+    with pytest.raises(ValueError, match="--reference=.*reference.npz"):
+        read_statistics(path, "--reference")
+
+
+def test_a_foreign_latent_in_a_zip_names_the_zip(tmp_path):
+    source = subjects.repa(tmp_path)
+    path = source / "vae-sd/00000/img-mean-std-00000002.npy"
+    np.save(path, -np.load(path))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in (source / "vae-sd").rglob("*.*"):
+            archive.write(file, file.relative_to(source / "vae-sd"))
+    with pytest.raises(ValueError, match="a.zip: 00000/img-mean-std-00000002.npy has deviations below 0"):
+        import_latents("repa", tmp_path / "a.zip", tmp_path.with_name("out"), say=quiet)
 
 
 def test_foreign_latents_without_a_side_are_named(tmp_path):
