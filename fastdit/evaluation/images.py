@@ -222,9 +222,9 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
             raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
     known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT and _is_size(about["size"])
                                          and type(about["images"]) is int)  # fmt: skip
-    # what is not a .npy file in an npz is read as bytes
+    # NumPy returns what is not a .npy file as bytes
     fits = values is None or (isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.ndim == 2
-                              and values.shape[1:] == pairs[0][0].shape and bool(np.isfinite(values).all()))  # fmt: skip
+                              and values.shape[1:] == pairs[0][0].shape and np.isfinite(values).all())  # fmt: skip
     if not (all(np.isfinite(array).all() for pair in pairs for array in pair) and known and fits):
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
