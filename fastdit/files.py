@@ -6,6 +6,7 @@ import io
 import json
 import os
 import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,15 @@ def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
         raise ValueError(f"{path} is not an array: {error}") from None
 
 
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar file, which keeps none; ValueError for a size that leads back: it would never end."""
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise ValueError(f"{member.name} has {member.size} bytes")
+        tar.members.clear()
+        yield member
+
+
 def append_to(path: Path) -> TextIO:
     """A regular file, open to append lines; ValueError for a link, which could lead elsewhere, and for a pipe."""
     careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
@@ -147,5 +157,5 @@ def parse_yaml(text: str) -> Any:
     """The value of YAML text; ValueError if it is not valid, or has tags, aliases or too many levels."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, OverflowError) as error:
+    except Exception as error:  # PyYAML raises all kinds of errors on values that do not fit their tags
         raise ValueError(" ".join(str(error).split())) from None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastdit.data.columns import cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
+from fastdit.files import tar_members
 
 MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
@@ -77,8 +78,9 @@ def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
         with file.open("rb") as raw:
             raw.seek(start)
             with tarfile.open(fileobj=raw, mode="r:") as tar:
-                while (member := tar.next()) is not None and (stop is None or member.offset < stop):
-                    tar.members.clear()  # it would keep them all
+                for member in tar_members(tar):
+                    if stop is not None and member.offset >= stop:
+                        break
                     if member.isreg():
                         yield member.name, Slice(file, member.offset_data, member.size)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:

@@ -160,6 +160,7 @@ class FeatureManifest(ShardFolder):
             check(manifest.dtype, FEATURE_DTYPES, "dtype")
             if not (all(0 < side <= MAX_SIDE for side in manifest.grid) and 0 < manifest.dim <= MAX_DIM):
                 raise ValueError(f"grid={manifest.grid} or dim={manifest.dim} is out of range")
+            _ = manifest.record  # ValueError as well: NumPy's have less than 2 GiB
             manifest.check_names()
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise ValueError(damaged_manifest(folder, error)) from None
