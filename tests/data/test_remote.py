@@ -56,7 +56,7 @@ def test_a_remote_folder_is_read_as_a_local_one_and_each_file_fetched_once(sets,
     assert len(fetched) == 1 + len(local.shards)
     hashes = [local.index_sha256, *(shard.sha256 for shard in local.shards)]
     assert [name for name in files(tmp_path / "cache") if "/" not in name] == sorted(hashes)
-    assert files(tmp_path) == files(tmp_path / "cache") or len(files(tmp_path)) == len(hashes) + 1
+    assert len(files(tmp_path)) == len(hashes) + 1  # and the manifest
 
 
 def test_a_shard_is_fetched_when_it_is_needed(memory, tmp_path):
@@ -104,7 +104,6 @@ def test_wrong_contents_are_refused_and_may_be_repaired(sets, tmp_path, monkeypa
         shard.write_bytes(wrong)
         with pytest.raises(ValueError, match=r"shard-00001.tar does not have the SHA-256 in the manifest; upload"):
             manifest.shard(1)
-        assert files(tmp_path / "cache")[-1].endswith(".partial") or "partial" in " ".join(files(tmp_path / "cache"))
         assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.partial")) == 0
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00001.tar cannot be read \(.*check data.shards"):
