@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from fastdit import __version__
 from fastdit.commands import COMMANDS
-from fastdit.config import Config, suggest
+from fastdit.config import suggest
 from fastdit.errors import friendly_exit
+from fastdit.schema import Config
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,8 +5,9 @@ import inspect
 import re
 
 from fastdit.autoencoder.config import AutoencoderConfig
-from fastdit.config import Config, load_config, shipped_config, shipped_names
+from fastdit.config import load_config, shipped_config, shipped_names
 from fastdit.registry import Choice
+from fastdit.schema import Config
 
 COMMAND = re.compile(r"# (fastdit|deepspeed) ")  # a command at the top of a config
 FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")

@@ -13,10 +13,10 @@ from torch import Tensor
 from fastdit import distributed
 from fastdit.build import build_routing, uses_zero
 from fastdit.cards import GIB, GPU, GPUS, card_of
-from fastdit.config import Config, TrainingConfig
 from fastdit.models.dit import DiT
 from fastdit.models.fp8 import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
+from fastdit.schema import Config, TrainingConfig
 
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
 OPTIMIZER_BYTES = 40  # per parameter: norm, AdamW and EMA in one pass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdit import __version__
 from fastdit.build import routing_of
-from fastdit.config import Config, to_tree
+from fastdit.config import to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
@@ -23,6 +23,7 @@ from fastdit.errors import out_of_memory_says
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.registry import bind
+from fastdit.schema import Config
 
 ROUTE = 2  # what the seed of an image is for, beside its noise and its random label
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdit.build import check_sampling
-from fastdit.config import SamplingConfig, config_from, to_tree
+from fastdit.config import config_from, to_tree
 from fastdit.distributed import Ranks
 from fastdit.evaluation.evaluate import check_options, load_reference, measure
 from fastdit.evaluation.features import load_features
@@ -22,6 +22,7 @@ from fastdit.evaluation.protocol import aligned, append_result, find_result, rea
 from fastdit.files import replacing
 from fastdit.registry import check
 from fastdit.sampling import load_pipeline
+from fastdit.schema import SamplingConfig
 
 WEIGHTS = ("ema", "model")
 WHEN_LOADED = ("weights", "weak_checkpoint", "precision", "compile")  # the network depends on them

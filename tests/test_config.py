@@ -7,9 +7,10 @@ import pytest
 
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.build import resolved
-from fastdit.config import Config, assumed, load_config, save_config
+from fastdit.config import assumed, load_config, save_config
 from fastdit.data.manifest import Manifest
 from fastdit.registry import Choice, bind, build
+from fastdit.schema import Config
 from helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,6 +7,7 @@ from functools import wraps
 import pytest
 
 from fastdit import cli
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands import COMMANDS
 from fastdit.config import config_from, load_config, shipped_names
 from fastdit.diffusion.objectives import OBJECTIVES
@@ -14,8 +15,9 @@ from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.registry import bind, build
 from helpers import ROOT
 
-PAGES = [ROOT / "docs/from.md", ROOT / "docs/images.md"]
-OVERRIDE = re.compile(r"(seed|run_dir|objective|(data|model|objective|training|sampling)\.[\w.]+)=\S")
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("autoencoder", "from", "images")]
+SECTIONS = "data|model|objective|training|sampling|loss|discriminator"
+OVERRIDE = re.compile(rf"(seed|run_dir|objective|({SECTIONS})\.[\w.]+)=\S")
 
 
 def snippets(text: str) -> list[str]:
@@ -50,6 +52,8 @@ def check_command(words: list[str], parsed: list) -> None:
     given = parsed[-1]
     if words[0] == "launch":
         return check_command(given.command_line, parsed) if given.command_line else None
+    if words[0] == "train-vae" and given.names:
+        return load_config(next(iter(given.names)), given.overrides, AutoencoderConfig)
     if words[0] == "train":
         load_config(next(iter(given.names)), given.overrides)
     check_overrides(given.overrides)
@@ -79,7 +83,8 @@ def test_every_command_and_key_exists(page, parsed):
         elif words[:1] == ["fastdit"]:
             assert words[1] in COMMANDS, snippet
         elif words and all(map(OVERRIDE.match, words)):
-            check_overrides(words)
+            own = page.stem == "autoencoder"
+            config_from({}, "the page", words, AutoencoderConfig) if own else check_overrides(words)
         else:
             continue
         found += 1

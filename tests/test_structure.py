@@ -12,11 +12,11 @@ FILES = sorted([*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").glob("*.p
 
 # a room may import the rooms of lower rank, and itself
 RANK = {
-    "registry": 0, "errors": 0, "files": 0, "lock": 1, "sheets": 1, "distributed": 0, "kernels": 0, "config": 1,
-    "environment": 1, "data": 2, "diffusion": 2, "models": 2, "build": 3, "cards": 3, "memory": 4, "pipeline": 4,
-    "evaluation": 5, "training": 6, "autoencoder": 7, "sampling": 7, "likelihood": 7, "plan": 7, "gallery": 8,
-    "listings": 8, "doctor": 8, "sweep": 8, "api": 9, "commands": 10, "convert": 8, "verify": 8, "report": 8,
-    "quickstart": 9, "cli": 11,
+    "registry": 0, "errors": 0, "files": 0, "lock": 1, "sheets": 1, "distributed": 0, "kernels": 0, "schema": 1,
+    "config": 2, "environment": 1, "data": 3, "diffusion": 3, "models": 3, "build": 4, "cards": 4, "memory": 5,
+    "pipeline": 5, "evaluation": 6, "training": 7, "autoencoder": 8, "sampling": 8, "likelihood": 8, "plan": 8,
+    "gallery": 9, "listings": 9, "doctor": 9, "sweep": 9, "api": 10, "commands": 11, "convert": 9, "verify": 9,
+    "report": 9, "quickstart": 10, "cli": 12,
 }  # fmt: skip
 
 

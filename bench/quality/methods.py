@@ -6,10 +6,10 @@
     python -m bench.quality.methods --data procgen --rates           # images/s of all, side by side
     python -m bench.quality.methods --table                          # write docs/convergence.md again
 
-All methods of a seed see the same images in the same order. At two or four points of a run its EMA makes samples without
-guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation loss is
-the mean over equal parts of t, so that it does not depend on the times that a method trains with. Seconds are images
-by the rate of --rates, where it was measured, so that other work on the machine does not decide. Lines go to
+All methods of a seed see the same images in the same order. At two or four points of a run its EMA makes samples
+without guidance, whose distance to held-out frames is measured in the features of EfficientNet-Lite0; the validation
+loss is the mean over equal parts of t, so that it does not depend on the times that a method trains with. Seconds are
+images by the rate of --rates, where it was measured, so that other work on the machine does not decide. Lines go to
 bench/results/methods.jsonl, the table and the plot to docs/.
 A new method is a line of METHODS.
 """

@@ -22,7 +22,7 @@ import torch
 
 from bench.record import ROOT, markdown, record
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, shipped_config
+from fastdit.config import load_config, shipped_config
 from fastdit.data.extract import extract_features
 from fastdit.diffusion.paths import INTERPOLANTS, SCHEDULES
 from fastdit.diffusion.timesteps import TIME_DISTRIBUTIONS
@@ -33,6 +33,7 @@ from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.job import SAMPLES, small_autoencoder
 from fastdit.quickstart.judge import Judge
 from fastdit.sampling import load_pipeline, sample
+from fastdit.schema import Config
 from fastdit.training.log import read_metrics
 from fastdit.training.loop import train
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from fastdit.config import Config, load_config, shipped_config
+from fastdit.config import load_config, shipped_config
 from fastdit.data.latents import LatentSpec
+from fastdit.schema import Config
 
 LR, SCALE = 1e-4, 0.18215  # of the learning rate, and from moments to latents
 EMA_DECAY = 0.99  # low enough for the gate to see fp32 averages move within its few steps

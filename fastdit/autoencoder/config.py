@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdit.config import LoopConfig, _require
 from fastdit.registry import check_literals
+from fastdit.schema import LoopConfig, require
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class ImagesConfig:
 
     def __post_init__(self):
         fraction = self.val_fraction
-        _require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
+        require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
         both = fraction and self.val_images
-        _require(not both, "data.val_fraction", fraction, "use 0 with data.val_images, which gives other images")
-        _require(min(self.sides) > 0, "data.image_size", self.image_size, "use a positive number of pixels")
+        require(not both, "data.val_fraction", fraction, "use 0 with data.val_images, which gives other images")
+        require(min(self.sides) > 0, "data.image_size", self.image_size, "use a positive number of pixels")
         for key in ("workers", "prefetch", "cache_gib"):
-            _require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more")
+            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -50,10 +50,10 @@ class NetworkConfig:
     scaling_factor: float | None = None  # of the latents; null: 1 / their standard deviation, measured
 
     def __post_init__(self):
-        _require(self.channels and min(self.channels) >= 1, "model.channels", list(self.channels), "use one or more")
+        require(self.channels and min(self.channels) >= 1, "model.channels", list(self.channels), "use one or more")
         for key, most in (("layers", 100), ("latent_channels", 1 << 12), ("norm_groups", 1 << 12)):
             value = getattr(self, key)
-            _require(1 <= value <= most, f"model.{key}", value, f"use 1 to {most}")
+            require(1 <= value <= most, f"model.{key}", value, f"use 1 to {most}")
         fits = math.gcd(self.norm_groups, *self.channels)
         if fits != self.norm_groups:
             raise ValueError(
@@ -61,7 +61,7 @@ class NetworkConfig:
                 f"{list(self.channels)}; use {fits}, or multiples of {self.norm_groups} as channels"
             )
         scale = self.scaling_factor
-        _require(scale is None or 0 < scale < math.inf, "model.scaling_factor", scale, "use null to measure it")
+        require(scale is None or 0 < scale < math.inf, "model.scaling_factor", scale, "use null to measure it")
 
     @property
     def downsample(self) -> int:
@@ -86,7 +86,7 @@ class LossConfig:
         check_literals(self, "loss")
         for key in ("kl_weight", "perceptual_weight"):
             value = getattr(self, key)
-            _require(0 <= value < math.inf, f"loss.{key}", value, "use 0 or more")
+            require(0 <= value < math.inf, f"loss.{key}", value, "use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ class DiscriminatorConfig:
     lr: float | None = None  # null: training.lr
 
     def __post_init__(self):
-        _require(0 <= self.weight < math.inf, "discriminator.weight", self.weight, "use 0 for none, 0.5 in the paper")
+        require(0 <= self.weight < math.inf, "discriminator.weight", self.weight, "use 0 for none, 0.5 in the paper")
         for key in ("start", "channels", "layers"):
-            _require(getattr(self, key) >= 1, f"discriminator.{key}", getattr(self, key), "use 1 or more")
-        _require(self.layers <= 8, "discriminator.layers", self.layers, "use 8 or fewer")
+            require(getattr(self, key) >= 1, f"discriminator.{key}", getattr(self, key), "use 1 or more")
+        require(self.layers <= 8, "discriminator.layers", self.layers, "use 8 or fewer")
         lr = self.lr
-        _require(lr is None or 0 < lr < math.inf, "discriminator.lr", lr, "use a positive rate, or null")
+        require(lr is None or 0 < lr < math.inf, "discriminator.lr", lr, "use a positive rate, or null")
 
     @property
     def smallest(self) -> int:
@@ -130,12 +130,12 @@ class AutoencoderTraining(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.micro_batch >= 0, "training.micro_batch", self.micro_batch, "use 0 for all images of a process")
-        _require((self.evaluate_every or 0) >= 0, "training.evaluate_every", self.evaluate_every, "use 0 for the end")
+        require(self.micro_batch >= 0, "training.micro_batch", self.micro_batch, "use 0 for all images of a process")
+        require((self.evaluate_every or 0) >= 0, "training.evaluate_every", self.evaluate_every, "use 0 for the end")
         for key, least in (("evaluate_images", 2), ("sheet_images", 1)):
-            _require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
+            require(getattr(self, key) >= least, f"training.{key}", getattr(self, key), f"use {least} or more")
         alone = not self.decoder_only or self.init_from
-        _require(alone, "training.decoder_only", True, "set training.init_from to an autoencoder whose encoder to keep")
+        require(alone, "training.decoder_only", True, "set training.init_from to an autoencoder whose encoder to keep")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdit.config import Config, ModelConfig, save_config, to_tree
+from fastdit.config import save_config, to_tree
 from fastdit.convert import official, pipeline
 from fastdit.convert.diffusers import SLOTS
 from fastdit.convert.loaded import Loaded, differences, from_facts
@@ -23,6 +23,7 @@ from fastdit.convert.settings import Stated, foreign_config, own_config, read_tr
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
+from fastdit.schema import Config, ModelConfig
 from fastdit.training import checkpoint
 from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights

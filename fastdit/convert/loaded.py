@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config, to_tree
+from fastdit.config import to_tree
 from fastdit.convert.official import Architecture, architecture
 from fastdit.data.latents import LatentSpec
 from fastdit.diffusion.objectives import Objective
 from fastdit.models.dit import DiT, variant_shape
+from fastdit.schema import Config
 from fastdit.training.state import network_from_state
 
 # relative to the largest output. Rounding in fp32 was at most 3.5e-6 in 40 networks from 2 x 48 to DiT-XL/2, with and

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.models.dit import DIT_VARIANTS, variant_shape
+from fastdit.schema import Config
 from fastdit.training.weights import read_weights
 
 # arg of SiT -> (objective option, {its value: ours}, {} if they are the same)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.build import build_objective
-from fastdit.config import Config, config_from, save_config, to_tree
+from fastdit.config import config_from, save_config, to_tree
 from fastdit.convert import scheduler as schedulers
 from fastdit.convert.diffusers import (
     NORM_EPS,
@@ -30,6 +30,7 @@ from fastdit.diffusion.objectives import FlowMatching
 from fastdit.files import read_json
 from fastdit.models.dit import MAX_DEPTH, variant_shape
 from fastdit.models.layers import position_embedding
+from fastdit.schema import Config
 
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""

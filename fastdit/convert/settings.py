@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import Config, assumed, config_from, load_config, shipped_config, to_tree
+from fastdit.config import assumed, config_from, load_config, shipped_config, to_tree
 from fastdit.convert.official import HEADS, Architecture, architecture
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec, LatentSpec
@@ -24,6 +24,7 @@ from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.files import parse_yaml, read_yaml
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
+from fastdit.schema import Config
 from fastdit.training.state import MAY_CHANGE
 
 SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # the Stable Diffusion autoencoder, used by the released DiT and SiT

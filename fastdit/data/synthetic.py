@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.config import SD_VAE
 from fastdit.data.autoencoders import NO_VAE, Pixels, fingerprint
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import DTYPES, SAMPLE, Manifest
+from fastdit.schema import SD_VAE
 
 PREFIX = "synthetic:"
 MOST, MOST_LISTED, MOST_CLASSES = 1 << 50, 1 << 24, 100_000

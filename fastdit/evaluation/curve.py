@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from fastdit.config import Config, shipped_config, to_tree
+from fastdit.config import shipped_config, to_tree
 from fastdit.evaluation.loss import BINS
 from fastdit.files import read_json
+from fastdit.schema import Config
 
 LEVEL, LEAST = 0.99, 0.03  # of the band; its half-width as a share of the mean, at least
 SECTIONS = ("data", "model", "objective", "training")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastdit.config import NetworkOptions
 from fastdit.kernels import adaln, gate_residual_adaln
 from fastdit.models.dropout import dropout
 from fastdit.models.layers import NORMS, Attention, CrossAttention, Linear, Mlp, Rope, learned_shift_and_scale
+from fastdit.schema import NetworkOptions
 
 BLOCKS = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}  # modulation vectors per branch
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
@@ -19,6 +18,7 @@ from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, p
 from fastdit.models.routing import Route
 from fastdit.models.taps import Tapped, settled
 from fastdit.registry import check, lookup
+from fastdit.schema import NetworkOptions
 
 
 class DiT(nn.Module):

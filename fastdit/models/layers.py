@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import NetworkOptions
 from fastdit.kernels import gelu, gelu_linear, qk_norm_rope, swiglu, swiglu_linear
 from fastdit.models.attention import attention, packed_attention
+from fastdit.schema import NetworkOptions
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines (T, head_dim / 2) from kernels.rope_2d, or (N, T, head_dim / 2)
 Branch = tuple[Tensor, Tensor | None]  # (N, T, D), and the bias (D,), not yet added

@@ -18,7 +18,7 @@ import fastdit
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
 from fastdit.autoencoder.monitor import ABOUT
-from fastdit.config import Config, load_config, shipped_config, to_tree
+from fastdit.config import load_config, shipped_config, to_tree
 from fastdit.data.extract import extract_features
 from fastdit.distributed import init
 from fastdit.environment import hardware
@@ -35,6 +35,7 @@ from fastdit.quickstart.judge import Judge
 from fastdit.report import write_report
 from fastdit.report.facts import QUALITY
 from fastdit.sampling import load_pipeline, sample
+from fastdit.schema import Config
 from fastdit.sheets import save
 from fastdit.sweep import plot, points, samples_of, sweep, table
 from fastdit.training.log import read_metrics

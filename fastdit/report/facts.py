@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from fastdit import environment
-from fastdit.config import Config, load_config, to_tree
+from fastdit.config import load_config, to_tree
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_bytes, read_json
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.log import RECORDS, read_metrics, read_records
@@ -96,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
-        manifest = Manifest.load(run.config.data.shards).normalized(run.config.data.normalize)
+        manifest = Manifest.load(run.config.data.shards, run.config.data.cache).normalized(run.config.data.normalize)
         run.manifest, _ = split(manifest, run.config.data.val_fraction)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")

@@ -9,7 +9,6 @@ from importlib.resources import files
 import numpy as np
 
 from fastdit import __version__
-from fastdit.config import shards_text
 from fastdit.data.images import size_text
 from fastdit.evaluation.loss import BINS, IMAGES
 from fastdit.evaluation.protocol import rough
@@ -17,6 +16,7 @@ from fastdit.evaluation.protocol import title as title_of
 from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import Measured
 from fastdit.report.pictures import Series, animation, picture, plot, png, short, smoothed
+from fastdit.schema import shards_text
 from fastdit.training.monitor import FOLDER
 from fastdit.training.sheets import read_png
 

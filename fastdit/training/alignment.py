@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import Config
 from fastdit.data.features import FeatureManifest, find_features, resample
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tap, Tapped
 from fastdit.registry import Choice, build, check, lookup
+from fastdit.schema import Config
 
 PAPER_DEPTH = 28  # of DiT-XL and SiT-XL, for which the papers give block numbers
 
@@ -228,7 +228,7 @@ def features_for(config: Config) -> FeatureManifest | None:
     """The features that training.align uses; None if it uses none, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    return find_features(data.shards, data.features) if used else None
+    return find_features(data.shards, data.features, data.cache) if used else None
 
 
 def alignment_losses(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.config import MAX_EMA_STD, TrainingConfig
+from fastdit.schema import MAX_EMA_STD, TrainingConfig
 
 AVERAGES = "averages"  # folder of a run; training/posthoc.py describes it
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdit.build import uses_zero
-from fastdit.config import TrainingConfig
 from fastdit.distributed import Ranks
 from fastdit.kernels import adamw_ema
 from fastdit.kernels.runtime import use_triton
 from fastdit.memory import muon_matrices
+from fastdit.schema import TrainingConfig
 from fastdit.training.ema import EMA, capturing
 from fastdit.training.muon import Muon
 

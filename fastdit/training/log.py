@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from fastdit import kernels
 from fastdit.cards import card_of
-from fastdit.config import Config, to_tree
+from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
+from fastdit.schema import Config
 from fastdit.training.boards import Boards
 
 RECORDS = 1 << 30  # bytes of metrics.jsonl: 400,000 steps at log_every=1 take 120 MB

@@ -18,7 +18,7 @@ from fastdit.build import (
     resolved,
     shards_of,
 )
-from fastdit.config import Config, save_config
+from fastdit.config import save_config
 from fastdit.data.loader import latent_batches, on_device, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
@@ -26,6 +26,7 @@ from fastdit.environment import write_environment
 from fastdit.errors import out_of_memory_says
 from fastdit.lock import FolderLock
 from fastdit.memory import choose, micro_batches, smaller_batch
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.alignment import attach, features_for
 from fastdit.training.ema import EMA, PowerAverage, too_young

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network
-from fastdit.config import Config
 from fastdit.data.images import size_text, width_height
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -31,6 +30,7 @@ from fastdit.evaluation.loss import check_images, validation_loss
 from fastdit.evaluation.protocol import in_a_line
 from fastdit.files import append_to
 from fastdit.pipeline import Inference, few_classes
+from fastdit.schema import Config
 from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, random_share
 from fastdit.training.engine import Engine

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from fastdit.config import Config, to_tree
+from fastdit.config import to_tree
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import Objective
 from fastdit.models.dit import DiT
 from fastdit.pipeline import ImagePipeline, Inference
+from fastdit.schema import Config
 from fastdit.training.state import VAE, load_network
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from fastdit.config import TrainingConfig
 from fastdit.registry import build, check_literals
+from fastdit.schema import TrainingConfig
 
 
 class Schedule(Protocol):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, save_config, to_tree
+from fastdit.config import load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
@@ -37,6 +37,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
+from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
@@ -184,6 +185,7 @@ def resumed_weights(
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
     fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
+    fixed.append(("data", "block"))  # else an epoch would have some images twice
     for section, key in fixed + [("training", key) for key in MUST_STAY]:
         old, new = (to_tree(getattr(getattr(c, section), key)) for c in (before, config))
         if old != new:

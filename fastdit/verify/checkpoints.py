@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
-from fastdit.config import Config, load_config, shards_text
+from fastdit.config import load_config
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.manifest import Manifest
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
+from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES
 from fastdit.training.engine import MOMENTS
@@ -126,7 +127,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         say(f"not checked: the autoencoder {vae} is not a local folder")
     if stored:
         try:
-            manifest = Manifest.load(shards).normalized(config.data.normalize)
+            manifest = Manifest.load(shards, config.data.cache).normalized(config.data.normalize)
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):

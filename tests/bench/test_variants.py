@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bench.quality import variants
-from fastdit.config import ModelConfig, load_config, shipped_config
+from fastdit.config import load_config, shipped_config
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.quickstart.digits import read_folder
 from fastdit.quickstart.judge import Judge
 from fastdit.registry import build
+from fastdit.schema import ModelConfig
 
 
 def overrides_of(rows) -> set[str]:

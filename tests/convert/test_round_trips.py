@@ -13,11 +13,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from fastdit.config import ModelConfig, load_config
+from fastdit.config import load_config
 from fastdit.convert import convert
 from fastdit.convert.command import TIME_LAYER, WRITERS, is_pipeline
 from fastdit.convert.loaded import CLOSE
 from fastdit.diffusion.objectives import OBJECTIVES
+from fastdit.schema import ModelConfig
 from fastdit.training import checkpoint
 from fastdit.training.state import load_network
 from helpers.checkpoints import assert_same, make_checkpoint, quiet, weights, without

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from bench.kernels.attention import inputs, run
-from fastdit.config import NetworkOptions
 from fastdit.models import attention as room
 from fastdit.models.attention import ATTENTION, attention, obstacle, packed_attention, resolve, table_key
 from fastdit.models.layers import Attention
+from fastdit.schema import NetworkOptions
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdit.config import NetworkOptions
 from fastdit.kernels import rope_2d
 from fastdit.models.dit import DiT
 from fastdit.models.dropout import dropout, dropout_keys
 from fastdit.models.layers import NORMS, Attention, Mlp, rotated
+from fastdit.schema import NetworkOptions
 from helpers.networks import batch, gradients, small
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

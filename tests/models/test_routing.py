@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fastdit.build import build_routing
-from fastdit.config import TrainingConfig
 from fastdit.kernels import qk_norm_rope, rope_2d
 from fastdit.kernels.qk_norm_rope import qk_norm_rope_eager, qk_norm_rope_triton
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Route, random_tokens
 from fastdit.models.taps import Tap, settled
+from fastdit.schema import TrainingConfig
 
 OPTIONS = [
     {},

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit.config import ModelConfig
 from fastdit.kernels.runtime import INTERPRET
 from fastdit.models.blocks import BLOCKS, RECOMPUTE
 from fastdit.models.dit import DIT_VARIANTS, DiT, create_dit
 from fastdit.models.layers import NORMS
+from fastdit.schema import ModelConfig
 from helpers.networks import COMBINED, EVERYTHING, OPTIONS, batch, each_option, gradients, small
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

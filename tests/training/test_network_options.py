@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdit.build import prepare_for_training
-from fastdit.config import TrainingConfig
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.models.dit import DiT
 from fastdit.sampling import load_pipeline
+from fastdit.schema import TrainingConfig
 from helpers.runs import losses, train_here
 
 EVERYTHING = [

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdit.config import TrainingConfig, load_config
+from fastdit.config import load_config
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.evaluation.features import FEATURES
 from fastdit.models.dit import DiT
+from fastdit.schema import TrainingConfig
 from fastdit.training import boards, checkpoint, monitor
 from fastdit.training.log import read_metrics, read_records
 from fastdit.training.loop import train

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from fastdit.config import TrainingConfig, load_config
+from fastdit.config import load_config
 from fastdit.registry import Choice, _options
+from fastdit.schema import TrainingConfig
 from fastdit.training.log import read_metrics
 from fastdit.training.schedule import SCHEDULES, learning_rates
 from helpers import ROOT
