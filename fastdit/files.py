@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 YAML_BYTES, JSON_BYTES = 1 << 17, 1 << 26  # PyYAML reads 100 kB in a second
+HEADER_BYTES = 1 << 20  # of the records before a member of a tar file
 SAMPLING = "sampling.json"  # how the images in a folder were sampled
 DEPTH = 50  # levels of lists and objects; a config has four
 
@@ -87,6 +88,29 @@ def read_array(data: bytes) -> np.ndarray:
         raise ValueError(f"it is not an array: {error}") from None
 
 
+class TarHeader(tarfile.TarInfo):
+    """A header that does not make `tarfile` read a part backwards, or gibibytes of names: ValueError otherwise."""
+
+    LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK)  # what comes before a member, and is read at once  # fmt: skip
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "TarHeader":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in cls.LONG and header.size > HEADER_BYTES):
+            raise ValueError(f"the header of {header.name} says {header.size} bytes")
+        return header
+
+
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar file, which keeps none; ValueError for a size that leads back: it would never end."""
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise ValueError(f"{member.name} has {member.size} bytes")
+        tar.members.clear()
+        yield member
+
+
 def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
     """The array in a .npy file of at most `most` bytes, mapped into memory, and the file's SHA-256.
 
@@ -99,15 +123,6 @@ def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
         return np.lib.format.open_memmap(path, mode="r"), digest
     except Exception as error:
         raise ValueError(f"{path} is not an array: {error}") from None
-
-
-def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of an open tar file, which keeps none; ValueError for a size that leads back: it would never end."""
-    while (member := tar.next()) is not None:
-        if member.size < 0 or tar.offset <= member.offset:
-            raise ValueError(f"{member.name} has {member.size} bytes")
-        tar.members.clear()
-        yield member
 
 
 def append_to(path: Path) -> TextIO:

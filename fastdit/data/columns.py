@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastdit.data.images import Opened, skip_line
 from fastdit.data.sources import ImageSource, numbered, version_of
-from fastdit.files import tar_members
+from fastdit.files import TarHeader, tar_members
 
 UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
 CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
@@ -82,7 +82,7 @@ def is_packed(file: Path) -> bool:
 def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the regular files in a tar file, packed or not; ValueError if they exceed UNPACKED."""
     total = 0
-    with tarfile.open(file, "r:gz" if is_packed(file) else "r:") as tar:
+    with tarfile.open(file, "r:gz" if is_packed(file) else "r:", tarinfo=TarHeader) as tar:
         for member in tar_members(tar):
             total += member.size
             if total > UNPACKED:  # before it is decompressed: a small file can hold a thousand times its size

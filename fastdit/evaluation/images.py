@@ -20,7 +20,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
-from fastdit.evaluation.moments import Moments
+from fastdit.evaluation.moments import LARGEST, Moments
 from fastdit.files import SAMPLING, read_json, replacing
 
 ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}  # and decoded_by, of latents
@@ -225,7 +225,9 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
     # NumPy returns what is not a .npy file as bytes
     fits = values is None or (isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.ndim == 2
                               and values.shape[1:] == pairs[0][0].shape and np.isfinite(values).all())  # fmt: skip
-    if not (all(np.isfinite(array).all() for pair in pairs for array in pair) and known and fits):
+    numbers = all(np.abs(array).max() <= LARGEST**2 for pair in pairs for array in pair)  # also for NaN
+    symmetric = numbers and all(np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6) for _, sigma in pairs)
+    if not (symmetric and known and fits):
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
     moments = [Moments(mu, sigma, about.get("images", 0)) for mu, sigma in pairs]

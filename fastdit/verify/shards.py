@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fastdit.data.features import FOLDER
 from fastdit.data.latents import scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
-from fastdit.files import tar_members
+from fastdit.files import TarHeader, tar_members
 from fastdit.verify.features import verify_features
 from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings, rounded
@@ -117,7 +117,7 @@ def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int
     """Key -> label as webdataset reads them; None if the tar cannot be read."""
     labels, arrays = {}, set()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", tarinfo=TarHeader) as tar:
             for member in tar_members(tar):
                 key, _, kind = member.name.partition(".")
                 if not member.isfile() or "/" in key:

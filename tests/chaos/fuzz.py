@@ -14,6 +14,7 @@ import fastdit  # noqa: F401, I001  before torch: it sets how OpenMP's threads w
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import random
@@ -125,8 +126,10 @@ VARIED = ("images", "images of an evaluation", "Parquet of other types", "config
 
 def work(root: Path, seed: int, numbers: list[int], kinds: list[str], pipe) -> None:
     """The body of the process."""
+    faulthandler.disable()  # the parent reports a crash; pytest enables it
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    faulthandler.disable()  # pytest enables it, and a crash is reported as one here
     sys.dont_write_bytecode = True
     case, watching = root / "case", [False]
     (case / "tmp").mkdir(parents=True, exist_ok=True)

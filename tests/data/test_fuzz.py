@@ -1,19 +1,25 @@
 """A short version of `make fuzz`, and by name the faults that it found."""
 
+import io
 import json
+import random
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import yaml
+from scipy.io import loadmat, savemat
 
-from chaos import fuzz, subjects
+from chaos import fuzz, mutate, subjects
+from chaos.pictures import member
 from fastdit.config import load_config
-from fastdit.data.archives import open_images
+from fastdit.data.archives import members, open_images
 from fastdit.data.features import FeatureManifest
 from fastdit.data.images import read_image
 from fastdit.data.import_latents import import_latents
+from fastdit.data.matlab import structures
 from fastdit.evaluation.images import open_set, read_statistics
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
@@ -80,8 +86,46 @@ def test_a_member_of_a_tar_that_leads_back_ends_the_reading(tmp_path, size):
     data[148:156] = b"        "
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"a.tar is not an uncompressed tar file .*000000.png has {size} bytes"):
+    with pytest.raises(ValueError, match=f"a.tar is .*000000.png says {size} bytes"):
+        list(members(path))
+    with pytest.raises(ValueError, match="a.tar is of no known kind"):
         open_images(path)
+
+
+def test_records_before_a_member_are_read_up_to_a_limit(tmp_path):
+    """tarfile would ask for all of their memory at once."""
+    path = subjects.plain_tar(tmp_path)
+    path.write_bytes(member("000000.png") + member("x", b"", b"x", size=8 << 30) + path.read_bytes())
+    with pytest.raises(ValueError, match="a.tar is .* says 8589934592 bytes"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_structures_of_matlab_are_read_as_scipy_reads_them(compressed):
+    rows = [(i, f"n{i:08d}", f"word {i}, ä", np.arange(i), 0.5 * i) for i in range(300)]
+    kind = [(name, "O") for name in ("ID", "WNID", "words", "children", "height")]
+    file = io.BytesIO()
+    savemat(file, {"other": np.eye(3), "synsets": np.array(rows, kind).reshape(-1, 1)}, do_compression=compressed)
+    expected = loadmat(io.BytesIO(file.getvalue()), squeeze_me=True)["synsets"]
+    found = structures(file.getvalue(), "synsets", 1 << 20)
+    assert len(found) == len(expected) == 300
+    for own, other in zip(found, expected, strict=True):
+        for key in ("ID", "WNID", "words", "height"):
+            assert own[key] == other[key]
+    with pytest.raises(ValueError, match="no structure x"):
+        structures(file.getvalue(), "x", 1 << 20)
+
+
+def test_damaged_structures_of_matlab_are_errors():
+    """SciPy's reader can be crashed by them."""
+    file, draw, refused = io.BytesIO(), random.Random(0), 0
+    savemat(file, {"synsets": np.array([(1, "n1", "a"), (2, "n2", "b")], [(n, "O") for n in "abc"])})
+    for _ in range(500):
+        try:
+            structures(mutate.mutate("meta.mat", file.getvalue(), draw), "synsets", 1 << 20)
+        except (ValueError, struct.error, zlib.error):
+            refused += 1
+    assert refused > 100
 
 
 def test_a_shard_of_nothing_is_a_finding(tmp_path):
@@ -150,7 +194,8 @@ def test_foreign_latents_that_overflow_are_named(tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"features": None}, {"features": np.full((9, 5), np.nan, np.float32)}, {"features": np.zeros((9, 5), np.int64)},
-    {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, {"about": {"size": 8}}, {"about": {"images": "many"}},
+    {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, {"sigma": np.diag([3e38] * 5)}, {"sigma": np.triu(np.ones((5, 5)))},
+    {"about": {"size": 8}}, {"about": {"images": "many"}},
 ])  # fmt: skip
 def test_statistics_of_a_reference_that_are_damaged_are_named(tmp_path, change):
     path = subjects.statistics(tmp_path)
