@@ -129,7 +129,6 @@ def work(root: Path, seed: int, numbers: list[int], kinds: list[str], pipe) -> N
     faulthandler.disable()  # the parent reports a crash; pytest enables it
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    faulthandler.disable()  # pytest enables it, and a crash is reported as one here
     sys.dont_write_bytecode = True
     case, watching = root / "case", [False]
     (case / "tmp").mkdir(parents=True, exist_ok=True)
