@@ -1,12 +1,15 @@
 # make quickstart    create .venv, install, run every stage from real images to samples in minutes
 # make test          create .venv, install, run every test
 # make lint          create .venv, install, run ruff
+# make fuzz          create .venv, install, read COUNT mutated files of every kind (SEED) in minutes
 # make chaos         create .venv, install, inject faults for 25 minutes, write docs/reliability.md
 
 PYTHON ?= python3
 OUT ?= quickstart
+COUNT ?= 10000
+SEED ?= 0
 
-.PHONY: quickstart test lint chaos
+.PHONY: quickstart test lint fuzz chaos
 
 quickstart: .venv/installed
 	.venv/bin/fastdit quickstart --out $(OUT)
@@ -16,6 +19,9 @@ test: .venv/installed-test
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
+
+fuzz: .venv/installed-test
+	PYTHONPATH=.:tests .venv/bin/python -m chaos.fuzz --count $(COUNT) --seed $(SEED)
 
 chaos: .venv/installed-test
 	PYTHONPATH=.:tests .venv/bin/python -m chaos --out docs/reliability.md

@@ -25,6 +25,7 @@ from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
+from fastdit.data.remote import is_remote
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
@@ -160,7 +161,7 @@ def with_latents(config: Config, images: str | Path, device: str | None = None, 
     """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
     size = config.data.image_size or 256
     given = config.data.shards
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) or is_remote(given):
         mixed = shards_text(given)
         raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
     given = given if (Path(given or "-") / "manifest.json").is_file() else ""

@@ -73,11 +73,11 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
 
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
-    manifest = Manifest.load(config.data.shards).normalized(config.data.normalize)
-    train, held_out = split(manifest, config.data.val_fraction)
+    manifest = Manifest.load(config.data.shards, config.data.cache).normalized(config.data.normalize)
+    train, held_out = split(replace(manifest, block=config.data.block), config.data.val_fraction)
     if not (path := config.data.val_shards):
         return train, held_out
-    held_out = Manifest.load(path)
+    held_out = Manifest.load(path, config.data.cache)
     if config.data.normalize != "none":
         held_out = held_out.scaled_as(train.latents)
     held_out.check()

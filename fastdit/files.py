@@ -1,10 +1,12 @@
 """JSON, YAML and arrays from files that anyone may have written: reading runs nothing, never blocks and stays small."""
 
 import errno
+import hashlib
 import io
 import json
 import os
 import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import yaml
 
 YAML_BYTES, JSON_BYTES = 1 << 17, 1 << 26  # PyYAML reads 100 kB in a second
+HEADER_BYTES = 1 << 20  # of the records before a member of a tar file
 SAMPLING = "sampling.json"  # how the images in a folder were sampled
 DEPTH = 50  # levels of lists and objects; a config has four
 
@@ -39,12 +42,16 @@ def read_bytes(path: Path, most: int) -> bytes:
 
     A pipe would block, and a device never ends.
     """
+    check_regular(path, most)
+    return path.read_bytes()
+
+
+def check_regular(path: Path, most: int) -> None:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")
     if status.st_size > most:
         raise ValueError(f"{path} has {status.st_size} bytes, more than the {most} that are read")
-    return path.read_bytes()
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
@@ -79,6 +86,43 @@ def read_array(data: bytes) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises all kinds of errors on damaged headers
         raise ValueError(f"it is not an array: {error}") from None
+
+
+class TarHeader(tarfile.TarInfo):
+    """A header that does not make `tarfile` read a part backwards, or gibibytes of names: ValueError otherwise."""
+
+    LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK)  # what comes before a member, and is read at once  # fmt: skip
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "TarHeader":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in cls.LONG and header.size > HEADER_BYTES):
+            raise ValueError(f"the header of {header.name} says {header.size} bytes")
+        return header
+
+
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar file, which keeps none; ValueError for a size that leads back: it would never end."""
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise ValueError(f"{member.name} has {member.size} bytes")
+        tar.members.clear()
+        yield member
+
+
+def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
+    """The array in a .npy file of at most `most` bytes, mapped into memory, and the file's SHA-256.
+
+    ValueError for what `read_bytes` and `read_array` refuse.
+    """
+    check_regular(path, most)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        return np.lib.format.open_memmap(path, mode="r"), digest
+    except Exception as error:
+        raise ValueError(f"{path} is not an array: {error}") from None
 
 
 def append_to(path: Path) -> TextIO:
@@ -128,5 +172,5 @@ def parse_yaml(text: str) -> Any:
     """The value of YAML text; ValueError if it is not valid, or has tags, aliases or too many levels."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, OverflowError) as error:
+    except Exception as error:  # PyYAML raises all kinds of errors on values that do not fit their tags
         raise ValueError(" ".join(str(error).split())) from None

@@ -11,6 +11,7 @@ from fastdit.config import assumed
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
+from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
@@ -43,8 +44,8 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
 def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
     """The config and the latents' shape (C, h, w) as its shards tell; without them, as of the usual autoencoders."""
     data = config.data
-    mixed = isinstance(data.shards, tuple)
-    if mixed or data.shards.startswith(PREFIX) or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
+    named = isinstance(data.shards, tuple) or data.shards.startswith(PREFIX) or is_remote(data.shards)
+    if named or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)

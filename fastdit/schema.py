@@ -38,8 +38,9 @@ def shards_text(shards: str | tuple[ShardSet, ...]) -> str:
 @dataclass(frozen=True)
 class DataConfig:
     # folder of latents, written by fastdit extract; or synthetic:IMAGES/CxHxW/CLASSES; or several folders, mixed:
-    # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]
+    # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]; or URLs, such as s3://bucket/latents
     shards: str | tuple[ShardSet, ...] = ""
+    cache: str = ""  # folder of this machine that keeps the files of remote shards; required for them
     features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
@@ -47,6 +48,7 @@ class DataConfig:
     hflip: bool = True  # mirror each image with probability 1/2
     vae: str = ""  # decodes the samples; default: the one that encoded the shards, as it must be; none: pixels
     prefetch: int = 4  # number of batches to read ahead
+    block: int = 0  # images that are read in a row, for hard disks and object stores, such as 4096; 0: a full shuffle
     skip_damaged: bool = False  # replace a damaged sample by the next good one, instead of ending the run
     val_shards: str = ""  # a folder of latents for the validation loss
     val_fraction: float = 0.0  # or the share of the images in shards that is held out for it; the same in every run
@@ -60,6 +62,7 @@ class DataConfig:
         sides = size if isinstance(size, tuple) else () if size is None else (size,)
         require(all(side > 0 for side in sides), "data.image_size", size, "use a positive number of pixels")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "use 0 to read no batch ahead")
+        require(0 <= self.block < 1 << 24, "data.block", self.block, "use 0 for a full shuffle, or for example 4096")
         known = classes is None or 0 <= classes < 1 << 31
         require(known, "data.num_classes", classes, "use 0 for an unconditional network")
 

@@ -5,13 +5,18 @@ token, in float16 and in int8: what REPA reads.
 
 Both yield shuffled float32 batches (B, 2C, h, w) with labels and a random choice of the mirror image; the files are in
 the page cache. webdataset runs as its documentation suggests: shuffled shards, a shuffle buffer, in this process or in
-a DataLoader with workers. Every figure is the median of `--rounds`.
+a DataLoader with workers. Every figure is the median of `--rounds`. With --cpu-time, rates are per second of CPU time
+of this process, for cores that others use as well, and webdataset has no workers.
 
-    python -m bench.io.loader [--rounds 5] [--workers 2] [--seconds 2]
+Further lines: the time to the first batch of epoch 100, of these images and of 10^9 (the order alone), and the memory
+of the process after one epoch and after ten more.
+
+    python -m bench.io.loader [--rounds 5] [--workers 2] [--seconds 2] [--cpu-time]
 """
 
 import itertools
 import random
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +31,13 @@ from fastdit.data.features import FEATURE_DTYPES, FeatureManifest, FeatureWriter
 from fastdit.data.latents import LatentSpec
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
+from fastdit.data.order import Order
 from fastdit.data.writer import write_shards
 
 WIDTH, FEATURE_SAMPLES = 768, 512
 CASES = {"quickstart": (8, 8, 8), "256px": (8, 32, 32)}  # name: moments of one orientation (2C, h, w)
 SAMPLES, BATCH = 8192, 256
+MANY, EPOCH = 10**9, 100
 
 
 def make(folder: Path, shape: tuple[int, int, int], samples: int = SAMPLES) -> Manifest:
@@ -81,16 +88,41 @@ def theirs(manifest: Manifest, workers: int) -> Iterator[torch.Tensor]:
         yield moments
 
 
-def rate(make_loader: Callable[[], Iterator[torch.Tensor]], seconds: float) -> float:
+def rate(make_loader: Callable[[], Iterator[torch.Tensor]], seconds: float, clock=time.perf_counter) -> float:
     """Images/s after four batches of warm-up, over at least `seconds`."""
     loader = make_loader()
     for moments in itertools.islice(loader, 4):
         assert moments.shape[0] == BATCH and moments.dtype == torch.float32
-    images, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    images, start = 0, clock()
+    while (elapsed := clock() - start) < seconds:
         images += len(next(loader))
     loader.close()
     return images / elapsed
+
+
+def first_batch_ms(manifest: Manifest, clock) -> dict[str, float]:
+    """Milliseconds to the first batch of epoch EPOCH, and to its order in a set of MANY images."""
+    start = clock()
+    far = latent_batches(manifest, global_batch=BATCH, seed=0, start_step=EPOCH * SAMPLES // BATCH, prefetch=0)
+    next(far)
+    first = clock() - start
+    far.close()
+    start = clock()
+    Order(0, [MANY])(EPOCH * MANY + np.arange(BATCH))
+    found = {f"first_batch_of_epoch_{EPOCH}_ms": first, f"order_of_{MANY:.0e}_images_ms": clock() - start}
+    return {name: round(1000 * value, 2) for name, value in found.items()}
+
+
+def memory_mib(manifest: Manifest) -> list[float]:
+    """Resident memory of this process after one epoch, and after ten more."""
+    batches, found = ours(manifest, verify=True), []
+    for epochs in (1, 10):
+        for _ in range(epochs * SAMPLES // BATCH):
+            next(batches)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found.append(round(pages * resource.getpagesize() / 2**20, 1))
+    batches.close()
+    return found
 
 
 def with_features(arguments) -> None:
@@ -110,8 +142,10 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--workers", type=int, default=2, help="of webdataset's DataLoader")
     options.add_argument("--seconds", type=float, default=2.0, help="measured per loader and round")
+    options.add_argument("--cpu-time", action="store_true", help="rates per second of CPU time, without workers")
     options.add_argument("--cases", nargs="+", choices=[*CASES, "features"], default=[*CASES, "features"])
     arguments = options.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if "features" in arguments.cases:
         with_features(arguments)
     for case, shape in ((case, CASES[case]) for case in arguments.cases if case in CASES):
@@ -123,17 +157,14 @@ def main() -> None:
                 "webdataset, no workers": lambda m=manifest: theirs(m, 0),
                 f"webdataset, {arguments.workers} workers": lambda m=manifest: theirs(m, arguments.workers),
             }
-            runs = {name: lambda make=make: rate(make, arguments.seconds) for name, make in loaders.items()}
+            if arguments.cpu_time:
+                loaders.popitem()
+            runs = {name: lambda make=make: rate(make, arguments.seconds, clock) for name, make in loaders.items()}
             found = compared(rotate(runs, arguments.rounds))
-            start = time.perf_counter()
-            far = latent_batches(manifest, global_batch=BATCH, seed=0, start_step=35 * SAMPLES // BATCH)
-            next(far)
-            first = time.perf_counter() - start
-            far.close()
+            more = first_batch_ms(manifest, clock) | {"memory_mib": memory_mib(manifest)}
         for name, figures in found.items():
-            record("loader", arguments.out, case=case, loader=name, **figures)
-        ms = round(1000 * first, 1)
-        record("loader", arguments.out, case=case, loader="fastdit", first_batch_of_epoch_35_ms=ms)
+            record("loader", arguments.out, case=case, loader=name, clock=clock.__name__, **figures)
+        record("loader", arguments.out, case=case, loader="fastdit", clock=clock.__name__, **more)
 
 
 if __name__ == "__main__":

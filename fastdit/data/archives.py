@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from fastdit.data.columns import cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
+from fastdit.data.matlab import structures
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
+from fastdit.files import TarHeader, tar_members
 
 MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
@@ -46,7 +48,7 @@ def open_images(root: str | Path) -> ImageSource:
 def is_tar(file: Path) -> bool:
     """Whether a file is a tar file, as it is or compressed by gzip; of the others, xz reads zeros without an end."""
     try:
-        with tarfile.open(file, "r:gz" if is_packed(file) else "r:"):
+        with tarfile.open(file, "r:gz" if is_packed(file) else "r:", tarinfo=TarHeader):
             return True
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, OSError):
         return False
@@ -76,9 +78,10 @@ def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
     try:
         with file.open("rb") as raw:
             raw.seek(start)
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
-                while (member := tar.next()) is not None and (stop is None or member.offset < stop):
-                    tar.members.clear()  # it would keep them all
+            with tarfile.open(fileobj=raw, mode="r:", tarinfo=TarHeader) as tar:
+                for member in tar_members(tar):
+                    if stop is not None and member.offset >= stop:
+                        break
                     if member.isreg():
                         yield member.name, Slice(file, member.offset_data, member.size)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -155,16 +158,14 @@ class DevKit(NamedTuple):
         path = file.with_name("ILSVRC2012_devkit_t12.tar.gz")
         if not path.is_file():
             return None
-        from scipy.io import loadmat
-
         try:
             parts = {Path(name).name: data for name, data in packed_files(path) if "/data/" in name}
-            synsets = loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
+            synsets = structures(parts["meta.mat"], "synsets", MOST)
             truth = [int(line) for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
             leaves = [s for s in synsets if s["num_children"] == 0]
             wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
             first = {str(s["WNID"]): str(s["words"]).partition(",")[0] for s in leaves}
-        except Exception as error:  # tarfile, zlib and SciPy raise all kinds of errors on damaged files
+        except Exception as error:  # tarfile, zlib and struct raise all kinds of errors on damaged files
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); copy it again") from None
         many = {word for word, count in Counter(first.values()).items() if count > 1}  # there are two cranes
         words = {wnid: f"{word} ({wnid})" if word in many else word for wnid, word in first.items()}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastdit.data.images import Opened, skip_line
 from fastdit.data.sources import ImageSource, numbered, version_of
+from fastdit.files import TarHeader, tar_members
 
 UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
 CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
@@ -81,8 +82,8 @@ def is_packed(file: Path) -> bool:
 def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the regular files in a tar file, packed or not; ValueError if they exceed UNPACKED."""
     total = 0
-    with tarfile.open(file, "r:gz" if is_packed(file) else "r:") as tar:
-        for member in tar:
+    with tarfile.open(file, "r:gz" if is_packed(file) else "r:", tarinfo=TarHeader) as tar:
+        for member in tar_members(tar):
             total += member.size
             if total > UNPACKED:  # before it is decompressed: a small file can hold a thousand times its size
                 raise ValueError(f"its files hold more than {UNPACKED} bytes")
@@ -169,10 +170,13 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
 
     def read(i: int) -> Opened:
         number, group, row = places[i]
-        with lock:
-            cell = column(number, group)[row].as_py()
+        try:
+            with lock:
+                cell = column(number, group)[row].as_py()
+        except Exception as error:  # of as many kinds as above
+            raise ValueError(f"{train[number]} cannot be read as Parquet ({error}); copy it again") from None
         data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not data:
+        if not data or not isinstance(data, bytes):
             raise ValueError("there are no bytes in this row")
         return io.BytesIO(data)
 

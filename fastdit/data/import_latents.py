@@ -136,6 +136,9 @@ def checked(source: OtherLatents, i: int, shape: tuple[int, ...], dtype: str) ->
     if moments.shape != shape:
         raise ValueError(f"{name} has moments of shape {moments.shape}, but {source.names[0]} {shape}; import latents "
                          "of one shape")  # fmt: skip
+    if not np.isfinite(moments).all():
+        raise ValueError(f"{name} has values too large for float32 once they are divided by the scale; the file is "
+                         "damaged, or --scale is wrong")  # fmt: skip
     if (moments[:, shape[1] // 2 :] < 0).any():
         raise ValueError(f"{name} has deviations below 0; FORMAT is another one, or the file is damaged")
     if dtype == "float16" and np.abs(moments).max() > np.finfo(np.float16).max:

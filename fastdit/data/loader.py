@@ -4,9 +4,8 @@ Every process can read every sample, so the images in a batch depend neither on 
 at which a run resumes.
 """
 
-import os
-import zlib
-from collections import OrderedDict, deque
+import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.data.features import FeatureManifest, is_finite, unpacked
-from fastdit.data.manifest import AGAIN, DTYPES, Manifest, ShardFolder
+from fastdit.data.features import FeatureManifest, unpacked
+from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 from fastdit.data.mixture import Mixture
 from fastdit.data.order import held_out_rows, mirrors
+from fastdit.data.reader import ShardReader
 from fastdit.data.synthetic import Synthetic
-
-OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
 
 
 class Batch(NamedTuple):
@@ -120,41 +118,6 @@ def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         batches.close()
 
 
-class ShardReader:
-    """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
-
-    def __init__(self, manifest: ShardFolder, verify: bool = True):
-        self.manifest, self.verify = manifest, verify
-        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
-
-    def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
-        """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
-        data = memoryview(out.reshape(-1).view(np.uint8))
-        shard, offset = int(sample["shard"]), int(sample["offset"]) + mirrored * data.nbytes
-        complete = os.preadv(self.file(shard), [data], offset) == data.nbytes
-        reason = ""
-        if not complete or (self.verify and zlib.crc32(data) != sample["crc32"][mirrored]):
-            reason = "is damaged: its bytes do not match its crc32"
-        elif not is_finite(out):
-            reason = "has values that are not finite"
-        if reason:
-            path = self.manifest.folder / self.manifest.shards[shard].name
-            return f"sample {int(sample['key']):09d} of {path} {reason}"
-
-    def file(self, shard: int) -> int:
-        if shard in self.files:
-            self.files.move_to_end(shard)
-        else:
-            if len(self.files) == OPEN_FILES:
-                os.close(self.files.popitem(last=False)[1])
-            self.files[shard] = os.open(self.manifest.folder / self.manifest.shards[shard].name, os.O_RDONLY)
-        return self.files[shard]
-
-    def close(self) -> None:
-        while self.files:
-            os.close(self.files.popitem()[1])
-
-
 def moments_shape(manifest: Manifest) -> tuple[int, int, int]:
     """(2C, h, w)"""
     channels, height, width = manifest.latents.shape
@@ -178,9 +141,10 @@ class _Reader:
                 f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
                 f"{manifest.num_classes} classes; {AGAIN}"
             )
-        self.latents, self.features, self.order = ShardReader(manifest, verify), None, manifest.order(seed)
+        self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
+        self.order = manifest.order(seed)
         if features is not None:
-            self.features, self.feature_index = ShardReader(features, verify), features.index()
+            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.index()
             if manifest.rows is not None:  # some images are held out
                 self.feature_index = self.feature_index[manifest.rows]
 
@@ -189,27 +153,34 @@ class _Reader:
         mirrored = mirrors(self.seed, epochs, images) if self.hflip else np.zeros_like(images)
         array = np.empty((len(images), *moments_shape(self.manifest)), DTYPES[self.manifest.dtype])
         features = None if self.features is None else np.empty(len(images), self.features.manifest.record)
-        for i in range(len(images)):
-            while fault := self.read(i, images[i], int(mirrored[i]), array, features):
+        faults = self.read(images, mirrored, array, features)
+        for i in sorted(faults):
+            fault = faults[i]
+            while fault:
                 if self.skip_damaged is None or len(self.damaged) == len(self.index):
                     raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
                 if images[i] not in self.damaged:
                     self.damaged.add(images[i])
                     self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
                 images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
+                one = slice(i, i + 1)
+                own = None if features is None else features[one]
+                fault = self.read(images[one], mirrored[one], array[one], own).get(0)
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
-            rows, columns = self.features.manifest.grid
-            tensors.append(unpacked(features, rows * columns).unflatten(1, (rows, columns)))  # without the class token
+            grid = self.features.manifest.grid
+            tensors.append(unpacked(features, math.prod(grid)).unflatten(1, grid))  # without the class token
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
 
-    def read(self, i: int, image: int, mirrored: int, array: np.ndarray, features: np.ndarray | None) -> str | None:
-        """Fill row i with one orientation of an image; returns what is wrong with it, if anything is."""
-        fault = self.latents.read(self.index[image], mirrored, array[i : i + 1])
-        if fault or features is None:
-            return fault
-        return self.features.read(self.feature_index[image], mirrored, features[i : i + 1])
+    def read(
+        self, images: np.ndarray, mirrored: np.ndarray, array: np.ndarray, features: np.ndarray | None
+    ) -> dict[int, str]:
+        """Fill the arrays with one orientation of each image; returns what is wrong with those that are bad."""
+        faults = self.latents.fill(self.index[images], mirrored, array)
+        if features is not None:
+            faults = self.features.fill(self.feature_index[images], mirrored, features) | faults
+        return faults
 
     def close(self) -> None:
         for reader in filter(None, (self.latents, self.features)):

@@ -21,8 +21,9 @@ import numpy as np
 
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
-from fastdit.data.order import Order
-from fastdit.files import read_array, read_bytes, read_json
+from fastdit.data.order import LISTED, Order
+from fastdit.data.remote import fetch_manifest, fetched, is_remote
+from fastdit.files import map_array, read_array, read_bytes, read_json
 from fastdit.registry import check, convert_all
 from fastdit.schema import ShardSet
 
@@ -30,6 +31,7 @@ FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
 HEADER = 4096  # bytes; those of index.npy have 192
+ROWS = 1 << 22  # of an index, checked together
 AGAIN = "copy it again or extract again"
 
 
@@ -76,6 +78,8 @@ class ShardFolder:
     index_sha256: str
     folder: Path
     rows: np.ndarray | None = None  # of the index, where some are held out
+    block: int = 0  # images that are read in a row, see Order
+    url: str = ""  # of a remote folder
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
@@ -87,26 +91,45 @@ class ShardFolder:
             if Path(shard.name).name != shard.name or not all(0 <= size < 1 << 50 for size in sizes):
                 raise ValueError(f"{shard} is not a file of this folder")
 
+    def file(self, name: str, size: int, sha256: str) -> Path:
+        """Where a file of this folder is on this machine; one of a remote folder is fetched if it is not there."""
+        return fetched(self.url, name, size, sha256, self.folder.parent) if self.url else self.folder / name
+
+    def shard(self, number: int) -> Path:
+        """The tar file, see `file`."""
+        shard = self.shards[number]
+        return self.file(shard.name, shard.bytes, shard.sha256)
+
     def index(self) -> np.ndarray:
-        """SAMPLE rows (n,) in the order of the source images; raises a ValueError if the file is not as listed."""
-        path, count = self.folder / "index.npy", sum(shard.samples for shard in self.shards)
+        """SAMPLE rows (n,) as the images are stored; raises a ValueError if the file is not as listed.
+
+        More than LISTED are mapped into memory, read-only, which all processes of a machine share.
+        """
+        count = sum(shard.samples for shard in self.shards)
+        most = HEADER + count * SAMPLE.itemsize
+        path = self.file("index.npy", most, self.index_sha256)
         try:
-            data = read_bytes(path, most=HEADER + count * SAMPLE.itemsize)
+            if count > LISTED:
+                index, digest = map_array(path, most)
+            else:
+                data = read_bytes(path, most)
+                index, digest = None, hashlib.sha256(data).hexdigest()
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
         except ValueError as error:
             raise ValueError(f"{error}; {AGAIN}") from None
-        if hashlib.sha256(data).hexdigest() != self.index_sha256:
+        if digest != self.index_sha256:
             raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
         try:
-            index = read_array(data)
+            index = read_array(data) if index is None else index
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from None
         if index.dtype != SAMPLE or index.shape != (count,):
             raise ValueError(f"{path} has {index.dtype} of shape {index.shape}, not {count} samples; {AGAIN}")
         sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
-        if count and (index["shard"].max() >= len(sizes) or (index["offset"] > sizes[index["shard"]]).any()):
-            raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
+        for rows in (index[start : start + ROWS] for start in range(0, count, ROWS)):
+            if rows["shard"].max() >= len(sizes) or (rows["offset"] > sizes[rows["shard"]]).any():
+                raise ValueError(f"{path} has samples outside the shards; {AGAIN}")
         return index if self.rows is None else index[self.rows]
 
     def check_files(self, one: int, size: str) -> None:
@@ -121,6 +144,8 @@ class ShardFolder:
                     f"{self.folder / 'manifest.json'} says {size}, too large for the "
                     f"{shard.samples} samples in the {shard.bytes} bytes of {shard.name}; {AGAIN}"
                 )
+            if self.url:  # checked when it is fetched
+                continue
             found = path.stat().st_size if path.is_file() else None
             if found != shard.bytes:
                 state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
@@ -128,14 +153,14 @@ class ShardFolder:
 
     def order(self, seed: int) -> Order:
         """Which of the images comes when in a run with this seed."""
-        return Order(seed, [len(self)])
+        return Order(seed, [len(self)], block=self.block)
 
     def verify(self) -> None:
         """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
-        for shard in self.shards:
-            path = self.folder / shard.name
+        for number in range(len(self.shards)):
+            path = self.shard(number)
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.shards[number].sha256:
                     raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
 
 
@@ -158,32 +183,38 @@ class Manifest(ShardFolder):
     index_sha256: str = ""
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
     rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
+    block: int = field(default=0, compare=False)  # data.block; not written
+    url: str = field(default="", compare=False)  # of a remote folder; not written
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
     @classmethod
-    def load(cls, folder: str | Path | tuple[ShardSet, ...]) -> "Manifest":
+    def load(cls, folder: str | Path | tuple[ShardSet, ...], cache: str | Path = "") -> "Manifest":
         """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format.
 
-        "synthetic:..." in place of a folder describes generated latents (synthetic.py), several sets a mixture.
+        "synthetic:..." in place of a folder describes generated latents (synthetic.py), several sets a mixture. A URL
+        is that of a remote folder, whose files are kept in `cache` (remote.py).
         """
         if isinstance(folder, tuple):
             from fastdit.data.mixture import mixture  # a kind of Manifest
 
-            return mixture(folder)
+            return mixture(folder, cache)
         if str(folder).startswith("synthetic:"):
             from fastdit.data.synthetic import synthetic  # a kind of Manifest
 
             return synthetic(folder)
+        url = str(folder).rstrip("/") if is_remote(folder) else ""
+        folder = fetch_manifest(url, cache) if url else Path(folder)
         stored = stored_manifest(folder, "write latents there with extract_features.py")
         try:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
                 del stored[derived]
             stored["shape"] = stored.pop("latent_shape")
             latents = LatentSpec.from_json({name: stored.pop(name) for name in LatentSpec.names() if name in stored})
-            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=Path(folder), rows=None)
+            manifest = cls(latents, **convert_all(get_type_hints(cls), stored, ""), folder=folder, rows=None, block=0,
+                           url=url)  # fmt: skip
             check(manifest.dtype, DTYPES, "dtype")
             check(manifest.orientations, (1, 2), "orientations")
             manifest.check_names()
@@ -218,7 +249,8 @@ class Manifest(ShardFolder):
         stored = {"format": FORMAT, "samples": len(self), "num_classes": self.num_classes, **asdict(self)}
         stored |= stored.pop("latents")
         stored["latent_shape"] = stored.pop("shape")
-        del stored["folder"], stored["rows"]
+        for name in ("folder", "rows", "block", "url"):
+            del stored[name]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def check(

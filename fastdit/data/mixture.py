@@ -27,15 +27,24 @@ class Mixture(Manifest):
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) of all sets, one after the other."""
-        rows, shards = [part.index() for part in self.parts], 0
-        for number, (part, index) in enumerate(zip(self.parts, rows, strict=True)):
-            index["shard"] += shards
-            index["key"] += number * APART
+        index, shards, start = np.concatenate([part.index() for part in self.parts]), 0, 0
+        for number, part in enumerate(self.parts):
+            own = index[start : start + len(part)]
+            own["shard"] += shards
+            own["key"] += number * APART
             shards += len(part.shards)
-        return np.concatenate(rows)
+            start += len(part)
+        return index
+
+    def shard(self, number: int) -> Path:
+        for part in self.parts:
+            if number < len(part.shards):
+                return part.shard(number)
+            number -= len(part.shards)
+        raise IndexError(number)
 
     def order(self, seed: int) -> Order:
-        return Order(seed, [len(part) for part in self.parts], self.weights)
+        return Order(seed, [len(part) for part in self.parts], self.weights, self.block)
 
     def check_files(self, one: int, size: str) -> None:
         for part in self.parts:
@@ -46,9 +55,9 @@ class Mixture(Manifest):
         return replace(self, parts=tuple(parts))
 
 
-def mixture(sets: Sequence[ShardSet]) -> Manifest:
+def mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Manifest:
     """The folders as one manifest; ValueError where they cannot train one network, or cannot be read in one batch."""
-    parts, weights = [Manifest.load(each.path) for each in sets], [each.weight for each in sets]
+    parts, weights = [Manifest.load(each.path, cache) for each in sets], [each.weight for each in sets]
     if not parts:
         raise ValueError("data.shards=[] names no latents; give a folder, or a list of {path: FOLDER, weight: 0.5}")
     first, where = parts[0], f"data.shards={sets[0].path}"

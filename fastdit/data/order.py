@@ -1,5 +1,6 @@
 """Which image comes when: a pure function of (seed, position), evaluated where it is needed."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,11 @@ import numpy as np
 HELD_OUT = 0x5EED  # of the hash that holds images out; no seed, so that all runs hold out the same ones
 MIXED = 0x313D << 40  # of the hash that mixes sets; no epoch
 ROUND = 10_000  # positions in a row in which each set of a mixture has its share
+BLOCKS = 0xB10C << 40  # of the hash that shuffles blocks; no epoch
+WINDOW = 8  # blocks in a row whose images are shuffled together
+LISTED = 1 << 24  # the largest set whose order is a list, of 128 MiB per epoch; ImageNet-21k has 14.2 M images
+LISTED_BLOCKS = 1 << 16  # the same for blocks, and for the images of a window
+FEISTEL = 4  # rounds
 
 
 class Order:
@@ -15,12 +21,16 @@ class Order:
     One set of n images: position p is the (p mod n)-th image of epoch p // n, and each epoch has its own permutation.
     Several sets, of `sizes` images: of each ROUND positions in a row, each set has a number in proportion to its
     weight, at random places, and goes through its own images in its own epochs. Images are numbered across the sets.
+
+    With `block`, an epoch's order is one of blocks of that many images in a row, as they are stored: the blocks are
+    shuffled, and then the images of each WINDOW blocks in a row. The blocks start at another image in each epoch.
+    Beyond LISTED images, or LISTED_BLOCKS blocks, a permutation is computed only at the positions that are asked for.
     """
 
-    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float] = (1.0,)):
-        self.seed, self.sizes, self.counts = seed, np.array(sizes), shares(weights)
+    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float] = (1.0,), block: int = 0):
+        self.seed, self.sizes, self.counts, self.block = seed, np.array(sizes), shares(weights), block
         self.first = np.cumsum(self.sizes) - self.sizes  # image of each set
-        self.orders: dict[int, dict[int, np.ndarray]] = {part: {} for part in range(len(sizes))}
+        self.lists: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # the last permutations that were used
         self.rounds: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,8 +40,34 @@ class Order:
         images = np.empty_like(places)
         for part, epoch in {*zip(parts.tolist(), epochs.tolist(), strict=True)}:
             mask = (parts == part) & (epochs == epoch)
-            images[mask] = self.first[part] + self.permutation(part, epoch)[places[mask]]
+            images[mask] = self.first[part] + self.shuffled(places[mask], part, epoch)
         return images, epochs
+
+    def shuffled(self, places: np.ndarray, part: int, epoch: int) -> np.ndarray:
+        """The images (n,) of a set at places (n,) in an epoch."""
+        n, block = int(self.sizes[part]), self.block
+        if not block:
+            return self.permuted(places, n, *words_of(self.seed, epoch, part))
+        windows, within = np.divmod(places, WINDOW * block)
+        for window in np.unique(windows).tolist():
+            mask, size = windows == window, min(WINDOW * block, n - window * WINDOW * block)
+            within[mask] = self.permuted(within[mask], size, self.seed, BLOCKS, part, epoch, 2 + window)
+        blocks, within = np.divmod(windows * WINDOW * block + within, block)
+        if (whole := blocks < n // block).any():  # what is left of n images comes last
+            blocks[whole] = self.permuted(blocks[whole], n // block, self.seed, BLOCKS, part, epoch, 1)
+        start = int(hash_of(self.seed, BLOCKS, part, epoch, 0)[0]) % n
+        return (start + blocks * block + within) % n
+
+    def permuted(self, places: np.ndarray, n: int, *words: int) -> np.ndarray:
+        """What the permutation of range(n) that the words choose has at places (m,)."""
+        if n > (LISTED_BLOCKS if self.block else LISTED):
+            return scattered(places, n, *words)
+        if words not in self.lists:
+            while len(self.lists) >= (4 if self.block else 2) * len(self.sizes):
+                self.lists.popitem(last=False)
+            self.lists[words] = listed(n, *words)
+        self.lists.move_to_end(words)
+        return self.lists[words][places]
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The set of each position (n,), and how many of that set's images come before it (n,)."""
@@ -55,13 +91,6 @@ class Order:
             self.rounds[number] = parts, before
         return self.rounds[number]
 
-    def permutation(self, part: int, epoch: int) -> np.ndarray:
-        kept = self.orders[part]
-        if epoch not in kept:
-            kept = self.orders[part] = {e: order for e, order in kept.items() if e == epoch - 1}
-            kept[epoch] = permutation(self.seed, epoch, int(self.sizes[part]), part)
-        return kept[epoch]
-
 
 def shares(weights: Sequence[float]) -> np.ndarray:
     """How many of ROUND positions each set has (sets,), by largest remainders; ValueError for one that has none."""
@@ -75,9 +104,36 @@ def shares(weights: Sequence[float]) -> np.ndarray:
 
 
 def permutation(seed: int, epoch: int, n: int, part: int = 0) -> np.ndarray:
-    """The order (n,) of an epoch's images, sorted by a hash: independent of any library's shuffle."""
-    words = (part,) if part else ()
-    return np.argsort(hash_of(seed, epoch, 0, *words, np.arange(n, dtype=np.uint64)), kind="stable")
+    """The order (n,) of an epoch's images."""
+    return listed(n, *words_of(seed, epoch, part))
+
+
+def words_of(seed: int, epoch: int, part: int) -> tuple[int, ...]:
+    return (seed, epoch, 0, part) if part else (seed, epoch, 0)
+
+
+def listed(n: int, *words: int) -> np.ndarray:
+    """The permutation (n,) that sorts range(n) by a hash: independent of any library's shuffle."""
+    return np.argsort(hash_of(*words, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def scattered(places: np.ndarray, n: int, *words: int) -> np.ndarray:
+    """What a permutation of range(n) has at places (m,), in a time and memory that do not depend on n.
+
+    A balanced Feistel network (Luby & Rackoff 1988) permutes the numbers below the next power of 4. What falls outside
+    of range(n) is permuted again, until it falls inside (cycle walking, Black & Rogaway 2002): fewer than 4 times on
+    average.
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low, keys = np.uint64((1 << int(half)) - 1), hash_of(*words, np.arange(FEISTEL, dtype=np.uint64)).tolist()
+    images, outside = places.astype(np.uint64), np.arange(len(places))
+    while len(outside):
+        left, right = images[outside] >> half, images[outside] & low
+        for key in keys:
+            left, right = right, left ^ (hash_of(key, right) & low)
+        images[outside] = left << half | right
+        outside = outside[images[outside] >= n]
+    return images.astype(np.int64)
 
 
 def mirrors(seed: int, epoch: int | np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
     else:
         try:
             archive = zipfile.ZipFile(root)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # of as many kinds as below
             raise ValueError(f"SRC={root} is not a folder, nor a complete zip file ({error}); {AGAIN}") from None
         versions = [version_of(root)]
         sizes = {info.filename: info.file_size for info in archive.infolist()}
@@ -93,7 +93,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
             return archive.read(name)
 
         labels = _labels_in_zip(root, fetch) if "dataset.json" in sizes else None
-    names = sorted(files)
+    names, archived = sorted(files), "" if root.is_dir() else f"{root}: "
     known = _known_labels(labels, names, root) if labels is not None else {}
 
     def read(i: int) -> Sample:
@@ -106,7 +106,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
             raise ValueError(f"{root}: {names[i]} has {len(array)} channels, not mean and deviation of each; {AGAIN}")
         return array[None], known.get(names[i])
 
-    return OtherLatents(names, read, versions, f"{SD_VAE}mse")
+    return OtherLatents([archived + name for name in names], read, versions, f"{SD_VAE}mse")
 
 
 def lightningdit(root: Path, scale: float | None, mirrored: Path | None) -> OtherLatents:
@@ -119,7 +119,7 @@ def lightningdit(root: Path, scale: float | None, mirrored: Path | None) -> Othe
         try:
             file = safe_open(path, framework="pt")
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path} cannot be read: {error}; {AGAIN}") from None
         if not {"latents", "labels"} <= shapes.keys() or len(shapes["latents"]) != 4:
             raise ValueError(f"{path} has {shapes}, not latents (n, C, h, w) and labels (n,); {AGAIN}")
@@ -206,7 +206,7 @@ def _array(path: Path) -> np.ndarray:
 
 def _latent(array: np.ndarray, where: str | Path) -> np.ndarray:
     """Floats (C, h, w), all finite; ValueError otherwise. float64 becomes float32."""
-    if array.ndim != 3 or array.dtype.kind != "f":
+    if array.ndim != 3 or array.dtype.kind != "f" or not array.size:
         raise ValueError(f"{where} has {array.dtype} of shape {array.shape}, not floats (C, h, w); {AGAIN}")
     if not np.isfinite(array).all():
         raise ValueError(f"{where} has values that are not finite; {AGAIN}, or extract it again")
@@ -215,7 +215,8 @@ def _latent(array: np.ndarray, where: str | Path) -> np.ndarray:
 
 def _sampled(latents: np.ndarray) -> np.ndarray:
     """Samples of the posterior (n, C, h, w) as moments (n, 2C, h, w): with deviation 0, each is drawn again exactly."""
-    latents = latents.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite values are refused by name
+        latents = latents.astype(np.float32)
     return np.concatenate([latents, np.zeros_like(latents)], axis=1)
 
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from fastdit.data.images import size_text, to_uint8
 from fastdit.data.latents import LatentCodec, sample_latents
-from fastdit.data.loader import ShardReader, moments_shape
+from fastdit.data.loader import moments_shape
 from fastdit.data.manifest import DTYPES, HEADER, Manifest
 from fastdit.data.order import HELD_OUT, hash_of
+from fastdit.data.reader import ShardReader
 from fastdit.data.writer import write_keyed
 from fastdit.files import read_array
 from fastdit.sheets import tiled

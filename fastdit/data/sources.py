@@ -134,7 +134,7 @@ def version_of(path: Path) -> tuple[int, int] | None:
     """(size, time of the last change in ns) of a regular file; None for anything else: opening a pipe would block."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
@@ -221,9 +221,11 @@ def numbered(values: Iterable[object], paths: Sequence[str], where: str) -> tupl
             "a label is a name or a number; give all or none"
         )
     if all(text.isdecimal() for text in texts):
-        labels = [int(text) for text in texts]
+        most = max(map(len, texts))
+        labels = [int(text) for text in texts] if most < 1000 else [MAX_CLASSES]  # Python reads up to 4,300 digits
         if max(labels) >= MAX_CLASSES:
-            raise ValueError(f"{where} has label {max(labels)}; numbers must be below {MAX_CLASSES}, or write names")
+            label = max(labels) if most < 1000 else f"of {most} digits"
+            raise ValueError(f"{where} has label {label}; numbers must be below {MAX_CLASSES}, or write names")
         return labels, tuple(map(str, range(max(labels) + 1)))
     names = sorted(set(texts))
     places = {name: label for label, name in enumerate(names)}

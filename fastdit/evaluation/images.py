@@ -20,7 +20,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
-from fastdit.evaluation.moments import Moments
+from fastdit.evaluation.moments import LARGEST, Moments
 from fastdit.files import SAMPLING, read_json, replacing
 
 ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}  # and decoded_by, of latents
@@ -175,7 +175,7 @@ def _array(path: Path, key: str) -> ImageSet:
             with archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = _header(file)
                 start = file.tell()
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise all kinds of errors on damaged files
         raise ValueError(f"{key}={path} cannot be read ({error}); give an npz with arr_0, uint8 (N, H, W, 3)") from None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(f"{key}={path} holds {dtype} {shape}; arr_0 must be uint8 (N, H, W, 3) in C order")
@@ -192,11 +192,11 @@ def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Itera
     image = math.prod(shape[1:])
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         for b in numbers:
-            file.seek(start + b * BLOCK * image)
             count = min(BLOCK, shape[0] - b * BLOCK)
             try:
+                file.seek(start + b * BLOCK * image)
                 data = file.read(count * image)
-            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            except Exception as error:  # of as many kinds as above
                 raise ValueError(f"{key}={path} is damaged ({error}); write it again") from None
             if len(data) < count * image:
                 raise ValueError(f"{key}={path} is damaged: arr_0 ends in image block {b}; write it again")
@@ -218,15 +218,25 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
     except Exception as error:  # of many kinds, from zipfile, numpy and json
         raise ValueError(f"{key}={path} cannot be read ({error}); write it again with --save-reference") from None
     for mu, sigma in pairs:
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
             raise ValueError(f"{key}={path} holds mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
-    known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT)
-    fits = values is None or values.shape[1:] == pairs[0][0].shape
-    if not (all(np.isfinite(array).all() for pair in pairs for array in pair) and known and fits):
+    known = isinstance(about, dict) and (not about or about.keys() - {"decoded_by"} == ABOUT and _is_size(about["size"])
+                                         and type(about["images"]) is int)  # fmt: skip
+    # NumPy returns what is not a .npy file as bytes
+    fits = values is None or (isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.ndim == 2
+                              and values.shape[1:] == pairs[0][0].shape and np.isfinite(values).all())  # fmt: skip
+    numbers = all(np.abs(array).max() <= LARGEST**2 for pair in pairs for array in pair)  # also for NaN
+    symmetric = numbers and all(np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6) for _, sigma in pairs)
+    if not (symmetric and known and fits):
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
     moments = [Moments(mu, sigma, about.get("images", 0)) for mu, sigma in pairs]
     return Statistics(Features(values, None, *moments), about)
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is [width, height], or None, as of statistics whose images are not known."""
+    return value is None or (isinstance(value, list) and [type(side) for side in value] == [int, int])
 
 
 def save_statistics(path: Path, features: Features, about: dict) -> None:

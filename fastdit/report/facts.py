@@ -97,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
-        manifest = Manifest.load(run.config.data.shards).normalized(run.config.data.normalize)
+        manifest = Manifest.load(run.config.data.shards, run.config.data.cache).normalized(run.config.data.normalize)
         run.manifest, _ = split(manifest, run.config.data.val_fraction)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")

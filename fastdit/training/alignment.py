@@ -228,7 +228,7 @@ def features_for(config: Config) -> FeatureManifest | None:
     """The features that training.align uses; None if it uses none, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    return find_features(data.shards, data.features) if used else None
+    return find_features(data.shards, data.features, data.cache) if used else None
 
 
 def alignment_losses(

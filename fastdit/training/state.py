@@ -185,6 +185,7 @@ def resumed_weights(
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
     fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
+    fixed.append(("data", "block"))  # else an epoch would have some images twice
     for section, key in fixed + [("training", key) for key in MUST_STAY]:
         old, new = (to_tree(getattr(getattr(c, section), key)) for c in (before, config))
         if old != new:

@@ -48,7 +48,7 @@ def loss_of_run(
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
     data = trained.config.data
     if shards:
-        manifest = Manifest.load(shards)
+        manifest = Manifest.load(shards, data.cache)
     elif data.val_shards or data.val_fraction:
         manifest = shards_of(trained.config)[1]
     else:

@@ -40,7 +40,10 @@ def is_finite(tensor: Tensor) -> bool:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ValueError that names a file which is missing or damaged."""
     header(path)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, LookupError) as error:  # of types that PyTorch, or safetensors, cannot make
+        raise ValueError(f"{path} cannot be read: {error}; export it as float32") from error
 
 
 def header(path: Path) -> dict[str, Tensor]:

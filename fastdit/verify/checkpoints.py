@@ -127,7 +127,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         say(f"not checked: the autoencoder {vae} is not a local folder")
     if stored:
         try:
-            manifest = Manifest.load(shards).normalized(config.data.normalize)
+            manifest = Manifest.load(shards, config.data.cache).normalized(config.data.normalize)
         except ValueError as error:
             return found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):

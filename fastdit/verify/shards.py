@@ -11,6 +11,7 @@ from tqdm import tqdm
 from fastdit.data.features import FOLDER
 from fastdit.data.latents import scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
+from fastdit.files import TarHeader, tar_members
 from fastdit.verify.features import verify_features
 from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings, rounded
@@ -42,8 +43,9 @@ class ChannelStatistics:
             ("means", self.mean, "channel_mean"),
             ("standard deviations", self.std, "channel_std"),
         ):
-            if not np.allclose(own, getattr(self.manifest, stored), rtol=1e-5, atol=1e-6):
-                said = rounded(getattr(self.manifest, stored))
+            said = np.array(getattr(self.manifest, stored))
+            if own.shape != said.shape or not np.allclose(own, said, rtol=1e-5, atol=1e-6):
+                said = rounded(said)
                 found.add("statistics", f"the channel {name} are {rounded(own)}, but the manifest says {said}")
         for line in scale_remarks(self.mean, self.std, self.manifest.latents.scale):
             found.add("scale", line)
@@ -115,8 +117,8 @@ def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int
     """Key -> label as webdataset reads them; None if the tar cannot be read."""
     labels, arrays = {}, set()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", tarinfo=TarHeader) as tar:
+            for member in tar_members(tar):
                 key, _, kind = member.name.partition(".")
                 if not member.isfile() or "/" in key:
                     raise ValueError(f"{member.name} is a link, a folder or a device, or in another folder")

@@ -29,7 +29,7 @@ from helpers.runs import make_world
 
 # each has `run(place: Path, seed: int) -> Table`; `place` is a world of helpers.runs.make_world that all tables share:
 # they read it, and write into folders of their own in it
-TABLES = ["kills", "flips", "signals", "elastic", "faults", "hostile", "overhead"]
+TABLES = ["kills", "flips", "signals", "elastic", "faults", "hostile", "fuzz", "overhead"]
 
 
 def main() -> int:

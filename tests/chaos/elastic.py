@@ -37,9 +37,10 @@ def recorded_batch(self, step):
     self.now = step
     return batch(self, step)
 
-def recorded_read(self, sample, mirrored, into):
-    out.write(json.dumps([self.now, int(sample["key"]), mirrored]) + "\\n")
-    return read(self, sample, mirrored, into)
+def recorded_read(self, images, mirrored, array, features):
+    for image, view in zip(images.tolist(), mirrored.tolist()):
+        out.write(json.dumps([self.now, int(self.index["key"][image]), view]) + "\\n")
+    return read(self, images, mirrored, array, features)
 
 _Reader.batch, _Reader.read = recorded_batch, recorded_read
 sys.argv[0] = TRAIN

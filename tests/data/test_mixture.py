@@ -9,7 +9,6 @@ import pytest
 
 from fastdit.config import config_from
 from fastdit.data.features import find_features
-from fastdit.data.latents import LatentSpec
 from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.data.mixture import APART
@@ -21,27 +20,14 @@ from fastdit.report.page import about
 from fastdit.schema import ShardSet
 from fastdit.verify import verify
 from helpers.runs import losses, train_here
+from helpers.sets import SIZES, SPEC, write, write_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = {"a": 7, "b": 40, "c": 23, "d": 12}
-SPEC = LatentSpec((1, 1, 2), 0.5, 0.0, vae="vae", codec="0" * 64, image_size=2)
-
-
-def write(folder: Path, size: int, start: int = 0, spec: LatentSpec = SPEC, classes: str = "xyz", **about) -> Manifest:
-    """Latents whose first value is their number; its sign is that of the orientation."""
-    names = Manifest(spec, about.pop("dtype", "float32"), tuple(classes), images=size, **about)
-    shape = (names.orientations, 2 * spec.shape[0], *spec.shape[1:])
-    signs = np.array([1.0, -1.0][: shape[0]], np.float32).reshape(-1, 1, 1, 1)
-    samples = ((np.full(shape, start + i, np.float32) * signs, i % len(classes)) for i in range(size))
-    return write_shards(samples, folder, names, shard_size=10)
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("sets")
-    for number, (name, size) in enumerate(SIZES.items()):
-        write(root / name, size, start=1000 * (number + 1))
-    return root
+    return write_all(tmp_path_factory.mktemp("sets"))
 
 
 def mixed(root: Path, **weights: float) -> Manifest:
@@ -192,9 +178,11 @@ def test_a_run_trains_on_a_mixture_and_continues_bit_for_bit(world, tmp_path):
     write_shards(((abs(m), 3) for m in random_latents), tmp_path / "more", more)
     sets = f"data.shards=[{{path: {world / 'latents'}, weight: 3}}, {{path: {tmp_path / 'more'}, weight: 1}}]"
     settings = [sets, "training.steps=6", "training.checkpoint_every=3", "data.val_fraction=0.1",
-                "training.validate_images=20"]  # fmt: skip
+                "training.validate_images=20", "data.block=16"]  # fmt: skip
     train_here(world, tmp_path / "whole", *settings)
     train_here(world, tmp_path / "run", *settings, "training.steps=3")
+    with pytest.raises(ValueError, match="has data.block=16, this run 0; make them equal to resume"):
+        train_here(world, tmp_path / "run", *settings, "data.block=0", resume=True)
     train_here(world, tmp_path / "run", *settings, resume=True)
     assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "whole")[-3:]
     assert verify(tmp_path / "run", say=lambda line: None) == []

@@ -335,7 +335,7 @@ def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, 
 
 def test_many_shards_stay_below_the_limit_of_open_files(stored, monkeypatch):
     expected = take(stored, 3, global_batch=COUNT, seed=0)
-    monkeypatch.setattr("fastdit.data.loader.OPEN_FILES", 2)
+    monkeypatch.setattr("fastdit.data.reader.OPEN_FILES", 2)
     opened, real_open = [], os.open
 
     def counting(*arguments, **options):  # in the reader's thread, the only one that opens and closes shards

@@ -1,0 +1,71 @@
+"""Samples of shards by their places in the index, checked."""
+
+import os
+import zlib
+from collections import OrderedDict
+
+import numpy as np
+
+from fastdit.data.features import is_finite
+from fastdit.data.manifest import ShardFolder
+
+OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
+STRETCHES = 256  # of files that were asked for; after them one may be out of memory again
+
+
+class ShardReader:
+    """Reads by offset, not through a memory map: a failing disk or truncated file raises an error, not SIGBUS."""
+
+    def __init__(self, manifest: ShardFolder, verify: bool = True, block: int = 0):
+        self.manifest, self.verify, self.block = manifest, verify, block
+        self.ahead: OrderedDict[tuple[int, int], None] = OrderedDict()  # stretches that the system was asked to read
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+
+    def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
+        """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
+        return self.fill(sample[None], np.array([mirrored]), out).get(0)
+
+    def fill(self, samples: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> dict[int, str]:
+        """Fill out (n, ...) with one orientation of each sample (n,); returns what is wrong with those that are bad."""
+        faults, data, size = {}, memoryview(out.reshape(-1).view(np.uint8)), out[:1].nbytes
+        checks = np.take_along_axis(samples["crc32"], mirrored[:, None], 1)[:, 0].tolist()
+        places = zip(samples["shard"].tolist(), (samples["offset"].astype(np.int64) + mirrored * size).tolist(),
+                     checks, strict=True)  # fmt: skip
+        for i, (shard, offset, check) in enumerate(places):
+            own = data[i * size : (i + 1) * size]
+            if self.block:
+                self.read_ahead(shard, offset, 2 * self.block * size)
+            complete = os.preadv(self.file(shard), (own,), offset) == size
+            if not complete or (self.verify and zlib.crc32(own) != check):
+                faults[i] = "is damaged: its bytes do not match its crc32"
+        if not is_finite(out):
+            for i in range(len(out)):
+                if i not in faults and not is_finite(out[i : i + 1]):
+                    faults[i] = "has values that are not finite"
+        for i, reason in faults.items():
+            path = self.manifest.folder / self.manifest.shards[int(samples["shard"][i])].name
+            faults[i] = f"sample {int(samples['key'][i]):09d} of {path} {reason}"
+        return faults
+
+    def read_ahead(self, shard: int, offset: int, size: int) -> None:
+        """Have the system read the `size` bytes around an offset at once: about one block of data.block."""
+        stretch = shard, offset // size
+        if stretch not in self.ahead and hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(self.file(shard), stretch[1] * size, size, os.POSIX_FADV_WILLNEED)
+        self.ahead[stretch] = None
+        self.ahead.move_to_end(stretch)
+        if len(self.ahead) > STRETCHES:
+            self.ahead.popitem(last=False)
+
+    def file(self, shard: int) -> int:
+        if shard in self.files:
+            self.files.move_to_end(shard)
+        else:
+            if len(self.files) == OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+            self.files[shard] = os.open(self.manifest.shard(shard), os.O_RDONLY)
+        return self.files[shard]
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.popitem()[1])
