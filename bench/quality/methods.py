@@ -152,7 +152,7 @@ def newest_lines() -> dict[tuple, dict]:
     text = RESULTS.read_text() if RESULTS.is_file() else ""
     lines = {(line["size"], line["method"], line["seed"]): line for line in map(json.loads, text.splitlines())}
     for (size, method, _), line in lines.items():
-        rate = lines.get((size, RATE, 0), {"rates": {}})["rates"].get(method)
+        rate = lines.get((size.removesuffix("_lr"), RATE, 0), {"rates": {}})["rates"].get(method)  # of the same step
         for point in line.get("points", []) if rate else []:
             point["seconds"] = point["images"] / rate
     return lines
