@@ -198,21 +198,21 @@ def plot(size: str, lines: dict[tuple, dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5), sharey=True, layout="constrained")
     for number, method in enumerate(METHODS):
         runs = [line["points"] for (s, m, _), line in lines.items() if (s, m) == (size, method)]
-        for points in [*runs, means([{"points": run} for run in runs])] if runs else []:
-            mean = points not in runs
-            for axis, key in zip(axes, ("images", "seconds"), strict=True):
-                axis.plot([p[key] for p in points], [p["frechet"] for p in points], f"C{number}", marker="." * mean,
-                          lw=1.8 if mean else 0.6, label=method if mean else None)  # fmt: skip
+        for axis, key, unit in zip(axes, ("images", "seconds"), (1000, 1), strict=True):
+            for points, style in [(run, {"lw": 0.6}) for run in runs if len(runs) > 1] + (
+                [(means([{"points": run} for run in runs]), {"marker": ".", "label": method})] if runs else []
+            ):
+                axis.plot([p[key] / unit for p in points], [p["frechet"] for p in points], f"C{number}", **style)
     if floor := lines.get((size, FLOOR, 0)):
         for axis in axes:
             best = floor["floor"]["autoencoder"]["frechet"]
             axis.axhline(best, color="gray", ls=":", label="training frames, decoded")
-    axes[0].set(xlabel="images seen", ylabel="Frechet distance (EfficientNet-Lite0)", yscale="log")
+    axes[0].set(xlabel="thousand images seen", ylabel="Frechet distance (EfficientNet-Lite0)")
     axes[1].set(xlabel="seconds of training")
-    axes[0].legend()
+    axes[1].legend(fontsize=8)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
