@@ -207,7 +207,7 @@ class Manifest(ShardFolder):
             return synthetic(folder)
         url = str(folder).rstrip("/") if is_remote(folder) else ""
         folder = fetch_manifest(url, cache) if url else Path(folder)
-        stored = stored_manifest(folder, "write latents there with extract_features.py")
+        stored = stored_manifest(folder, "write latents there with fastdit extract")
         try:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
                 del stored[derived]
