@@ -128,7 +128,7 @@ def make(
             extract_features(**images)
         if split == "train" and not (out / name / FOLDER).is_dir():
             encoder = load_encoder("efficientnet-lite0", best_device())
-            extract_features(**images, encoder=encoder, feature_dtype="int8", precision="bfloat16")
+            extract_features(**images, encoder=encoder, feature_dtype="int8")
     print(json.dumps(about))
 
 
