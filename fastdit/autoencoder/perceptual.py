@@ -6,6 +6,7 @@ weights come with the PyPI package `lpips`; VGG-16's are torchvision's. With Eff
 there are no learned weights.
 """
 
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,16 +24,16 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
 
-class Perceptual(nn.Module):
+class Perceptual(nn.Module, ABC):
     """A distance (n,) of two batches of images (n, 3, H, W) in [-1, 1]."""
 
+    @abstractmethod
     def maps(self, x: Tensor) -> list[Tensor]:
         """Feature maps (n, C, h, w) of several resolutions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> list[Tensor | None]:
         """Of the channels (C,) of each map; None: all equal, and the maps' mean is taken instead of their sum."""
-        raise NotImplementedError
 
     def forward(self, output: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
