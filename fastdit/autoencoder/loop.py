@@ -99,20 +99,21 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         module.compile()
     shared = dict(betas=settings.betas, weight_decay=settings.weight_decay, precision=settings.precision,
                   accumulation=accumulation, grad_clip=settings.grad_clip)  # fmt: skip
-    engine, judge = TorchEngine(module, ranks, **shared), None
+    engine, critic_engine = TorchEngine(module, ranks, **shared), None
     if critic:
-        judge = TorchEngine(critic.to(device, memory_format=torch.channels_last), ranks, **shared)
-        zeros = [torch.zeros_like(master) for master in judge.master_parameters()]
-        set_moments(judge, dict.fromkeys(MOMENTS, zeros), 0)  # it may be saved before its first step
+        critic_engine = TorchEngine(critic.to(device, memory_format=torch.channels_last), ranks, **shared)
+        zeros = [torch.zeros_like(master) for master in critic_engine.master_parameters()]
+        set_moments(critic_engine, dict.fromkeys(MOMENTS, zeros), 0)  # it may be saved before its first step
     ema = EMA(engine.master_parameters(), settings.ema_decay, settings.ema_warmup)
     window, weight = LossWindow(device), torch.zeros((), device=device)
-    state = AutoencoderState(config, engine, judge, ema, weight, window)
+    state = AutoencoderState(config, engine, critic_engine, ema, weight, window)
     start = state.load(last) if last else 0
     width, height = config.data.sides
     shape = (network.latent_channels, height // network.downsample, width // network.downsample)
     train_step = AutoencoderStep(
-        config, engine, judge, ema, perceptual, ranks, shape, micro, accumulation, seed_of(config.seed, NOISE), weight
-    )
+        config, engine, critic_engine, ema, perceptual, ranks, shape, micro, accumulation,
+        seed_of(config.seed, NOISE), weight,
+    )  # fmt: skip
     learning_rate = learning_rates(settings)
     critic_rate = learning_rates(replace(settings, lr=config.discriminator.lr or settings.lr))
 
@@ -258,10 +259,10 @@ def _flops_per_image(
 
 def _start_line(config: AutoencoderConfig, vae, critic, ranks, images: int, batch: tuple[int, int], origin: str) -> str:
     settings, counts = config.training, [sum(p.numel() for p in m.parameters()) for m in (vae, critic) if m]
-    judge = f" and a discriminator of {counts[1]:,} from step {config.discriminator.start:,} on" if critic else ""
+    second = f" and a discriminator of {counts[1]:,} from step {config.discriminator.start:,} on" if critic else ""
     threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
     return (
-        f"{config.model.variant}: {counts[0]:,} parameters{judge}, {images:,} images, {ranks.world} x {ranks.device}"
+        f"{config.model.variant}: {counts[0]:,} parameters{second}, {images:,} images, {ranks.world} x {ranks.device}"
         f"{threads}, perceptual loss {config.loss.perceptual}, batch {' x '.join(map(str, (ranks.world, *batch)))}, "
         f"{settings.steps:,} steps = {settings.steps * settings.global_batch / images:.1f} epochs"
         + (f", {origin}" if origin else "")
