@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import importlib.metadata
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,15 @@ def test_every_table_of_make_chaos_can_be_imported_and_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     for name in importlib.import_module("chaos.__main__").TABLES:
         assert callable(importlib.import_module(f"chaos.{name}").run), name
+
+
+def test_the_tests_import_only_what_make_test_installs():
+    """A package that happens to be there would hide that it is missing everywhere else."""
+    listed = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"}
+    own = {path.stem for path in (ROOT / "tests").iterdir()} | {"fastdit", "bench", "attention", "setup"}
+    sources = importlib.metadata.packages_distributions()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in {module.split(".")[0] for module in imports(path)} - own - set(sys.stdlib_module_names):
+            packages = {re.sub("[-_.]+", "-", package).lower() for package in sources.get(name, [])}
+            wanted = {re.sub("[-_.]+", "-", package).lower() for package in listed}
+            assert packages & wanted, f"{path.relative_to(ROOT)} imports {name}, which constraints.txt does not list"

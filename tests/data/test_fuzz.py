@@ -8,8 +8,10 @@ import zipfile
 import zlib
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 from scipy.io import loadmat, savemat
 
 from chaos import fuzz, mutate, subjects
@@ -167,9 +169,6 @@ def test_a_path_that_no_file_can_have_is_skipped_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("cell", [["x"], "text", 5])
 def test_parquet_whose_images_are_no_bytes_is_an_error(tmp_path, cell):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.table({"image": [cell, cell]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no bytes in this row"):
         read_image(open_images(tmp_path / "a.parquet").open(0), 32)

@@ -8,8 +8,10 @@ import shutil
 import tarfile
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from fastdit.data import columns
 from fastdit.data.archives import open_images
@@ -170,9 +172,6 @@ def test_a_terabyte_of_zeros_is_not_tried_as_xz(tmp_path):
     "features", ["[", '{"info": [1]}', '{"info": {"features": {"image": 1, "label": {"names": 5}}}}']
 )
 def test_metadata_of_another_form_in_parquet_is_one_line_or_ignored(tmp_path, features):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     table = pyarrow.table({"image": [b"x", b"y"], "label": [0, 1]}).replace_schema_metadata({"huggingface": features})
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
@@ -180,9 +179,6 @@ def test_metadata_of_another_form_in_parquet_is_one_line_or_ignored(tmp_path, fe
 
 
 def test_more_rows_than_bytes_in_parquet_are_no_images(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.table({"image": [b""] * 100_000}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="100000 rows in .* bytes cannot hold images"):
         open_images(tmp_path / "a.parquet")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from fastdit.data import columns
 from fastdit.data.archives import open_images
@@ -61,8 +62,6 @@ MADE = {
 
 
 def make(kind: str, root: Path) -> tuple[Path, list[int], tuple[str, ...], str]:
-    if "parquet" in kind:
-        pytest.importorskip("pyarrow")
     build, images, names, said = MADE[kind]
     return build(root), list(images), names, said
 
@@ -107,7 +106,6 @@ def test_every_source_is_extracted(tmp_path, kind):
 
 
 def test_groups_of_rows_are_decoded_once_and_by_any_number_of_processes_alike(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
     sources.make_parquet(tmp_path)
     tiny_vae().save_pretrained(tmp_path / "vae")
     run(tmp_path, tmp_path / "out", images=tmp_path / "data", shard_size=5)
@@ -261,7 +259,6 @@ def test_without_pyarrow_parquet_says_what_it_needs(tmp_path, monkeypatch):
 
 
 def test_damaged_parquet_is_an_error(tmp_path):
-    pytest.importorskip("pyarrow")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 hello")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         open_images(tmp_path)

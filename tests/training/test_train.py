@@ -166,7 +166,7 @@ def test_micro_batches_divide_the_global_batch():
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("data.shards={world}/nowhere", ["nowhere", "extract_features.py"]),
+        ("data.shards={world}/nowhere", ["nowhere has no manifest.json", "fastdit extract"]),
         ("data.image_size=64", ["image_size=64", "32"]),
         ("data.vae={world}/other_vae", ["vae (fingerprint", "extract again"]),
         ("data.num_classes=7", ["num_classes=7", "set 10"]),
