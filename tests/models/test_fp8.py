@@ -9,7 +9,8 @@ from torch import nn
 
 from fastdit.distributed import Ranks
 from fastdit.models.dit import create_dit
-from fastdit.models.fp8 import INPUT, OUTPUT, WEIGHT, Fp8, use_fp8
+from fastdit.models.fp8 import Fp8, use_fp8
+from fastdit.models.fp8_linears import INPUT, OUTPUT, WEIGHT
 from fastdit.models.layers import Linear
 from fastdit.training.weights import read_weights
 from helpers import kernels  # noqa: F401  the interpreter's rounding
