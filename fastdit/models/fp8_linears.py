@@ -163,8 +163,7 @@ class _Attend(torch.autograd.Function):
 def fuses(attn: Attention) -> bool:
     """Whether the kernels of attention can round for the linears before and after it."""
     pairs = attn.qkv.in_features // attn.num_heads % 2 == 0
-    plain = attn.backend == "triton" and attn.qk_norm == "none"
-    return pairs and plain and use_triton("attention_packed", attn.qkv.weight.device.type, torch.float32)
+    return pairs and attn.qk_norm == "none" and use_triton("attention_packed", attn.qkv.weight.device.type)
 
 
 def attend(attn: Attention, x: Tensor | Rounded) -> Rounded:

@@ -82,7 +82,12 @@ def test_the_network_stays_near_the_exact_one(options):
     assert (model.fp8.history[0] > 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "norm": "rms", "qk_norm": "rms"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mlp": "swiglu", "norm": "rms", "qk_norm": "rms"}, {"attention": "triton"},
+     {"attention": "triton", "qkv_bias": False, "block": "cross_attention"}, {"attention": "triton", "dropout": 0.5}],
+    ids=str,
+)  # fmt: skip
 def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
     """On a GPU, the norm rounds what it writes, so that no unrounded copy exists; here, in the interpreter."""
     networks = {}
