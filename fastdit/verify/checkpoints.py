@@ -143,7 +143,7 @@ def read_golden(path: Path) -> dict[str, Tensor]:
             size = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
             if size > GOLDEN_BYTES:  # a compressed file can hold a thousand times its own size
                 raise ValueError(f"it holds {size} bytes, more than the {GOLDEN_BYTES} that are read")
-            arrays = {name: torch.from_numpy(read_array(archive.read(f"{name}.npy"))) for name in names}
+            arrays = {name: torch.tensor(read_array(archive.read(f"{name}.npy"))) for name in names}
     except Exception as error:  # zipfile, zlib and numpy raise all kinds of errors on damaged files
         raise ValueError(f"{path} is damaged: {error}") from error
     return arrays
