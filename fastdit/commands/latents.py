@@ -53,8 +53,8 @@ def shards(parser: ArgumentParser) -> Command:
     fastdit shards split latents TRAIN VAL --fraction 0.01
     fastdit shards sample latents sheet.png --per-class 2
     fastdit shards repair latents OUT
-    No folder is changed: results are new folders, which appear once they are complete. Features (extract --encoder) are
-    not taken along. fastdit verify checks a folder.
+    No folder is changed: results are new folders, which appear once they are complete. merge, split and sample take
+    features (extract --encoder) along; repair does not. fastdit verify checks a folder.
     """
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=type(parser))
 
@@ -72,19 +72,21 @@ def shards(parser: ArgumentParser) -> Command:
         from fastdit.data.shards import merge
 
         *folders, out = arguments.folders
-        print(f"{out}: {len(merge(folders, out, overwrite=arguments.overwrite))} images")
+        merged = merge(folders, out, features=arguments.features, overwrite=arguments.overwrite)
+        print(f"{out}: {len(merged)} images")
 
     def split(arguments: Namespace) -> None:
         from fastdit.data.shards import split
 
-        numbers = {key: getattr(arguments, key) for key in ("fraction", "count", "per_class", "overwrite")}
+        numbers = {key: getattr(arguments, key) for key in ("fraction", "count", "per_class", "features", "overwrite")}
         for part in split(arguments.folder, arguments.train, arguments.val, **numbers):
             print(f"{part.folder}: {len(part)} images")
 
     def sample(arguments: Namespace) -> None:
         from fastdit.data.shards import sample
 
-        options = {key: getattr(arguments, key) for key in ("count", "per_class", "seed", "vae", "overwrite")}
+        names = ("count", "per_class", "seed", "vae", "features", "overwrite")
+        options = {key: getattr(arguments, key) for key in names}
         print(sample(arguments.folder, arguments.out, **options))
 
     def repair(arguments: Namespace) -> None:
@@ -113,6 +115,8 @@ def shards(parser: ArgumentParser) -> Command:
     saved = action("repair", "Write the intact samples of a damaged folder to a new one, and name the others", repair)
     saved.add_argument("folder", metavar="DIR")
     saved.add_argument("out", metavar="OUT")
+    for added in (merged, parts, some):
+        added.add_argument("--no-features", dest="features", action="store_false", help="leave out the features")
     for added in (merged, parts, some, saved):
         added.add_argument("--overwrite", action="store_true", help="replace the result if it is there")
     return lambda arguments: arguments.act(arguments)

@@ -25,7 +25,7 @@ from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_
 from fastdit.data.remote import fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
-from fastdit.schema import ShardSet, shards_text
+from fastdit.schema import ShardSet
 
 FOLDER = "features"  # within the folder of the latents
 FEATURE_DTYPES = ("float16", "int8")
@@ -107,9 +107,18 @@ class FeatureWriter(TarWriter):
         if not np.abs(features).max() <= HALF_MAX:
             remedy = "use --precision float32, or another --encoder"
             raise Unusable(f"the features of image {key} are not finite in float16; {remedy}")
-        array = packed(features, self.dtype)
+        self.keep(key, packed(features, self.dtype), label)
+
+    def keep(self, key: int, array: np.ndarray, label: int) -> None:
+        """Appends features (2, ...) as they are stored."""
         self.store(key, array, label)
         self.sums = self.sums + moments(array)
+
+
+class StoredFeatureWriter(FeatureWriter):
+    """Writes features that are in the stored form already."""
+
+    add = FeatureWriter.keep
 
 
 def moments(array: np.ndarray) -> np.ndarray:
@@ -172,15 +181,28 @@ class FeatureManifest(ShardFolder):
         del stored["folder"], stored["url"]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
-    def check(self, latents: Manifest) -> None:
-        """Raises a ValueError if these are not the features of the same images, or a shard is incomplete."""
-        ours, theirs = self.index(), latents.index()
-        if not same_images(ours, theirs):
+    def check(self, latents: Manifest) -> np.ndarray:
+        """The SAMPLE rows (n,) of the latents' images, in their order.
+
+        Raises a ValueError if these are not the features of the same images, or a shard is incomplete.
+        """
+        index, count = self.index(), sum(shard.samples for shard in latents.shards)
+        rows = index if latents.rows is None or len(index) != count else index[latents.rows]
+        if len(index) != count or not same_images(rows, latents.index()):
             raise ValueError(
-                f"the features in {self.folder} are of other images ({len(ours)}) than the latents in "
-                f"{latents.folder} ({len(theirs)}), or in another order; extract them again"
+                f"the features in {self.folder} are of other images ({len(index)}) than the latents in "
+                f"{latents.folder} ({count}), or in another order; extract them again"
             )
         self.check_files(2 * self.record.itemsize, f"grid={list(self.grid)} and dim={self.dim}")
+        return rows
+
+    def check_alike(self, other: "FeatureManifest") -> None:
+        """Raises a ValueError unless both are by the same encoder, and are stored in the same way."""
+        for key in ("encoder", "weights", "grid", "dim", "class_token", "dtype"):
+            own, theirs = (str(getattr(each, key))[:24] for each in (self, other))
+            if own != theirs:
+                raise ValueError(f"the features in {other.folder} have {key} {theirs}, those in {self.folder} {own}; "
+                                 "extract both with the same --encoder and --feature-dtype")  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What a run must not change when it resumes."""
@@ -220,8 +242,12 @@ def find_features(
 ) -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
     if isinstance(shards, tuple):
-        raise ValueError(f"training.align needs features, which cannot be mixed as data.shards={shards_text(shards)} "
-                         "does; use one folder of latents")  # fmt: skip
+        from fastdit.data.mixture import feature_mixture  # which has a kind of FeatureManifest
+
+        if features:
+            raise ValueError(f"data.features={features} is one folder, but data.shards names {len(shards)}; leave it "
+                             f"out, with features in each of them, such as {shards[0].path}/{FOLDER}")  # fmt: skip
+        return feature_mixture(shards, cache)
     folder = features or f"{shards}/{FOLDER}"
     if not is_remote(folder) and not features and not Path(folder).is_dir():
         raise ValueError(

@@ -60,8 +60,6 @@ def latent_batches(
     images; and during iteration if `verify` is set and a sample's bytes do not match its crc32.
     """
     manifest.check(global_batch=global_batch, hflip=hflip)
-    if features is not None:
-        features.check(manifest)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
     if isinstance(manifest, Synthetic):
@@ -144,9 +142,7 @@ class _Reader:
         self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
         self.order = manifest.order(seed)
         if features is not None:
-            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.index()
-            if manifest.rows is not None:  # some images are held out
-                self.feature_index = self.feature_index[manifest.rows]
+            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.check(manifest)
 
     def batch(self, step: int) -> Batch:
         images, epochs = self.order(step * self.global_batch + self.rows)
