@@ -66,26 +66,28 @@ def shards(parser: ArgumentParser) -> Command:
     def stats(arguments: Namespace) -> None:
         from fastdit.data.shards import stats
 
-        print(stats(arguments.folder, arguments.every_class))
+        print(stats(arguments.folder, arguments.every_class, arguments.cache))
 
     def merge(arguments: Namespace) -> None:
         from fastdit.data.shards import merge
 
         *folders, out = arguments.folders
-        merged = merge(folders, out, features=arguments.features, overwrite=arguments.overwrite)
+        options = {key: getattr(arguments, key) for key in ("features", "overwrite", "cache")}
+        merged = merge(folders, out, **options)
         print(f"{out}: {len(merged)} images")
 
     def split(arguments: Namespace) -> None:
         from fastdit.data.shards import split
 
-        numbers = {key: getattr(arguments, key) for key in ("fraction", "count", "per_class", "features", "overwrite")}
-        for part in split(arguments.folder, arguments.train, arguments.val, **numbers):
+        names = ("fraction", "count", "per_class", "features", "overwrite", "cache")
+        options = {key: getattr(arguments, key) for key in names}
+        for part in split(arguments.folder, arguments.train, arguments.val, **options):
             print(f"{part.folder}: {len(part)} images")
 
     def sample(arguments: Namespace) -> None:
         from fastdit.data.shards import sample
 
-        names = ("count", "per_class", "seed", "vae", "features", "overwrite")
+        names = ("count", "per_class", "seed", "vae", "features", "overwrite", "cache")
         options = {key: getattr(arguments, key) for key in names}
         print(sample(arguments.folder, arguments.out, **options))
 
@@ -94,9 +96,9 @@ def shards(parser: ArgumentParser) -> Command:
 
         repair(arguments.folder, arguments.out, overwrite=arguments.overwrite)
 
-    added = action("stats", "Images, classes, statistics of the channels, autoencoder and size", stats)
-    added.add_argument("folder", metavar="DIR")
-    added.add_argument("--every-class", action="store_true", help="the number of images of each class")
+    shown = action("stats", "Images, classes, statistics of the channels, autoencoder and size", stats)
+    shown.add_argument("folder", metavar="DIR")
+    shown.add_argument("--every-class", action="store_true", help="the number of images of each class")
     merged = action("merge", "Write the images of several folders to a new one", merge)
     merged.add_argument("folders", metavar="DIR", nargs="+", help="the folders, and then the new one")
     parts = action("split", "Write two folders, for training and validation", split)
@@ -117,6 +119,8 @@ def shards(parser: ArgumentParser) -> Command:
     saved.add_argument("out", metavar="OUT")
     for added in (merged, parts, some):
         added.add_argument("--no-features", dest="features", action="store_false", help="leave out the features")
+    for added in (shown, merged, parts, some):
+        added.add_argument("--cache", default="", metavar="FOLDER", help="for the files of a DIR that is a URL")
     for added in (merged, parts, some, saved):
         added.add_argument("--overwrite", action="store_true", help="replace the result if it is there")
     return lambda arguments: arguments.act(arguments)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdit.data.images import Unusable
 from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
-from fastdit.data.remote import fetch_manifest, is_remote
+from fastdit.data.remote import NO_CACHE, Cache, Missing, fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
 from fastdit.schema import ShardSet
@@ -145,6 +145,7 @@ class FeatureManifest(ShardFolder):
     index_sha256: str = ""
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
     url: str = field(default="", compare=False)  # of a remote folder; not written
+    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files; not written
 
     @property
     def tokens(self) -> int:
@@ -156,7 +157,7 @@ class FeatureManifest(ShardFolder):
         return record_type(self.dtype, self.tokens, self.dim)
 
     @classmethod
-    def load(cls, folder: str | Path, cache: str | Path = "") -> "FeatureManifest":
+    def load(cls, folder: str | Path, cache: Cache = NO_CACHE) -> "FeatureManifest":
         """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or of another kind."""
         url = str(folder).rstrip("/") if is_remote(folder) else ""
         folder = fetch_manifest(url, cache) if url else Path(folder)
@@ -165,7 +166,8 @@ class FeatureManifest(ShardFolder):
             raise ValueError(f"{folder} holds latents, not features; set data.features to a folder of features")
         try:
             del stored["samples"]
-            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url)
+            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url,
+                           cache=cache)  # fmt: skip
             check(manifest.dtype, FEATURE_DTYPES, "dtype")
             if not (all(0 < side <= MAX_SIDE for side in manifest.grid) and 0 < manifest.dim <= MAX_DIM):
                 raise ValueError(f"grid={manifest.grid} or dim={manifest.dim} is out of range")
@@ -178,7 +180,7 @@ class FeatureManifest(ShardFolder):
     def to_json(self) -> str:
         """The text of manifest.json."""
         stored = {"format": FORMAT, "samples": len(self), **asdict(self)}
-        del stored["folder"], stored["url"]
+        del stored["folder"], stored["url"], stored["cache"]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
     def check(self, latents: Manifest) -> np.ndarray:
@@ -237,8 +239,19 @@ def holds_features(folder: Path) -> bool:
         return False
 
 
+def beside_latents(latents: Manifest) -> FeatureManifest | None:
+    """The features in the folder of the latents, if there are any."""
+    if not latents.url:
+        folder = latents.folder / FOLDER
+        return FeatureManifest.load(folder) if folder.exists() else None
+    try:
+        return FeatureManifest.load(f"{latents.url}/{FOLDER}", latents.cache)
+    except Missing:
+        return None
+
+
 def find_features(
-    shards: str | Path | tuple[ShardSet, ...], features: str | Path = "", cache: str | Path = ""
+    shards: str | Path | tuple[ShardSet, ...], features: str | Path = "", cache: Cache = NO_CACHE
 ) -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
     if isinstance(shards, tuple):

@@ -10,6 +10,7 @@ import numpy as np
 from fastdit.data.features import FeatureManifest, find_features
 from fastdit.data.manifest import Manifest, Shard, ShardFolder
 from fastdit.data.order import ROUND, Order, shares
+from fastdit.data.remote import NO_CACHE, Cache
 from fastdit.data.synthetic import Synthetic
 from fastdit.schema import ShardSet, shards_text
 
@@ -30,8 +31,8 @@ class Mixture(Manifest):
         """SAMPLE rows (n,) of all sets, one after the other."""
         return joined(self.parts, [part.index() for part in self.parts])
 
-    def shard(self, number: int) -> Path:
-        return shard_of(self.parts, number)
+    def open_shard(self, number: int) -> int:
+        return open_shard_of(self.parts, number)
 
     def order(self, seed: int) -> Order:
         return Order(seed, [len(part) for part in self.parts], self.weights, self.block)
@@ -54,8 +55,8 @@ class FeatureMixture(FeatureManifest):
     def check(self, latents: Manifest) -> np.ndarray:
         return joined(self.parts, [own.check(part) for own, part in zip(self.parts, latents.parts, strict=True)])
 
-    def shard(self, number: int) -> Path:
-        return shard_of(self.parts, number)
+    def open_shard(self, number: int) -> int:
+        return open_shard_of(self.parts, number)
 
 
 def joined(parts: Sequence[ShardFolder], indices: Sequence[np.ndarray]) -> np.ndarray:
@@ -70,11 +71,11 @@ def joined(parts: Sequence[ShardFolder], indices: Sequence[np.ndarray]) -> np.nd
     return index
 
 
-def shard_of(parts: Sequence[ShardFolder], number: int) -> Path:
-    """The file of a shard, counted across the sets."""
+def open_shard_of(parts: Sequence[ShardFolder], number: int) -> int:
+    """A descriptor of a shard, counted across the sets."""
     for part in parts:
         if number < len(part.shards):
-            return part.shard(number)
+            return part.open_shard(number)
         number -= len(part.shards)
     raise IndexError(number)
 
@@ -85,7 +86,7 @@ def absolute(parts: Sequence[ShardFolder]) -> tuple[Shard, ...]:
     return tuple(replace(shard, name=str(folder / shard.name)) for folder, shard in each)
 
 
-def feature_mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> FeatureManifest:
+def feature_mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> FeatureManifest:
     """The features beside the latents of each set; ValueError where one has none, or others."""
     parts = [find_features(each.path, cache=cache) for each in sets]
     for part in parts[1:]:
@@ -102,7 +103,7 @@ def feature_mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Feature
     return FeatureMixture(**fields, parts=tuple(parts))
 
 
-def mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Manifest:
+def mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Manifest:
     """The folders as one manifest; ValueError where they cannot train one network, or cannot be read in one batch."""
     parts, weights = [Manifest.load(each.path, cache) for each in sets], [each.weight for each in sets]
     if not parts:

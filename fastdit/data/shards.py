@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdit.data.features import FOLDER, FeatureManifest, StoredFeatureWriter, publish_features
+from fastdit.data.features import FOLDER, FeatureManifest, StoredFeatureWriter, beside_latents, publish_features
 from fastdit.data.images import size_text, to_uint8
 from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import moments_shape
 from fastdit.data.manifest import DTYPES, HEADER, Manifest, ShardFolder
 from fastdit.data.order import HELD_OUT, hash_of
 from fastdit.data.reader import ShardReader
+from fastdit.data.remote import Cache, check_local
 from fastdit.data.writer import prepare, write_keyed, write_tars
 from fastdit.files import read_array
 from fastdit.sheets import tiled
@@ -28,9 +29,12 @@ COLUMNS, SHOWN = 8, 5  # of a sheet; classes in the statistics at each end
 Sample = tuple[int, np.ndarray, int]  # key, moments (orientations, 2C, h, w) or stored features (2, ...), label
 
 
-def stats(folder: str | Path, every_class: bool = False) -> str:
-    """What the manifest says, as text; with `every_class` the number of images of each class."""
-    manifest = Manifest.load(folder)
+def stats(folder: str | Path, every_class: bool = False, cache: str | Path = "") -> str:
+    """What the manifest says, as text; with `every_class` the number of images of each class.
+
+    Here and below, `cache` is the folder for the files of URLs.
+    """
+    manifest = Manifest.load(folder, Cache(cache))
     manifest.check()
     spec, counts = manifest.latents, np.array(manifest.class_counts)
     shards, gib = len(manifest.shards), sum(shard.bytes for shard in manifest.shards) / 2**30
@@ -51,7 +55,12 @@ def stats(folder: str | Path, every_class: bool = False) -> str:
 
 
 def merge(
-    folders: Sequence[str | Path], out: str | Path, *, features: bool = True, overwrite: bool = False
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    features: bool = True,
+    overwrite: bool = False,
+    cache: str | Path = "",
 ) -> Manifest:
     """The images of all folders, one after the other; ValueError unless one network could be trained on all.
 
@@ -59,7 +68,7 @@ def merge(
 
     Key n of a folder becomes n + the number of images in the sources of the folders before it.
     """
-    manifests = [Manifest.load(folder) for folder in folders]
+    manifests = [Manifest.load(folder, Cache(cache)) for folder in folders]
     if len(manifests) < 2:
         raise ValueError("merge needs two folders or more, and then a new one for the result")
     first = manifests[0]
@@ -91,12 +100,13 @@ def split(
     per_class: int | None = None,
     features: bool = True,
     overwrite: bool = False,
+    cache: str | Path = "",
 ) -> tuple[Manifest, Manifest]:
     """Two folders, of which `val` has a fraction of the images, a number, or a number of each class.
 
     They are chosen by the hash of data.val_fraction: the same in every run, and a larger `val` holds a smaller one.
     """
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder, Cache(cache))
     index = manifest.index()
     held_out = _chosen(manifest, index, HELD_OUT, fraction, count, per_class)
     if held_out.all() or not held_out.any():
@@ -117,9 +127,10 @@ def sample(
     vae: str | None = None,
     features: bool = True,
     overwrite: bool = False,
+    cache: str | Path = "",
 ) -> Path:
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
-    manifest, out = Manifest.load(folder), Path(out)
+    manifest, out = Manifest.load(folder, Cache(cache)), Path(out)
     index = manifest.index()
     chosen = _chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)
     if out.suffix != ".png":
@@ -147,6 +158,7 @@ def repair(
     Without a usable index.npy, samples are read from the tar files in order, as far as these can be read. The manifest
     must be there: nothing else says which autoencoder encoded the latents.
     """
+    check_local(folder, "fastdit shards repair")
     manifest = Manifest.load(folder)
     try:
         index = manifest.index()
@@ -202,13 +214,13 @@ def _write(
         index = manifest.index()
         places = places[_as_stored(index[places])]
         latents.append((manifest, index[places], start))
-        if features and (manifest.folder / FOLDER).exists():
-            own = FeatureManifest.load(manifest.folder / FOLDER)
+        if features and (own := beside_latents(manifest)):
             beside.append((own, own.check(manifest)[places], start))
+        else:
+            without = manifest.url or manifest.folder
     if beside and len(beside) < len(parts):
-        without = next(manifest.folder for manifest, *_ in parts if not (manifest.folder / FOLDER).exists())
-        raise ValueError(f"{without} has no features, but {beside[0][0].folder.parent} has; add them with fastdit "
-                         "extract --encoder, or leave them out with --no-features")  # fmt: skip
+        raise ValueError(f"{without} has no features, but another folder has; add them with fastdit extract --encoder, "
+                         "or leave them out with --no-features")  # fmt: skip
     for own, *_ in beside[1:]:
         beside[0][0].check_alike(own)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.data.features import FeatureManifest, find_features, resample
+from fastdit.data.remote import Cache
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tap, Tapped
@@ -228,7 +229,7 @@ def features_for(config: Config) -> FeatureManifest | None:
     """The features that training.align uses; None if it uses none, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    return find_features(data.shards, data.features, data.cache) if used else None
+    return find_features(data.shards, data.features, Cache(data.cache, data.cache_gib)) if used else None
 
 
 def alignment_losses(
