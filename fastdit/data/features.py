@@ -262,9 +262,13 @@ def find_features(
                              f"out, with features in each of them, such as {shards[0].path}/{FOLDER}")  # fmt: skip
         return feature_mixture(shards, cache)
     folder = features or f"{shards}/{FOLDER}"
-    if not is_remote(folder) and not features and not Path(folder).is_dir():
-        raise ValueError(
-            f"training.align needs features, but {shards} has none; add them with "
-            f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
-        )
-    return FeatureManifest.load(folder, cache)
+    try:
+        if features or is_remote(folder) or Path(folder).is_dir():
+            return FeatureManifest.load(folder, cache)
+    except Missing:
+        if features:
+            raise
+    raise ValueError(
+        f"training.align needs features, but {shards} has none; add them with "
+        f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
+    )

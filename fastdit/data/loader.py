@@ -80,9 +80,9 @@ def check_cache(manifest: Manifest, features: FeatureManifest | None = None) -> 
         else:
             least += sum(sizes)
     if least > manifest.cache.most:
-        what = f"data.block={block}" if block else "a full shuffle"
+        what, remedy = (f"data.block={block}", "") if block else ("a full shuffle", ", or data.block=4096")
         raise ValueError(f"data.cache_gib={manifest.cache.gib:g} is less than the {least / 2**30:.3g} GiB of shards "
-                         f"that {what} reads at a time; set more, or data.block={block // 2 or 4096}")  # fmt: skip
+                         f"that {what} reads at a time; set more{remedy}")  # fmt: skip
 
 
 class Reads(Protocol):

@@ -74,6 +74,8 @@ def fetch_manifest(url: str, cache: Cache) -> Path:
     if not found or "::" in url or protocol not in PROTOCOLS:
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise ValueError(f"data.shards={url} cannot be read; use a local folder, or one of {known}")
+    if "?" in url or "#" in url:
+        raise ValueError(f"data.shards={url} has a query, which the names of its files cannot follow; leave it out")
     if not cache.folder:
         raise ValueError(f"data.shards={url} needs a folder for its files; set data.cache=FOLDER, or --cache FOLDER")
     folder = Path(cache.folder) / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -170,6 +170,7 @@ def test_processes_share_a_cache(sets, tmp_path):
         ("ftp://host/x", "data.shards=ftp://host/x cannot be read"),
         ("simplecache::memory://bucket/b", "cannot be read; use a local folder"),
         ("memory://x::s3://bucket/b", "cannot be read; use a local folder"),
+        ("memory://bucket/b?sig=1", "has a query, which the names of its files cannot follow; leave it out"),
         ("memory://bucket/none", "none/manifest.json cannot be read .*check data.shards"),
     ],
 )
