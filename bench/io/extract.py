@@ -227,7 +227,8 @@ def main() -> None:
         finally:
             LatentCodec.load = load
             settings = {"image_size": size, "batch_size": batch, "workers": workers, "images": len(folder),
-                        "clock": clock.__name__, "vae_parameters": sum(p.numel() for p in codec.vae.parameters())}  # fmt: skip
+                        "clock": clock.__name__}  # fmt: skip
+            settings["vae_parameters"] = sum(p.numel() for p in codec.vae.parameters())
             lines = [record("extract", arguments.out, way=way, **figures, **facts[way], **settings)
                      for way, figures in compared(rates).items()]  # fmt: skip
             if {"fastdit-fp32", *PARTS} <= rates.keys():
