@@ -65,13 +65,22 @@ def packed(features: np.ndarray, dtype: str) -> np.ndarray:
     return array
 
 
-def unpacked(array: np.ndarray, tokens: int) -> Tensor:
-    """Stored features of n images, one orientation each -> those of the first tokens (n, tokens, D), float16."""
+def unpacked(array: np.ndarray, tokens: slice) -> Tensor:
+    """Stored features of n images, one orientation each -> those of some tokens (n, tokens, D), float16."""
     if array.dtype.names is None:
-        return torch.from_numpy(array)[:, :tokens].contiguous()
-    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, :tokens]))
-    values = torch.from_numpy(array["values"])[:, :tokens].half()
+        return torch.from_numpy(array)[:, tokens].contiguous()
+    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, tokens]))
+    values = torch.from_numpy(array["values"])[:, tokens].half()
     return values.mul_(scale.half()[..., None])  # in float32, PyTorch takes three times as long
+
+
+def class_token_of(patches: Tensor, class_token: Tensor | None = None) -> Tensor:
+    """The class token (N, D), or the mean of patches (N, rows, columns, D) where the encoder has none; float32.
+
+    It has mean 0 and variance 1 over D, the variance of the noise.
+    """
+    token = patches.float().mean((1, 2)) if class_token is None else class_token.float()
+    return F.layer_norm(token, token.shape[1:])
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -175,6 +184,8 @@ class FeatureManifest(ShardFolder):
     def check(self, latents: Manifest) -> None:
         """Raises a ValueError if these are not the features of the same images, or a shard is incomplete."""
         ours, theirs = self.index(), latents.index()
+        if latents.rows is not None and len(ours) > latents.rows.max(initial=-1):  # others are held out
+            ours = ours[latents.rows]
         if not same_images(ours, theirs):
             raise ValueError(
                 f"the features in {self.folder} are of other images ({len(ours)}) than the latents in "
@@ -220,12 +231,12 @@ def find_features(
 ) -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
     if isinstance(shards, tuple):
-        raise ValueError(f"training.align needs features, which cannot be mixed as data.shards={shards_text(shards)} "
-                         "does; use one folder of latents")  # fmt: skip
+        raise ValueError("training.align and model.class_token need features, which cannot be mixed as data.shards="
+                         f"{shards_text(shards)} does; use one folder of latents")  # fmt: skip
     folder = features or f"{shards}/{FOLDER}"
     if not is_remote(folder) and not features and not Path(folder).is_dir():
         raise ValueError(
-            f"training.align needs features, but {shards} has none; add them with "
+            f"training.align and model.class_token need features, but {shards} has none; add them with "
             f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
         )
     return FeatureManifest.load(folder, cache)

@@ -225,10 +225,22 @@ def attach(
 
 
 def features_for(config: Config) -> FeatureManifest | None:
-    """The features that training.align uses; None if it uses none, ValueError if they are missing."""
+    """The features that training.align and model.class_token use; None without use, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    return find_features(data.shards, data.features, data.cache) if used else None
+    return token_features(config) or (find_features(data.shards, data.features, data.cache) if used else None)
+
+
+def token_features(config: Config, shards: str = "") -> FeatureManifest | None:
+    """The features of model.class_token, of data.shards or of other `shards`; None without a class token."""
+    if not (width := config.model.class_token):
+        return None
+    data = config.data
+    features = find_features(shards or data.shards, "" if shards else data.features, data.cache)
+    if width != features.dim:
+        raise ValueError(f"model.class_token={width}, but the features in {features.folder} have {features.dim} "
+                         f"values; use {features.dim}")  # fmt: skip
+    return features
 
 
 def alignment_losses(
