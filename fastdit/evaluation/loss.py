@@ -52,6 +52,8 @@ def validation_loss(
     `features`: those of the images, for a model with a class token.
     """
     entangled = isinstance(objective, EntangledFlow)
+    if entangled:
+        features.check(manifest)
     shares, times = stratified(objective, math.ceil(images / BINS))  # (BINS,), (n,)
     count = len(times)
     rows = chosen_rows(manifest, count)

@@ -231,8 +231,11 @@ def features_for(config: Config) -> FeatureManifest | None:
     return token_features(config) or (find_features(data.shards, data.features, data.cache) if used else None)
 
 
-def token_features(config: Config, shards: str = "") -> FeatureManifest | None:
-    """The features of model.class_token, of data.shards or of other `shards`; None without a class token."""
+def token_features(config: Config, shards: str = "", like: dict | None = None) -> FeatureManifest | None:
+    """The features of model.class_token, of data.shards or of other `shards`; None without a class token.
+
+    ValueError where they are missing, or not those of the encoder with the facts `like`.
+    """
     if not (width := config.model.class_token):
         return None
     data = config.data
@@ -240,6 +243,10 @@ def token_features(config: Config, shards: str = "") -> FeatureManifest | None:
     if width != features.dim:
         raise ValueError(f"model.class_token={width}, but the features in {features.folder} have {features.dim} "
                          f"values; use {features.dim}")  # fmt: skip
+    own = features.facts()
+    if like and (other := next((key for key in ("encoder", "weights") if own[key] != like[key]), None)):
+        raise ValueError(f"the features in {features.folder} have {other}={own[other]}, but the run's {like[other]}; "
+                         "extract them with the same encoder")  # fmt: skip
     return features
 
 

@@ -89,7 +89,10 @@ class Monitor:
             return
         if self.every["validate"]:
             check_images(held_out, settings.validate_images)
-            self.features = token_features(config, config.data.val_shards)
+            own = token_features(config)
+            self.features = own and token_features(config, config.data.val_shards, own.facts())
+            if own:
+                self.features.check(held_out)
         # never compiled: the training's compiled code and CUDA graphs stay as they are
         config = replace(config, sampling=replace(config.sampling, compile=False))
         with torch.random.fork_rng([]), torch.device("meta"):

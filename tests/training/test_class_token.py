@@ -17,11 +17,13 @@ from fastdit.data.loader import latent_batches, read_class_tokens
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.distributed import Ranks
 from fastdit.likelihood import likelihood
 from fastdit.models.class_token import channels_of, join, split
 from fastdit.models.dit import DiT
 from fastdit.sampling import load_pipeline
 from fastdit.training.log import read_metrics
+from fastdit.training.validation import loss_of_run
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
 from helpers.extraction import TinyEncoder
@@ -183,6 +185,27 @@ def test_mistakes_are_found_before_a_run_begins(world, featured, tmp_path, optio
     with pytest.raises(ValueError, match=words):
         train_here(world, tmp_path / "run", *SHORT, featured, *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_needs_features_of_the_same_encoder_and_of_its_images(world, featured, tmp_path):
+    place = Path(featured.partition("=")[2])
+    options = [*SHORT, featured, *TOKEN, "training.steps=1", f"data.val_shards={tmp_path / 'held'}"]
+    extract_features(images=world / "held_out", out=tmp_path / "held", vae=world / "vae", image_size=32)
+    with pytest.raises(ValueError, match="held has none; add them with"):
+        train_here(world, tmp_path / "run", *options)
+    shutil.copytree(place / "features", tmp_path / "held/features")
+    with pytest.raises(ValueError, match="are of other images"):
+        train_here(world, tmp_path / "run", *options)
+    shutil.rmtree(tmp_path / "held/features")
+    extract_features(images=world / "held_out", out=tmp_path / "held", vae=world / "vae", image_size=32,
+                     encoder=TinyEncoder())  # fmt: skip
+    last = train_here(world, tmp_path / "run", *options)
+    text = (tmp_path / "held/features/manifest.json").read_text()
+    found = loss_of_run(last, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40)
+    assert found["values"]["class_token"] > 0
+    (tmp_path / "held/features/manifest.json").write_text(text.replace("5" * 64, "6" * 64))
+    with pytest.raises(ValueError, match="held/features have weights=6+, but the run's 5+; extract them with the same"):
+        loss_of_run(last, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40)
 
 
 def test_shards_without_features_are_named(world, tmp_path):
