@@ -12,7 +12,6 @@ from torch import nn
 
 from fastdit.api import load
 from fastdit.convert import convert, read_initial
-from fastdit.data.extract import extract_features
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tapped
@@ -30,7 +29,6 @@ from fastdit.training.alignment import (
     spatially_normalized,
 )
 from fastdit.training.log import read_metrics, training_flops
-from helpers.extraction import TinyEncoder
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,15 +180,6 @@ def test_depths_scale_with_the_network(depth, expected):
     assert len(linears) == 5 and linears[-1].out_features == 16
     with pytest.raises(ValueError, match=f"block {depth + 1} is not one of the network's 1 to {depth}"):
         at_depth(depth + 1, model, 8)
-
-
-@pytest.fixture(scope="module")
-def featured(world, tmp_path_factory):
-    """The world's latents, with features: the override that names them."""
-    out = tmp_path_factory.mktemp("featured") / "latents"
-    shutil.copytree(world / "latents", out)
-    extract_features(images=world / "images", out=out, vae=world / "vae", image_size=32, encoder=TinyEncoder())
-    return f"data.shards={out}"
 
 
 @pytest.mark.parametrize("options", [

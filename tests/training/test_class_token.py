@@ -34,15 +34,6 @@ SHORT = ["training.steps=4", "training.checkpoint_every=2", "training.precision=
 TOKEN = ["model.class_token=6"]
 
 
-@pytest.fixture(scope="module")
-def featured(world, tmp_path_factory):
-    """The world's latents, with features: the override that names them."""
-    out = tmp_path_factory.mktemp("featured") / "latents"
-    shutil.copytree(world / "latents", out)
-    extract_features(images=world / "images", out=out, vae=world / "vae", image_size=32, encoder=TinyEncoder())
-    return f"data.shards={out}"
-
-
 def small(**options) -> DiT:
     torch.manual_seed(0)
     model = DiT((4, 6), 2, 3, hidden_size=16, depth=2, num_heads=2, num_classes=4, attention="eager", **options)
