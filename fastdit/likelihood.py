@@ -110,6 +110,9 @@ def likelihood(
     manifest = Manifest.load(shards, Cache(data.cache, data.cache_gib))
     if num_images > len(manifest):
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
+    if dim := trained.config.model.class_token:
+        raise ValueError(f"{trained.folder} has model.class_token={dim}, so a likelihood would be that of latent and "
+                         "token together, which is not measured; use a run with class_token=0")  # fmt: skip
     objective, model, latents = trained.objective, trained.model, manifest.latents
     if data.normalize != "none":
         latents = manifest.scaled_as(trained.latents).latents

@@ -42,7 +42,7 @@ class DataConfig:
     shards: str | tuple[ShardSet, ...] = ""
     cache: str = ""  # folder of this machine that keeps the files of remote shards; required for them
     cache_gib: float = 0.0  # its size, beyond which the shards that were read least recently are deleted; 0: no limit
-    features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
+    features: str = ""  # an encoder's features, for repa and model.class_token; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
@@ -85,10 +85,13 @@ class NetworkOptions:
     mlp_bias: bool = True  # biases of both linear layers of the MLP
     dropout: float = 0.0  # probability of dropping an element of a branch's output in training (models/dropout.py)
     decoder_blocks: int = 0  # the last blocks, as a decoder conditioned on the others' output (DDT, Wang et al. 2025)
+    class_token: int = 0  # D of an encoder's class token, denoised with the latent (REG, Wu et al. 2025); 0: none
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
         check_literals(self, "model")
+        require(0 <= self.class_token <= 1 << 16, "model.class_token", self.class_token,
+                "use the width of the encoder's features, 768 for DINOv2-B, or 0")  # fmt: skip
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
         require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
         blocks = self.decoder_blocks

@@ -65,13 +65,22 @@ def packed(features: np.ndarray, dtype: str) -> np.ndarray:
     return array
 
 
-def unpacked(array: np.ndarray, tokens: int) -> Tensor:
-    """Stored features of n images, one orientation each -> those of the first tokens (n, tokens, D), float16."""
+def unpacked(array: np.ndarray, tokens: slice) -> Tensor:
+    """Stored features of n images, one orientation each -> those of some tokens (n, tokens, D), float16."""
     if array.dtype.names is None:
-        return torch.from_numpy(array)[:, :tokens].contiguous()
-    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, :tokens]))
-    values = torch.from_numpy(array["values"])[:, :tokens].half()
+        return torch.from_numpy(array)[:, tokens].contiguous()
+    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, tokens]))
+    values = torch.from_numpy(array["values"])[:, tokens].half()
     return values.mul_(scale.half()[..., None])  # in float32, PyTorch takes three times as long
+
+
+def class_token_of(patches: Tensor, class_token: Tensor | None = None) -> Tensor:
+    """The class token (N, D), or the mean of patches (N, rows, columns, D) where the encoder has none; float32.
+
+    It has mean 0 and variance 1 over D, the variance of the noise.
+    """
+    token = patches.float().mean((1, 2)) if class_token is None else class_token.float()
+    return F.layer_norm(token, token.shape[1:])
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -269,6 +278,6 @@ def find_features(
         if features:
             raise
     raise ValueError(
-        f"training.align needs features, but {shards} has none; add them with "
+        f"training.align and model.class_token need features, but {shards} has none; add them with "
         f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.data.features import FeatureManifest, unpacked
+from fastdit.data.features import FeatureManifest, class_token_of, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 from fastdit.data.mixture import Mixture
 from fastdit.data.order import WINDOW, held_out_rows, mirrors
@@ -27,13 +27,15 @@ from fastdit.data.synthetic import Synthetic
 class Batch(NamedTuple):
     """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64.
 
-    `features` (n, rows, columns, D) float16: of the patches of the same images in the same orientation, if asked for.
+    `features` (n, rows, columns, D) float16: of the patches of the same images in the same orientation, if asked for;
+    and `class_token` (n, D), if the encoder has one.
     """
 
     step: int
     moments: Tensor
     y: Tensor
     features: Tensor | None = None
+    class_token: Tensor | None = None
 
 
 def latent_batches(
@@ -181,8 +183,7 @@ class _Reader:
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
-            grid = self.features.manifest.grid
-            tensors.append(unpacked(features, math.prod(grid)).unflatten(1, grid))  # without the class token
+            tensors += parts_of(features, self.features.manifest)
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
 
     def read(
@@ -228,6 +229,28 @@ def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -
     finally:
         reader.close()
     return torch.from_numpy(array[good]).float()
+
+
+def parts_of(array: np.ndarray, manifest: FeatureManifest) -> list[Tensor]:
+    """Stored features of n images, one orientation each -> patches (n, rows, columns, D), class token (n, D) if any."""
+    patches = math.prod(manifest.grid)
+    parts = [unpacked(array, slice(patches)).unflatten(1, manifest.grid)]
+    return parts + ([unpacked(array, slice(patches, None))[:, 0]] if manifest.class_token else [])
+
+
+def read_class_tokens(features: FeatureManifest, keys: np.ndarray) -> Tensor:
+    """The class tokens (n, D) of the images with these keys, not mirrored, as `class_token_of` gives them."""
+    index = features.index()
+    order = np.argsort(index["key"], kind="stable")
+    rows = index[order[np.searchsorted(index["key"], keys, sorter=order)]]
+    reader, array = ShardReader(features), np.empty(len(rows), features.record)
+    try:
+        faults = [fault for i, row in enumerate(rows) if (fault := reader.read(row, 0, array[i : i + 1]))]
+    finally:
+        reader.close()
+    if faults:
+        raise ValueError(f"{faults[0]}; {AGAIN}")
+    return class_token_of(*parts_of(array, features))
 
 
 def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:

@@ -52,6 +52,9 @@ class FeatureMixture(FeatureManifest):
 
     parts: tuple[FeatureManifest, ...] = ()
 
+    def index(self) -> np.ndarray:
+        return joined(self.parts, [part.index() for part in self.parts])
+
     def check(self, latents: Manifest) -> np.ndarray:
         return joined(self.parts, [own.check(part) for own, part in zip(self.parts, latents.parts, strict=True)])
 

@@ -16,6 +16,8 @@ from fastdit.distributed import Ranks
 from fastdit.environment import commit, hardware
 from fastdit.evaluation.loss import IMAGES, validation_loss
 from fastdit.pipeline import Inference
+from fastdit.training import checkpoint
+from fastdit.training.alignment import token_features
 from fastdit.training.state import load_network
 
 PROTOCOL = 1  # increases when the same files and settings give other digits
@@ -60,7 +62,9 @@ def loss_of_run(
     check_classes(trained.class_names, manifest)
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
-    found = validation_loss(trained.objective, network, manifest, ranks, images=num_samples or IMAGES)
+    like, count = checkpoint.read_meta(trained.folder).get("features"), num_samples or IMAGES
+    features = token_features(trained.config, shards or data.val_shards, like)
+    found = validation_loss(trained.objective, network, manifest, ranks, images=count, features=features)
     return {
         "protocol": {
             "version": PROTOCOL,

@@ -51,7 +51,7 @@ def verify_checkpoint(folder: Path, meta: dict[str, Any], found: Findings, say: 
         return
     say(f"{folder}: {config.model.variant}, step {meta.get('step')}, {model.parameter_count():,} parameters, fp32 EMA")
     model.load_state_dict({name: tensor.float() for name, tensor in states["ema"].items()}, assign=True)
-    check_forward(model, objective, latents.shape, folder / GOLDEN, found, say)
+    check_forward(model, objective, model.state_shape, folder / GOLDEN, found, say)
 
 
 def verify_averages(run_dir: Path, found: Findings, say: Callable[[str], None]) -> None:

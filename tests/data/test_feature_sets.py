@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastdit.cli import main
 from fastdit.data.features import FeatureManifest, FeatureWriter, find_features, publish_features
-from fastdit.data.loader import latent_batches, split
+from fastdit.data.loader import latent_batches, read_class_tokens, split
 from fastdit.data.manifest import Manifest
 from fastdit.data.shards import merge, sample
 from fastdit.data.shards import split as split_folder
@@ -63,6 +64,9 @@ def test_a_mixture_has_the_features_of_each_set(sets):
     assert numbers == {*range(1000, 1007), *range(2000, 2040)} and features.facts() == ABOUT.facts()
     train, held_out = split(manifest, 0.3)
     assert seen(train, features, steps=40) == numbers - seen(held_out, features, steps=40)
+    rows = manifest.index()[[3, 9, 40]]  # one of a, two of b
+    values = torch.tensor([[3.0, 10, 1], [2, 20, 1], [33, 20, 1]])
+    assert torch.equal(read_class_tokens(features, rows["key"]), torch.nn.functional.layer_norm(values, (3,)))
     a, b = (FeatureManifest.load(sets / name / "features") for name in "ab")
     assert features.mean == pytest.approx(0.25 * a.mean + 0.75 * b.mean) and min(a.std, b.std) < features.std
 
@@ -90,7 +94,7 @@ def test_sets_whose_features_do_not_belong_together_are_refused(sets):
         if about.tokens == 1:
             with pytest.raises(ValueError, match=message):
                 merge([sets / "b", sets / "a"], sets / "out")
-    with pytest.raises(ValueError, match="training.align needs features, but .*c has none; add them with"):
+    with pytest.raises(ValueError, match="need features, but .*c has none; add them with fastdit extract"):
         find_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "c"), 1.0)))
     assert not (sets / "out").exists()
 
