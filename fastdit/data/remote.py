@@ -2,6 +2,7 @@
 
 <cache>/<hash of the URL>/manifest.json   fetched at each start
 <cache>/<SHA-256>                         an index or a shard, fetched when it is first needed, under what it contains
+<cache>/.lock                             held while room is made
 
 A file appears under its SHA-256 once it is complete and checked. The processes that share a cache fetch each file once.
 With a limit, the files that were opened least recently are deleted before another is fetched. A process locks the files
@@ -102,7 +103,7 @@ def opened(url: str, name: str, size: int, sha256: str, cache: Cache) -> int:
             descriptor = os.open(path, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is(descriptor, path):
-                with suppress(PermissionError):  # another user's
+                with suppress(OSError):  # another user's
                     os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
@@ -119,9 +120,11 @@ def fetched(url: str, name: str, size: int, sha256: str, cache: Cache) -> Path:
     while not path.is_file():
         with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # which the end of a process releases
-            if path.is_file():  # another process has fetched it meanwhile
-                partial.unlink(missing_ok=True)
-            elif _is(file.fileno(), partial):
+            if not _is(file.fileno(), partial):  # another process has completed or deleted it meanwhile
+                continue
+            if path.is_file():
+                partial.unlink()
+            else:
                 try:
                     _make_room(file, size, f"{url}/{name}", cache)
                     _tried(lambda file=file: _copy(url, name, file, size, sha256))
@@ -146,10 +149,10 @@ def _make_room(file: BinaryIO, size: int, name: str, cache: Cache) -> None:
             with suppress(FileNotFoundError):
                 if STORED.fullmatch(path.name):
                     found.append((path.lstat().st_mtime_ns, path.lstat().st_size, path))
-        over = max(sum(bytes for _, bytes, _ in found) + size - cache.most, size - shutil.disk_usage(folder).free)
-        for _, bytes, path in sorted(found) if cache.gib else ():
+        over = max(sum(taken for _, taken, _ in found) + size - cache.most, size - shutil.disk_usage(folder).free)
+        for _, taken, path in sorted(found) if cache.gib else ():
             if over > 0 and _deleted(path):
-                over -= bytes
+                over -= taken
         free = shutil.disk_usage(folder).free
         if free < size:
             raise ValueError(f"data.cache={folder} has {_gib(free)} GiB free, but {name} needs {_gib(size)}; free "
@@ -163,7 +166,7 @@ def _gib(size: float) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -174,7 +177,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _deleted(path: Path) -> bool:
     """Deletes a file unless a process reads or writes it."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # to write, without which NFS gives no such lock
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

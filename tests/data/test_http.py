@@ -3,7 +3,6 @@
 import shutil
 import sys
 import threading
-import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        self.folder, self.faults, self.asked = folder, [], []
+        self.folder, self.faults, self.asked, self.over = folder, [], [], threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/b"
 
@@ -54,7 +53,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
         if fault == "hangs":
-            time.sleep(1.5)
+            self.server.over.wait(60)
         self.close_connection = True
 
 
@@ -68,10 +67,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def server(folder, monkeypatch) -> Server:
     monkeypatch.setattr(remote, "WAITS_S", (0, 0))
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
     with Server(folder) as made:
         threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
         yield made
+        made.over.set()
         made.shutdown()
 
 
@@ -94,7 +93,17 @@ def test_batches_are_those_of_the_local_folder_and_each_file_is_asked_for_once(s
     assert sorted(server.asked) == [("GET", f"/b/{name}") for name in names]
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "cut without a length", "hangs"])
+def test_a_server_that_sends_nothing_more_is_left(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "WAITS_S", (0,))
+    manifest = Manifest.load(server.url, Cache(tmp_path))
+    monkeypatch.setattr(remote, "TIMEOUT_S", 1)
+    server.faults = ["hangs"] * 2
+    with pytest.raises(ValueError, match=r"shard-00001.tar cannot be read \(.*[Tt]imeout.*\); check data.shards"):
+        content(manifest, 1)
+    assert content(manifest, 1) == (server.folder / "b/shard-00001.tar").read_bytes()
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "cut without a length"])
 def test_a_server_that_fails_is_asked_three_times(server, tmp_path, fault):
     manifest = Manifest.load(server.url, Cache(tmp_path))
     server.faults = [fault] * 2
@@ -105,7 +114,7 @@ def test_a_server_that_fails_is_asked_three_times(server, tmp_path, fault):
     with pytest.raises(ValueError, match="shard-00001.tar (cannot be read|does not have the SHA-256)") as error:
         content(manifest, 1)
     assert len(server.asked) == 3 and "\n" not in str(error.value) and len(str(error.value)) < 300
-    assert [path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".partial"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".partial"] == [".lock"]
 
 
 @pytest.mark.parametrize("status", [404, 410, 403])

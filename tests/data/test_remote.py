@@ -52,7 +52,8 @@ def content(manifest: Manifest, number: int) -> bytes:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def test_a_remote_folder_is_read_as_a_local_one_and_each_file_fetched_once(sets, memory, tmp_path, monkeypatch):
