@@ -326,7 +326,7 @@ def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, 
     expected = take(stored, 3, global_batch=40, seed=0)
     batches = on_device(latent_batches(stored, global_batch=40, seed=0, pin_memory=name == "cuda"), torch.device(name))
     for batch in expected:
-        step, moments, y, _ = next(batches)
+        step, moments, y, *_ = next(batches)
         assert step == batch.step and moments.device.type == y.device.type == name
         assert torch.equal(moments.cpu(), batch.moments) and torch.equal(y.cpu(), batch.y)
     batches.close()
