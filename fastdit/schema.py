@@ -41,6 +41,7 @@ class DataConfig:
     # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]; or URLs, such as s3://bucket/latents
     shards: str | tuple[ShardSet, ...] = ""
     cache: str = ""  # folder of this machine that keeps the files of remote shards; required for them
+    cache_gib: float = 0.0  # its size, beyond which the shards that were read least recently are deleted; 0: no limit
     features: str = ""  # an encoder's features, for repa and model.class_token; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
@@ -54,6 +55,7 @@ class DataConfig:
     val_fraction: float = 0.0  # or the share of the images in shards that is held out for it; the same in every run
 
     def __post_init__(self):
+        require(0 <= self.cache_gib < float("inf"), "data.cache_gib", self.cache_gib, "use GiB, or 0 for no limit")
         fraction = self.val_fraction
         require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
         both = fraction and self.val_shards

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdit.data.features import FeatureManifest, class_token_of, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 from fastdit.data.mixture import Mixture
-from fastdit.data.order import held_out_rows, mirrors
+from fastdit.data.order import WINDOW, held_out_rows, mirrors
 from fastdit.data.reader import ShardReader
 from fastdit.data.synthetic import Synthetic
 
@@ -62,15 +62,29 @@ def latent_batches(
     images; and during iteration if `verify` is set and a sample's bytes do not match its crc32.
     """
     manifest.check(global_batch=global_batch, hflip=hflip)
-    if features is not None:
-        features.check(manifest)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
+    check_cache(manifest, features)
     if isinstance(manifest, Synthetic):
         reader = _Generator(manifest, global_batch, rows, pin_memory)
     else:
         reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
     return read_ahead(reader, start_step, prefetch)
+
+
+def check_cache(manifest: Manifest, features: FeatureManifest | None = None) -> None:
+    """Raises a ValueError if data.cache_gib has no room for the shards that are read again and again."""
+    block, least = manifest.block, 0.0
+    for folder in (part for each in (manifest, features) if each for part in getattr(each, "parts", (each,))):
+        sizes = [shard.bytes for shard in folder.shards if folder.url]
+        if block and sizes:  # those of a window of blocks, not all
+            least += min(sum(sizes), WINDOW * (block * len(sizes) / len(folder) + 1) * max(sizes))
+        else:
+            least += sum(sizes)
+    if least > manifest.cache.most:
+        what, remedy = (f"data.block={block}", "") if block else ("a full shuffle", ", or data.block=4096")
+        raise ValueError(f"data.cache_gib={manifest.cache.gib:g} is less than the {least / 2**30:.3g} GiB of shards "
+                         f"that {what} reads at a time; set more{remedy}")  # fmt: skip
 
 
 class Reads(Protocol):
@@ -146,9 +160,7 @@ class _Reader:
         self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
         self.order = manifest.order(seed)
         if features is not None:
-            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.index()
-            if manifest.rows is not None:  # some images are held out
-                self.feature_index = self.feature_index[manifest.rows]
+            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.check(manifest)
 
     def batch(self, step: int) -> Batch:
         images, epochs = self.order(step * self.global_batch + self.rows)
