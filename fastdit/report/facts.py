@@ -12,6 +12,7 @@ from fastdit import environment
 from fastdit.config import load_config, to_tree
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json
 from fastdit.schema import Config
 from fastdit.training import checkpoint
@@ -97,8 +98,9 @@ def read_run(folder: str | Path) -> Run:
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
-        manifest = Manifest.load(run.config.data.shards, run.config.data.cache).normalized(run.config.data.normalize)
-        run.manifest, _ = split(manifest, run.config.data.val_fraction)
+        data = run.config.data
+        manifest = Manifest.load(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        run.manifest, _ = split(manifest, data.val_fraction)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
     return run
