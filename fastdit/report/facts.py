@@ -12,6 +12,7 @@ from fastdit import environment
 from fastdit.config import load_config, to_tree
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json
 from fastdit.schema import Config
@@ -99,7 +100,7 @@ def read_run(folder: str | Path) -> Run:
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
     try:
         data = run.config.data
-        manifest = Manifest.load(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        manifest = open_latents(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
         run.manifest, _ = split(manifest, data.val_fraction)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
