@@ -47,7 +47,7 @@ from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, too_young
 from fastdit.training.engine import MOMENTS, TorchEngine, set_moments
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow
+from fastdit.training.log import Log, LossWindow, say
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, VAE
 from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
@@ -56,15 +56,21 @@ from fastdit.training.weights import read_weights
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train_autoencoder(config: AutoencoderConfig, *, resume: bool = False, device: str | None = None) -> Path:
+def train_autoencoder(
+    config: AutoencoderConfig, *, resume: bool = False, device: str | None = None, report=None
+) -> Path:
     """Train as `config` says and return run_dir/vae, a folder of diffusers with the EMA.
 
-    `resume` continues from the newest checkpoint in `run_dir`.
+    `resume` continues from the newest checkpoint in `run_dir`. `report(run_dir, device)` writes the report of a run
+    that has ended, as for training.loop.train.
     """
     ranks, run_dir = distributed.init(device, 2 * config.training.timeout_s), Path(config.run_dir)  # watchdog first
     checkpoint.check_run_dir(run_dir, resume)
     with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
-        return _train(config, run_dir, ranks, resume)
+        out = _train(config, run_dir, ranks, resume)
+        if report and config.training.report and ranks.is_main:
+            say(run_dir, report(run_dir, ranks.device))
+    return out
 
 
 def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:

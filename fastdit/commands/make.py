@@ -129,8 +129,9 @@ def train_vae(parser: ArgumentParser) -> Command:
         name = one_name(arguments, "config", "config, such as vae_kl_f4")
         config = load_config(name, arguments.overrides, AutoencoderConfig)
         from fastdit.autoencoder.loop import train_autoencoder  # after load_config: importing torch takes seconds
+        from fastdit.report import report_at_end
 
-        train_autoencoder(config, resume=arguments.resume, device=arguments.device)
+        train_autoencoder(config, resume=arguments.resume, device=arguments.device, report=report_at_end)
 
     return run
 
