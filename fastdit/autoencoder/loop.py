@@ -135,6 +135,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,
         start_step=start, hflip=config.data.hflip, prefetch=config.data.prefetch, pin_memory=device.type == "cuda",
+        crop_fraction=config.data.crop_fraction if config.data.crop == "random" else None,
     )  # fmt: skip
 
     def on_skip(done: int) -> None:
@@ -208,7 +209,8 @@ def _images(config: AutoencoderConfig) -> tuple[ImageSource, PixelReader, PixelR
         raise ValueError(f"data.images={data.images} holds no images; give others")
     chosen = np.arange(len(others)) if data.val_images else rest if len(rest) else rows
     workers = data.workers or cores_per_process()
-    reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=data.cache_gib * 2**30)
+    kept = data.cache_gib * 2**30 if data.crop == "center" else 0
+    reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=kept)
     measured = PixelReader(others, chosen, data.image_size, workers=workers)
     return source, reader, measured, bool(data.val_images) or len(rest) > 0
 

@@ -223,7 +223,10 @@ def about(run: Run) -> dict[str, str]:
         rows["discriminator"] = (f"PatchGAN, layers {critic.layers}, channels {critic.channels}, weight "
                                  f"{critic.weight:g}, from step {critic.start:,} on")  # fmt: skip
     rows["trained"] = "the decoder alone" if config.training.decoder_only else "encoder and decoder"
-    return rows | optimization(run)
+    rows |= optimization(run)
+    crops = "random crops" + f" of {config.data.crop_fraction:g} to 1 of the image" * (config.data.crop_fraction < 1)
+    rows["batch"] += f", {crops if config.data.crop == 'random' else 'center crops'}"
+    return rows
 
 
 def to_use(run: Run) -> str:
