@@ -29,7 +29,8 @@ def extract(parser: ArgumentParser) -> Command:
         "--images",
         required=True,
         help="a folder with a subfolder per class, a folder of images, a CSV or JSONL file with path and label, a "
-        "WebDataset, ImageNet's or CIFAR's archive, or Parquet files of the Hugging Face hub",
+        "WebDataset, ImageNet's or CIFAR's archive (cifar-10-python.tar.gz/test: its test images), or Parquet files of "
+        "the Hugging Face hub",
     )
     parser.add_argument("--out", required=True, help="output folder; it appears once it is complete")
     parser.add_argument(
