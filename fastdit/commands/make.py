@@ -113,7 +113,8 @@ def train_vae(parser: ArgumentParser) -> Command:
 
     fastdit train-vae vae_kl_f4 data.images=images run_dir=runs/vae
     CONFIG is a YAML file, or the name of an included config (fastdit configs). The result is RUN/vae, for extract,
-    train and sample. Repeat the command with --resume to continue. Several GPUs: fastdit launch --gpus 8 train-vae ...
+    train and sample; RUN/report.html shows it. Repeat the command with --resume to continue. Several GPUs:
+    fastdit launch --gpus 8 train-vae ...
     """
     parser.add_argument("--config", help="the same as CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in run_dir")

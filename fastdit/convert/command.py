@@ -26,7 +26,7 @@ from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.schema import Config, ModelConfig
 from fastdit.training import checkpoint
-from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
+from fastdit.training.state import AUTOENCODER, CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
@@ -129,6 +129,8 @@ def read_official(path: Path, stated: Stated, say) -> Loaded:
 def read_fastdit(path: Path, stated: Stated) -> Loaded:
     folder = checkpoint.find(path)
     meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
+    if meta.get("kind") == AUTOENCODER:
+        raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
     return Loaded(model, ema, config, latents_of(meta), meta["step"], tuple(meta.get("class_names", ())))

@@ -42,12 +42,14 @@ def write_report(
     if autoencoders and overrides:
         raise ValueError(f"{overrides[0]} is a setting of samples, and {facts[0].folder} is a run of train-vae; "
                          "leave it out")  # fmt: skip
+    out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; create it")
     if autoencoders:
         page = autoencoder.render(facts, title)
     else:
         measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
         page = render(facts, measured, title)
-    out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
     partial = out.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, out)

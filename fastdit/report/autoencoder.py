@@ -39,7 +39,7 @@ QUALITY = {
     "psnr": ("PSNR", "of the mean squared error of all values, rounded to 8 bits"),
     "ssim": ("SSIM", "mean over images; 1 is exact"),
     "lpips": ("LPIPS", "mean over images; 0 is exact"),
-    "frechet": ("Frechet distance", "of reconstructions to images, in the features of training.evaluate_features"),
+    "frechet": ("Frechet distance", "of reconstructions to images, in the features of {}"),
 }
 LOSSES = {
     "loss": "Loss",
@@ -112,7 +112,9 @@ def shape_of(run: Run) -> str:
 def quality(run: Run) -> dict[tuple[str, str], str]:
     """The last measures with their meaning."""
     last, vae = measures(run), about_vae(run)
-    rows = {QUALITY[key]: shown(QUALITY[key][0], last[key]) for key in QUALITY if isinstance(last.get(key), float)}
+    features = run.config.training.evaluate_features.partition("=")[0]
+    rows = {(name, remark.format(features)): shown(name, last[key]) for key, (name, remark) in QUALITY.items()
+            if isinstance(last.get(key), float)}  # fmt: skip
     if rows:
         count = vae.get("images")
         where = "that were not trained on" if vae.get("held_out") else "of the training set"

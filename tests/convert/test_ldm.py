@@ -16,6 +16,7 @@ from fastdit.convert.ldm import find_autoencoder, renamed
 from fastdit.data.autoencoders import load_autoencoder
 from fastdit.data.extract import extract_features
 from fastdit.data.latents import LatentCodec
+from fastdit.training import checkpoint
 from helpers.ldm import LDM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,6 +182,13 @@ def test_other_options_are_refused(tmp_path, place):
             convert(path, out=tmp_path / "out", say=lambda line: None, **arguments)
     with pytest.raises(ValueError, match="--scale=1.0 is for an autoencoder in the format of latent-diffusion"):
         convert(place / "ddpm", "official", tmp_path / "out.pt", scale=1.0, say=lambda line: None)
+    meta = {"kind": "autoencoder", "step": 1}
+    for name in ("config.yaml", "model.safetensors", "ema.safetensors"):
+        (tmp_path / "vae.partial").mkdir(exist_ok=True)
+        (tmp_path / "vae.partial" / name).touch()
+    checkpoint.commit(tmp_path / "vae.partial", tmp_path / "step-0000001", meta)
+    with pytest.raises(ValueError, match="is of an autoencoder: its run's folder vae/ is in the format of diffusers"):
+        convert(tmp_path / "step-0000001", "diffusers", tmp_path / "out", say=lambda line: None)
     (tmp_path / "damaged.ckpt").write_bytes(path.read_bytes()[:1000])
     (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps({"a": [1]}))
     for name in ("damaged.ckpt", "pickle.ckpt"):

@@ -184,6 +184,8 @@ def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
     for folder in (tmp_path, runs / "a" / "checkpoints" / "step-0000020"):
         with pytest.raises(ValueError, match="is not the folder of a run"):
             write_report([folder])
+    with pytest.raises(ValueError, match="--out=.*/gone/page.html: there is no folder .*/gone; create it"):
+        write_report([runs / "a"], tmp_path / "gone" / "page.html")
     with pytest.raises(ValueError, match="shows one to four runs, not 5"):
         write_report([runs / "a"] * 5)
 
