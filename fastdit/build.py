@@ -11,6 +11,8 @@ from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import Cache
+from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
 from fastdit.models.attention import resolve
@@ -24,7 +26,13 @@ from fastdit.schema import Config, TrainingConfig
 def build_objective(config: Config) -> Objective:
     if config.training.loss_aware_times and config.objective.name != "ddpm":
         raise ValueError("training.loss_aware_times=True needs a discrete schedule; use objective=ddpm, or false")
-    return build(OBJECTIVES, config.objective, "objective")
+    objective = build(OBJECTIVES, config.objective, "objective")
+    if not (dim := config.model.class_token):
+        return objective
+    if config.objective.name != "flow":
+        raise ValueError(f"model.class_token={dim} is denoised by flow matching, but objective="
+                         f"{config.objective.name}; use objective=flow, or class_token=0")  # fmt: skip
+    return EntangledFlow(**vars(objective), token_dim=dim)
 
 
 def build_network(
@@ -73,11 +81,12 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
 
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
-    manifest = Manifest.load(config.data.shards, config.data.cache).normalized(config.data.normalize)
+    cache = Cache(config.data.cache, config.data.cache_gib)
+    manifest = Manifest.load(config.data.shards, cache).normalized(config.data.normalize)
     train, held_out = split(replace(manifest, block=config.data.block), config.data.val_fraction)
     if not (path := config.data.val_shards):
         return train, held_out
-    held_out = Manifest.load(path, config.data.cache)
+    held_out = Manifest.load(path, cache)
     if config.data.normalize != "none":
         held_out = held_out.scaled_as(train.latents)
     held_out.check()
@@ -175,6 +184,9 @@ def check_sampling(config: Config, objective: Objective, null_label: int | None)
     if settings.route and settings.weak_checkpoint:
         both = f"sampling.route={settings.route} and sampling.weak_checkpoint={settings.weak_checkpoint}"
         raise ValueError(f"{both} both give the prediction to guide away from; use one of them")
+    if config.model.class_token and settings.cfg_rescale:
+        raise ValueError(f"sampling.cfg_rescale={settings.cfg_rescale} would mix the deviations of the latent and of "
+                         "model.class_token; use 0")  # fmt: skip
     if settings.cfg_scale != 1 and null_label is None and not (settings.weak_checkpoint or settings.route):
         raise ValueError(
             f"sampling.cfg_scale={settings.cfg_scale} needs a null label; this model has class_dropout="

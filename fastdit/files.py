@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 import tarfile
@@ -82,9 +83,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_array(data: bytes) -> np.ndarray:
-    """The array in the bytes of a .npy file, without pickles; ValueError if it is not one, or not complete."""
+    """The array in the bytes of a .npy file, read-only and not copied; ValueError if it is not one, or not complete.
+
+    Pickles are refused.
+    """
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded when allow_pickle=False")  # as NumPy says it
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its shape is {shape}")
+        array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        return array.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # numpy raises all kinds of errors on damaged headers
         raise ValueError(f"it is not an array: {error}") from None
 

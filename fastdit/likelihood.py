@@ -24,6 +24,7 @@ from fastdit import distributed
 from fastdit.data.latents import PerChannel, per_channel, sample_latents
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import Cache
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
 from fastdit.distributed import ImageRandom, seed_of
@@ -104,19 +105,23 @@ def likelihood(
             raise ValueError(f"{key}={value} must be 1 or more")
     check(method, METHODS, "--method")
     device = distributed.init(device).device
-    manifest = Manifest.load(shards)
+    trained = load_network(path, weights, overrides=overrides, device=device)
+    data = trained.config.data
+    manifest = Manifest.load(shards, Cache(data.cache, data.cache_gib))
     if num_images > len(manifest):
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
-    trained = load_network(path, weights, overrides=overrides, device=device)
+    if dim := trained.config.model.class_token:
+        raise ValueError(f"{trained.folder} has model.class_token={dim}, so a likelihood would be that of latent and "
+                         "token together, which is not measured; use a run with class_token=0")  # fmt: skip
     objective, model, latents = trained.objective, trained.model, manifest.latents
-    if trained.config.data.normalize != "none":
+    if data.normalize != "none":
         latents = manifest.scaled_as(trained.latents).latents
     if method == "vlb" and not hasattr(objective, "vlb"):
         raise ValueError(
             f"--method=vlb needs a DDPM checkpoint, not objective={trained.config.objective.name}; use heun"
         )
     times = objective.timesteps(steps).flip(0)  # from data to noise
-    manifest.check(num_classes=trained.config.data.num_classes)
+    manifest.check(num_classes=data.num_classes)
     check_classes(trained.class_names, manifest)
     trained.latents.check(latents, str(trained.folder), str(shards))
 

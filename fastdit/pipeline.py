@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class ImagePipeline:
     def latents_from(self, noise: Noise, labels: Tensor, *, on_step=None, denoised_fn=None) -> Tensor:
         """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
         settings, weak = self.config.sampling, self.weak
-        x_1 = noise(torch.empty(len(labels), *self.spec.shape, device=labels.device))
+        x_1 = noise(torch.empty(len(labels), *self.model.state_shape, device=labels.device))
         if settings.route:
             if not isinstance(noise, ImageRandom):
                 raise ValueError(f"sampling.route={settings.route} needs samples with seeds of their own; use 0 here")
@@ -143,13 +143,14 @@ class ImagePipeline:
             cfg_rescale=settings.cfg_rescale,
             weak_model=weak,
         )
-        denoised_fn = denoised_fn or CLIPS[settings.clip]
+        denoised_fn, channels = denoised_fn or CLIPS[settings.clip], self.spec.shape[0]
         if denoised_fn is not None:
-            denoise = processed(denoise, self.objective.path, denoised_fn)
+            fn = denoised_fn if self.model.class_token is None else of_latents(denoised_fn, channels)
+            denoise = processed(denoise, self.objective.path, fn)
         if on_step is not None:
             denoise = watched(denoise, on_step)
-        sampler = bind(SAMPLERS, settings.sampler, "sampling.sampler")
-        return sampler(denoise, x_1, self.objective.timesteps(settings.steps), self.objective.path, noise=noise)
+        sampler, times = bind(SAMPLERS, settings.sampler, "sampling.sampler"), self.objective.timesteps(settings.steps)
+        return sampler(denoise, x_1, times, self.objective.path, noise=noise)[:, :channels]
 
     def images(self, indices: list[int], labels: Tensor, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
@@ -169,9 +170,10 @@ class ImagePipeline:
         as `heun`, the last evaluation counts.
         """
         seen: dict[float, tuple[Tensor, Tensor]] = {}
+        channels = self.spec.shape[0]  # without a class token's
 
         def on_step(t: float, x_t: Tensor, prediction) -> None:
-            seen[t] = x_t, prediction.x_0
+            seen[t] = x_t[:, :channels], prediction.x_0[:, :channels]
 
         x_0 = self.latents_from(noise, labels, on_step=on_step)
         seen[0.0] = x_0, x_0
@@ -221,6 +223,11 @@ class ImagePipeline:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def of_latents(denoised_fn: Callable[[Tensor], Tensor], channels: int) -> Callable[[Tensor], Tensor]:
+    """Of the latent's channels alone, before those of a class token."""
+    return lambda x_0: torch.cat([denoised_fn(x_0[:, :channels]), x_0[:, channels:]], dim=1)
 
 
 def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:

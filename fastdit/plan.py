@@ -103,14 +103,14 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
 
 
 def extras(config: Config, model: DiT) -> list[str]:
-    """A line on training.route and one on the features of training.align, if they are used."""
+    """A line on training.route and one on the features of training.align or model.class_token, if used."""
     settings, lines, routing = config.training, [], build_routing(config.training, model)
     if routing:
         blocks, full = routing.blocks(model), settings.route_full_steps
         later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)
         kept = f"{min(routing.lengths(model))} of {model.tokens} tokens"
         lines += [f"training.route: {kept} in blocks {blocks[0]} to {blocks[-1]}{later}."]
-    if any(ALIGNMENTS[choice.name].uses_features for choice in settings.align):
+    if config.model.class_token or any(ALIGNMENTS[choice.name].uses_features for choice in settings.align):
         width, height = width_height(config.data.image_size)
         tokens, sizes = (height // 16) * (width // 16) + 1, []  # with a class token
         for name, dim in ENCODERS.items():

@@ -41,7 +41,8 @@ class DataConfig:
     # [{path: a, weight: 0.7}, {path: b, weight: 0.3}]; or URLs, such as s3://bucket/latents
     shards: str | tuple[ShardSet, ...] = ""
     cache: str = ""  # folder of this machine that keeps the files of remote shards; required for them
-    features: str = ""  # an encoder's features, for training.align=repa; default: those in the shards' folder
+    cache_gib: float = 0.0  # its size, beyond which the shards that were read least recently are deleted; 0: no limit
+    features: str = ""  # an encoder's features, for repa and model.class_token; default: those in the shards' folder
     image_size: int | tuple[int, int] | None = None  # pixels: a side or [width, height]; null: that of the shards
     num_classes: int | None = None  # null: that of the shards; 0 trains an unconditional network
     normalize: Literal["none", "channel"] = "none"  # channel: latents of mean 0 and deviation 1, by the manifest
@@ -54,6 +55,7 @@ class DataConfig:
     val_fraction: float = 0.0  # or the share of the images in shards that is held out for it; the same in every run
 
     def __post_init__(self):
+        require(0 <= self.cache_gib < float("inf"), "data.cache_gib", self.cache_gib, "use GiB, or 0 for no limit")
         fraction = self.val_fraction
         require(0 <= fraction < 1, "data.val_fraction", fraction, "use a share below 1, such as 0.01, or 0")
         both = fraction and self.val_shards
@@ -83,10 +85,13 @@ class NetworkOptions:
     mlp_bias: bool = True  # biases of both linear layers of the MLP
     dropout: float = 0.0  # probability of dropping an element of a branch's output in training (models/dropout.py)
     decoder_blocks: int = 0  # the last blocks, as a decoder conditioned on the others' output (DDT, Wang et al. 2025)
+    class_token: int = 0  # D of an encoder's class token, denoised with the latent (REG, Wu et al. 2025); 0: none
     unpatchify: Literal["linear", "transposed_conv"] = "linear"
 
     def __post_init__(self):
         check_literals(self, "model")
+        require(0 <= self.class_token <= 1 << 16, "model.class_token", self.class_token,
+                "use the width of the encoder's features, 768 for DINOv2-B, or 0")  # fmt: skip
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a probability in [0, 1)")
         require(0 <= self.registers < 1 << 16, "model.registers", self.registers, "use 0 for none, 4 or more")
         blocks = self.decoder_blocks

@@ -86,12 +86,14 @@ def test_arrays_hold_no_pickles_and_no_more_than_their_file(tmp_path):
     np.save(tmp_path / "objects.npy", objects)
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"
     huge = b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(118)
-    for data in ((tmp_path / "objects.npy").read_bytes(), huge, b"", b"PK\x03\x04", pickle.dumps(objects)):
+    negative = huge.replace(b"(1000000000000000,)", b"(-1,)              ") + bytes(8)
+    for data in ((tmp_path / "objects.npy").read_bytes(), huge, negative, b"", b"PK\x03\x04", pickle.dumps(objects)):
         with pytest.raises(ValueError, match="it is not an array"):
             read_array(data)
     assert not (tmp_path / "canary").exists()
-    np.save(tmp_path / "numbers.npy", np.arange(3))
-    assert read_array((tmp_path / "numbers.npy").read_bytes()).tolist() == [0, 1, 2]
+    for array in (np.arange(3), np.array(7), np.zeros((0, 2)), np.asfortranarray(np.arange(6).reshape(2, 3))):
+        np.save(tmp_path / "numbers.npy", array)
+        np.testing.assert_array_equal(read_array((tmp_path / "numbers.npy").read_bytes()), array, strict=True)
 
 
 def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):

@@ -43,7 +43,7 @@ class Products(TorchDispatchMode):
 
 
 OPTIONS = [{"mlp": "swiglu"}, {"mlp": "gelu"}, {"qk_norm": "rms"}, {"position": "rope"}, {"dropout": 0.1},
-           {"block": "cross_attention"}, {"block": "in_context"}]  # fmt: skip
+           {"block": "cross_attention"}, {"block": "in_context"}, {"class_token": 768}]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_predicted_activations_are_those_that_autograd_keeps(policy, options, mo
 
         products, hooks = Products(storages if policy == "selective" else {}), torch.autograd.graph.saved_tensors_hooks
         with hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), products:
-            model(torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.long))
+            model(torch.randn(images, *model.state_shape), torch.rand(images), torch.zeros(images, dtype=torch.long))
         return sum(storage.nbytes() for storage in storages.values())
 
     with FakeTensorMode():

@@ -126,7 +126,7 @@ def make(
         images = {"images": out / f"{split}.tar", "out": out / name, "vae": out / "vae", "image_size": size}
         if not (out / name).is_dir():
             extract_features(**images)
-        if split == "train" and not (out / name / FOLDER).is_dir():
+        if not (out / name / FOLDER).is_dir():
             encoder = load_encoder("efficientnet-lite0", best_device())
             extract_features(**images, encoder=encoder, feature_dtype="int8")
     print(json.dumps(about))

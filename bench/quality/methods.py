@@ -49,6 +49,7 @@ METHODS: dict[str, list[str]] = {
     "layersync": ["training.align=[layersync]"],
     "sra2": ["training.align=[sra2]"],
     "repa": ["training.align=[{name: repa, width: 512}]"],
+    "reg": ["model.class_token=1280", "training.align=[{name: repa, width: 512}]"],
     "routing": ["training.route=0.5", "training.route_ends=[1,1]"],
     "muon": MUON,
     "modern, muon": [*MODERN, *MUON],

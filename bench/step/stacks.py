@@ -249,12 +249,12 @@ class Fastdit(Contestant):
     def step(self, i: int) -> Tensor:
         moments, y = (value.to(self.device, non_blocking=True) for value in self.batches[i % HOST_BATCHES])
         self.steps += 1
-        return self.work(moments, y, self.steps - 1, self.lr)[0]["loss"]
+        return self.work(self.steps - 1, self.lr, moments, y)[0]["loss"]
 
     def gate_step(self, i: int, inputs: Inputs, lr: float) -> Tensor:
         """The step draws its own inputs, which must be `inputs`; else ValueError."""
         moments, y = (value.to(self.device) for value in self.batches[i % HOST_BATCHES])
-        mean_loss = self.work(moments, y, i, lr)[0]["loss"]
+        mean_loss = self.work(i, lr, moments, y)[0]["loss"]
         drawn, per_sample = self.objective.seen
         check_drawn(i, drawn, inputs)
         if not torch.allclose(per_sample.mean(), mean_loss, rtol=1e-4):

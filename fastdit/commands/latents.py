@@ -53,8 +53,8 @@ def shards(parser: ArgumentParser) -> Command:
     fastdit shards split latents TRAIN VAL --fraction 0.01
     fastdit shards sample latents sheet.png --per-class 2
     fastdit shards repair latents OUT
-    No folder is changed: results are new folders, which appear once they are complete. Features (extract --encoder) are
-    not taken along. fastdit verify checks a folder.
+    No folder is changed: results are new folders, which appear once they are complete. merge, split and sample take
+    features (extract --encoder) along; repair does not. fastdit verify checks a folder.
     """
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=type(parser))
 
@@ -66,25 +66,29 @@ def shards(parser: ArgumentParser) -> Command:
     def stats(arguments: Namespace) -> None:
         from fastdit.data.shards import stats
 
-        print(stats(arguments.folder, arguments.every_class))
+        print(stats(arguments.folder, arguments.every_class, arguments.cache))
 
     def merge(arguments: Namespace) -> None:
         from fastdit.data.shards import merge
 
         *folders, out = arguments.folders
-        print(f"{out}: {len(merge(folders, out, overwrite=arguments.overwrite))} images")
+        options = {key: getattr(arguments, key) for key in ("features", "overwrite", "cache")}
+        merged = merge(folders, out, **options)
+        print(f"{out}: {len(merged)} images")
 
     def split(arguments: Namespace) -> None:
         from fastdit.data.shards import split
 
-        numbers = {key: getattr(arguments, key) for key in ("fraction", "count", "per_class", "overwrite")}
-        for part in split(arguments.folder, arguments.train, arguments.val, **numbers):
+        names = ("fraction", "count", "per_class", "features", "overwrite", "cache")
+        options = {key: getattr(arguments, key) for key in names}
+        for part in split(arguments.folder, arguments.train, arguments.val, **options):
             print(f"{part.folder}: {len(part)} images")
 
     def sample(arguments: Namespace) -> None:
         from fastdit.data.shards import sample
 
-        options = {key: getattr(arguments, key) for key in ("count", "per_class", "seed", "vae", "overwrite")}
+        names = ("count", "per_class", "seed", "vae", "features", "overwrite", "cache")
+        options = {key: getattr(arguments, key) for key in names}
         print(sample(arguments.folder, arguments.out, **options))
 
     def repair(arguments: Namespace) -> None:
@@ -92,9 +96,9 @@ def shards(parser: ArgumentParser) -> Command:
 
         repair(arguments.folder, arguments.out, overwrite=arguments.overwrite)
 
-    added = action("stats", "Images, classes, statistics of the channels, autoencoder and size", stats)
-    added.add_argument("folder", metavar="DIR")
-    added.add_argument("--every-class", action="store_true", help="the number of images of each class")
+    shown = action("stats", "Images, classes, statistics of the channels, autoencoder and size", stats)
+    shown.add_argument("folder", metavar="DIR")
+    shown.add_argument("--every-class", action="store_true", help="the number of images of each class")
     merged = action("merge", "Write the images of several folders to a new one", merge)
     merged.add_argument("folders", metavar="DIR", nargs="+", help="the folders, and then the new one")
     parts = action("split", "Write two folders, for training and validation", split)
@@ -113,6 +117,10 @@ def shards(parser: ArgumentParser) -> Command:
     saved = action("repair", "Write the intact samples of a damaged folder to a new one, and name the others", repair)
     saved.add_argument("folder", metavar="DIR")
     saved.add_argument("out", metavar="OUT")
+    for added in (merged, parts, some):
+        added.add_argument("--no-features", dest="features", action="store_false", help="leave out the features")
+    for added in (shown, merged, parts, some):
+        added.add_argument("--cache", default="", metavar="FOLDER", help="for the files of a DIR that is a URL")
     for added in (merged, parts, some, saved):
         added.add_argument("--overwrite", action="store_true", help="replace the result if it is there")
     return lambda arguments: arguments.act(arguments)

@@ -13,6 +13,7 @@ from fastdit.config import to_tree
 from fastdit.convert.official import Architecture, architecture
 from fastdit.data.latents import LatentSpec
 from fastdit.diffusion.objectives import Objective
+from fastdit.models.class_token import channels_of
 from fastdit.models.dit import DiT, variant_shape
 from fastdit.schema import Config
 from fastdit.training.state import network_from_state
@@ -56,7 +57,9 @@ class Loaded:
 
     def random_input(self) -> tuple[Tensor, Tensor, Tensor]:
         """Deterministic x (3, C, h, w), times from clean to noise (3,), and labels: first, last and null label."""
-        x = torch.randn(3, *self.latents.shape, generator=torch.Generator().manual_seed(0))
+        channels, *sides = self.latents.shape
+        channels += channels_of(self.config.model.class_token, sides)
+        x = torch.randn(3, channels, *sides, generator=torch.Generator().manual_seed(0))
         classes = self.config.data.num_classes
         null = classes if self.config.model.class_dropout > 0 else 0
         return x, torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64), torch.tensor([0, max(classes - 1, 0), null])

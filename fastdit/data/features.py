@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fastdit.data.images import Unusable
 from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
-from fastdit.data.remote import fetch_manifest, is_remote
+from fastdit.data.remote import NO_CACHE, Cache, Missing, fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
-from fastdit.schema import ShardSet, shards_text
+from fastdit.schema import ShardSet
 
 FOLDER = "features"  # within the folder of the latents
 FEATURE_DTYPES = ("float16", "int8")
@@ -65,13 +65,22 @@ def packed(features: np.ndarray, dtype: str) -> np.ndarray:
     return array
 
 
-def unpacked(array: np.ndarray, tokens: int) -> Tensor:
-    """Stored features of n images, one orientation each -> those of the first tokens (n, tokens, D), float16."""
+def unpacked(array: np.ndarray, tokens: slice) -> Tensor:
+    """Stored features of n images, one orientation each -> those of some tokens (n, tokens, D), float16."""
     if array.dtype.names is None:
-        return torch.from_numpy(array)[:, :tokens].contiguous()
-    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, :tokens]))
-    values = torch.from_numpy(array["values"])[:, :tokens].half()
+        return torch.from_numpy(array)[:, tokens].contiguous()
+    scale = torch.from_numpy(np.ascontiguousarray(array["scale"][:, tokens]))
+    values = torch.from_numpy(array["values"])[:, tokens].half()
     return values.mul_(scale.half()[..., None])  # in float32, PyTorch takes three times as long
+
+
+def class_token_of(patches: Tensor, class_token: Tensor | None = None) -> Tensor:
+    """The class token (N, D), or the mean of patches (N, rows, columns, D) where the encoder has none; float32.
+
+    It has mean 0 and variance 1 over D, the variance of the noise.
+    """
+    token = patches.float().mean((1, 2)) if class_token is None else class_token.float()
+    return F.layer_norm(token, token.shape[1:])
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -107,9 +116,18 @@ class FeatureWriter(TarWriter):
         if not np.abs(features).max() <= HALF_MAX:
             remedy = "use --precision float32, or another --encoder"
             raise Unusable(f"the features of image {key} are not finite in float16; {remedy}")
-        array = packed(features, self.dtype)
+        self.keep(key, packed(features, self.dtype), label)
+
+    def keep(self, key: int, array: np.ndarray, label: int) -> None:
+        """Appends features (2, ...) as they are stored."""
         self.store(key, array, label)
         self.sums = self.sums + moments(array)
+
+
+class StoredFeatureWriter(FeatureWriter):
+    """Writes features that are in the stored form already."""
+
+    add = FeatureWriter.keep
 
 
 def moments(array: np.ndarray) -> np.ndarray:
@@ -136,6 +154,7 @@ class FeatureManifest(ShardFolder):
     index_sha256: str = ""
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
     url: str = field(default="", compare=False)  # of a remote folder; not written
+    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files; not written
 
     @property
     def tokens(self) -> int:
@@ -147,7 +166,7 @@ class FeatureManifest(ShardFolder):
         return record_type(self.dtype, self.tokens, self.dim)
 
     @classmethod
-    def load(cls, folder: str | Path, cache: str | Path = "") -> "FeatureManifest":
+    def load(cls, folder: str | Path, cache: Cache = NO_CACHE) -> "FeatureManifest":
         """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or of another kind."""
         url = str(folder).rstrip("/") if is_remote(folder) else ""
         folder = fetch_manifest(url, cache) if url else Path(folder)
@@ -156,7 +175,8 @@ class FeatureManifest(ShardFolder):
             raise ValueError(f"{folder} holds latents, not features; set data.features to a folder of features")
         try:
             del stored["samples"]
-            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url)
+            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url,
+                           cache=cache)  # fmt: skip
             check(manifest.dtype, FEATURE_DTYPES, "dtype")
             if not (all(0 < side <= MAX_SIDE for side in manifest.grid) and 0 < manifest.dim <= MAX_DIM):
                 raise ValueError(f"grid={manifest.grid} or dim={manifest.dim} is out of range")
@@ -169,18 +189,31 @@ class FeatureManifest(ShardFolder):
     def to_json(self) -> str:
         """The text of manifest.json."""
         stored = {"format": FORMAT, "samples": len(self), **asdict(self)}
-        del stored["folder"], stored["url"]
+        del stored["folder"], stored["url"], stored["cache"]
         return json.dumps(stored, indent=1, sort_keys=True) + "\n"
 
-    def check(self, latents: Manifest) -> None:
-        """Raises a ValueError if these are not the features of the same images, or a shard is incomplete."""
-        ours, theirs = self.index(), latents.index()
-        if not same_images(ours, theirs):
+    def check(self, latents: Manifest) -> np.ndarray:
+        """The SAMPLE rows (n,) of the latents' images, in their order.
+
+        Raises a ValueError if these are not the features of the same images, or a shard is incomplete.
+        """
+        index, count = self.index(), sum(shard.samples for shard in latents.shards)
+        rows = index if latents.rows is None or len(index) != count else index[latents.rows]
+        if len(index) != count or not same_images(rows, latents.index()):
             raise ValueError(
-                f"the features in {self.folder} are of other images ({len(ours)}) than the latents in "
-                f"{latents.folder} ({len(theirs)}), or in another order; extract them again"
+                f"the features in {self.folder} are of other images ({len(index)}) than the latents in "
+                f"{latents.folder} ({count}), or in another order; extract them again"
             )
         self.check_files(2 * self.record.itemsize, f"grid={list(self.grid)} and dim={self.dim}")
+        return rows
+
+    def check_alike(self, other: "FeatureManifest") -> None:
+        """Raises a ValueError unless both are by the same encoder, and are stored in the same way."""
+        for key in ("encoder", "weights", "grid", "dim", "class_token", "dtype"):
+            own, theirs = (str(getattr(each, key))[:24] for each in (self, other))
+            if own != theirs:
+                raise ValueError(f"the features in {other.folder} have {key} {theirs}, those in {self.folder} {own}; "
+                                 "extract both with the same --encoder and --feature-dtype")  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What a run must not change when it resumes."""
@@ -215,17 +248,36 @@ def holds_features(folder: Path) -> bool:
         return False
 
 
+def beside_latents(latents: Manifest) -> FeatureManifest | None:
+    """The features in the folder of the latents, if there are any."""
+    if not latents.url:
+        folder = latents.folder / FOLDER
+        return FeatureManifest.load(folder) if folder.exists() else None
+    try:
+        return FeatureManifest.load(f"{latents.url}/{FOLDER}", latents.cache)
+    except Missing:
+        return None
+
+
 def find_features(
-    shards: str | Path | tuple[ShardSet, ...], features: str | Path = "", cache: str | Path = ""
+    shards: str | Path | tuple[ShardSet, ...], features: str | Path = "", cache: Cache = NO_CACHE
 ) -> FeatureManifest:
     """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
     if isinstance(shards, tuple):
-        raise ValueError(f"training.align needs features, which cannot be mixed as data.shards={shards_text(shards)} "
-                         "does; use one folder of latents")  # fmt: skip
+        from fastdit.data.mixture import feature_mixture  # which has a kind of FeatureManifest
+
+        if features:
+            raise ValueError(f"data.features={features} is one folder, but data.shards names {len(shards)}; leave it "
+                             f"out, with features in each of them, such as {shards[0].path}/{FOLDER}")  # fmt: skip
+        return feature_mixture(shards, cache)
     folder = features or f"{shards}/{FOLDER}"
-    if not is_remote(folder) and not features and not Path(folder).is_dir():
-        raise ValueError(
-            f"training.align needs features, but {shards} has none; add them with "
-            f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
-        )
-    return FeatureManifest.load(folder, cache)
+    try:
+        if features or is_remote(folder) or Path(folder).is_dir():
+            return FeatureManifest.load(folder, cache)
+    except Missing:
+        if features:
+            raise
+    raise ValueError(
+        f"training.align and model.class_token need features, but {shards} has none; add them with "
+        f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
+    )

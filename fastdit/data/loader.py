@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.data.features import FeatureManifest, unpacked
+from fastdit.data.features import FeatureManifest, class_token_of, unpacked
 from fastdit.data.manifest import AGAIN, DTYPES, Manifest
 from fastdit.data.mixture import Mixture
-from fastdit.data.order import held_out_rows, mirrors
+from fastdit.data.order import WINDOW, held_out_rows, mirrors
 from fastdit.data.reader import ShardReader
 from fastdit.data.synthetic import Synthetic
 
@@ -27,13 +27,15 @@ from fastdit.data.synthetic import Synthetic
 class Batch(NamedTuple):
     """This process's part of one global batch: moments (n, 2C, h, w) float32, unscaled; labels y (n,) int64.
 
-    `features` (n, rows, columns, D) float16: of the patches of the same images in the same orientation, if asked for.
+    `features` (n, rows, columns, D) float16: of the patches of the same images in the same orientation, if asked for;
+    and `class_token` (n, D), if the encoder has one.
     """
 
     step: int
     moments: Tensor
     y: Tensor
     features: Tensor | None = None
+    class_token: Tensor | None = None
 
 
 def latent_batches(
@@ -60,15 +62,29 @@ def latent_batches(
     images; and during iteration if `verify` is set and a sample's bytes do not match its crc32.
     """
     manifest.check(global_batch=global_batch, hflip=hflip)
-    if features is not None:
-        features.check(manifest)
     if global_batch < 1 or start_step < 0:
         raise ValueError(f"global_batch={global_batch} must be positive and start_step={start_step} not negative")
+    check_cache(manifest, features)
     if isinstance(manifest, Synthetic):
         reader = _Generator(manifest, global_batch, rows, pin_memory)
     else:
         reader = _Reader(manifest, features, global_batch, rows, seed, hflip, verify, pin_memory, skip_damaged)
     return read_ahead(reader, start_step, prefetch)
+
+
+def check_cache(manifest: Manifest, features: FeatureManifest | None = None) -> None:
+    """Raises a ValueError if data.cache_gib has no room for the shards that are read again and again."""
+    block, least = manifest.block, 0.0
+    for folder in (part for each in (manifest, features) if each for part in getattr(each, "parts", (each,))):
+        sizes = [shard.bytes for shard in folder.shards if folder.url]
+        if block and sizes:  # those of a window of blocks, not all
+            least += min(sum(sizes), WINDOW * (block * len(sizes) / len(folder) + 1) * max(sizes))
+        else:
+            least += sum(sizes)
+    if least > manifest.cache.most:
+        what, remedy = (f"data.block={block}", "") if block else ("a full shuffle", ", or data.block=4096")
+        raise ValueError(f"data.cache_gib={manifest.cache.gib:g} is less than the {least / 2**30:.3g} GiB of shards "
+                         f"that {what} reads at a time; set more{remedy}")  # fmt: skip
 
 
 class Reads(Protocol):
@@ -144,9 +160,7 @@ class _Reader:
         self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
         self.order = manifest.order(seed)
         if features is not None:
-            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.index()
-            if manifest.rows is not None:  # some images are held out
-                self.feature_index = self.feature_index[manifest.rows]
+            self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.check(manifest)
 
     def batch(self, step: int) -> Batch:
         images, epochs = self.order(step * self.global_batch + self.rows)
@@ -169,8 +183,7 @@ class _Reader:
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
-            grid = self.features.manifest.grid
-            tensors.append(unpacked(features, math.prod(grid)).unflatten(1, grid))  # without the class token
+            tensors += parts_of(features, self.features.manifest)
         return Batch(step, *(t.pin_memory() if self.pin_memory else t for t in tensors))
 
     def read(
@@ -216,6 +229,28 @@ def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -
     finally:
         reader.close()
     return torch.from_numpy(array[good]).float()
+
+
+def parts_of(array: np.ndarray, manifest: FeatureManifest) -> list[Tensor]:
+    """Stored features of n images, one orientation each -> patches (n, rows, columns, D), class token (n, D) if any."""
+    patches = math.prod(manifest.grid)
+    parts = [unpacked(array, slice(patches)).unflatten(1, manifest.grid)]
+    return parts + ([unpacked(array, slice(patches, None))[:, 0]] if manifest.class_token else [])
+
+
+def read_class_tokens(features: FeatureManifest, keys: np.ndarray) -> Tensor:
+    """The class tokens (n, D) of the images with these keys, not mirrored, as `class_token_of` gives them."""
+    index = features.index()
+    order = np.argsort(index["key"], kind="stable")
+    rows = index[order[np.searchsorted(index["key"], keys, sorter=order)]]
+    reader, array = ShardReader(features), np.empty(len(rows), features.record)
+    try:
+        faults = [fault for i, row in enumerate(rows) if (fault := reader.read(row, 0, array[i : i + 1]))]
+    finally:
+        reader.close()
+    if faults:
+        raise ValueError(f"{faults[0]}; {AGAIN}")
+    return class_token_of(*parts_of(array, features))
 
 
 def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> list[int]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.data.manifest import Manifest
-from fastdit.data.order import Order, shares
+from fastdit.data.features import FeatureManifest, find_features
+from fastdit.data.manifest import Manifest, Shard, ShardFolder
+from fastdit.data.order import ROUND, Order, shares
+from fastdit.data.remote import NO_CACHE, Cache
 from fastdit.data.synthetic import Synthetic
 from fastdit.schema import ShardSet, shards_text
 
@@ -27,21 +29,10 @@ class Mixture(Manifest):
 
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) of all sets, one after the other."""
-        index, shards, start = np.concatenate([part.index() for part in self.parts]), 0, 0
-        for number, part in enumerate(self.parts):
-            own = index[start : start + len(part)]
-            own["shard"] += shards
-            own["key"] += number * APART
-            shards += len(part.shards)
-            start += len(part)
-        return index
+        return joined(self.parts, [part.index() for part in self.parts])
 
-    def shard(self, number: int) -> Path:
-        for part in self.parts:
-            if number < len(part.shards):
-                return part.shard(number)
-            number -= len(part.shards)
-        raise IndexError(number)
+    def open_shard(self, number: int) -> int:
+        return open_shard_of(self.parts, number)
 
     def order(self, seed: int) -> Order:
         return Order(seed, [len(part) for part in self.parts], self.weights, self.block)
@@ -55,7 +46,67 @@ class Mixture(Manifest):
         return replace(self, parts=tuple(parts))
 
 
-def mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Manifest:
+@dataclass(frozen=True)
+class FeatureMixture(FeatureManifest):
+    """The features of all sets of a Mixture."""
+
+    parts: tuple[FeatureManifest, ...] = ()
+
+    def index(self) -> np.ndarray:
+        return joined(self.parts, [part.index() for part in self.parts])
+
+    def check(self, latents: Manifest) -> np.ndarray:
+        return joined(self.parts, [own.check(part) for own, part in zip(self.parts, latents.parts, strict=True)])
+
+    def open_shard(self, number: int) -> int:
+        return open_shard_of(self.parts, number)
+
+
+def joined(parts: Sequence[ShardFolder], indices: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of the indices of the sets as those of one, with shards counted across the sets and keys APART."""
+    index, shards, start = np.concatenate(indices), 0, 0
+    for number, (part, rows) in enumerate(zip(parts, indices, strict=True)):
+        own = index[start : start + len(rows)]
+        own["shard"] += shards
+        own["key"] += number * APART
+        shards += len(part.shards)
+        start += len(rows)
+    return index
+
+
+def open_shard_of(parts: Sequence[ShardFolder], number: int) -> int:
+    """A descriptor of a shard, counted across the sets."""
+    for part in parts:
+        if number < len(part.shards):
+            return part.open_shard(number)
+        number -= len(part.shards)
+    raise IndexError(number)
+
+
+def absolute(parts: Sequence[ShardFolder]) -> tuple[Shard, ...]:
+    """The shards of all sets, with absolute paths as names."""
+    each = ((part.folder.resolve(), shard) for part in parts for shard in part.shards)
+    return tuple(replace(shard, name=str(folder / shard.name)) for folder, shard in each)
+
+
+def feature_mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> FeatureManifest:
+    """The features beside the latents of each set; ValueError where one has none, or others."""
+    parts = [find_features(each.path, cache=cache) for each in sets]
+    for part in parts[1:]:
+        parts[0].check_alike(part)
+    part_of = shares([each.weight for each in sets]) / ROUND  # (sets,)
+    mean, std = (np.array([getattr(part, key) for part in parts]) for key in ("mean", "std"))
+    average = float(part_of @ mean)
+    fields = vars(parts[0]) | {
+        "mean": average,
+        "std": float(part_of @ (std**2 + mean**2) - average**2) ** 0.5,
+        "shards": absolute(parts),
+        "folder": Path(shards_text(tuple(sets))),
+    }
+    return FeatureMixture(**fields, parts=tuple(parts))
+
+
+def mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Manifest:
     """The folders as one manifest; ValueError where they cannot train one network, or cannot be read in one batch."""
     parts, weights = [Manifest.load(each.path, cache) for each in sets], [each.weight for each in sets]
     if not parts:
@@ -76,11 +127,10 @@ def mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Manifest:
                 own, other = (f"{len(k)}, such as {k[-1]}" if key == "classes" and k else k for k in (own, other))
                 raise ValueError(f"{where} has {key} {own or 'none'}, data.shards={each.path} {other or 'none'}; mix "
                                  "latents that agree in image size, dtype and classes")  # fmt: skip
-    part_of = shares(weights)[:, None] / shares(weights).sum()  # (sets, 1)
+    part_of = shares(weights)[:, None] / ROUND  # (sets, 1)
     mean, std = (np.array([getattr(part, key) for part in parts]) for key in ("channel_mean", "channel_std"))
     average = (part_of * mean).sum(axis=0)
     deviation = np.sqrt((part_of * (std**2 + mean**2)).sum(axis=0) - average**2)
-    shards = [replace(shard, name=str((part.folder / shard.name).resolve())) for part in parts for shard in part.shards]
     contents = repr([(part.index_sha256, weight) for part, weight in zip(parts, weights, strict=True)])
     fields = vars(first) | {
         "images": sum(part.images for part in parts),
@@ -89,7 +139,7 @@ def mixture(sets: Sequence[ShardSet], cache: str | Path = "") -> Manifest:
         "orientations": min(part.orientations for part in parts),
         "channel_mean": tuple(average.tolist()),
         "channel_std": tuple(deviation.tolist()),
-        "shards": tuple(shards),
+        "shards": absolute(parts),
         "index_sha256": hashlib.sha256(contents.encode()).hexdigest(),
         "folder": Path(shards_text(tuple(sets))),
     }

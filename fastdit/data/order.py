@@ -13,6 +13,7 @@ WINDOW = 8  # blocks in a row whose images are shuffled together
 LISTED = 1 << 24  # the largest set whose order is a list, of 128 MiB per epoch; ImageNet-21k has 14.2 M images
 LISTED_BLOCKS = 1 << 16  # the same for blocks, and for the images of a window
 FEISTEL = 4  # rounds
+CACHED = 1 << 14  # images whose hashes are computed together, within a processor's cache
 
 
 class Order:
@@ -30,7 +31,7 @@ class Order:
     def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float] = (1.0,), block: int = 0):
         self.seed, self.sizes, self.counts, self.block = seed, np.array(sizes), shares(weights), block
         self.first = np.cumsum(self.sizes) - self.sizes  # image of each set
-        self.lists: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # the last permutations that were used
+        self.lists: OrderedDict[tuple[int, ...], Listed] = OrderedDict()  # the last permutations that were used
         self.rounds: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +66,7 @@ class Order:
         if words not in self.lists:
             while len(self.lists) >= (4 if self.block else 2) * len(self.sizes):
                 self.lists.popitem(last=False)
-            self.lists[words] = listed(n, *words)
+            self.lists[words] = Listed(n, *words)
         self.lists.move_to_end(words)
         return self.lists[words][places]
 
@@ -105,16 +106,35 @@ def shares(weights: Sequence[float]) -> np.ndarray:
 
 def permutation(seed: int, epoch: int, n: int, part: int = 0) -> np.ndarray:
     """The order (n,) of an epoch's images."""
-    return listed(n, *words_of(seed, epoch, part))
+    return Listed(n, *words_of(seed, epoch, part))[np.arange(n)]
 
 
 def words_of(seed: int, epoch: int, part: int) -> tuple[int, ...]:
     return (seed, epoch, 0, part) if part else (seed, epoch, 0)
 
 
-def listed(n: int, *words: int) -> np.ndarray:
-    """The permutation (n,) that sorts range(n) by a hash: independent of any library's shuffle."""
-    return np.argsort(hash_of(*words, np.arange(n, dtype=np.uint64)), kind="stable")
+class Listed:
+    """The permutation (n,) that sorts range(n) by a hash: independent of any library's shuffle.
+
+    At first the images are only put into 256 buckets by the first byte of their hashes. Reading places sorts the
+    buckets between the first and the last of them: the first batch of an epoch does not wait for the others.
+    """
+
+    def __init__(self, n: int, *words: int):
+        self.words, first = words, np.empty(n, np.uint8)
+        for part in (np.arange(start, min(start + CACHED, n), dtype=np.uint64) for start in range(0, n, CACHED)):
+            first[part[0] : part[-1] + 1] = hash_of(*words, part) >> np.uint64(56)
+        self.images = np.argsort(first, kind="stable")  # (n,); a radix sort
+        self.ends = np.cumsum(np.bincount(first, minlength=256))
+        self.sorted = np.zeros(256, bool)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        low, high = np.searchsorted(self.ends, (places.min(), places.max()), side="right")
+        if not self.sorted[low : high + 1].all():
+            own = self.images[self.ends[low - 1] if low else 0 : self.ends[high]]  # a view
+            own[:] = own[np.argsort(hash_of(*self.words, own.astype(np.uint64)))]  # no two hashes are equal
+            self.sorted[low : high + 1] = True
+        return self.images[places]
 
 
 def scattered(places: np.ndarray, n: int, *words: int) -> np.ndarray:
@@ -158,8 +178,11 @@ def hash_of(*words: int | np.ndarray) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for word in words:
         word = word if isinstance(word, np.ndarray) else np.array([word % 2**64], np.uint64)
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        state = state ^ word  # and from here on in place: new arrays take most of the time
+        state += np.uint64(0x9E3779B97F4A7C15)
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
     return state

@@ -20,6 +20,8 @@ class ShardReader:
         self.manifest, self.verify, self.block = manifest, verify, block
         self.ahead: OrderedDict[tuple[int, int], None] = OrderedDict()  # stretches that the system was asked to read
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        largest = max((shard.bytes for shard in manifest.shards), default=1)
+        self.most = max(1, min(OPEN_FILES, manifest.cache.most // (4 * largest)))  # open ones stay in the cache
 
     def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
         """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
@@ -61,9 +63,9 @@ class ShardReader:
         if shard in self.files:
             self.files.move_to_end(shard)
         else:
-            if len(self.files) == OPEN_FILES:
+            if len(self.files) >= self.most:
                 os.close(self.files.popitem(last=False)[1])
-            self.files[shard] = os.open(self.manifest.shard(shard), os.O_RDONLY)
+            self.files[shard] = self.manifest.open_shard(shard)
         return self.files[shard]
 
     def close(self) -> None:

@@ -13,23 +13,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastdit.data.features import FOLDER, FeatureManifest, StoredFeatureWriter, beside_latents, publish_features
 from fastdit.data.images import size_text, to_uint8
 from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import moments_shape
-from fastdit.data.manifest import DTYPES, HEADER, Manifest
+from fastdit.data.manifest import DTYPES, HEADER, Manifest, ShardFolder
 from fastdit.data.order import HELD_OUT, hash_of
 from fastdit.data.reader import ShardReader
-from fastdit.data.writer import write_keyed
+from fastdit.data.remote import Cache, check_local
+from fastdit.data.writer import prepare, write_keyed, write_tars
 from fastdit.files import read_array
 from fastdit.sheets import tiled
 
 COLUMNS, SHOWN = 8, 5  # of a sheet; classes in the statistics at each end
-Sample = tuple[int, np.ndarray, int]  # key, moments (orientations, 2C, h, w), label
+Sample = tuple[int, np.ndarray, int]  # key, moments (orientations, 2C, h, w) or stored features (2, ...), label
 
 
-def stats(folder: str | Path, every_class: bool = False) -> str:
-    """What the manifest says, as text; with `every_class` the number of images of each class."""
-    manifest = Manifest.load(folder)
+def stats(folder: str | Path, every_class: bool = False, cache: str | Path = "") -> str:
+    """What the manifest says, as text; with `every_class` the number of images of each class.
+
+    Here and below, `cache` is the folder for the files of URLs.
+    """
+    manifest = Manifest.load(folder, Cache(cache))
     manifest.check()
     spec, counts = manifest.latents, np.array(manifest.class_counts)
     shards, gib = len(manifest.shards), sum(shard.bytes for shard in manifest.shards) / 2**30
@@ -49,12 +54,21 @@ def stats(folder: str | Path, every_class: bool = False) -> str:
     return "\n".join(lines)
 
 
-def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Manifest:
+def merge(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    features: bool = True,
+    overwrite: bool = False,
+    cache: str | Path = "",
+) -> Manifest:
     """The images of all folders, one after the other; ValueError unless one network could be trained on all.
+
+    With `features`, those in the folders are taken along; here and below.
 
     Key n of a folder becomes n + the number of images in the sources of the folders before it.
     """
-    manifests = [Manifest.load(folder) for folder in folders]
+    manifests = [Manifest.load(folder, Cache(cache)) for folder in folders]
     if len(manifests) < 2:
         raise ValueError("merge needs two folders or more, and then a new one for the result")
     first = manifests[0]
@@ -72,8 +86,8 @@ def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = F
         if [manifest.index_sha256 for manifest in manifests].count(other.index_sha256) > 1:
             raise ValueError(f"{other.folder} is named twice, or has the images of another folder; name each once")
     starts = np.cumsum([0, *(manifest.images for manifest in manifests)]).tolist()
-    rows = [(manifest, manifest.index(), start) for manifest, start in zip(manifests, starts, strict=False)]
-    return write_keyed(_read(rows), out, replace(first, images=starts[-1]), overwrite=overwrite)
+    parts = [(manifest, np.arange(len(manifest)), start) for manifest, start in zip(manifests, starts, strict=False)]
+    return _write(parts, out, replace(first, images=starts[-1]), features, overwrite)
 
 
 def split(
@@ -84,19 +98,21 @@ def split(
     fraction: float | None = None,
     count: int | None = None,
     per_class: int | None = None,
+    features: bool = True,
     overwrite: bool = False,
+    cache: str | Path = "",
 ) -> tuple[Manifest, Manifest]:
     """Two folders, of which `val` has a fraction of the images, a number, or a number of each class.
 
     They are chosen by the hash of data.val_fraction: the same in every run, and a larger `val` holds a smaller one.
     """
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder, Cache(cache))
     index = manifest.index()
     held_out = _chosen(manifest, index, HELD_OUT, fraction, count, per_class)
     if held_out.all() or not held_out.any():
         raise ValueError(f"{folder}: {held_out.sum()} of {len(index)} images for {val} leave one folder empty; use "
                          "another number")  # fmt: skip
-    parts = [write_keyed(_read([(manifest, index[rows], 0)]), out, manifest, overwrite=overwrite)
+    parts = [_write([(manifest, np.flatnonzero(rows), 0)], out, manifest, features, overwrite)
              for rows, out in ((~held_out, train), (held_out, val))]  # fmt: skip
     return parts[0], parts[1]
 
@@ -109,22 +125,24 @@ def sample(
     per_class: int | None = None,
     seed: int = 0,
     vae: str | None = None,
+    features: bool = True,
     overwrite: bool = False,
+    cache: str | Path = "",
 ) -> Path:
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
-    manifest, out = Manifest.load(folder), Path(out)
+    manifest, out = Manifest.load(folder, Cache(cache)), Path(out)
     index = manifest.index()
-    rows = index[_chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)]
+    chosen = _chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)
     if out.suffix != ".png":
-        write_keyed(_read([(manifest, rows, 0)]), out, manifest, overwrite=overwrite)
+        _write([(manifest, np.flatnonzero(chosen), 0)], out, manifest, features, overwrite)
         return out
     spec = manifest.latents
     codec = LatentCodec.load(vae or spec.vae)
     codec.take_scale_of(spec)
     spec.check(codec.spec(spec.image_size, spec.shape), str(folder), f"vae={codec.name}")
-    rows = rows[np.argsort(rows["label"], kind="stable")]  # a class after the other
+    rows = index[chosen]
     pictures = []
-    for _, moments, _ in _read([(manifest, rows, 0)]):
+    for _, moments, _ in _read([(manifest, rows[np.argsort(rows["label"], kind="stable")], 0)]):  # class by class
         first = torch.from_numpy(moments[:1].astype(np.float32))  # (1, 2C, h, w)
         mean = sample_latents(first, torch.zeros_like(first[:, : spec.shape[0]]), spec.scale, spec.shift)
         pictures.append(to_uint8(codec.decode(mean))[0].numpy())
@@ -140,6 +158,7 @@ def repair(
     Without a usable index.npy, samples are read from the tar files in order, as far as these can be read. The manifest
     must be there: nothing else says which autoencoder encoded the latents.
     """
+    check_local(folder, "fastdit shards repair")
     manifest = Manifest.load(folder)
     try:
         index = manifest.index()
@@ -147,13 +166,15 @@ def repair(
         lost = np.isin(index["shard"], [i for i, shard in enumerate(manifest.shards) if shard.name in missing])
         for name in missing:
             say(f"dropped: {name}, which is missing")
-        samples = _read([(manifest, index[~lost], 0)], dropped=lambda fault: say(f"dropped: {fault}"))
+        rows = index[~lost]
+        samples = _read([(manifest, rows[_as_stored(rows)], 0)], dropped=lambda fault: say(f"dropped: {fault}"))
         total = len(index)
     except ValueError as error:
         say(f"the index is made again from the tar files: {error}")
         samples, total = _scan(manifest, say), len(manifest)
     found = write_keyed(samples, out, replace(manifest, images=manifest.images), overwrite=overwrite)
-    say(f"{out}: {len(found)} of {total} images")
+    left = ", without features" if (manifest.folder / FOLDER).exists() else ""
+    say(f"{out}: {len(found)} of {total} images{left}")
     return found
 
 
@@ -179,24 +200,61 @@ def _chosen(
     return hashes <= np.array([np.sort(own)[per_class - 1] for own in of_class])[index["label"]]
 
 
+def _as_stored(rows: np.ndarray) -> np.ndarray:
+    """The places (n,) of the rows in the order of the files."""
+    return np.lexsort((rows["offset"], rows["shard"]))
+
+
+def _write(
+    parts: Sequence[tuple[Manifest, np.ndarray, int]], out: str | Path, about: Manifest, features: bool, overwrite: bool
+) -> Manifest:
+    """Images of folders, by their places in the index, as a new folder; a number is added to their keys."""
+    latents, beside = [], []
+    for manifest, places, start in parts:
+        index = manifest.index()
+        places = places[_as_stored(index[places])]
+        latents.append((manifest, index[places], start))
+        if features and (own := beside_latents(manifest)):
+            beside.append((own, own.check(manifest)[places], start))
+        else:
+            without = manifest.url or manifest.folder
+    if beside and len(beside) < len(parts):
+        raise ValueError(f"{without} has no features, but another folder has; add them with fastdit extract --encoder, "
+                         "or leave them out with --no-features")  # fmt: skip
+    for own, *_ in beside[1:]:
+        beside[0][0].check_alike(own)
+
+    def write_features(partial: Path) -> None:
+        first = beside[0][0]
+        new = prepare(partial / FOLDER)
+        found = write_tars(_read(beside), lambda number: StoredFeatureWriter(new, number, first.dtype))
+        publish_features(new, partial / FOLDER, first, found)
+
+    more = write_features if beside else None
+    return write_keyed(_read(latents), out, about, overwrite=overwrite, write_more=more)
+
+
 def _read(
-    parts: Sequence[tuple[Manifest, np.ndarray, int]], dropped: Callable[[str], None] | None = None
+    parts: Sequence[tuple[ShardFolder, np.ndarray, int]], dropped: Callable[[str], None] | None = None
 ) -> Iterator[Sample]:
     """The samples of rows of indices, with a number added to their keys; ValueError for a damaged one, or `dropped`."""
-    with tqdm(total=sum(len(rows) for _, rows, _ in parts), unit="latent", disable=None) as bar:
+    with tqdm(total=sum(len(rows) for _, rows, _ in parts), unit="sample", disable=None) as bar:
         for manifest, rows, start in parts:
-            reader = ShardReader(manifest)
+            reader, remedy = ShardReader(manifest), "save the others with fastdit shards repair"
+            if isinstance(manifest, FeatureManifest):
+                array, remedy = np.empty(2, manifest.record), "extract the features again, or use --no-features"
+            else:
+                array = np.empty((manifest.orientations, *moments_shape(manifest)), DTYPES[manifest.dtype])
             try:
-                for row in rows[np.lexsort((rows["offset"], rows["shard"]))]:
+                for row in rows:
                     bar.update()
-                    moments = np.empty((manifest.orientations, *moments_shape(manifest)), DTYPES[manifest.dtype])
-                    faults = [reader.read(row, view, moments[view : view + 1]) for view in range(len(moments))]
+                    faults = [reader.read(row, view, array[view : view + 1]) for view in range(len(array))]
                     if fault := next(filter(None, faults), None):
                         if not dropped:
-                            raise ValueError(f"{fault}; save the others with fastdit shards repair")
+                            raise ValueError(f"{fault}; {remedy}")
                         dropped(fault)
                         continue
-                    yield int(row["key"]) + start, moments, int(row["label"])
+                    yield int(row["key"]) + start, array.copy(), int(row["label"])
             finally:
                 reader.close()
 

@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -208,26 +208,41 @@ def write_keyed(
     *,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Like `write_shards`, of samples with keys that differ; `about.images` is kept, and 0 is their number."""
+    """Like `write_shards`, of samples with keys that differ; `about.images` is kept, and 0 is their number.
+
+    `write_more` gets the folder after its shards, and before it appears.
+    """
     out = check_out(out, overwrite)
     partial = prepare(out)
-    parts: list[dict[str, Any]] = []
     try:
-        count = 0
-        for key, moments, label in samples:
-            if count % shard_size == 0:
-                writer = ShardWriter(partial, len(parts), about.dtype)
-            writer.add(key, moments, label)
-            count += 1
-            if count % shard_size == 0:
-                parts.append(writer.close())
-        if count % shard_size:
-            parts.append(writer.close())
-        return publish(partial, out, replace(about, images=about.images or count), parts, overwrite)
+        parts = write_tars(samples, lambda number: ShardWriter(partial, number, about.dtype), shard_size)
+        if write_more:
+            write_more(partial)
+        images = about.images or sum(len(part["rows"]) for part in parts)
+        return publish(partial, out, replace(about, images=images), parts, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_tars(
+    samples: Iterable[tuple[int, np.ndarray, int]], writer_of: Callable[[int], Any], shard_size: int = SHARD_SIZE
+) -> list[dict[str, Any]]:
+    """Writes samples of key, array and label with the writers of shards 0, 1, ...; what `publish` needs of them."""
+    parts: list[dict[str, Any]] = []
+    count = 0
+    for sample in samples:
+        if count % shard_size == 0:
+            writer = writer_of(len(parts))
+        writer.add(*sample)
+        count += 1
+        if count % shard_size == 0:
+            parts.append(writer.close())
+    if count % shard_size:
+        parts.append(writer.close())
+    return parts
 
 
 def write_synced(path: Path, data: bytes) -> None:

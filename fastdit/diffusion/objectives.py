@@ -178,6 +178,7 @@ class FlowMatching:
     time_distribution  uniform | logit_normal (time_mean, time_scale) | mode (time_scale) | cosmap
     shift        resolution shift of the timesteps; sample_shift: a different one for sampling
     cosine_weight  weight of the loss 1 - cos(velocity, target) over the channels (LightningDiT: Yao et al. 2025)
+    class_token_weight  weight of the loss of model.class_token (REG: Wu et al. 2025)
     coupling     independent | ot: noise assigned to images by minibatch optimal transport
     train_eps, sample_eps  minimum distance of timesteps from the singular ends; None: SiT's defaults
     """
@@ -191,6 +192,7 @@ class FlowMatching:
     shift: float = 1.0
     sample_shift: float | None = None
     cosine_weight: float = 0.0
+    class_token_weight: float = 0.03
     coupling: Literal[*COUPLINGS] = "independent"
     train_eps: float | None = None
     sample_eps: float | None = None
@@ -199,6 +201,8 @@ class FlowMatching:
         check_literals(self)
         if self.cosine_weight < 0 or (self.cosine_weight and self.prediction != "velocity"):
             raise ValueError(f"cosine_weight={self.cosine_weight} compares velocities; use 0, or prediction=velocity")
+        if not 0 <= self.class_token_weight < math.inf:
+            raise ValueError(f"class_token_weight={self.class_token_weight} is out of range; use 0.03, as in the paper")
         if self.time_distribution == "mode" and not -1 <= self.time_scale <= 2 / (math.pi - 2):
             raise ValueError(f"time_scale={self.time_scale} makes t non-monotonic in u; use a value in [-1, 1.75]")
         if self.time_distribution == "logit_normal" and self.time_scale <= 0:

@@ -17,6 +17,7 @@ from fastdit.data.images import Size, parse_size, read_image, size_text, to_uint
 from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import check_local
 from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
@@ -61,6 +62,7 @@ def open_set(
     Latents are decoded on `device`.
     `image_size`: center-crop images that are not in an npz, as `fastdit extract` does. ValueError names `key`.
     """
+    check_local(path, key)
     path = Path(path)
     if not is_there(path):
         raise ValueError(f"{key}={path} does not exist; give an .npz file or a folder of images")

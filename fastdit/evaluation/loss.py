@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import sample_latents
-from fastdit.data.loader import read_moments
+from fastdit.data.loader import read_class_tokens, read_moments
 from fastdit.data.manifest import AGAIN, Manifest
 from fastdit.data.order import permutation
+from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import Model, Objective
 from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
+from fastdit.models.class_token import join
 
 BINS = 20  # of t in [0, 1]
 IMAGES = 1280  # by default
@@ -38,6 +41,7 @@ def validation_loss(
     *,
     images: int = IMAGES,
     on_batch: Callable[[], bool] = lambda: False,
+    features: FeatureManifest | None = None,
 ) -> dict[str, Any]:
     """The loss of `network` on `images` images of the shards, rounded up to a multiple of BINS. A collective call.
 
@@ -45,7 +49,11 @@ def validation_loss(
     each part of t, nan where training draws no time; and `images`. Where the shards hold fewer images, they are used
     again with other times and noise. The digits depend neither on the number of processes nor on the training's batch.
     `on_batch()` is called for every batch; once it returns True, the rest is left out, and what comes back is nan.
+    `features`: those of the images, for a model with a class token.
     """
+    entangled = isinstance(objective, EntangledFlow)
+    if entangled:
+        features.check(manifest)
     shares, times = stratified(objective, math.ceil(images / BINS))  # (BINS,), (n,)
     count = len(times)
     rows = chosen_rows(manifest, count)
@@ -57,7 +65,8 @@ def validation_loss(
         for slot, (part, moments) in enumerate(zip(own, read_parts(manifest, rows, own), strict=True)):
             if on_batch():
                 break
-            x_0, noise = latents_of(manifest, moments.to(ranks.device), part.start)
+            token = read_class_tokens(features, rows["key"][part]).to(ranks.device) if entangled else None
+            x_0, noise = state_of(manifest, moments.to(ranks.device), part.start, token)
             y = torch.from_numpy(rows["label"][part].astype(np.int64)).to(ranks.device)
             loss = objective.loss(network, x_0, y, times[part].to(ranks.device), noise)
             names = list(loss.parts)
@@ -114,14 +123,15 @@ def read_parts(manifest: Manifest, rows: np.ndarray, parts: list[slice]) -> Iter
         yield from moments.split([len(rows[part]) for part in some])
 
 
-def latents_of(manifest: Manifest, moments: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """x_0 and noise (n, C, h, w) of moments at the places `start` to start + n - 1 of the set."""
+def state_of(manifest: Manifest, moments: Tensor, start: int, token: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x_0 and noise (n, C, h, w), with a `token` (n, C + K, h, w), at the places from `start` on of the set."""
     spec = manifest.latents
     posterior, noise = (
-        ImageRandom([seed_of(SEED, kind, start + i) for i in range(len(moments))])(moments[:, : spec.shape[0]])
-        for kind in (POSTERIOR, NOISE)
+        ImageRandom([seed_of(SEED, kind, start + i) for i in range(len(moments))]) for kind in (POSTERIOR, NOISE)
     )
-    return sample_latents(moments, posterior, spec.scale, spec.shift), noise
+    x_0 = sample_latents(moments, posterior(moments[:, : spec.shape[0]]), spec.scale, spec.shift)
+    x_0 = x_0 if token is None else join(x_0, token)
+    return x_0, noise(x_0)
 
 
 def loss_table(result: dict[str, Any]) -> str:

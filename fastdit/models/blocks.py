@@ -154,12 +154,16 @@ class FinalLayer(nn.Module):
     def head(self) -> nn.Module:
         return self.linear if self.unpatchify == "linear" else self.conv
 
-    def forward(self, x: Tensor, pending: Pending, c: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, c: Tensor | None, patches: int | None = None):
+        """With `patches`: the output of the first tokens, and the normalized others (N, T - patches, D)."""
         if self.modulated:
             shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         else:
             shift, scale = learned_shift_and_scale(self.own_norm, x.shape[0])
         h = add_and_modulate(x, pending, shift, scale, self.norm)[1]
+        return self.project(h) if patches is None else (self.project(h[:, :patches]), h[:, patches:])
+
+    def project(self, h: Tensor) -> Tensor:
         if self.unpatchify == "linear":
             return self.linear(h)
         # as a linear: (D, C, p, p) -> (p p C, D) with channels fastest, and one bias per channel

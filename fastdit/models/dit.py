@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdit.kernels import rope_2d
 from fastdit.models.attention import ATTENTION
 from fastdit.models.blocks import BLOCKS, DiTBlock, FinalLayer
+from fastdit.models.class_token import ClassToken, channels_of, join, split
 from fastdit.models.dropout import dropout_keys
 from fastdit.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding
 from fastdit.models.routing import Route
@@ -27,8 +28,10 @@ class DiT(nn.Module):
     `input_size` is the side of a square latent, or (height, width). `learn_sigma` doubles the output channels.
     `num_classes=0` makes the network unconditional. The null label for classifier-free guidance is `num_classes`; the
     label table has a row for it only if `class_dropout > 0`, else `null_label` is None. Labels are dropped by the
-    training step (`drop_labels`), not by the network. `attention` is a key of `models.attention.ATTENTION`; `options`
-    are the fields of `NetworkOptions`. Raises ValueError for inconsistent sizes.
+    training step (`drop_labels`), not by the network. With a class token, the input and the output have
+    further channels (models/class_token.py); `state_shape` is the input's (C, H, W). `attention` is a key of
+    `models.attention.ATTENTION`; `options` are the fields of `NetworkOptions`. Raises
+    ValueError for inconsistent sizes.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class DiT(nn.Module):
                              "modulations; use adaln_zero or adaln, or decoder_blocks=0")  # fmt: skip
         if decoder >= depth:
             raise ValueError(f"model.decoder_blocks={decoder} leaves none of {depth} blocks for the encoder; use fewer")
+        if options.class_token and decoder:
+            raise ValueError(f"model.class_token={options.class_token} has no place in the decoder of "
+                             f"model.decoder_blocks={decoder}; use decoder_blocks=0")  # fmt: skip
         if "rope" in position and head_dim % 4:
             raise ValueError(
                 f"model.position={position!r} rotates pairs along two axes and needs head_dim to be a multiple of 4, "
@@ -78,7 +84,9 @@ class DiT(nn.Module):
         self.residual_dtype: torch.dtype | None = None  # None: the dtype of the weights, fp32
         self.null_label = num_classes if num_classes and class_dropout > 0 else None
         in_context = (2 if num_classes else 1) if options.block == "in_context" else 0  # tokens for time and label
-        self.tokens = self.patches + registers + in_context  # sequence length in the blocks
+        self.tokens = self.patches + registers + in_context + bool(options.class_token)  # sequence length in the blocks
+        self.class_token = ClassToken(options.class_token, hidden_size) if options.class_token else None
+        self.state_shape = (in_channels + channels_of(options.class_token, (height, width)), height, width)
 
         self.encoder_blocks = depth - decoder  # the number of blocks before the decoder, if there is one
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -122,17 +130,22 @@ class DiT(nn.Module):
         for layer in [*self.blocks, self.final_layer]:
             if hasattr(layer, "adaLN_modulation"):
                 nn.init.zeros_(layer.adaLN_modulation[1].weight)
-        for parameter in self.final_layer.head.parameters():
-            nn.init.zeros_(parameter)
+        for head in filter(None, (self.final_layer.head, self.class_token and self.class_token.head)):
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         keys = [None] * len(self.blocks)
         if self.options.dropout and self.training:
             keys = dropout_keys(x, len(self.blocks), 3)  # at most three branches per block
-        x_t, time = x, self.t_embedder(t)
-        c, tokens = self.condition(time, y), None
+        x_t, class_token = (x, None) if self.class_token is None else split(x, self.options.class_token)
+        time = self.t_embedder(t)
+        c, tokens = self.condition(time, y), []
+        if self.class_token is not None:
+            tokens.append(self.class_token.embed(class_token)[:, None])  # (N, 1, D)
         if self.options.block == "in_context":
-            c, tokens = None, c
+            tokens.append(c)
+            c = None
         x = self.embed(self.x_embedder, x_t, tokens)
         pending = None  # the previous block's MLP branch, not yet added to the residual x
         rope = None if self.rope is None else tuple(self.rope)
@@ -152,24 +165,29 @@ class DiT(nn.Module):
                 x, pending, on_route = route.leave(whole, settled(x, pending)), None, False
             for name, tap in self.taps.items():
                 if tap.block == number:
-                    tokens = settled(x, pending)
-                    kept = route.kept[:, : tokens.shape[1] - extra] if on_route else None
-                    self.tapped[name] = Tapped(tap(tokens[:, : tokens.shape[1] - extra]), kept)
-        if extra:  # drop them
-            x, c = x[:, : self.patches], c[:, : self.patches] if self.options.decoder_blocks else c
+                    hidden = settled(x, pending)
+                    kept = route.kept[:, : hidden.shape[1] - extra] if on_route else None
+                    self.tapped[name] = Tapped(tap(hidden[:, : hidden.shape[1] - extra]), kept)
+        if extra:  # drop them, but for the class token
+            last = self.patches + (self.class_token is not None)
+            x, c = x[:, :last], c[:, :last] if self.options.decoder_blocks else c
             if pending is not None:
                 branch, gate, bias = pending
-                gate = gate[:, : self.patches] if gate is not None and gate.ndim == 3 else gate
-                pending = branch[:, : self.patches], gate, bias
-        return self.unpatchify(self.final_layer(x, pending, c))
+                gate = gate[:, :last] if gate is not None and gate.ndim == 3 else gate
+                pending = branch[:, :last], gate, bias
+        if self.class_token is None:
+            return self.unpatchify(self.final_layer(x, pending, c))
+        out, hidden = self.final_layer(x, pending, c, self.patches)
+        latents = self.unpatchify(out)[:, : self.in_channels]  # SiT ignores the others
+        return join(latents, self.class_token.head(hidden[:, 0]))
 
-    def embed(self, embedder: PatchEmbed, x_t: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def embed(self, embedder: PatchEmbed, x_t: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
         """Latents (N, C, H, W) -> (N, tokens, D): patches with their positions, further `tokens`, registers."""
         x = embedder(x_t)  # (N, T, D), T = (H / p)(W / p)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        if tokens is not None:
-            x = torch.cat([x, tokens], dim=1)
+        if tokens:
+            x = torch.cat([x, *tokens], dim=1)
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (N, tokens, D)
         return x.to(self.residual_dtype or embedder.proj.weight.dtype)
@@ -258,6 +276,7 @@ class DiT(nn.Module):
         ends = self.patches * d * channels * self.patch_size**2  # embeddings and head
         rows = (self.patches if decoder else 1) if BLOCKS[self.options.block] else 0
         ends += 256 * d + d * d + rows * 2 * d * d  # time embedding; final modulation
+        ends += 2 * d * self.options.class_token
         return 2 * (total + ends)
 
 

@@ -14,6 +14,7 @@ from fastdit.config import load_config, to_tree
 from fastdit.data.latents import scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json, read_yaml
 from fastdit.schema import Config
 from fastdit.training import checkpoint
@@ -106,8 +107,9 @@ def read_run(folder: str | Path) -> Run:
         run.images = meta["images"] if type(meta.get("images")) is int else 0
         return run
     try:
-        manifest = Manifest.load(run.config.data.shards, run.config.data.cache).normalized(run.config.data.normalize)
-        run.manifest, _ = split(manifest, run.config.data.val_fraction)
+        data = run.config.data
+        manifest = Manifest.load(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        run.manifest, _ = split(manifest, data.val_fraction)
         run.images = len(run.manifest)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")

@@ -24,6 +24,7 @@ from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
 from fastdit.report.facts import Run
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
+from fastdit.training.alignment import token_features
 from fastdit.training.ema import too_young
 from fastdit.training.state import VAE, load_network
 
@@ -100,7 +101,8 @@ def measure_run(
     manifest = run.manifest
     if manifest:
         with noted(found.notes, "No loss per timestep"):
-            found.bins = validation_loss(objective, network, manifest, Ranks(0, 0, 1, device))["bins"]
+            features, ranks = token_features(run.config), Ranks(0, 0, 1, device)
+            found.bins = validation_loss(objective, network, manifest, ranks, features=features)["bins"]
             if not any(math.isfinite(loss) for loss, _ in found.bins):
                 found.bins = []
                 raise ValueError("it is not finite: check the weights with fastdit verify")
@@ -124,10 +126,7 @@ def noted(notes: list[str], what: str) -> Iterator[None]:
 
 def seconds_needed(network: Inference, pipeline: ImagePipeline | None, run: Run, device: torch.device) -> float:
     """A prediction for everything here, from one evaluation of the network on 8 latents, and one decoded image."""
-    shape = pipeline.spec.shape if pipeline else run.manifest.latents.shape if run.manifest else None
-    if shape is None:
-        return 0.0
-    x, t = torch.zeros(8, *shape, device=device), torch.full((8,), 0.5, device=device)
+    x, t = torch.zeros(8, *network.model.state_shape, device=device), torch.full((8,), 0.5, device=device)
     y = torch.zeros(8, dtype=torch.long, device=device)
     seconds = IMAGES / 8 * timed(lambda: network(x, t, y))
     if pipeline:

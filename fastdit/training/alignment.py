@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.data.features import FeatureManifest, find_features, resample
+from fastdit.data.remote import Cache
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tap, Tapped
@@ -225,10 +226,31 @@ def attach(
 
 
 def features_for(config: Config) -> FeatureManifest | None:
-    """The features that training.align uses; None if it uses none, ValueError if they are missing."""
+    """The features that training.align and model.class_token use; None without use, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    return find_features(data.shards, data.features, data.cache) if used else None
+    cache = Cache(data.cache, data.cache_gib)
+    return token_features(config) or (find_features(data.shards, data.features, cache) if used else None)
+
+
+def token_features(config: Config, shards: str = "", like: dict | None = None) -> FeatureManifest | None:
+    """The features of model.class_token, of data.shards or of other `shards`; None without a class token.
+
+    ValueError where they are missing, or not those of the encoder with the facts `like`.
+    """
+    if not (width := config.model.class_token):
+        return None
+    data = config.data
+    cache = Cache(data.cache, data.cache_gib)
+    features = find_features(shards or data.shards, "" if shards else data.features, cache)
+    if width != features.dim:
+        raise ValueError(f"model.class_token={width}, but the features in {features.folder} have {features.dim} "
+                         f"values; use {features.dim}")  # fmt: skip
+    own = features.facts()
+    if like and (other := next((key for key in ("encoder", "weights") if own[key] != like[key]), None)):
+        raise ValueError(f"the features in {features.folder} have {other}={own[other]}, but the run's {like[other]}; "
+                         "extract them with the same encoder")  # fmt: skip
+    return features
 
 
 def alignment_losses(

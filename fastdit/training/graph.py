@@ -35,29 +35,25 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
 
-    def __call__(
-        self, moments: Tensor, y: Tensor, step: int, lr: float, features: Tensor | None = None
-    ) -> StepResult:
+    def __call__(self, step: int, lr: float, *given: Tensor | None) -> StepResult:
         """Like TrainStep; the next call overwrites the returned tensors."""
         self.calls += 1
         self.generator.manual_seed(seed_of(self.step.seed, step))
         if self.calls <= WARMUP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                out = self.step.run(moments, y, self.generator, step, lr, features)
+                out = self.step.run(self.generator, step, lr, *given)
             torch.cuda.current_stream().wait_stream(self.stream)
             return out
         if self.calls == WARMUP + 1:
-            self.moments, self.y = moments.clone(), y.clone()
-            self.features = None if features is None else features.clone()
+            self.places = [None if tensor is None else tensor.clone() for tensor in given]
             # thread_local: the loader's thread pins memory meanwhile, which would abort a global capture
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.out = self.step.run(self.moments, self.y, self.generator, step, lr, self.features)
+                self.out = self.step.run(self.generator, step, lr, *self.places)
             self.generator.manual_seed(seed_of(self.step.seed, step))
-        self.moments.copy_(moments)
-        self.y.copy_(y)
-        if features is not None:
-            self.features.copy_(features)
+        for place, tensor in zip(self.places, given, strict=True):
+            if place is not None:
+                place.copy_(tensor)
         self.step.engine.set_lr(lr)
         for average in (self.step.ema, *self.step.averages):
             average.set_step(step + 1)

@@ -163,10 +163,10 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         clock, clock_step = time.perf_counter(), start
         for step in range(start, settings.steps):
             watchdog.at(step + 1, READS)
-            _, moments, y, targets = next(batches)
+            _, *given = next(batches)
             watchdog.at(step + 1, COMPUTES)
             lr = learning_rate(step)
-            losses, grad_norm, skipped = train_step(moments, y, step, lr, targets)
+            losses, grad_norm, skipped = train_step(step, lr, *given)
             window.add(losses, skipped)
 
             done = step + 1

@@ -32,6 +32,7 @@ from fastdit.evaluation.protocol import in_a_line
 from fastdit.files import append_to
 from fastdit.pipeline import Inference, few_classes
 from fastdit.schema import Config
+from fastdit.training.alignment import token_features
 from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, random_share
 from fastdit.training.engine import Engine
@@ -89,6 +90,10 @@ class Monitor:
             return
         if self.every["validate"]:
             check_images(held_out, settings.validate_images)
+            own = token_features(config)
+            self.features = own and token_features(config, config.data.val_shards, own.facts())
+            if own:
+                self.features.check(held_out)
         # never compiled: the training's compiled code and CUDA graphs stay as they are
         config = replace(config, sampling=replace(config.sampling, compile=False))
         with torch.random.fork_rng([]), torch.device("meta"):
@@ -176,7 +181,7 @@ class Monitor:
         for name in ("model", "ema"):
             self._use(name)
             results.append(validation_loss(self.objective, self._network, self.held_out, self.ranks, images=images,
-                                           on_batch=self._stopped))  # fmt: skip
+                                           on_batch=self._stopped, features=self.features))  # fmt: skip
         if self._failed():
             return None
         model, ema = results

@@ -39,6 +39,7 @@ def image_pipeline(
         for key, own, other in (
             ("objective", config.objective, weaker.config.objective),
             ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
+            ("model.class_token", config.model.class_token, weaker.config.model.class_token),
         ):
             if own != other:
                 raise ValueError(

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdit.data.features import class_token_of
 from fastdit.data.latents import LatentSpec, sample_latents
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, StepRandom, step_generator
+from fastdit.models.class_token import join
 from fastdit.models.dit import drop_labels
 from fastdit.models.routing import Routing
 from fastdit.training.alignment import Alignment, alignment_losses
@@ -48,30 +50,31 @@ class TrainStep:
     alignments: Mapping[str, Alignment] = field(default_factory=dict)  # by name, see training/alignment.py
     routing: Routing | None = None
 
-    def __call__(
-        self, moments: Tensor, y: Tensor, step: int, lr: float, features: Tensor | None = None
-    ) -> "StepResult":
-        """moments (n, 2C, h, w), y (n,) and features, as in Batch, on the device; `step` counts from 0."""
-        return self.run(moments, y, step_generator(self.seed, step, moments.device), step, lr, features)
+    def __call__(self, step: int, lr: float, moments: Tensor, y: Tensor, *targets: Tensor | None) -> StepResult:
+        """moments (n, 2C, h, w), y (n,) and what follows in Batch, on the device; `step` counts from 0."""
+        return self.run(step_generator(self.seed, step, moments.device), step, lr, moments, y, *targets)
 
     def run(
         self,
-        moments: Tensor,
-        y: Tensor,
         generator: torch.Generator,
         step: int,
         lr: float | Tensor,
+        moments: Tensor,
+        y: Tensor,
         features: Tensor | None = None,
-    ) -> "StepResult":
+        class_token: Tensor | None = None,
+    ) -> StepResult:
         """The same, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
         rows = slice(self.ranks.rank * own, (self.ranks.rank + 1) * own)
-        random, shape = StepRandom(generator, rows, self.ranks.world * own), self.latents.shape
-        x_0 = sample_latents(moments, random.randn(*shape), self.latents.scale, self.latents.shift)  # (n, C, h, w)
+        random, model = StepRandom(generator, rows, self.ranks.world * own), self.engine.module
+        posterior = random.randn(*self.latents.shape)
+        latents = x_0 = sample_latents(moments, posterior, self.latents.scale, self.latents.shift)  # (n, C, h, w)
+        if model.class_token is not None:
+            x_0 = join(latents, class_token_of(features, class_token))  # (n, C + K, h, w)
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
-        u, noise = random.rand(), random.randn(*shape)
+        u, noise = random.rand(), random.randn(*model.state_shape)
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
-        model = self.engine.module
         routes = None if self.routing is None else self.routing.draw(random.rand, model, step)
         fp8 = model.fp8
         losses: list[Tensor] = []
@@ -84,7 +87,7 @@ class TrainStep:
             per_sample = loss.per_sample
             weighted = per_sample if factors is None else factors[part].to(per_sample) * per_sample
             targets = None if features is None else features[part]
-            aligned = alignment_losses(self.alignments, model, x_0[part], targets)
+            aligned = alignment_losses(self.alignments, model, latents[part], targets)
             total = weighted.mean()
             for name, values in aligned.items():
                 total = total + self.alignments[name].weight_at(step) * values.mean()

@@ -11,10 +11,13 @@ from fastdit import __version__
 from fastdit.build import shards_of
 from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
+from fastdit.data.remote import Cache
 from fastdit.distributed import Ranks
 from fastdit.environment import commit, hardware
 from fastdit.evaluation.loss import IMAGES, validation_loss
 from fastdit.pipeline import Inference
+from fastdit.training import checkpoint
+from fastdit.training.alignment import token_features
 from fastdit.training.state import load_network
 
 PROTOCOL = 1  # increases when the same files and settings give other digits
@@ -48,7 +51,7 @@ def loss_of_run(
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
     data = trained.config.data
     if shards:
-        manifest = Manifest.load(shards, data.cache)
+        manifest = Manifest.load(shards, Cache(data.cache, data.cache_gib))
     elif data.val_shards or data.val_fraction:
         manifest = shards_of(trained.config)[1]
     else:
@@ -59,7 +62,9 @@ def loss_of_run(
     check_classes(trained.class_names, manifest)
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
-    found = validation_loss(trained.objective, network, manifest, ranks, images=num_samples or IMAGES)
+    like, count = checkpoint.read_meta(trained.folder).get("features"), num_samples or IMAGES
+    features = token_features(trained.config, shards or data.val_shards, like)
+    found = validation_loss(trained.objective, network, manifest, ranks, images=count, features=features)
     return {
         "protocol": {
             "version": PROTOCOL,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastdit.data.features import holds_features
+from fastdit.data.remote import check_local
 from fastdit.training import checkpoint
 from fastdit.training.state import AUTOENCODER
 from fastdit.verify.autoencoders import verify_autoencoder
@@ -20,6 +21,7 @@ def verify(path: str | Path, say: Callable[[str], None] = print) -> list[str]:
 
     `say` receives a summary of what was checked. Raises ValueError if `path` is none of these.
     """
+    check_local(path, "fastdit verify")
     path, found = Path(path), Findings()
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; use a run, one of its checkpoints/step-*, or a folder of latents")

@@ -29,6 +29,16 @@ def test_each_way_gets_a_row_and_bf16_what_it_costs(monkeypatch, tmp_path):
     assert lines["loader"]["over"]["fastdit-fp32"] > 0 and lines["fastdit-bf16"]["setup_s"] >= 0
 
 
+def test_the_parts_alone_are_compared_with_the_whole(monkeypatch, tmp_path):
+    ways = ["fastdit-fp32", *extract.PARTS]
+    lines = measured(monkeypatch, tmp_path, "--rounds", "1", "--cpu-time", "--ways", *ways)
+    whole, found = lines["fastdit-fp32"]["images_per_s"], lines["fastdit-fp32 of its parts"]
+    parts = [lines[name]["images_per_s"] for name in extract.PARTS]
+    assert found["of_slowest_part"] == pytest.approx(whole / min(parts), rel=0.01)
+    assert found["of_parts_in_turn"] == pytest.approx(whole * sum(1 / part for part in parts), rel=0.01)
+    assert extract.extract.extract_share is extract.encode.extract_share and found["clock"] == "process_time"
+
+
 def test_what_was_measured_is_kept_when_the_time_is_over(monkeypatch, tmp_path):
     ran, right = [], extract.plain
     monkeypatch.setattr(extract, "plain", lambda *a: ran.append(right(*a)))

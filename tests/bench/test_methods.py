@@ -82,7 +82,7 @@ def test_every_method_is_a_config_of_both_sizes():
 def test_a_method_is_trained_and_measured_at_four_points_and_shown_beside_the_others(data, tmp_path, monkeypatch):
     monkeypatch.setitem(methods.SAMPLES, "cpu", 8)
     lines = {("cpu", methods.FLOOR, 0): {"floor": methods.floor(data, 8)}}
-    for method in ("baseline", "modern", "repa"):
+    for method in ("baseline", "modern", "repa", "reg"):
         lines["cpu", method, 0] = methods.run(method, 0, "cpu", data, TINY)
     again = methods.run("baseline", 0, "cpu", data, TINY)
     points = lines["cpu", "baseline", 0]["points"]

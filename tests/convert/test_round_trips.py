@@ -98,7 +98,7 @@ def read(folder):
 
 def outputs(folder):
     trained, generator = load_network(folder), torch.Generator().manual_seed(1)
-    x, t = torch.randn(8, *trained.latents.shape, generator=generator), torch.linspace(0.001, 1, 8).double()
+    x, t = torch.randn(8, *trained.model.state_shape, generator=generator), torch.linspace(0.001, 1, 8).double()
     classes = trained.config.data.num_classes
     y = torch.arange(8) % (classes + (trained.model.null_label is not None)) if classes else None
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_every_objective_survives_or_is_refused(place, tmp_path, case):
 
 @pytest.mark.parametrize("case", networks(), ids=name)
 def test_every_network_survives_or_is_refused(place, tmp_path, case):
-    objective = {"name": "flow"} if "learn_sigma" in case else {"name": "ddpm"}
+    objective = {"name": "flow"} if case.keys() & {"learn_sigma", "class_token"} else {"name": "ddpm"}
     source = make_checkpoint(place, tmp_path / "source", objective, vae="somebody/autoencoder", **case)
     settings = {"data.num_classes" if key == "classes" else f"model.{key}": value for key, value in case.items()}
     walk(tmp_path, source, settings)

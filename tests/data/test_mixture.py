@@ -150,8 +150,8 @@ def test_sets_that_do_not_belong_together_are_refused(sets, tmp_path):
         Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "a"), 2.0)))
     with pytest.raises(ValueError, match="cannot be mixed with others"):
         Manifest.load((ShardSet("synthetic:8/1x1x2/3", 1.0), ShardSet(str(sets / "a"), 2.0)))
-    with pytest.raises(ValueError, match="cannot be mixed as data.shards=1 x a . 2 x b does; use one folder"):
-        find_features((ShardSet("a", 1.0), ShardSet("b", 2.0)))
+    with pytest.raises(ValueError, match="data.features=f is one folder, but data.shards names 2; .* as a/features"):
+        find_features((ShardSet("a", 1.0), ShardSet("b", 2.0)), "f")
 
 
 @pytest.mark.parametrize(

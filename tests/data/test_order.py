@@ -9,7 +9,7 @@ import pytest
 
 from fastdit.data.loader import latent_batches, sample_keys, split
 from fastdit.data.manifest import Manifest, Shard
-from fastdit.data.order import LISTED, WINDOW, Order, permutation, scattered
+from fastdit.data.order import LISTED, WINDOW, Listed, Order, hash_of, permutation, scattered
 from fastdit.schema import ShardSet
 from helpers.sets import write_all
 
@@ -19,6 +19,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:
     return write_all(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 255, 257, 16_385, 60_000])
+def test_a_list_is_sorted_by_a_hash_in_whatever_order_it_is_read(n):
+    draw, sorted_ = np.random.default_rng(n), np.argsort(hash_of(5, 1, 0, np.arange(n, dtype=np.uint64)))
+    parts = min(n, 40)
+    for way in [np.arange(n)], np.array_split(np.arange(n), parts)[::-1], np.array_split(draw.permutation(n), parts):
+        order = Listed(n, 5, 1, 0)
+        for places in way:
+            np.testing.assert_array_equal(order[places], sorted_[places])
+    order = Listed(n, 5, 1, 0)
+    np.testing.assert_array_equal(order[np.arange(min(n, 8))], sorted_[:8])
+    assert n < 1000 or order.sorted.sum() == 1  # the others are sorted when they are read
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 65, 1000, 4097, 65_537])

@@ -216,7 +216,7 @@ def test_damaged_folders_are_named_before_the_first_batch(copy, how, message):
 
 def spoil(folder: Path, sample: int) -> Manifest:
     """A NaN in both orientations of a sample, with checksums that agree."""
-    manifest, index = Manifest.load(folder), Manifest.load(folder).index()
+    manifest, index = Manifest.load(folder), Manifest.load(folder).index().copy()
     path, start = folder / manifest.shards[index["shard"][sample]].name, int(index["offset"][sample])
     data, size = bytearray(path.read_bytes()), 2 * 2 * int(np.prod(SHAPE))
     for view in range(2):
@@ -232,7 +232,7 @@ def spoil(folder: Path, sample: int) -> Manifest:
 
 
 def test_labels_that_no_class_has_are_named_before_the_first_batch(copy):
-    index = copy.index()
+    index = copy.index().copy()
     index["label"][9] = 3
     np.save(copy.folder / "index.npy", index)
     digest = hashlib.sha256((copy.folder / "index.npy").read_bytes()).hexdigest()
@@ -326,7 +326,7 @@ def test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too(stored, 
     expected = take(stored, 3, global_batch=40, seed=0)
     batches = on_device(latent_batches(stored, global_batch=40, seed=0, pin_memory=name == "cuda"), torch.device(name))
     for batch in expected:
-        step, moments, y, _ = next(batches)
+        step, moments, y, *_ = next(batches)
         assert step == batch.step and moments.device.type == y.device.type == name
         assert torch.equal(moments.cpu(), batch.moments) and torch.equal(y.cpu(), batch.y)
     batches.close()

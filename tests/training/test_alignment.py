@@ -12,7 +12,6 @@ from torch import nn
 
 from fastdit.api import load
 from fastdit.convert import convert, read_initial
-from fastdit.data.extract import extract_features
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tapped
@@ -30,7 +29,6 @@ from fastdit.training.alignment import (
     spatially_normalized,
 )
 from fastdit.training.log import read_metrics, training_flops
-from helpers.extraction import TinyEncoder
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,15 +182,6 @@ def test_depths_scale_with_the_network(depth, expected):
         at_depth(depth + 1, model, 8)
 
 
-@pytest.fixture(scope="module")
-def featured(world, tmp_path_factory):
-    """The world's latents, with features: the override that names them."""
-    out = tmp_path_factory.mktemp("featured") / "latents"
-    shutil.copytree(world / "latents", out)
-    extract_features(images=world / "images", out=out, vae=world / "vae", image_size=32, encoder=TinyEncoder())
-    return f"data.shards={out}"
-
-
 @pytest.mark.parametrize("options", [
     ALIGNED, ROUTED, [*ALIGNED, *ROUTED, "model.position=rope", "model.qk_norm=rms"], [*FEATURES, *ROUTED],
     ["training.align={name: repa, projector: conv, spatial_norm: true, weight: 5, until: 4}"],
@@ -327,7 +316,7 @@ def test_mistakes_are_found_before_a_run_begins(world, featured, tmp_path, optio
 
 
 def test_features_that_are_missing_or_damaged_are_named(world, featured, tmp_path):
-    with pytest.raises(ValueError, match="needs features, but .*latents has none; add them with fastdit extract"):
+    with pytest.raises(ValueError, match="need features, but .*latents has none; add them with fastdit extract"):
         train_here(world, tmp_path / "run", *FEATURES)
     other = tmp_path / "features"
     shutil.copytree(Path(featured.partition("=")[2]) / "features", other)
