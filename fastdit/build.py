@@ -11,6 +11,7 @@ from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
@@ -82,11 +83,11 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
     cache = Cache(config.data.cache, config.data.cache_gib)
-    manifest = Manifest.load(config.data.shards, cache).normalized(config.data.normalize)
+    manifest = open_latents(config.data.shards, cache).normalized(config.data.normalize)
     train, held_out = split(replace(manifest, block=config.data.block), config.data.val_fraction)
     if not (path := config.data.val_shards):
         return train, held_out
-    held_out = Manifest.load(path, cache)
+    held_out = open_latents(path, cache)
     if config.data.normalize != "none":
         held_out = held_out.scaled_as(train.latents)
     held_out.check()

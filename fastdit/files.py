@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -151,6 +152,20 @@ def append_to(path: Path) -> TextIO:
         os.close(descriptor)
         raise ValueError(f"{path} is not a regular file; remove it")
     return open(descriptor, "a", buffering=1)
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A place beside `out` for a new file or folder, which gets its name if the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}.", suffix=".partial", dir=out.parent) as folder:
+        stage = Path(folder) / out.name
+        yield stage
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in Path(folder).rglob("*"):  # safetensors leaves 0600
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        os.rename(stage, out)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from fastdit import distributed
 from fastdit.data.latents import PerChannel, per_channel, sample_latents
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
@@ -107,7 +108,7 @@ def likelihood(
     device = distributed.init(device).device
     trained = load_network(path, weights, overrides=overrides, device=device)
     data = trained.config.data
-    manifest = Manifest.load(shards, Cache(data.cache, data.cache_gib))
+    manifest = open_latents(shards, Cache(data.cache, data.cache_gib))
     if num_images > len(manifest):
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
     if dim := trained.config.model.class_token:

@@ -141,6 +141,7 @@ class LoopConfig:
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
     time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
+    report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
 
     def __post_init__(self):
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
@@ -196,7 +197,6 @@ class TrainingConfig(LoopConfig):
     reference: str = ""  # for evaluate_every: real images, or a file of fastdit evaluate --save-reference
     evaluate_images: int = 500  # number of samples of an evaluation
     evaluate_features: str = "efficientnet-lite0"  # as fastdit evaluate --features
-    report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,13 +15,15 @@ from fastdit.schema import LoopConfig, require
 @dataclass(frozen=True)
 class ImagesConfig:
     images: str = ""  # a folder, list, archive or WebDataset, as for fastdit extract --images
-    image_size: int | tuple[int, int] = 256  # center crop in pixels: a side or [width, height]
+    image_size: int | tuple[int, int] = 256  # of the crops, in pixels: a side or [width, height]
+    crop: Literal["center", "random"] = "center"  # of images to train on; random: at any place, another each epoch
+    crop_fraction: float = 1.0  # random: smallest side of a crop, relative to the largest that fits; 0.8 in ADM
     hflip: bool = True  # mirror each image with probability 1/2
     val_images: str = ""  # images to measure the reconstruction on
     val_fraction: float = 0.0  # or the share of the images that is held out for it; the same in every run
     workers: int = 0  # decoding threads of each process; 0: its share of the cores
     prefetch: int = 4  # number of batches to read ahead
-    cache_gib: float = 1.0  # keep the decoded images in memory if all of them take at most this; 0: never
+    cache_gib: float = 1.0  # keep center crops in memory if all of them take at most this; 0: never
 
     def __post_init__(self):
         fraction = self.val_fraction
@@ -29,6 +31,11 @@ class ImagesConfig:
         both = fraction and self.val_images
         require(not both, "data.val_fraction", fraction, "use 0 with data.val_images, which gives other images")
         require(min(self.sides) > 0, "data.image_size", self.image_size, "use a positive number of pixels")
+        check_literals(self, "data")
+        share = self.crop_fraction
+        require(0 < share <= 1, "data.crop_fraction", share, "use a share in (0, 1], such as 0.8")
+        alone = share == 1 or self.crop == "random"
+        require(alone, "data.crop_fraction", share, "use 1 with center crops, or data.crop=random")
         for key in ("workers", "prefetch", "cache_gib"):
             require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more")
 

@@ -47,7 +47,7 @@ from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, too_young
 from fastdit.training.engine import MOMENTS, TorchEngine, set_moments
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow
+from fastdit.training.log import Log, LossWindow, say
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, VAE
 from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
@@ -56,15 +56,21 @@ from fastdit.training.weights import read_weights
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train_autoencoder(config: AutoencoderConfig, *, resume: bool = False, device: str | None = None) -> Path:
+def train_autoencoder(
+    config: AutoencoderConfig, *, resume: bool = False, device: str | None = None, report=None
+) -> Path:
     """Train as `config` says and return run_dir/vae, a folder of diffusers with the EMA.
 
-    `resume` continues from the newest checkpoint in `run_dir`.
+    `resume` continues from the newest checkpoint in `run_dir`. `report(run_dir, device)` writes the report of a run
+    that has ended, as for training.loop.train.
     """
     ranks, run_dir = distributed.init(device, 2 * config.training.timeout_s), Path(config.run_dir)  # watchdog first
     checkpoint.check_run_dir(run_dir, resume)
     with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
-        return _train(config, run_dir, ranks, resume)
+        out = _train(config, run_dir, ranks, resume)
+        if report and config.training.report and ranks.is_main:
+            say(run_dir, report(run_dir, ranks.device))
+    return out
 
 
 def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
@@ -129,6 +135,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,
         start_step=start, hflip=config.data.hflip, prefetch=config.data.prefetch, pin_memory=device.type == "cuda",
+        crop_fraction=config.data.crop_fraction if config.data.crop == "random" else None,
     )  # fmt: skip
 
     def on_skip(done: int) -> None:
@@ -202,7 +209,8 @@ def _images(config: AutoencoderConfig) -> tuple[ImageSource, PixelReader, PixelR
         raise ValueError(f"data.images={data.images} holds no images; give others")
     chosen = np.arange(len(others)) if data.val_images else rest if len(rest) else rows
     workers = data.workers or cores_per_process()
-    reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=data.cache_gib * 2**30)
+    kept = data.cache_gib * 2**30 if data.crop == "center" else 0
+    reader = PixelReader(source, rows, data.image_size, workers=workers, cache_bytes=kept)
     measured = PixelReader(others, chosen, data.image_size, workers=workers)
     return source, reader, measured, bool(data.val_images) or len(rest) > 0
 

@@ -99,7 +99,7 @@ class VaeMonitor:
         height = outputs.shape[1]
         over_time = strip(folder, height, row=2)
         write_png(over_time, folder / "strip.png")
-        values = {**found, "scaling_factor": scale, "monitor_s": time.perf_counter() - begun}
+        values = {**found, "scaling_factor": scale, "shift_factor": shift, "monitor_s": time.perf_counter() - begun}
         self.log.record(step, values, {"reconstructions": picture, "reconstructions_over_time": over_time})
         self._write(step, found, scale)
         write_curves(self.run_dir)

@@ -138,7 +138,7 @@ def report(parser: ArgumentParser) -> Command:
 
     fastdit report runs/mine
     fastdit report runs/a runs/b --out comparison.html sampling.cfg_scale=4
-    Training writes the page of its run at its end.
+    Runs of fastdit train, or of fastdit train-vae. Training writes the page of its run at its end.
     """
     parser.add_argument("--out", help="the page (RUN/report.html; for several runs: report.html)")
     parser.add_argument("--device", help=DEVICE)

@@ -29,7 +29,8 @@ def extract(parser: ArgumentParser) -> Command:
         "--images",
         required=True,
         help="a folder with a subfolder per class, a folder of images, a CSV or JSONL file with path and label, a "
-        "WebDataset, ImageNet's or CIFAR's archive, or Parquet files of the Hugging Face hub",
+        "WebDataset, ImageNet's or CIFAR's archive (cifar-10-python.tar.gz/test: its test images), or Parquet files of "
+        "the Hugging Face hub",
     )
     parser.add_argument("--out", required=True, help="output folder; it appears once it is complete")
     parser.add_argument(
@@ -112,7 +113,8 @@ def train_vae(parser: ArgumentParser) -> Command:
 
     fastdit train-vae vae_kl_f4 data.images=images run_dir=runs/vae
     CONFIG is a YAML file, or the name of an included config (fastdit configs). The result is RUN/vae, for extract,
-    train and sample. Repeat the command with --resume to continue. Several GPUs: fastdit launch --gpus 8 train-vae ...
+    train and sample; RUN/report.html shows it. Repeat the command with --resume to continue. Several GPUs:
+    fastdit launch --gpus 8 train-vae ...
     """
     parser.add_argument("--config", help="the same as CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in run_dir")
@@ -129,8 +131,9 @@ def train_vae(parser: ArgumentParser) -> Command:
         name = one_name(arguments, "config", "config, such as vae_kl_f4")
         config = load_config(name, arguments.overrides, AutoencoderConfig)
         from fastdit.autoencoder.loop import train_autoencoder  # after load_config: importing torch takes seconds
+        from fastdit.report import report_at_end
 
-        train_autoencoder(config, resume=arguments.resume, device=arguments.device)
+        train_autoencoder(config, resume=arguments.resume, device=arguments.device, report=report_at_end)
 
     return run
 

@@ -30,20 +30,27 @@ def plan(parser: ArgumentParser) -> Command:
 
 
 def convert(parser: ArgumentParser) -> Command:
-    """Convert between fastdit, official .pt files and diffusers folders."""
-    parser.add_argument("src", help="a .pt file of DiT, SiT or fast-DiT, a DiTPipeline folder, a run or checkpoint")
+    """Convert between fastdit, official .pt files and diffusers folders.
+
+    fastdit convert DiT-XL-2-256x256.pt --to fastdit --out runs/dit objective=ddpm
+    fastdit convert vavae.pt --to diffusers --out vavae
+    An autoencoder in the format of latent-diffusion, as VA-VAE's, becomes a folder for --vae.
+    """
+    parser.add_argument("src", help="a .pt file of DiT, SiT or fast-DiT, a DiTPipeline folder, a run or checkpoint, or "
+                                    "a .ckpt, .pt or .safetensors file of an autoencoder")  # fmt: skip
     parser.add_argument("--to", required=True, help="fastdit, official or diffusers")
     parser.add_argument("--out", required=True, help="the output: a new folder or a new .pt file")
     parser.add_argument("--config", help="a YAML file with settings that the source lacks: objective, autoencoder")
     parser.add_argument("--heads", type=int, help="number of attention heads, if the source does not state it")
     parser.add_argument("--from-official", action="store_true", help="a DDPM pipeline has converted official weights")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="weights to convert to diffusers")
+    parser.add_argument("--scale", type=float, help="scaling_factor of an autoencoder (1; Stable Diffusion: 0.18215)")
     take_words(parser, None)
 
     def run(arguments: Namespace) -> None:
         from fastdit.convert import convert
 
-        options = {key: getattr(arguments, key) for key in ("config", "heads", "weights", "from_official")}
+        options = {key: getattr(arguments, key) for key in ("config", "heads", "weights", "from_official", "scale")}
         convert(arguments.src, arguments.to, arguments.out, overrides=arguments.overrides, **options)
 
     return run

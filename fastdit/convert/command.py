@@ -1,31 +1,32 @@
 """`fastdit convert`: between official DiT and SiT files, diffusers DiTPipeline folders, and fastdit checkpoints.
 
+Autoencoders of latent-diffusion are in ldm.py.
+
 Weights are copied bit for bit. The one exception is a flow checkpoint in diffusers format, whose first time layer takes
 another time (diffusers.py). Every setting of the source is used, has no effect, or is refused (settings.py). What was
 written is read back and compared with the source before it gets its name.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastdit.config import save_config, to_tree
-from fastdit.convert import official, pipeline
+from fastdit.convert import ldm, official, pipeline
 from fastdit.convert.diffusers import SLOTS
 from fastdit.convert.loaded import Loaded, differences, from_facts
 from fastdit.convert.settings import Stated, foreign_config, own_config, read_tree
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.files import staged
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.schema import Config, ModelConfig
 from fastdit.training import checkpoint
-from fastdit.training.state import CONFIG, GOLDEN, describe, latents_of
+from fastdit.training.state import AUTOENCODER, CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
@@ -43,9 +44,13 @@ def convert(
     heads: int | None = None,
     from_official: bool = False,
     weights: str = "ema",
+    scale: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Read `src` (a .pt file, a DiTPipeline folder, a run or checkpoint) and write `out` in the format `to`.
+
+    A file with an autoencoder in the format of latent-diffusion becomes a folder of diffusers (ldm.py), with `scale` as
+    its scaling_factor.
 
     `config`, `overrides` and `heads` set what the source does not state, such as the objective and the autoencoder.
     `from_official`: the weights of a diffusers folder come from the official DiT. `weights` (ema or model) is what a
@@ -56,6 +61,15 @@ def convert(
     write, finish = lookup(WRITERS, to, "--to")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another name")
+    if src.is_file() and (found := ldm.find_autoencoder(src)):
+        if to != "diffusers":
+            raise ValueError(f"{src} is an autoencoder; convert it --to diffusers")
+        given = {"--config": config, "--heads": heads, "--from-official": from_official}
+        if extra := [*overrides, *(name for name, value in given.items() if value)]:
+            raise ValueError(f"{extra[0]} is for a network, and {src} is an autoencoder; leave it out")
+        return ldm.convert_autoencoder(src, found, out, scale, say)
+    if scale is not None:
+        raise ValueError(f"--scale={scale} is for an autoencoder in the format of latent-diffusion, and {src} is none")
     loaded = read(src, Stated(config, tuple(overrides), heads, from_official), say)
     config = loaded.config
     say(
@@ -65,21 +79,14 @@ def convert(
     )
     if loaded.report is None:  # with one, it is checked
         loaded.check()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{out.name}.", suffix=".partial", dir=out.parent) as folder:
-        stage = Path(folder)
-        write(loaded, stage / out.name, out, weights)
-        written = read(stage / out.name, Stated(), lambda line: None)
+    with staged(out) as stage:
+        write(loaded, stage, out, weights)
+        written = read(stage, Stated(), lambda line: None)
         flow = to == "diffusers" and isinstance(loaded.objective, FlowMatching)
         sets = (weights, weights) if to == "diffusers" else ("model", "ema")
         for difference in differences(loaded, written, sets, TIME_LAYER if flow else ""):
             raise ValueError(f"{out} is not written, because it would read back with {difference}; please report it")
-        lines = finish(loaded, written, stage / out.name, out)
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in stage.rglob("*"):  # safetensors leaves 0600
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        os.rename(stage / out.name, out)
+        lines = finish(loaded, written, stage, out)
     for line in (*lines, f"{out}: written"):
         say(line)
     return out
@@ -122,6 +129,8 @@ def read_official(path: Path, stated: Stated, say) -> Loaded:
 def read_fastdit(path: Path, stated: Stated) -> Loaded:
     folder = checkpoint.find(path)
     meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
+    if meta.get("kind") == AUTOENCODER:
+        raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
     return Loaded(model, ema, config, latents_of(meta), meta["step"], tuple(meta.get("class_names", ())))

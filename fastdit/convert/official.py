@@ -6,9 +6,7 @@ architecture is inferred from the shapes.
 """
 
 import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_objective
+from fastdit.convert.pickles import is_plain, read_pickle
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.models.dit import DIT_VARIANTS, variant_shape
 from fastdit.schema import Config
@@ -111,26 +110,6 @@ def read_released(path: str | Path) -> Released:
     return Released(weights["model"], weights["ema"], args, tuple(notes))
 
 
-def read_pickle(path: Path) -> Any:
-    """torch.load that executes no code: it allows only tensors, plain containers and argparse.Namespace."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a .pt file or a folder")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # mmap: the optimizer state of a training file is never read
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        if name is None:
-            raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
-        raise ValueError(
-            f"{path} needs {name[1]}, which could execute code and was not loaded; "
-            "if you trust the file, save it again as a plain state dict"
-        ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
-
-
 def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """fp32 tensors with the official parameter names; ValueError for values that fp32 does not hold."""
     names = {}
@@ -146,13 +125,6 @@ def official_names(state: Mapping[str, Any], path: str | Path) -> dict[str, Tens
             raise ValueError(f"{path}: {name} is float64, and its values are not exact in float32; save it as float32")
         names[".".join(part for part in name.split(".") if part not in WRAPPERS)] = single
     return names
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU, and no larger than its storage: a view could stand for any size."""
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def architecture(

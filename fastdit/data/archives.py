@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdit.data.columns import cifar, is_packed, packed_files, parquet
+from fastdit.data.columns import SPLITS, cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.matlab import structures
 from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
@@ -23,8 +23,13 @@ LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, t
 
 
 def open_images(root: str | Path) -> ImageSource:
-    """The images of any source that is known; ValueError if there are none, or if they cannot be used as they are."""
+    """The images of any source that is known; ValueError if there are none, or if they cannot be used as they are.
+
+    `cifar-10-python.tar.gz/test` are the test images of the archive.
+    """
     root = Path(root)
+    if root.parent.is_file():
+        return split_of(root.parent, root.name)
     if root.is_file():
         suffix = root.suffix.lower()
         if suffix in (".csv", ".jsonl", ".ndjson"):
@@ -43,6 +48,23 @@ def open_images(root: str | Path) -> ImageSource:
         if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
             return webdataset(root, tars)
     return list_images(root)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder at `path`, or a file of which it names a split."""
+    return path.exists() or path.parent.is_file()
+
+
+def split_of(file: Path, split: str) -> ImageSource:
+    """The images of ARCHIVE/SPLIT."""
+    if split not in SPLITS or not is_tar(file) or not is_cifar(file):
+        raise ValueError(f"images={file}/{split} is no source of images: {file} is a file; of CIFAR's archives, "
+                         f"{' and '.join(f'ARCHIVE/{name}' for name in SPLITS)} are the two splits")  # fmt: skip
+    return cifar(file, split)
+
+
+def is_cifar(file: Path) -> bool:
+    return is_packed(file) or next((name for name, _ in members(file)), "").startswith("cifar-")
 
 
 def is_tar(file: Path) -> bool:
@@ -90,10 +112,9 @@ def members(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
 
 def tar_archive(file: Path) -> ImageSource:
     """A tar file of images: CIFAR's, ImageNet's for training or validation, or a WebDataset's."""
-    packed = is_packed(file)
-    first = "" if packed else next((name for name, _ in members(file)), "")
-    if packed or first.startswith("cifar-"):
+    if is_cifar(file):
         return cifar(file)
+    first = next((name for name, _ in members(file)), "")
     if first.endswith(".tar"):
         return imagenet_train(file)
     if Path(first).name.startswith("ILSVRC2012_val_"):

@@ -53,6 +53,9 @@ def load_autoencoder(name: str | Path) -> nn.Module:
     import diffusers  # takes seconds to import
 
     folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"vae={name} is a file; an autoencoder in the format of latent-diffusion becomes a folder "
+                         f"with fastdit convert {name} --to diffusers --out FOLDER")  # fmt: skip
     if not folder.is_dir():
         if folder.exists() or not _is_hub_name(str(name)):
             raise ValueError(

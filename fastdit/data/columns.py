@@ -19,6 +19,7 @@ from fastdit.data.sources import ImageSource, numbered, version_of
 from fastdit.files import TarHeader, tar_members
 
 UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
+SPLITS = {"train": ("data_batch_", "train"), "test": ("test",)}  # of CIFAR's archives: how the names of files begin
 CACHED_GROUPS = 4  # of rows, decoded; of 100 to 1,000 images each
 
 
@@ -91,15 +92,19 @@ def packed_files(file: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name, tar.extractfile(member).read()
 
 
-def cifar(file: Path) -> ImageSource:
-    """The training images in cifar-10-python.tar.gz or cifar-100-python.tar.gz (fine labels); no pickle is run."""
+def cifar(file: Path, split: str = "") -> ImageSource:
+    """The images of a split in cifar-10-python.tar.gz or cifar-100-python.tar.gz (fine labels); no pickle is run.
+
+    `split`: a key of SPLITS, by default train.
+    """
+    which = {"": "training", "train": "training", "test": "test"}[split]
     batches, names, ignored = [], None, []
     try:
         for path, data in packed_files(file):
             name = Path(path).name
             if not path.startswith(("cifar-10-batches-py/", "cifar-100-python/")):
                 raise ValueError(f"it holds {path}; of the compressed tar files only CIFAR's are read")
-            if name.startswith("data_batch_") or name in ("train", "meta", "batches.meta"):
+            if name.startswith(SPLITS[split or "train"]) or name in ("meta", "batches.meta"):
                 stored = unpickled(data)
                 stored = {k.decode() if isinstance(k, bytes) else k: v for k, v in stored.items()}
                 if "meta" in name:
@@ -107,7 +112,7 @@ def cifar(file: Path) -> ImageSource:
                 else:
                     batches.append((name, stored["data"].uint8(), stored.get("labels") or stored["fine_labels"]))
             else:
-                ignored.append(skip_line(path, "not of the training images"))
+                ignored.append(skip_line(path, f"not of the {which} images"))
         batches.sort(key=lambda batch: batch[0])
         pixels = np.concatenate([data for _, data, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [int(label) for *_, part in batches for label in part]
@@ -115,10 +120,10 @@ def cifar(file: Path) -> ImageSource:
         if len(labels) != len(pixels) or not 0 <= min(labels) <= max(labels) < len(names):
             raise ValueError(f"{len(pixels)} images, {len(labels)} labels, {len(names)} class names")
     except Exception as error:  # tarfile, zlib, pickle and NumPy raise all kinds of errors on damaged files
-        raise ValueError(f"images={file} cannot be read as CIFAR ({type(error).__name__}: {error}); copy it again, or "
-                         "decompress it if it is another archive") from None  # fmt: skip
+        raise ValueError(f"images={file / split} cannot be read as CIFAR ({type(error).__name__}: {error}); copy it "
+                         "again, or decompress it if it is another archive") from None  # fmt: skip
     paths = [f"image {i}" for i in range(len(labels))]
-    return ImageSource(f"CIFAR-{len(names)}'s training images", file, paths, labels, names,
+    return ImageSource(f"CIFAR-{len(names)}'s {which} images", file / split, paths, labels, names,
                        lambda i: Image.fromarray(pixels[i]), [version_of(file)], tuple(ignored))  # fmt: skip
 
 

@@ -25,7 +25,6 @@ from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_
 from fastdit.data.remote import NO_CACHE, Cache, Missing, fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
-from fastdit.schema import ShardSet
 
 FOLDER = "features"  # within the folder of the latents
 FEATURE_DTYPES = ("float16", "int8")
@@ -259,17 +258,8 @@ def beside_latents(latents: Manifest) -> FeatureManifest | None:
         return None
 
 
-def find_features(
-    shards: str | Path | tuple[ShardSet, ...], features: str | Path = "", cache: Cache = NO_CACHE
-) -> FeatureManifest:
-    """The features at data.features, or else beside the latents; a one-line ValueError if there are none."""
-    if isinstance(shards, tuple):
-        from fastdit.data.mixture import feature_mixture  # which has a kind of FeatureManifest
-
-        if features:
-            raise ValueError(f"data.features={features} is one folder, but data.shards names {len(shards)}; leave it "
-                             f"out, with features in each of them, such as {shards[0].path}/{FOLDER}")  # fmt: skip
-        return feature_mixture(shards, cache)
+def find_features(shards: str | Path, features: str | Path = "", cache: Cache = NO_CACHE) -> FeatureManifest:
+    """The folder `features`, or else the one beside the latents; a one-line ValueError if there is none."""
     folder = features or f"{shards}/{FOLDER}"
     try:
         if features or is_remote(folder) or Path(folder).is_dir():

@@ -1,6 +1,7 @@
 """Image files to pixels in [-1, 1]. Center crop as in ADM (Dhariwal & Nichol 2021)."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRA
                         "ROTATE_90"), start=2))  # EXIF's orientation -> what undoes it  # fmt: skip
 Size = int | tuple[int, int]  # pixels: the side of a square, or (width, height)
 Opened = str | Path | BinaryIO | Image.Image
+Crop = Callable[[Image.Image, Size], Image.Image]
 
 
 def width_height(size: Size) -> tuple[int, int]:
@@ -44,24 +46,46 @@ def parse_size(text: str | Size) -> Size:
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
     """ADM's crop: halve (BOX) while no side falls below `size`, resize to cover it (BICUBIC), center-crop."""
-    wanted = width_height(size)
-    while all(side >= 2 * least for side, least in zip(image.size, wanted, strict=True)):
-        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
-    scale = max(least / side for side, least in zip(image.size, wanted, strict=True))
-    sides = tuple(round(side * scale) for side in image.size)
-    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to crop from them")
-    image = image.resize(sides, resample=Image.Resampling.BICUBIC)
+    wanted, image = width_height(size), covering(image, size)
     left, top = (image.width - wanted[0]) // 2, (image.height - wanted[1]) // 2
     return image.crop((left, top, left + wanted[0], top + wanted[1]))
 
 
-def load_crop(opened: Opened, size: Size, adm_exact: bool = False) -> np.ndarray:
+def random_crop(image: Image.Image, size: Size, draws: Sequence[float], least: float = 1.0) -> Image.Image:
+    """A crop at any place, of `least` to 1 of the largest one's sides, scaled to `size` as by `center_crop`.
+
+    `draws`: three numbers in [0, 1), for the share of the sides and the places in x and y. With least=1, the shorter
+    side is resized to `size`, as for latent diffusion's autoencoders; ADM has 0.8. A share never makes a crop of fewer
+    pixels than `size`, so that only images smaller than that are enlarged.
+    """
+    wanted = width_height(size)
+    whole = max(side / own for side, own in zip(wanted, image.size, strict=True))  # at this share nothing is resized
+    low = min(1.0, max(least, whole))
+    image = covering(image, size, low + draws[0] * (1 - low))
+    left, top = (int(u * (own - side + 1)) for u, own, side in zip(draws[1:], image.size, wanted, strict=True))
+    return image.crop((left, top, left + wanted[0], top + wanted[1]))
+
+
+def covering(image: Image.Image, size: Size, share: float = 1.0) -> Image.Image:
+    """The image, resized such that `size` is `share` of the largest crop of this form."""
+    wanted = width_height(size)
+    while all(side * share >= 2 * least for side, least in zip(image.size, wanted, strict=True)):
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = max(least / side for side, least in zip(image.size, wanted, strict=True)) / share
+    sides = tuple(max(least, round(side * scale)) for side, least in zip(image.size, wanted, strict=True))
+    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to crop from them")
+    return image.resize(sides, resample=Image.Resampling.BICUBIC)
+
+
+def load_crop(opened: Opened, size: Size, adm_exact: bool = False, crop: Crop = center_crop) -> np.ndarray:
     """Reads one image, converts it to RGB and crops it -> (height, width, 3) uint8; see `read_image`."""
-    return read_image(opened, size, adm_exact)[0]
+    return read_image(opened, size, adm_exact, crop)[0]
 
 
-def read_image(opened: Opened, size: Size | None, adm_exact: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_image(
+    opened: Opened, size: Size | None, adm_exact: bool = False, crop: Crop = center_crop
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """The crop (height, width, 3) uint8 of an image, and what was done to it.
 
     `opened`: a path, a binary file or an image. Without a size, nothing is cropped. Takes the first frame, applies the
@@ -77,7 +101,7 @@ def read_image(opened: Opened, size: Size | None, adm_exact: bool = False) -> tu
                 done = treatments(image, size, adm_exact)
                 image.load()
                 rgb = image.convert("RGB") if adm_exact else to_rgb(upright(image))
-                return np.array(center_crop(rgb, size) if size else rgb), done  # a copy: writable for torch
+                return np.array(crop(rgb, size) if size else rgb), done  # a copy: writable for torch
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds of errors on damaged files

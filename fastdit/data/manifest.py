@@ -26,7 +26,6 @@ from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import NO_CACHE, Cache, fetch_manifest, fetched, is_remote, opened
 from fastdit.files import map_array, read_array, read_bytes, read_json
 from fastdit.registry import check, convert_all
-from fastdit.schema import ShardSet
 
 FORMAT = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
@@ -198,20 +197,12 @@ class Manifest(ShardFolder):
         return len(self.class_names)
 
     @classmethod
-    def load(cls, folder: str | Path | tuple[ShardSet, ...], cache: Cache = NO_CACHE) -> "Manifest":
+    def load(cls, folder: str | Path, cache: Cache = NO_CACHE) -> "Manifest":
         """Reads <folder>/manifest.json; raises a one-line ValueError if it is missing, damaged or in another format.
 
-        "synthetic:..." in place of a folder describes generated latents (synthetic.py), several sets a mixture. A URL
-        is that of a remote folder, whose files are kept in `cache` (remote.py).
+        A URL is that of a remote folder, whose files are kept in `cache` (remote.py). `opening.open_latents` takes
+        generated latents and mixtures as well.
         """
-        if isinstance(folder, tuple):
-            from fastdit.data.mixture import mixture  # a kind of Manifest
-
-            return mixture(folder, cache)
-        if str(folder).startswith("synthetic:"):
-            from fastdit.data.synthetic import synthetic  # a kind of Manifest
-
-            return synthetic(folder)
         url = str(folder).rstrip("/") if is_remote(folder) else ""
         folder = fetch_manifest(url, cache) if url else Path(folder)
         stored = stored_manifest(folder, "write latents there with fastdit extract")

@@ -11,7 +11,7 @@ from fastdit.data.features import FeatureManifest, find_features
 from fastdit.data.manifest import Manifest, Shard, ShardFolder
 from fastdit.data.order import ROUND, Order, shares
 from fastdit.data.remote import NO_CACHE, Cache
-from fastdit.data.synthetic import Synthetic
+from fastdit.data.synthetic import PREFIX
 from fastdit.schema import ShardSet, shards_text
 
 APART = 10**12  # key n of set i is i * APART + n
@@ -108,13 +108,13 @@ def feature_mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Featur
 
 def mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Manifest:
     """The folders as one manifest; ValueError where they cannot train one network, or cannot be read in one batch."""
-    parts, weights = [Manifest.load(each.path, cache) for each in sets], [each.weight for each in sets]
-    if not parts:
+    if not sets:
         raise ValueError("data.shards=[] names no latents; give a folder, or a list of {path: FOLDER, weight: 0.5}")
+    if generated := next((each.path for each in sets if each.path.startswith(PREFIX)), None):
+        raise ValueError(f"data.shards={generated} cannot be mixed with others; use it alone")
+    parts, weights = [Manifest.load(each.path, cache) for each in sets], [each.weight for each in sets]
     first, where = parts[0], f"data.shards={sets[0].path}"
     for part, each in zip(parts, sets, strict=True):
-        if isinstance(part, Synthetic):
-            raise ValueError(f"data.shards={each.path} cannot be mixed with others; use it alone")
         if [other.index_sha256 for other in parts].count(part.index_sha256) > 1:
             raise ValueError(f"data.shards names {each.path} twice; add its weights")
         first.latents.check(part.latents, where, f"data.shards={each.path}")

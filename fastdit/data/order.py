@@ -162,6 +162,12 @@ def mirrors(seed: int, epoch: int | np.ndarray, images: np.ndarray) -> np.ndarra
     return (hash_of(seed, epoch, 1, images.astype(np.uint64)) >> np.uint64(63)).astype(np.int64)
 
 
+def uniform(seed: int, epochs: np.ndarray, images: np.ndarray, use: int) -> np.ndarray:
+    """A number in [0, 1) for each image (n,) in its epoch (n,): (n,). `use`, from 2 on, tells such numbers apart."""
+    words = hash_of(seed, epochs.astype(np.uint64), use, images.astype(np.uint64))
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
 def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
     """Whether each key (n,) is among the `fraction` that is held out, by its hash: bool (n,)."""
     return hash_of(HELD_OUT, keys.astype(np.uint64)) < np.uint64(fraction * 2**64)

@@ -18,6 +18,7 @@ from fastdit.data.images import size_text, to_uint8
 from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import moments_shape
 from fastdit.data.manifest import DTYPES, HEADER, Manifest, ShardFolder
+from fastdit.data.opening import open_latents
 from fastdit.data.order import HELD_OUT, hash_of
 from fastdit.data.reader import ShardReader
 from fastdit.data.remote import Cache, check_local
@@ -34,7 +35,7 @@ def stats(folder: str | Path, every_class: bool = False, cache: str | Path = "")
 
     Here and below, `cache` is the folder for the files of URLs.
     """
-    manifest = Manifest.load(folder, Cache(cache))
+    manifest = open_latents(folder, Cache(cache))
     manifest.check()
     spec, counts = manifest.latents, np.array(manifest.class_counts)
     shards, gib = len(manifest.shards), sum(shard.bytes for shard in manifest.shards) / 2**30
@@ -68,7 +69,7 @@ def merge(
 
     Key n of a folder becomes n + the number of images in the sources of the folders before it.
     """
-    manifests = [Manifest.load(folder, Cache(cache)) for folder in folders]
+    manifests = [open_latents(folder, Cache(cache)) for folder in folders]
     if len(manifests) < 2:
         raise ValueError("merge needs two folders or more, and then a new one for the result")
     first = manifests[0]
@@ -106,7 +107,7 @@ def split(
 
     They are chosen by the hash of data.val_fraction: the same in every run, and a larger `val` holds a smaller one.
     """
-    manifest = Manifest.load(folder, Cache(cache))
+    manifest = open_latents(folder, Cache(cache))
     index = manifest.index()
     held_out = _chosen(manifest, index, HELD_OUT, fraction, count, per_class)
     if held_out.all() or not held_out.any():
@@ -130,7 +131,7 @@ def sample(
     cache: str | Path = "",
 ) -> Path:
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
-    manifest, out = Manifest.load(folder, Cache(cache)), Path(out)
+    manifest, out = open_latents(folder, Cache(cache)), Path(out)
     index = manifest.index()
     chosen = _chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)
     if out.suffix != ".png":
@@ -159,7 +160,7 @@ def repair(
     must be there: nothing else says which autoencoder encoded the latents.
     """
     check_local(folder, "fastdit shards repair")
-    manifest = Manifest.load(folder)
+    manifest = open_latents(folder)
     try:
         index = manifest.index()
         missing = [shard.name for shard in manifest.shards if not (manifest.folder / shard.name).is_file()]

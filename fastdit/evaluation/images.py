@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdit.data.archives import open_images
+from fastdit.data.archives import is_there, open_images
 from fastdit.data.images import Size, parse_size, read_image, size_text, to_uint8, width_height
 from fastdit.data.latents import LatentCodec, sample_latents
 from fastdit.data.loader import read_moments
@@ -64,7 +64,7 @@ def open_set(
     """
     check_local(path, key)
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise ValueError(f"{key}={path} does not exist; give an .npz file or a folder of images")
     if path.suffix == ".npz":
         found = _array(path, key)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastdit.data.archives import open_images
+from fastdit.data.archives import is_there, open_images
 from fastdit.data.images import read_image
 from fastdit.evaluation.images import is_run, is_shards, open_set
 from fastdit.files import SAMPLING
@@ -25,7 +25,7 @@ def folder_grid(
     for name, value in (("rows", rows), ("columns", columns), ("size", side)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be 1 or more")
-    if not path.exists():
+    if not is_there(path):
         raise ValueError(f"FOLDER={path} does not exist; give a folder of images or an .npz file")
     if path.suffix == ".npz" or is_run(path) or is_shards(path):
         if labels:

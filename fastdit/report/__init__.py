@@ -1,4 +1,7 @@
-"""`fastdit report`: one HTML file about runs. facts.py reads them, measure.py samples, page.py writes."""
+"""`fastdit report`: one HTML file about runs. facts.py reads them, measure.py samples, page.py writes.
+
+autoencoder.py writes the page of runs of `fastdit train-vae`.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastdit.report.facts import read_run
+from fastdit.report import autoencoder
+from fastdit.report.facts import of_autoencoder, read_run
 from fastdit.report.measure import measure_run
 from fastdit.report.page import render
 
@@ -30,11 +34,24 @@ def write_report(
     """
     if not 1 <= len(runs) <= 4:
         raise ValueError(f"a report shows one to four runs, not {len(runs)}; name fewer")
-    facts = [read_run(run) for run in runs]
-    measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
+    facts, overrides = [read_run(run) for run in runs], list(overrides)
+    autoencoders = [run for run in facts if of_autoencoder(run)]
+    if autoencoders and len(autoencoders) < len(facts):
+        raise ValueError(f"{autoencoders[0].folder} is a run of fastdit train-vae, others are of fastdit train; make a "
+                         "report of each kind")  # fmt: skip
+    if autoencoders and overrides:
+        raise ValueError(f"{overrides[0]} is a setting of samples, and {facts[0].folder} is a run of train-vae; "
+                         "leave it out")  # fmt: skip
     out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; create it")
+    if autoencoders:
+        page = autoencoder.render(facts, title)
+    else:
+        measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
+        page = render(facts, measured, title)
     partial = out.with_suffix(".partial")
-    partial.write_text(render(facts, measured, title), encoding="utf-8")
+    partial.write_text(page, encoding="utf-8")
     os.replace(partial, out)
     return out
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from fastdit import environment
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.config import load_config, to_tree
+from fastdit.data.latents import scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
-from fastdit.files import read_bytes, read_json
+from fastdit.files import read_bytes, read_json, read_yaml
 from fastdit.schema import Config
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
@@ -32,15 +35,16 @@ class Run:
     """A run folder, read."""
 
     folder: Path
-    config: Config
+    config: Config | AutoencoderConfig
     metrics: list[dict] = field(default_factory=list)  # of metrics.jsonl; a value that was not finite is None
     skipped: list[dict] = field(default_factory=list)
     starts: list[dict] = field(default_factory=list)  # of environment.jsonl
     quality: list[dict] = field(default_factory=list)
-    measured: list[dict] = field(default_factory=list)  # of metrics.jsonl: validation, samples and evaluations
+    measured: list[dict] = field(default_factory=list)  # of metrics.jsonl: what the monitor measured
     evaluations: list[dict] = field(default_factory=list)  # of evaluations.jsonl
     checkpoints: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
+    images: int = 0  # to train on; 0: unknown
     notes: list[str] = field(default_factory=list)  # what is missing, and why
     damaged: int = 0  # samples of the shards that training left out
 
@@ -56,7 +60,7 @@ class Run:
 
     @property
     def epochs(self) -> float | None:
-        return self.steps * self.config.training.global_batch / len(self.manifest) if self.manifest else None
+        return self.steps * self.config.training.global_batch / self.images if self.images else None
 
     @property
     def seconds(self) -> float:
@@ -67,8 +71,8 @@ class Run:
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) and values (n,), nan where the value was not finite; empty for a key that was not recorded."""
-        records = self.measured if key.startswith(("val_", "eval_")) else self.metrics
-        points = [(m["step"], m[key] if isinstance(m[key], int | float) else math.nan) for m in records if key in m]
+        records = [record for record in (*self.metrics, *self.measured) if key in record]  # a key of one of them
+        points = [(m["step"], m[key] if isinstance(m[key], int | float) else math.nan) for m in records]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
         return steps, values
 
@@ -78,8 +82,10 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder).resolve()
     if not (folder / CONFIG).is_file() or (folder / checkpoint.META).is_file():
         raise ValueError(f"{folder} is not the folder of a run, which has a {CONFIG} and checkpoints/; give one")
-    config = load_config(folder / CONFIG)
-    if config.data.image_size is None or config.data.num_classes is None:
+    tree = read_yaml(folder / CONFIG)
+    trains_vae = isinstance(tree, dict) and "discriminator" in tree
+    config = load_config(folder / CONFIG, schema=AutoencoderConfig if trains_vae else Config)
+    if not trains_vae and (config.data.image_size is None or config.data.num_classes is None):
         raise ValueError(f"{folder / CONFIG} is not that of a run, which has data.image_size and data.num_classes")
     run = Run(folder, config, checkpoints=checkpoint.checkpoints(folder))
     run.metrics = read_metrics(folder)
@@ -97,10 +103,15 @@ def read_run(folder: str | Path) -> Run:
     if (folder / "train.log").is_file():
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
+    if trains_vae:
+        meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
+        run.images = meta["images"] if type(meta.get("images")) is int else 0
+        return run
     try:
         data = run.config.data
-        manifest = Manifest.load(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        manifest = open_latents(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
         run.manifest, _ = split(manifest, data.val_fraction)
+        run.images = len(run.manifest)
     except ValueError as error:
         run.notes.append(f"No real images, neighbors and loss per timestep: {error}")
     return run
@@ -111,17 +122,58 @@ def warnings(run: Run) -> list[str]:
     found, settings = [], run.config.training
     if run.steps < settings.steps:
         found.append(f"The run is not complete: step {run.steps:,} of {settings.steps:,}. Continue it with --resume.")
-    if young := too_young(settings, run.steps):
-        found.append(f"A{young.removeprefix('warning: a')}. The samples here are from the weights themselves.")
     if run.skipped:
         steps = ", ".join(f"{line['step']:,}" for line in run.skipped[:5]) + ", ..." * (len(run.skipped) > 5)
         count = f"{len(run.skipped)} steps were" if len(run.skipped) > 1 else "1 step was"
+        told = "" if of_autoencoder(run) else " and times"
         found.append(f"{count} skipped, because the loss or the gradient was not finite: step {steps}. They changed "
-                     "nothing; skipped.jsonl names their samples and times.")  # fmt: skip
+                     f"nothing; skipped.jsonl names their samples{told}.")  # fmt: skip
     _, losses = run.curve("loss")
-    bad, losses = int(np.isnan(losses).sum()), losses[~np.isnan(losses)]
+    bad = int(np.isnan(losses).sum())
     if bad:
         found.append(f"The loss is not finite in {bad} of {len(run.metrics)} records.")
+    return found + (autoencoder_warnings(run) if of_autoencoder(run) else network_warnings(run))
+
+
+def of_autoencoder(run: Run) -> bool:
+    return isinstance(run.config, AutoencoderConfig)
+
+
+def autoencoder_warnings(run: Run) -> list[str]:
+    """Those of a run of fastdit train-vae."""
+    found, settings = [], run.config.discriminator
+    if young := too_young(run.config.training, run.steps):
+        found.append(f"A{young.removeprefix('warning: a').partition(':')[0]}, and so are the reconstructions here.")
+    steps, values = run.curve("psnr")
+    later = (steps >= (settings.start if settings.weight else 0)) & ~np.isnan(values)
+    steps, values = steps[later], values[later]
+    if len(values) and values[-1] < values.max() - 1:  # once the discriminator is there: it costs PSNR by itself
+        found.append(f"The PSNR fell to {values[-1]:.2f} dB, from {values.max():.2f} dB at step "
+                     f"{int(steps[values.argmax()]):,}.")  # fmt: skip
+    if latents := latents_of(run):
+        mean, std, shift, scale = latents
+        found += [f"{line[0].upper()}{line[1:]}." for line in scale_remarks((mean - shift) * scale, std * scale, scale)]
+    return found
+
+
+def latents_of(run: Run) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+    """Mean and deviation of each latent channel (C,) as last measured, and the shift and scale that are recorded."""
+    for record in reversed(run.measured):
+        values = [record.get(key) for key in ("latent_mean", "latent_std")]
+        shift, scale = record.get("shift_factor", 0.0), record.get("scaling_factor")
+        if all(isinstance(value, list) and value for value in values) and isinstance(scale, float):
+            mean, std = (np.array([x if isinstance(x, int | float) else np.nan for x in value]) for value in values)
+            return (mean, std, shift, scale) if mean.shape == std.shape and isinstance(shift, float) else None
+    return None
+
+
+def network_warnings(run: Run) -> list[str]:
+    """Those of a run of fastdit train."""
+    found = []
+    if young := too_young(run.config.training, run.steps):
+        found.append(f"A{young.removeprefix('warning: a')}. The samples here are from the weights themselves.")
+    _, losses = run.curve("loss")
+    losses = losses[~np.isnan(losses)]
     if len(losses) >= 20:
         parts = [part.mean() for part in np.array_split(losses, 10)]
         if parts[-1] > 1.1 * min(parts):
@@ -163,7 +215,7 @@ def reproduce(run: Run) -> str:
     words.append("fastdit")
     if processes > 1:
         words.append(f"launch --gpus {processes // nodes}" + f" --nodes {nodes} --master HOST:PORT" * (nodes > 1))
-    words.append(f"train {run.folder / CONFIG} run_dir={run.folder}-again")
+    words.append(f"{'train-vae' if of_autoencoder(run) else 'train'} {run.folder / CONFIG} run_dir={run.folder}-again")
     words += ["training.engine=deepspeed"] * bool(first.get("deepspeed_launcher"))
     words += ["--device cpu"] * (first.get("device") == "cpu")
     commit = (first.get("commit") or "").rstrip("+")

@@ -22,6 +22,7 @@ from fastdit.training.sheets import read_png
 
 RECORDED = ("step", "loss", "grad_norm", "lr", "steps_per_s", "images_per_s", "mfu", "peak_gib", "time")
 COLUMNS = 4  # of a sheet of samples
+SMOOTHED = "Faint: as recorded; strong: the mean over 5% of the run around each step."
 
 
 def render(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -> str:
@@ -40,8 +41,13 @@ def render(runs: Sequence[Run], measured: Sequence[Measured], title: str = "") -
         section("What differs", table(names, differences(runs))) if len(runs) > 1 else "",
         section("Where it ran", table(names, [places(run) for run in runs])),
         section("To reproduce it", side_by_side(names, [recipe(run, len(runs) == 1) for run in runs])),
-        section("Not on this page", side_by_side(names, [notes(*pair) for pair in pairs])),
+        section("Not on this page", side_by_side(names, [notes(run, *m.notes) for run, m in pairs])),
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """The whole page with these parts, of which empty ones are left out."""
     style = (files("fastdit.report") / "page.css").read_text()
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -104,17 +110,27 @@ def head(run: Run, measured: Measured) -> str:
         f"{run.config.model.variant}{size}, trained with {kind(run)} on {images}{classes} at "
         f"{size_text(data.image_size)} px for {run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "") + "."
     )
+    _, losses = run.curve("loss")
+    losses = losses[-math.ceil(len(losses) / 20) :]
+    tiles = {"loss, last 5%": figure(np.nanmean(losses))} if np.isfinite(losses).any() else {}
+    return opening(run, lead, tiles)
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def opening(run: Run, lead: str, figures: dict[str, str]) -> str:
+    """A sentence, the main figures between the training's time and its rates, and the warnings."""
     tiles = {"training time": str(timedelta(seconds=round(run.seconds)))} if run.metrics else {}
+    tiles |= figures
     for key, name, unit, many in (
-        ("loss", "loss, last 5%", "", np.nanmean),
         ("images_per_s", "images/s, median", "", np.nanmedian),
         ("peak_gib", "peak memory", " GiB", np.nanmax),
     ):
         values = run.curve(key)[1]
-        values = values[-math.ceil(len(values) / 20) :] if key == "loss" else values
         if np.isfinite(values).any():
-            value = many(values)
-            tiles[name] = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
+            tiles[name] = figure(many(values)) + unit
     shown = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in tiles.items())
     found = "".join(f"<li>{text(line)}</li>" for line in warnings(run))
     return (
@@ -245,23 +261,24 @@ def curves(runs: Sequence[Run], measured: Sequence[Measured]) -> str:
     distances = [Series(*run.curve("eval_frechet"), i) for i, run in enumerate(runs)]
     names = {str(run.evaluations[-1].get("distance")) for run in runs if run.evaluations}
     plots.append(plot(" and ".join(sorted(names)), distances, zero=True))
-    for key, title, zero in (
-        ("grad_norm", "Gradient norm", True),
-        ("lr", "Learning rate", True),
-        ("images_per_s", "Images per second", True),
-        ("peak_gib", "Peak memory in GiB", True),
-    ):
-        found = [(i, *run.curve(key)) for i, run in enumerate(runs)]
-        series = [s for i, x, y in found for s in (both(i, x, y) if key == "grad_norm" else [Series(x, y, i)])]
-        plots.append(plot(title, series, zero=zero))
-    shown = "".join(plots)
-    about = "Faint: as recorded; strong: the mean over 5% of the run around each step."
+    shown = "".join([*plots, *rates(runs)])
+    about = SMOOTHED
     about += " Dashed: the EMA on images that the run held out." if validation or held_out else ""
     if bins:
         images = min(IMAGES, *(len(run.manifest) for run, m in zip(runs, measured, strict=True) if m.bins))
         about += (f" The loss per timestep is of the last checkpoint, on {images:,} training images in {BINS} bins; "
                   "the band is the standard error.")  # fmt: skip
     return f'<div class="plots">{shown}</div><p class="muted">{about}</p>' if shown else ""
+
+
+def rates(runs: Sequence[Run]) -> list[str]:
+    """The plots of what any training records beside its losses."""
+    plots = [plot("Gradient norm", [s for i, run in enumerate(runs) for s in both(i, *run.curve("grad_norm"))],
+                  zero=True)]  # fmt: skip
+    titles = {"lr": "Learning rate", "images_per_s": "Images per second", "peak_gib": "Peak memory in GiB"}
+    for key, title in titles.items():
+        plots.append(plot(title, [Series(*run.curve(key), i) for i, run in enumerate(runs)], zero=True))
+    return plots
 
 
 def both(color: int, x: np.ndarray, y: np.ndarray) -> list[Series]:
@@ -283,13 +300,21 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
         rows["latents"] = f"{shape}, {'the pixels themselves' if spec.are_pixels else encoded}"
     else:
         rows["data"] = shards_text(config.data.shards)
+    rows |= optimization(run)
+    rows["precision"] += ", fp8" * settings.fp8
+    return rows
+
+
+def optimization(run: Run) -> dict[str, str]:
+    """How any training was done."""
+    config, settings = run.config, run.config.training
     schedule = settings.lr_schedule.name
     schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
-    rows |= {
+    rows = {
         "optimizer": f"AdamW, learning rate {settings.lr:g}, {schedule}{decay}",
         "batch": f"{settings.global_batch:,} images, {'mirrored at random' if config.data.hflip else 'not mirrored'}",
-        "precision": settings.precision + ", fp8" * settings.fp8,
+        "precision": settings.precision,
         "EMA": f"decay {settings.ema_decay:g}" + ", with warmup" * settings.ema_warmup,
         "steps": f"{run.steps:,} of {settings.steps:,}" + (f", {run.epochs:.3g} epochs" if run.epochs else ""),
         "seed": str(config.seed),
@@ -328,8 +353,8 @@ def recipe(run: Run, with_settings: bool) -> str:
     return shown
 
 
-def notes(run: Run, measured: Measured) -> str:
-    lines = [*run.notes, *measured.notes]
+def notes(run: Run, *more: str) -> str:
+    lines = [*run.notes, *more]
     if not run.starts:
         lines.append("No hardware, versions and commit: the run has no environment.jsonl.")
     return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""

@@ -23,10 +23,10 @@ def sheet(images: np.ndarray, columns: int, side: int = SIDE) -> Image.Image:
     return tiled(in_rows(small, columns), round(GAP * small[0].width), None)
 
 
-def picture(images: np.ndarray, columns: int, alt: str) -> str:
-    """An <img> with a sheet of uint8 (N, H, W, 3) in it."""
+def picture(images: np.ndarray, columns: int, alt: str, side: int = SIDE) -> str:
+    """An <img> with a `sheet` of uint8 (N, H, W, 3) in it."""
     small = images.shape[2] <= ANIMATED_SIDE
-    return _img(sheet(images, columns), alt, small, "webp", lossless=small, quality=90, method=4)
+    return _img(sheet(images, columns, side), alt, small, "webp", lossless=small, quality=90, method=4)
 
 
 def png(image: np.ndarray, alt: str) -> str:

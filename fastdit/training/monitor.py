@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network
+from fastdit.data.archives import is_there
 from fastdit.data.images import size_text, width_height
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
@@ -80,7 +81,7 @@ class Monitor:
         if self.every["validate"] and not held_out:
             raise ValueError(f"training.validate_every={every} needs images that are not trained on; set "
                              "data.val_fraction=0.01 or data.val_shards")  # fmt: skip
-        if settings.evaluate_every and not (settings.reference and Path(settings.reference).exists()):
+        if settings.evaluate_every and not (settings.reference and is_there(Path(settings.reference))):
             what = f"training.reference={settings.reference} does not exist" if settings.reference else (
                 f"training.evaluate_every={settings.evaluate_every} needs training.reference")  # fmt: skip
             raise ValueError(f"{what}; give real images, or a file of fastdit evaluate --save-reference")

@@ -11,6 +11,7 @@ from fastdit import __version__
 from fastdit.build import shards_of
 from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.distributed import Ranks
 from fastdit.environment import commit, hardware
@@ -51,7 +52,7 @@ def loss_of_run(
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
     data = trained.config.data
     if shards:
-        manifest = Manifest.load(shards, Cache(data.cache, data.cache_gib))
+        manifest = open_latents(shards, Cache(data.cache, data.cache_gib))
     elif data.val_shards or data.val_fraction:
         manifest = shards_of(trained.config)[1]
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdit.build import build_network, build_objective
 from fastdit.config import load_config
 from fastdit.data.latents import LatentCodec, LatentSpec
-from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache, is_remote
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
@@ -130,7 +130,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     if stored:
         try:
             cache = Cache(config.data.cache, config.data.cache_gib)
-            manifest = Manifest.load(shards, cache).normalized(config.data.normalize)
+            manifest = open_latents(shards, cache).normalized(config.data.normalize)
         except ValueError as error:
             return say(f"not checked: {error}") if remote else found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):

@@ -118,7 +118,8 @@ def test_two_processes_and_micro_batches_equal_one(images, tmp_path):
     that of the last bias is.
     """
     for name, processes, changes in (("two", 2, ["training.micro_batch=2"]), ("one", 1, [])):
-        changes += ["training.evaluate_features=efficientnet-lite0", "training.evaluate_images=60"]
+        changes += ["training.evaluate_features=efficientnet-lite0", "training.evaluate_images=60",
+                    "data.crop=random", "data.crop_fraction=0.5"]  # fmt: skip
         config = small(images, tmp_path / name, "discriminator.lr=1e-5", *changes)
         save_config(config, tmp_path / f"{name}.yaml")
         options = "train-vae", str(tmp_path / f"{name}.yaml"), "--device", "cpu"

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,9 @@ from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
 from fastdit.cli import main
 from fastdit.config import all_keys, config_from, load_config, shipped_names
+from fastdit.data import pixels
 from fastdit.data.archives import open_images
+from fastdit.data.images import random_crop
 from fastdit.data.pixels import PixelReader, pixel_batches, split_rows
 
 from .conftest import small
@@ -25,6 +28,9 @@ from .conftest import small
         ("discriminator.start=9", "discriminator.start=9 is not before training.steps=8; use an earlier step, or"),
         ("discriminator.layers=3", "discriminator.layers=3 needs images of 24 px or more, not data.image_size=16"),
         ("data.images=''", "data.images is not set; give a folder"),
+        ("data.crop=middle", "data.crop='middle' is unknown; known: center, random|data.crop='middle'"),
+        ("data.crop_fraction=0", r"data.crop_fraction=0.0 is out of range; use a share in \(0, 1\]"),
+        ("data.crop_fraction=0.8", "data.crop_fraction=0.8 is out of range; use 1 with center crops, or data.crop=ran"),
         ("data.images=NOWHERE", "images=.*nowhere does not exist"),
         ("data.images=EMPTY", "images=.*empty is empty"),
         ("data.val_images=SAME", "data.val_images=.* holds the images of data.images"),
@@ -68,13 +74,14 @@ def test_an_unreadable_image_is_replaced_and_many_are_an_error(images, tmp_path,
         train_autoencoder(dataclasses.replace(config, run_dir=str(tmp_path / "other")), device="cpu")
 
 
-def test_the_order_of_images_is_that_of_one_process(images):
+@pytest.mark.parametrize("crop_fraction", [None, 0.4])
+def test_the_order_and_the_crops_are_those_of_one_process(images, crop_fraction):
     source = open_images(images)
     rows, _ = split_rows(source, 0.3, "data.val_fraction")
 
     def batches(part: slice, start: int, cache: float, count: int) -> list:
-        reader = PixelReader(source, rows, 16, workers=2, cache_bytes=cache)
-        found = pixel_batches(reader, global_batch=50, rows=part, seed=3, start_step=start)
+        reader = PixelReader(source, rows, 8, workers=2, cache_bytes=cache)
+        found = pixel_batches(reader, global_batch=50, rows=part, seed=3, start_step=start, crop_fraction=crop_fraction)
         taken = [next(found).images for _ in range(count)]
         found.close()
         return taken
@@ -84,6 +91,19 @@ def test_the_order_of_images_is_that_of_one_process(images):
     for k in range(3):
         assert whole[k + 2].equal(torch.cat([half[k] for half in halves]))
     assert not whole[0].equal(whole[2])
+
+
+def test_random_crops_are_others_in_each_epoch_and_are_mirrored(tmp_path):
+    Image.fromarray(np.tile(np.arange(0, 240, 6, dtype=np.uint8), (8, 1))).convert("RGB").save(tmp_path / "ramp.png")
+    source = open_images(tmp_path)
+    reader = PixelReader(source, np.zeros(1, np.int64), 8, workers=1)
+    batches = pixel_batches(reader, global_batch=1, seed=0, crop_fraction=1.0)
+    found = [next(batches).images[0, :, :, 0].int() for _ in range(300)]
+    batches.close()
+    steps = [row[0, 1].item() - row[0, 0].item() for row in found]
+    lefts = np.array([row[0].min().item() // 6 for row in found])
+    assert set(steps) == {6, -6} and 110 < steps.count(6) < 190
+    assert lefts.min() == 0 and lefts.max() == 32 and abs(lefts.mean() - 16) < 3 * 9.5 / 300**0.5
 
 
 def test_the_help_lists_every_key_and_the_included_configs_load(capsys):
@@ -114,14 +134,18 @@ def test_an_included_config_runs_at_a_reduced_size(images, tmp_path, name):
     assert (out / "config.json").is_file() and (tmp_path / "run/curves.png").is_file()
 
 
-def test_a_picture_of_another_form_is_cropped(tmp_path):
+def test_a_picture_of_another_form_is_cropped(tmp_path, monkeypatch):
+    drawn: list[float] = []
     folder = tmp_path / "wide"
     folder.mkdir()
     for i in range(12):
         Image.new("RGB", (50, 30), (20 * i, 0, 0)).save(folder / f"{i}.png")
     config = small(folder, tmp_path / "run", "data.image_size=[24,16]", "training.steps=4", "data.val_fraction=0",
-                   "training.global_batch=4", "training.evaluate_images=12")  # fmt: skip
+                   "training.global_batch=4", "training.evaluate_images=12", "data.crop=random",
+                   "data.crop_fraction=0.7")  # fmt: skip
+    monkeypatch.setattr(pixels, "random_crop", lambda *a, **k: drawn.append(k["least"]) or random_crop(*a, **k))
     train_autoencoder(config, device="cpu")
+    assert drawn == [0.7] * len(drawn) and len(drawn) >= 16  # and read ahead; images to measure on are center crops
     assert Image.open(tmp_path / "run/monitor/step-0000004.png").size == (4 * 26 - 2, 3 * 18 - 2)
 
 

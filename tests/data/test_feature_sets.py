@@ -13,6 +13,7 @@ from fastdit.cli import main
 from fastdit.data.features import FeatureManifest, FeatureWriter, find_features, publish_features
 from fastdit.data.loader import latent_batches, read_class_tokens, split
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_features, open_latents
 from fastdit.data.shards import merge, sample
 from fastdit.data.shards import split as split_folder
 from fastdit.schema import ShardSet
@@ -59,7 +60,7 @@ def seen(manifest: Manifest, features: FeatureManifest, steps: int = 12, **optio
 
 def test_a_mixture_has_the_features_of_each_set(sets):
     mixed = ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "b"), 3.0)
-    manifest, features = Manifest.load(mixed), find_features(mixed)
+    manifest, features = open_latents(mixed), open_features(mixed)
     numbers = seen(manifest, features, steps=40)
     assert numbers == {*range(1000, 1007), *range(2000, 2040)} and features.facts() == ABOUT.facts()
     train, held_out = split(manifest, 0.3)
@@ -90,12 +91,12 @@ def test_sets_whose_features_do_not_belong_together_are_refused(sets):
             (sets / "a/features/manifest.json").write_text(json.dumps(stored | {key: value}))
         message = f"the features in .*a/features have {key} {shown}, those in .*b/features .*same --encoder"
         with pytest.raises(ValueError, match=message):
-            find_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "a"), 1.0)))
+            open_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "a"), 1.0)))
         if about.tokens == 1:
             with pytest.raises(ValueError, match=message):
                 merge([sets / "b", sets / "a"], sets / "out")
     with pytest.raises(ValueError, match="need features, but .*c has none; add them with fastdit extract"):
-        find_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "c"), 1.0)))
+        open_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "c"), 1.0)))
     assert not (sets / "out").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdit.data.images import Skipped, center_crop, load_crop, to_pixels, to_uint8
+from fastdit.data.images import Skipped, center_crop, load_crop, random_crop, to_pixels, to_uint8
 from fastdit.data.sources import list_images, remarks
 from helpers import GOLDEN
 
@@ -20,6 +20,52 @@ def test_center_crop_gives_the_recorded_bytes(key):
     source, size = key.split("/crop")
     crop = center_crop(Image.fromarray(ARRAYS[f"{source}/in"]), int(size))
     np.testing.assert_array_equal(np.asarray(crop), ARRAYS[key])
+
+
+def places(width: int, height: int) -> np.ndarray:
+    """An image whose red and green are x and y."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x, y, 0 * x], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "form, size, draws, least, slices",
+    [
+        ((40, 20), 20, (0.9, 0.0, 0.5), 1.0, np.s_[:, :20]),  # the share is always 1
+        ((40, 20), 20, (0.9, 0.999, 0.5), 1.0, np.s_[:, 20:]),
+        ((40, 20), 20, (0.9, 0.5, 0.5), 0.01, np.s_[:, 10:30]),  # a smaller share would enlarge
+        ((80, 60), 20, (0.0, 0.5, 0.25), 0.01, np.s_[10:30, 30:50]),  # as many pixels as the crop
+        ((80, 60), (40, 20), (0.0, 0.0, 0.999), 0.5, np.s_[40:, :40]),
+    ],
+)
+def test_a_random_crop_is_where_its_draws_say(form, size, draws, least, slices):
+    pixels = places(*form)
+    np.testing.assert_array_equal(random_crop(Image.fromarray(pixels), size, draws, least), pixels[slices])
+
+
+def test_a_random_crop_of_the_largest_share_is_the_center_crop_of_a_square_or_small_image():
+    rng, draws = np.random.default_rng(0), (1 - 2**-53, 0.9, 0.1)
+    for side in (64, 50, 16, 9):
+        image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        for least in (1.0, 0.1) if side <= 16 else (1.0,):
+            np.testing.assert_array_equal(random_crop(image, 16, draws, least), center_crop(image, 16))
+
+
+def test_a_random_crop_has_its_size_and_share_whatever_the_image():
+    """Its width in the source is the share of the largest crop's, to the pixel and the half that resizing blurs."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height, w, h = (int(n) for n in rng.integers(1, 250, 4))
+        least, draws = rng.uniform(0.01, 1), rng.random(3)
+        found = np.asarray(random_crop(Image.fromarray(places(width, height)), (w, h), draws, least), int)
+        assert found.shape == (h, w, 3)
+        largest, whole = min(width / w, height / h) * w, max(w / width, h / height)
+        low = min(1, max(least, whole))
+        covered = (low + draws[0] * (1 - low)) * largest
+        if w > 20 and covered > 20:
+            # edges are left out, as a bicubic filter overshoots there
+            slope = (found[h // 2, w - 6, 0] - found[h // 2, 5, 0]) / (w - 11)
+            assert slope * w == pytest.approx(covered, rel=0.1, abs=4)
 
 
 def test_every_gray_level_survives_the_conversion_to_pixels_and_back():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fastdit.config import config_from
-from fastdit.data.features import find_features
 from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.data.mixture import APART
+from fastdit.data.opening import open_features, open_latents
 from fastdit.data.order import ROUND, Order, shares
 from fastdit.data.writer import write_shards
 from fastdit.report.facts import read_run
@@ -31,7 +31,7 @@ def sets(tmp_path_factory) -> Path:
 
 
 def mixed(root: Path, **weights: float) -> Manifest:
-    return Manifest.load(tuple(ShardSet(str(root / name), weight) for name, weight in weights.items()))
+    return open_latents(tuple(ShardSet(str(root / name), weight) for name, weight in weights.items()))
 
 
 def batches_of(manifest: Manifest, steps: range, **options) -> list[np.ndarray]:
@@ -141,17 +141,17 @@ def test_sets_that_do_not_belong_together_are_refused(sets, tmp_path):
         ("missing", "has no manifest.json"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(tmp_path / other), 1.0)))
-    one = Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(tmp_path / "one"), 1.0)))
+            open_latents((ShardSet(str(sets / "a"), 1.0), ShardSet(str(tmp_path / other), 1.0)))
+    one = open_latents((ShardSet(str(sets / "a"), 1.0), ShardSet(str(tmp_path / "one"), 1.0)))
     with pytest.raises(ValueError, match=r"data.hflip=True, but .*set data.hflip=false"):
         latent_batches(one, global_batch=4, seed=0)
     assert min(v for batch in batches_of(one, range(9), global_batch=4, seed=0, hflip=False) for v in batch[:, 0]) >= 0
     with pytest.raises(ValueError, match=r"names .*a twice; add its weights"):
-        Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "a"), 2.0)))
+        open_latents((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "a"), 2.0)))
     with pytest.raises(ValueError, match="cannot be mixed with others"):
-        Manifest.load((ShardSet("synthetic:8/1x1x2/3", 1.0), ShardSet(str(sets / "a"), 2.0)))
+        open_latents((ShardSet("synthetic:8/1x1x2/3", 1.0), ShardSet(str(sets / "a"), 2.0)))
     with pytest.raises(ValueError, match="data.features=f is one folder, but data.shards names 2; .* as a/features"):
-        find_features((ShardSet("a", 1.0), ShardSet("b", 2.0)), "f")
+        open_features((ShardSet("a", 1.0), ShardSet("b", 2.0)), "f")
 
 
 @pytest.mark.parametrize(

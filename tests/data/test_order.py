@@ -9,6 +9,7 @@ import pytest
 
 from fastdit.data.loader import latent_batches, sample_keys, split
 from fastdit.data.manifest import Manifest, Shard
+from fastdit.data.opening import open_latents
 from fastdit.data.order import LISTED, WINDOW, Listed, Order, hash_of, permutation, scattered
 from fastdit.schema import ShardSet
 from helpers.sets import write_all
@@ -109,7 +110,7 @@ def test_blocks_are_read_ahead_and_each_image_comes_equally_early(monkeypatch, s
 
 
 def test_blocks_with_a_mixture_and_held_out_images(sets):
-    mixed = Manifest.load((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "b"), 3.0)))
+    mixed = open_latents((ShardSet(str(sets / "a"), 1.0), ShardSet(str(sets / "b"), 3.0)))
     for manifest in (Manifest.load(sets / "b"), mixed):
         train, rest = split(replace(manifest, block=4), 0.2)
         assert train.block == 4

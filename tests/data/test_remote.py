@@ -12,6 +12,7 @@ import pytest
 from fastdit.data import remote
 from fastdit.data.loader import latent_batches, sample_keys
 from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.schema import ShardSet
 from helpers.sets import write_all
@@ -80,7 +81,7 @@ def test_a_shard_is_fetched_when_it_is_needed(memory, tmp_path):
 
 def test_remote_folders_mix_with_local_ones(sets, memory, tmp_path):
     def mixed(a, b):
-        return Manifest.load((ShardSet(str(a), 1.0), ShardSet(str(b), 2.0)), Cache(tmp_path / "cache"))
+        return open_latents((ShardSet(str(a), 1.0), ShardSet(str(b), 2.0)), Cache(tmp_path / "cache"))
 
     local, there = mixed(sets / "a", sets / "b"), mixed(sets / "a", "memory://bucket/b")
     np.testing.assert_array_equal(first_batches(there), first_batches(local))

@@ -20,6 +20,8 @@ from fastdit.data.images import load_crop
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.sources import MAX_CLASSES, remarks
+from fastdit.evaluation.images import open_set
+from fastdit.gallery.folders import folder_grid
 from fastdit.verify import verify
 from helpers import sources
 from helpers.data import make_shards, tiny_vae
@@ -56,6 +58,9 @@ MADE = {
     "imagenet val": (sources.make_imagenet_val, ALL, CRANES, "ImageNet's validation archive"),
     "cifar 10": (sources.make_cifar10, ALL, NAMES, "CIFAR-3's training images"),
     "cifar 100": (sources.make_cifar100, ALL, NAMES, "CIFAR-3's training images"),
+    "cifar 10, test": (lambda root: sources.make_cifar10(root) / "test", ALL[::-1], NAMES, "CIFAR-3's test images"),
+    "cifar 100, test": (lambda root: sources.make_cifar100(root) / "test", ALL[::-1], NAMES, "CIFAR-3's test images"),
+    "cifar 10, train": (lambda root: sources.make_cifar10(root) / "train", ALL, NAMES, "CIFAR-3's training images"),
     "parquet": (sources.make_parquet, ALL, NAMES, "Parquet files"),
     "other parquet": (lambda root: sources.make_parquet(root, hub=False), ALL, NAMES, "Parquet files"),
 }
@@ -287,12 +292,38 @@ def test_numbers_without_images_are_remarked_upon(tmp_path):
     assert "2 of 4 classes have no images (the first is '0')" in remarks(source)
 
 
+def test_a_split_is_of_a_known_archive_and_another_source_than_the_rest(tmp_path):
+    archive = sources.make_cifar10(tmp_path)
+    one, two = open_images(archive), open_images(archive / "test")
+    assert one.identity != two.identity and one.identity == open_images(archive / "train").identity
+    assert remarks(two)[0].startswith(f"images={archive}/test: CIFAR-3's test images, 12 images")
+    (tmp_path / "file.csv").write_text("path\n")
+    with pytest.raises(ValueError, match="test/0.png does not exist"):
+        open_images(archive / "test" / "0.png")
+    tar = sources.make_webdataset(tmp_path) / "000.tar"
+    for path in (archive / "tests", tmp_path / "file.csv" / "test", tar / "test"):
+        with pytest.raises(ValueError, match="is no source of images: .* is a file; of CIFAR.s archives, ARCHIVE/tr"):
+            open_images(path)
+
+
+def test_a_split_is_a_reference_and_a_grid(tmp_path):
+    archive = sources.make_cifar10(tmp_path)
+    images = open_set(archive / "test", "--reference")
+    assert images.count == 12 and np.array_equal(next(images.blocks([0])), PIXELS[::-1])
+    assert folder_grid(archive / "test", 2, 2, labels=False).size == folder_grid(archive, 2, 2, labels=False).size
+    for path in (archive / "dev", tmp_path / "gone" / "test"):
+        with pytest.raises(ValueError, match="^--reference="):
+            open_set(path, "--reference")
+
+
 def test_files_that_are_not_of_the_training_images_are_named(tmp_path):
     ignored = dict(line.split("\t") for line in open_images(sources.make_cifar10(tmp_path)).ignored)
     assert ignored == {
         "cifar-10-batches-py/readme.html": "not of the training images",
         "cifar-10-batches-py/test_batch": "not of the training images",
     }
+    ignored = open_images(tmp_path / "cifar-10-python.tar.gz" / "test").ignored
+    assert [line.split("\t")[1] for line in ignored] == ["not of the test images"] * 3
     ignored = open_images(sources.make_webdataset(tmp_path)).ignored
     assert len(ignored) == 12 and ignored[0] == "000.tar/folder.v2/000000.txt\tname ends in .txt"
 

@@ -8,7 +8,7 @@ from fastdit.cli import main
 from fastdit.config import load_config, save_config
 from fastdit.data.latents import sample_latents
 from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
-from fastdit.data.manifest import Manifest
+from fastdit.data.opening import open_latents
 from fastdit.plan import plan
 from fastdit.training.loop import train
 from helpers.data import make_shards
@@ -27,7 +27,7 @@ def first(batches):
 
 @pytest.mark.parametrize("shape, pixels", [("4x16x16", False), ("3x16x16", True)])
 def test_latents_have_the_stated_statistics_and_images_differ(shape, pixels):
-    manifest = Manifest.load(f"synthetic:1000/{shape}/7")
+    manifest = open_latents(f"synthetic:1000/{shape}/7")
     moments = read_moments(manifest, manifest.index())
     spec, noise = manifest.latents, torch.randn(1000, *manifest.latents.shape)
     x_0 = sample_latents(moments, noise, spec.scale, spec.shift)
@@ -45,7 +45,7 @@ def test_latents_have_the_stated_statistics_and_images_differ(shape, pixels):
 
 
 def test_world_size_and_resume_do_not_change_the_global_batches():
-    manifest = Manifest.load("synthetic:21/4x8x8/3")
+    manifest = open_latents("synthetic:21/4x8x8/3")
     whole = latent_batches(manifest, global_batch=8, seed=0)
     for step in range(6):
         batch = next(whole)
@@ -59,7 +59,7 @@ def test_world_size_and_resume_do_not_change_the_global_batches():
 
 
 def test_the_number_of_images_costs_nothing():
-    manifest = Manifest.load("synthetic:1_000_000_000_000_000/4x8x8/10")
+    manifest = open_latents("synthetic:1_000_000_000_000_000/4x8x8/10")
     batch = first(latent_batches(manifest, global_batch=4, seed=0, start_step=10**11))
     assert batch.y.tolist() == [0, 1, 2, 3] and len(manifest) == sum(manifest.class_counts) == 10**15
     with pytest.raises(ValueError, match="too many images to list"):
@@ -75,7 +75,7 @@ WRONG = ["synthetic:", "synthetic:0", "synthetic:x", "synthetic:-1", "synthetic:
 def test_a_text_of_another_form_is_one_line(text):
     message = "is not synthetic:IMAGES/CxHxW/CLASSES|of the latents is out of range"
     with pytest.raises(ValueError, match=message) as error:
-        Manifest.load(text)
+        open_latents(text)
     assert "\n" not in str(error.value)
 
 

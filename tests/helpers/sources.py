@@ -120,7 +120,8 @@ def make_cifar10(root: Path) -> Path:
         for number, part in enumerate((slice(0, 5), slice(5, 12)), start=1):
             batch = {b"data": rows[part], b"labels": LABELS[part], b"batch_label": b"training batch"}
             add(tar, f"cifar-10-batches-py/data_batch_{number}", pickle.dumps(batch, 2))
-        add(tar, "cifar-10-batches-py/test_batch", pickle.dumps({b"data": rows[:2], b"labels": [0, 1]}, 2))
+        batch = {b"data": rows[11::-1], b"labels": LABELS[11::-1], b"batch_label": b"testing batch"}
+        add(tar, "cifar-10-batches-py/test_batch", pickle.dumps(batch, 2))
         add(tar, "cifar-10-batches-py/readme.html", b"hello")
     return root / "cifar-10-python.tar.gz"
 
@@ -130,6 +131,7 @@ def make_cifar100(root: Path) -> Path:
     with tarfile.open(root / "cifar-100-python.tar", "w") as tar:
         add(tar, "cifar-100-python/meta", pickle.dumps({"fine_label_names": [*NAMES], "coarse_label_names": ["x"]}))
         add(tar, "cifar-100-python/train", pickle.dumps(batch))
+        batch = {key: values[11::-1] for key, values in batch.items()}
         add(tar, "cifar-100-python/test", pickle.dumps(batch))
     return root / "cifar-100-python.tar"
 

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -16,47 +15,10 @@ from fastdit.cli import main
 from fastdit.report import report_at_end, write_report
 from fastdit.report.facts import read_run, reproduce
 from fastdit.training.log import read_metrics
+from helpers.pages import PICTURE, checked
 from helpers.runs import losses, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-VOID = {"meta", "img", "br"}
-PICTURE = re.compile(r'src="data:image/(\w+);base64,([^"]+)"')
-
-
-class Balanced(HTMLParser):
-    """Fails on a tag that is not closed, or closed where it was not opened; collects headings and attributes."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.headings, self.attributes = [], [], []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-
-def checked(page: str) -> Balanced:
-    """The parsed page, which must be one file: nothing is loaded, linked or executed."""
-    parsed = Balanced(page)
-    assert all(value.startswith("data:image/") for name, value in parsed.attributes if name == "src")
-    assert not {"href", "srcset", "action", "onload", "onerror"} & {name for name, _ in parsed.attributes}
-    assert "<script" not in page and not re.search(r"url\(|@import|https?:", PICTURE.sub("", page))
-    assert ("name", "viewport") in parsed.attributes and "prefers-color-scheme: dark" in page and "@media print" in page
-    return parsed
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +184,8 @@ def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
     for folder in (tmp_path, runs / "a" / "checkpoints" / "step-0000020"):
         with pytest.raises(ValueError, match="is not the folder of a run"):
             write_report([folder])
+    with pytest.raises(ValueError, match="--out=.*/gone/page.html: there is no folder .*/gone; create it"):
+        write_report([runs / "a"], tmp_path / "gone" / "page.html")
     with pytest.raises(ValueError, match="shows one to four runs, not 5"):
         write_report([runs / "a"] * 5)
 

@@ -1,0 +1,168 @@
+"""Autoencoders in the format of latent-diffusion (VA-VAE, CompVis' kl-f8, ...) as folders of diffusers.
+
+The network is the AutoencoderKL of Rombach et al. 2022 (arXiv 2112.10752); diffusers has the same layers under other
+names, and numbers the decoder's blocks from the lowest resolution. The architecture is inferred from the shapes, and
+nothing but tensors is read from a file.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.convert.pickles import is_plain, read_pickle
+from fastdit.data.autoencoders import MAX_LAYERS, load_autoencoder
+from fastdit.files import staged
+from fastdit.training.weights import header, is_finite, mismatches, read_weights
+
+PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+FIRST, GROUPS = "encoder.conv_in.weight", 32  # a name that every such file has; of all group norms in this format
+OURS = (  # names in the file -> names of diffusers, applied one after the other
+    (r"\b(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+    (r"\b(down|up)\.(\d+)\.attn\.", r"\1_blocks.\2.attentions."),
+    (r"\b(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
+    (r"\bmid\.block_1\.", "mid_block.resnets.0."),
+    (r"\bmid\.block_2\.", "mid_block.resnets.1."),
+    (r"\bmid\.attn_1\.", "mid_block.attentions.0."),
+    (r"\bnin_shortcut\b", "conv_shortcut"),
+    (r"(?<=coder\.)norm_out\b", "conv_norm_out"),
+)
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tensors of an autoencoder in a file, and how many others there are, by the first part of their names."""
+
+    state: dict[str, Tensor]
+    others: dict[str, int]
+
+
+def find_autoencoder(path: Path) -> Found | None:
+    """The autoencoder in a .ckpt, .pt or .safetensors file of this format; None for another kind of file."""
+    if path.suffix == ".safetensors":
+        content: Any = read_weights(path) if any(name.endswith(FIRST) for name in header(path)) else {}
+    else:
+        content = read_pickle(path, stand_ins=True)
+    for key in ("state_dict", "model"):  # Lightning's, and MAR's
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    names = [name for name in content if isinstance(name, str)] if isinstance(content, Mapping) else []
+    prefixes = sorted((name.removesuffix(FIRST) for name in names if name.endswith(FIRST)), key=len)
+    if not prefixes:
+        return None
+    inside = {name: name.removeprefix(prefixes[0]) for name in names if name.startswith(prefixes[0])}
+    own = {name: short for name, short in inside.items() if short.partition(".")[0] in PARTS}
+    others = Counter(name.removeprefix(prefixes[0]).partition(".")[0] for name in names if name not in own)
+    return Found({short: content[name] for name, short in own.items()}, dict(others))
+
+
+def convert_autoencoder(
+    path: Path, found: Found, out: Path, scale: float | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """Write the folder `out` for `--vae` and `data.vae`; `scale`: its scaling_factor (None: 1, latents as they are).
+
+    ValueError, before anything is written, for a network that an AutoencoderKL of diffusers cannot express.
+    """
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"--scale={scale} must be a positive number")
+    if "quantize" in found.others:
+        raise ValueError(f"{path} has a codebook (quantize.*), as a VQ autoencoder; only those with a KL loss convert")
+    state = checked(found.state, path)
+    vae = autoencoder(state, path, scale or 1.0)
+    if found.others:
+        left = ", ".join(f"{name} ({count})" for name, count in found.others.items())
+        say(f"{path}: tensors that are not of the autoencoder are left out: {left}")
+    config = vae.config
+    attention = [2**i for i, kind in enumerate(config.down_block_types) if kind.startswith("Attn")]
+    say(f"{path}: AutoencoderKL, channels {list(config.block_out_channels)}, {config.layers_per_block} layers, "
+        f"downsampling {2 ** (len(config.block_out_channels) - 1)}, {config.latent_channels} latent channels"
+        + (f", attention at 1/{', 1/'.join(map(str, attention))} of the size" if attention else ""))  # fmt: skip
+    if scale is None:
+        say("scaling_factor=1, because the file does not state it: give --scale (Stable Diffusion: 0.18215), or train "
+            "with data.normalize=channel")  # fmt: skip
+    with staged(out) as stage:
+        vae.save_pretrained(stage)
+        again = load_autoencoder(stage).state_dict()
+        for name, tensor in vae.state_dict().items():
+            if not torch.equal(again[name], tensor):
+                raise ValueError(f"{out} is not written, because {name} would read back differently; please report it")
+    say(f"{out}: written; use it with fastdit extract --vae {out}")
+    return out
+
+
+def checked(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """fp32 tensors under the names of the file; ValueError for what is none, or not finite."""
+    names = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not is_plain(value):
+            raise ValueError(f"{path}: {name} is not a tensor of plain numbers; save it as a state dict in float32")
+        names[name] = value.float()
+        if not is_finite(names[name]):
+            raise ValueError(f"{path}: {name} has values that are not finite; use another checkpoint")
+    return names
+
+
+def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float) -> nn.Module:
+    """The AutoencoderKL of diffusers with these weights; ValueError where it has no such layers."""
+    from diffusers import AutoencoderKL  # takes seconds to import
+
+    if any(".down_blocks." in name for name in state):
+        raise ValueError(f"{path} has the names of diffusers already; put it into a folder with its config.json, as "
+                         "diffusion_pytorch_model.safetensors, and give that folder as --vae")  # fmt: skip
+    numbers = {kind: [(int(m[1]), int(m[2])) for name in state if (m := re.match(pattern, name))]
+               for kind, pattern in (("down", r"encoder\.down\.(\d{1,3})\.block\.(\d{1,3})\."),
+                                     ("attention", r"encoder\.down\.(\d{1,3})\.attn\.(\d{1,3})\."),
+                                     ("up", r"decoder\.up\.(\d{1,3})\.attn\.(\d{1,3})\."))}  # fmt: skip
+    levels, layers = (1 + max((pair[i] for pair in numbers["down"]), default=-1) for i in (0, 1))
+    latent = state["decoder.conv_in.weight"].shape[1] if "decoder.conv_in.weight" in state else 0
+    widths = [state.get(f"encoder.down.{i}.block.0.conv1.weight") for i in range(levels)]
+    if not (0 < layers <= MAX_LAYERS and latent) or any(width is None or width.ndim != 4 for width in widths):
+        raise ValueError(f"{path} is no complete autoencoder of latent-diffusion: it needs encoder.down.*.block.* and "
+                         "decoder.conv_in.weight")  # fmt: skip
+    channels = [width.shape[0] for width in widths]
+    if any(width % GROUPS for width in channels):
+        raise ValueError(f"{path} has channels {channels}; the group norms of latent-diffusion need multiples of "
+                         f"{GROUPS}, so this is another network")  # fmt: skip
+    embedded = state.get("post_quant_conv.weight")
+    if embedded is not None and embedded.ndim > 1 and embedded.shape[1] != latent:
+        raise ValueError(f"{path} has embed_dim={embedded.shape[1]} and z_channels={latent}; an AutoencoderKL of "
+                         "diffusers has one number for both")  # fmt: skip
+    attended = {kind: {level for level, _ in numbers[kind]} for kind in ("attention", "up")}
+    down, up = (["Attn" * (i in attended[kind]) + name for i in range(levels)]
+                for kind, name in (("attention", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")))  # fmt: skip
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=down,
+            up_block_types=up[::-1],
+            block_out_channels=channels,
+            layers_per_block=layers,
+            latent_channels=latent,
+            norm_num_groups=GROUPS,
+            mid_block_add_attention="encoder.mid.attn_1.q.weight" in state,
+            use_quant_conv="quant_conv.weight" in state,
+            use_post_quant_conv="post_quant_conv.weight" in state,
+            scaling_factor=scale,
+        )
+    theirs = {renamed(name, levels): name for name in state}
+    weights = {new: state[old] for new, old in theirs.items()}
+    weights = {name: t[:, :, 0, 0] if ".attentions." in name and t.ndim == 4 else t for name, t in weights.items()}
+    if wrong := mismatches(vae.state_dict(), weights):
+        new = wrong[0].partition(" ")[0]
+        raise ValueError(f"{path} does not fit into an AutoencoderKL of diffusers ({len(wrong)} tensors; the first: "
+                         f"{theirs.get(new, new)}{wrong[0].removeprefix(new)})")  # fmt: skip
+    vae.load_state_dict(weights, assign=True)
+    return vae.eval()
+
+
+def renamed(name: str, levels: int) -> str:
+    """The name of diffusers for that of a tensor in the file."""
+    for pattern, ours in OURS:
+        name = re.sub(pattern, ours, name)
+    name = re.sub(r"(?<=\bup_blocks\.)\d+", lambda m: str(levels - 1 - int(m[0])), name)
+    return re.sub(r"(attentions\.\d+\.)(\w+)", lambda m: m[1] + ATTENTION.get(m[2], m[2]), name)
