@@ -98,8 +98,10 @@ class Fp8:
         self.rescale()
 
 
-def use_fp8(model: DiT, history: int, margin: float, batch_values: int) -> Fp8:
+def use_fp8(model: DiT, history: int, margin: float, batch_values: int, attention: bool = False) -> Fp8:
     """Use FP8 products in the linears of attention and MLP, in place; ValueError if that is not possible.
+
+    With `attention`, its kernels round their output and their gradient, as the kernels of the norms and the MLP do.
 
     Modulations, embedders and the final layer do not change: they are small and need the precision.
     """
@@ -110,7 +112,10 @@ def use_fp8(model: DiT, history: int, margin: float, batch_values: int) -> Fp8:
     for linear in state.linears.values():
         linear.multiply = multiply
     for block in model.blocks:
-        if fuses(block.attn):
+        if attention:
+            if model.tokens % 16 or model.rope is not None or not fuses(block.attn):
+                raise ValueError("training.fp8_attention=true needs attention=triton on a GPU, a multiple of 16 tokens, "
+                                 "an even head_dim, no rotary positions and qk_norm=none; use false")  # fmt: skip
             block.attn.fused = attend
         if block.mlp.kind in ACTIVATIONS:
             block.mlp.fused = mlp

@@ -163,7 +163,8 @@ class _Attend(torch.autograd.Function):
 def fuses(attn: Attention) -> bool:
     """Whether the kernels of attention can round for the linears before and after it."""
     pairs = attn.qkv.in_features // attn.num_heads % 2 == 0
-    return pairs and attn.qk_norm == "none" and use_triton("attention_packed", attn.qkv.weight.device.type)
+    ours = attn.backend == "triton" and use_triton("attention_packed", attn.qkv.weight.device.type)
+    return pairs and ours and attn.qk_norm == "none"
 
 
 def attend(attn: Attention, x: Tensor | Rounded) -> Rounded:

@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
     Options: `qk_norm` normalizes each head's queries and keys, with learned weights (Dehghani et al. 2023); `qkv_bias`
     and `proj_bias`. `backend` is a key of `models.attention.ATTENTION`. `models/fp8.py` sets `fused`,
-    (attention, x) -> the input of `proj`, for the backend "triton" without rotations, if tokens are a multiple of 16.
+    (attention, x) -> the input of `proj`, where training.fp8_attention asks for it.
     """
 
     fused: Callable[["Attention", Tensor], Tensor] | None = None
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
         n, tokens, dim = x.shape
-        if self.fused is not None and self.backend == "triton" and rope is None and tokens % 16 == 0:
+        if self.fused is not None and tokens % 16 == 0:  # routes have any number
             return self.proj.product(self.fused(self, x)), self.proj.bias
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
         if self.qk_norm != "none":

@@ -65,7 +65,7 @@ def counted(tmp_path_factory):
     bf16, folder = "training.residual=bf16", tmp_path_factory.mktemp("count")
     packed, fp8 = [bf16, "model.attention=triton"], "training.fp8=true"
     processes = []
-    for i, variants in enumerate(([[], [bf16]], [packed, [bf16, fp8], [*packed, fp8]])):
+    for i, variants in enumerate(([[], [bf16]], [packed, [bf16, fp8], [*packed, fp8, "training.fp8_attention=true"]])):
         command = [sys.executable, "-c", COUNT.format(size=BLOCK, variants=variants)]
         files = {"stdout": open(folder / f"{i}.out", "w"), "stderr": open(folder / f"{i}.err", "w")}
         processes.append(subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=ROOT, **files))

@@ -24,14 +24,14 @@ def rounded(x, scale, dtype=torch.float8_e4m3fn):
     return (x * scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).float() / scale
 
 
-def network(fp8: bool = True, device: str = "cpu", **options):
+def network(fp8: bool = True, device: str = "cpu", fuse: bool = False, **options):
     torch.manual_seed(0)
     made = create_dit("DiT-2x64x4/2", **SIZES, **options)
     for parameter in made.parameters():  # gates and head start at zero
         nn.init.normal_(parameter, std=0.1)
     made.to(device)
     if fp8:
-        made.fp8 = use_fp8(made, history=3, margin=2.0, batch_values=768)
+        made.fp8 = use_fp8(made, history=3, margin=2.0, batch_values=768, attention=fuse)
     return made
 
 
@@ -95,10 +95,10 @@ def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
     networks = {}
     for how in ("eager", "triton"):
         monkeypatch.setenv("FASTDIT_KERNELS", how)
-        networks[how] = model = network(device=DEVICE, **options)
+        fuse = how == "triton" and options.get("attention") == "triton" and "qk_norm" not in options
+        networks[how] = model = network(device=DEVICE, fuse=fuse, **options)
         attn = model.blocks[1].attn
-        assert (attn.qkv.after_norm is not None) == (how == "triton")
-        assert (attn.fused is not None) == (how == "triton" and attn.qk_norm == "none")
+        assert (attn.qkv.after_norm is not None) == (how == "triton") and (attn.fused is not None) == fuse
         for _ in range(2):
             backward(model)
             model.fp8.update(RANKS, GOOD.to(DEVICE))
@@ -109,11 +109,19 @@ def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
         assert (parameter.grad - other.grad).norm() < 0.02 * parameter.grad.norm(), name
 
 
+@pytest.mark.parametrize("options", [{}, {"attention": "triton", "qk_norm": "rms"}, {"attention": "triton",
+    "position": "rope"}, {"attention": "triton", "registers": 1}], ids=str)  # fmt: skip
+def test_attention_that_cannot_round_is_refused(options, monkeypatch):
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    with pytest.raises(ValueError, match="training.fp8_attention=true needs attention=triton on a GPU, a multiple of"):
+        network(device=DEVICE, fuse=True, **options)
+
+
 @pytest.mark.parametrize("how", ["eager", "triton"])
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_recomputed_activations_give_the_same_gradients(policy, how, monkeypatch):
     monkeypatch.setenv("FASTDIT_KERNELS", how)
-    plain, model = (network(device=DEVICE, attention="triton") for _ in range(2))
+    plain, model = (network(device=DEVICE, attention="triton", fuse=how == "triton") for _ in range(2))
     model.set_activation_checkpointing(policy)
     backward(plain), backward(model)
     for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):
