@@ -214,7 +214,6 @@ class TrainingConfig(LoopConfig):
         require(1 <= self.fp8_margin <= 64, "training.fp8_margin", self.fp8_margin, "use 1 to 64")
         if self.optimizer == "muon":
             require(not self.cuda_graph, "training.cuda_graph", True, "use false with training.optimizer=muon")
-        require(self.fp8 or not self.fp8_attention, "training.fp8_attention", True, "use training.fp8=true with it")
         if self.fp8:
             require(self.precision == "bf16", "training.fp8", True, "use training.precision=bf16 with it")
             require(self.zero_stage < 3, "training.fp8", True, "use training.zero_stage=1 or 2 with it")

@@ -114,8 +114,8 @@ def use_fp8(model: DiT, history: int, margin: float, batch_values: int, attentio
     for block in model.blocks:
         if attention:
             if model.tokens % 16 or model.rope is not None or not fuses(block.attn):
-                raise ValueError("training.fp8_attention=true needs attention=triton on a GPU, a multiple of 16 tokens, "
-                                 "an even head_dim, no rotary positions and qk_norm=none; use false")  # fmt: skip
+                raise ValueError("training.fp8_attention=true needs attention=triton on a GPU, a multiple of 16 tokens"
+                                 ", an even head_dim, no rotary positions and qk_norm=none; use false")  # fmt: skip
             block.attn.fused = attend
         if block.mlp.kind in ACTIVATIONS:
             block.mlp.fused = mlp
