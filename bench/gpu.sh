@@ -55,7 +55,7 @@ fi
 
 # ---- what each part runs
 
-STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official)
+STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official fastdit-fp8-attention)
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
 SMALL=(training.joint_adaln=true --batch 32 --contestants fastdit-all-on strong fastdit-fp8 --profile)
 KERNELS=(bench.kernels)
@@ -73,10 +73,12 @@ else
     STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
     EXTRACT=(--count 1024 --rounds 2) QUICKSTART=()
     SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
-    # tests that behave differently on a GPU; the long ones last, in case time runs out
+    # tests that behave differently on a GPU; the long ones last, in case time runs out. -k: those that never use it
     TESTS=(tests/kernels/test_fp8.py tests/kernels/test_attention.py tests/kernels/test_kernels.py tests/training/test_engine.py
-        tests/models/test_attention.py tests/models/test_fp8.py tests/models/test_dit.py
-        tests/diffusion/test_guidance.py $ON_DEVICE tests/bench/test_gpu.py -k "not gpu_run and not by_default")
+        tests/models/test_attention.py tests/models/test_fp8.py::test_the_kernels_compute_what_the_definitions_do
+        tests/models/test_fp8.py::test_recomputed_activations_give_the_same_gradients
+        tests/diffusion/test_guidance.py::test_every_wrapper_serves_every_sampler $ON_DEVICE tests/bench/test_gpu.py
+        -k "not gpu_run and not by_default and not [cpu and not planted and not without and not gradient_of_the_definition")
     TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)

@@ -151,7 +151,9 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
         model.join_modulations()
     if settings.fp8:
         values = settings.global_batch * model.in_channels * model.patches * model.patch_size**2
-        model.fp8 = use_fp8(model, settings.fp8_history, settings.fp8_margin, values)
+        model.fp8 = use_fp8(model, settings.fp8_history, settings.fp8_margin, values, settings.fp8_attention)
+    elif settings.fp8_attention:
+        raise ValueError("training.fp8_attention=true needs training.fp8=true; set both, or neither")
     if not settings.compile:
         return objective
     if uses_zero(settings) and settings.zero_stage == 3:

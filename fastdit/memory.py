@@ -14,7 +14,7 @@ from fastdit import distributed
 from fastdit.build import build_routing, uses_zero
 from fastdit.cards import GIB, GPU, GPUS, card_of
 from fastdit.models.dit import DiT
-from fastdit.models.fp8 import ACTIVATIONS as FP8_FUSED
+from fastdit.models.fp8_linears import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
 from fastdit.schema import Config, TrainingConfig
 

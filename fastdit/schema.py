@@ -172,6 +172,7 @@ class TrainingConfig(LoopConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     ema_stds: tuple[float, ...] = ()  # relative widths of averages to store for `fastdit ema`, such as [0.05, 0.1]
     fp8: bool = False  # FP8 in the blocks' linear layers, bf16 elsewhere; on a GPU, needs Ada, Hopper or newer
+    fp8_attention: bool = False  # attention itself rounds for these layers; predicted to be faster, not yet measured
     fp8_history: int = 16  # steps whose largest magnitudes set the FP8 scaling factors
     fp8_margin: float = 2.0  # how many times larger than in the history a value may become before it saturates
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream between blocks, if precision is bf16

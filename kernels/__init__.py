@@ -20,6 +20,7 @@ else:
     from .adaln import ADALN, adaln
     from .adamw_ema import ADAMW_EMA, adamw_ema
     from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
+    from .attention_fp8 import attention_fp8_backward, attention_fp8_forward
     from .fp8 import fp8_cast, fp8_cast_and_sum, fp8_transpose, largest
     from .gate_residual import GATE_RESIDUAL, gate_residual
     from .gate_residual_adaln import (

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fp8
 from .attention_kernels import (
     _attention_backward_kv,
     _attention_backward_q,
@@ -80,8 +81,21 @@ def _blocks(config: dict[int, dict[str, int]], q: Tensor) -> tuple[tuple[int], d
     return (cdiv(t, config["BLOCK_M"]) * n * h,), config
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v (N, H, T, D) -> out (N, T, H, D) and the log2-sum-exp2 of the scores, (N, H, T) fp32."""
+def _operands(m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Empty rows (m, d / 2) and columns (d, padded m / 2), whose last ones are zero, two FP8 values in each int16."""
+    rows, columns = fp8.operands(m, d, dtype, device)
+    if 2 * columns.shape[1] > m:  # under torch.compile, this copies the columns
+        columns[:, m // 2 :] = 0
+    return rows.view(torch.int16), columns
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, factor: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """q, k, v (N, H, T, D) -> out (N, T, H, D) and the log2-sum-exp2 of the scores, (N, H, T) fp32.
+
+    With `factor` (1,) also what `fp8_cast` makes of out as (N T, H D): rows, columns and the largest magnitudes.
+    """
     n, h, t, d = q.shape
     out = torch.empty((n, t, h, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((n, h, t), dtype=torch.float32, device=q.device)
@@ -89,39 +103,73 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     if t <= 64 and q.dtype.itemsize == 2:  # one block: with 4 warps, heads of 72 were wrong on an H200 (Triton 3.6)
         config["num_warps"] = 8
     strides = [x.stride(dim) for dim in range(3) for x in (q, k, v)]
-    wrap_triton(_attention_forward)[grid](q, k, v, out, lse, *strides, **_constants(q, scale), **config)
-    return out, lse
+    low = (None,) * 5
+    if factor is not None:
+        most = torch.empty(grid, dtype=torch.float32, device=q.device)
+        rows, columns = _operands(n * t, h * d, fp8.FORWARD, q.device)
+        low = rows, columns, factor, most, columns.shape[1]
+    wrap_triton(_attention_forward)[grid](
+        q, k, v, out, lse, *low, *strides, FP8=int(factor is not None), **_constants(q, scale), **config
+    )
+    return (out, lse) if factor is None else (out, lse, rows.view(fp8.FORWARD), columns.view(fp8.FORWARD), most)
+
+
+def launch_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """d_out, out (N, T, H, D), q, k, v (N, H, T, D) -> d_qkv (N, T, 3, H, D).
+
+    With `factor` (1,) instead what `fp8_cast` makes of d_qkv as (N T, 3 H D), rows, columns and the largest magnitudes,
+    and its sums over blocks of rows, (1, blocks, 3 H D) fp32.
+    """
+    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
+    n, h, t, d = q.shape
+    strides = [x.stride(dim) for dim in range(3) for x in (d_out.transpose(1, 2), q, k, v)]
+    constants = _constants(q, scale)
+    if factor is None:
+        d_qkv = torch.empty((n, t, 3, h, d), dtype=q.dtype, device=q.device)
+        low = (None,) * 5
+        if _whole(capability(q.device), q):  # FP8 does not fit there
+            grid, config = _blocks(BACKWARD_WHOLE, q)
+            wrap_triton(_attention_backward_whole)[grid](
+                d_out, q, k, v, out, lse, d_qkv, *strides, **constants, **config
+            )
+            return (d_qkv,)
+    grid, config = _blocks(BACKWARD_Q, q)
+    if factor is not None:
+        chunks = grid[0] // h
+        most = torch.empty(chunks * 3 * h, dtype=torch.float32, device=q.device)
+        partial = torch.empty((1, chunks, 3 * h * d), dtype=torch.float32, device=q.device)
+        d_qkv, columns = _operands(n * t, 3 * h * d, fp8.GRADIENT, q.device)
+        low = columns, factor, partial, most, columns.shape[1]
+    constants["FP8"] = int(factor is not None)
+    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
+    wrap_triton(_attention_backward_q)[grid](
+        d_out, q, k, v, out, lse, delta, d_qkv, *low, *strides, **constants, **config
+    )
+    grid, config = _blocks(BACKWARD_KV, q)
+    wrap_triton(_attention_backward_kv)[grid](
+        d_out, q, k, v, lse, delta, d_qkv, *low, *strides, **constants, **config
+    )
+    return (d_qkv,) if factor is None else (d_qkv.view(fp8.GRADIENT), columns.view(fp8.GRADIENT), most, partial)
 
 
 @triton_op("fastdit::attention")
 def _op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _launch_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale)
+    return launch_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale)
 
 
 @triton_op("fastdit::attention_packed")
 def _op_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(qkv).permute(2, 0, 3, 1, 4).unbind()
-    return _launch_forward(q, k, v, scale)
+    return launch_forward(q, k, v, scale)
 
 
 @triton_op("fastdit::attention_backward")
 def _op_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """d_out, out (N, T, H, D), q, k, v (N, H, T, D) -> d_qkv (N, T, 3, H, D)."""
-    d_out, q, k, v = (unit_stride(x) for x in (d_out, q, k, v))
-    n, h, t, d = q.shape
-    d_qkv = torch.empty((n, t, 3, h, d), dtype=q.dtype, device=q.device)
-    strides = [x.stride(dim) for dim in range(3) for x in (d_out.transpose(1, 2), q, k, v)]
-    constants = _constants(q, scale)
-    if _whole(capability(q.device), q):
-        grid, config = _blocks(BACKWARD_WHOLE, q)
-        wrap_triton(_attention_backward_whole)[grid](d_out, q, k, v, out, lse, d_qkv, *strides, **constants, **config)
-        return d_qkv
-    delta = torch.empty((n, h, t), dtype=torch.float32, device=q.device)  # per query: sum of out d_out
-    grid, config = _blocks(BACKWARD_Q, q)
-    wrap_triton(_attention_backward_q)[grid](d_out, q, k, v, out, lse, delta, d_qkv, *strides, **constants, **config)
-    grid, config = _blocks(BACKWARD_KV, q)
-    wrap_triton(_attention_backward_kv)[grid](d_out, q, k, v, lse, delta, d_qkv, *strides, **constants, **config)
-    return d_qkv
+    return launch_backward(d_out, q, k, v, out, lse, scale)[0]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -145,7 +193,7 @@ _op.register_autograd(_grad, setup_context=_setup)
 _op_packed.register_autograd(_grad_packed, setup_context=_setup)
 
 
-def _check_length(t: int) -> None:
+def check_length(t: int) -> None:
     if t > LONGEST:
         raise ValueError(f"T={t} exceeds {LONGEST}, the longest sequence of this kernel; use SDPA")
 
@@ -162,7 +210,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """
     check("k", k, *q.shape)
     check("v", v, *q.shape)
-    _check_length(q.shape[2])
+    check_length(q.shape[2])
     if use_triton("attention", q.device.type, q.dtype):
         return attention_triton(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -180,7 +228,7 @@ def attention_packed_eager(qkv: Tensor, scale: float | None = None) -> Tensor:
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     """`attention` on the packed projection, with a packed gradient: qkv (N, T, 3, H, D) -> (N, T, H, D)."""
     check("qkv", qkv, *qkv.shape[:2], 3, *qkv.shape[3:])
-    _check_length(qkv.shape[1])
+    check_length(qkv.shape[1])
     if use_triton("attention_packed", qkv.device.type, qkv.dtype):
         return attention_packed_triton(qkv, scale)
     return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), scale=scale).transpose(1, 2)

@@ -1,5 +1,9 @@
-"""The kernels of attention.py: forward; backward in two, for d_q and for d_k and d_v; backward in one."""
+"""The kernels of attention.py: forward; backward in two, for d_q and for d_k and d_v; backward in one.
 
+With FP8, the output or the gradient is stored as `fp8_cast` would (see attention_fp8.py).
+"""
+
+from .fp8 import in_one
 from .runtime import tl, triton
 
 # The D columns of a head are two tiles, a (A wide) and b (B wide, absent if B = 0), as in tiles.py.
@@ -31,6 +35,64 @@ def _store(base, rows, stride: tl.constexpr, a, b, T: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def _pairs(x, R: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
+    """(R, C) -> (R, C / 2) int16: two neighbors of a row in FP8."""
+    even, odd = tl.split(tl.reshape(x, [R, C // 2, 2]))
+    return in_one(even, odd, dtype)
+
+
+@triton.jit
+def _store_fp8(
+    base, columns, factor, first, stride: tl.constexpr, PAIRS, x, start: tl.constexpr, dtype: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Write a tile, rows from `first` and columns from `start` of a head, times `factor` in FP8.
+
+    To base row by row, and to columns (D, PAIRS) transposed, two values in each int16: T and D are even. The conversion
+    saturates. Returns the largest magnitude. Rows at or past T must be zero.
+    """
+    largest = tl.max(tl.abs(x))
+    rows, cols = first + tl.arange(0, ROWS), start // 2 + tl.arange(0, COLS // 2)
+    mask = (rows < T)[:, None] & (cols < D // 2)[None, :]
+    tl.store(base + rows[:, None] * (stride // 2) + cols[None, :], _pairs(x * factor, ROWS, COLS, dtype), mask=mask)
+    rows, cols = first // 2 + tl.arange(0, ROWS // 2), start + tl.arange(0, COLS)
+    mask = (cols < D)[:, None] & (rows < T // 2)[None, :]
+    out = _pairs(tl.trans(x * factor), COLS, ROWS, dtype)
+    tl.store(columns + cols[:, None] * PAIRS + rows[None, :], out, mask=mask)
+    return largest
+
+
+@triton.jit
+def _store_gradient(
+    d_qkv, columns, factor, partial, most, PAIRS, n, head, first, a, b, part: tl.constexpr,
+    ROWS: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Write a head's gradient of q, k or v (part 0, 1, 2), both tiles, to rows of d_qkv (N, T, 3, H, D).
+
+    With FP8 as `_store_fp8` does; their largest magnitude to most (chunks, 3, H) and their sum over the rows to partial
+    (chunks, 3, H, D), where a chunk is a block of rows of a sample.
+    """
+    rows = first + tl.arange(0, ROWS)
+    if FP8:
+        d_qkv += ((n * T * 3 + part) * H + head) * (D // 2)
+        columns += (part * H + head).to(tl.int64) * D * PAIRS + n * (T // 2)
+        index = ((n * ((T + ROWS - 1) // ROWS) + first // ROWS) * 3 + part) * H + head
+        scale, cols = tl.load(factor), tl.arange(0, A)
+        if T % ROWS:
+            a, b = tl.where((rows < T)[:, None], a, 0.0), tl.where((rows < T)[:, None], b, 0.0)
+        tl.store(partial + index * D + cols, tl.sum(a, axis=0), mask=cols < D)
+        seen = _store_fp8(d_qkv, columns, scale, first, 3 * H * D, PAIRS, a, 0, tl.float8e5, T, D, ROWS, A)
+        if B > 0:
+            more = _store_fp8(d_qkv, columns, scale, first, 3 * H * D, PAIRS, b, A, tl.float8e5, T, D, ROWS, B)
+            seen, cols = tl.maximum(seen, more), A + tl.arange(0, B)
+            tl.store(partial + index * D + cols, tl.sum(b, axis=0), mask=cols < D)
+        tl.store(most + index, seen)
+    else:
+        _store(d_qkv + ((n * T * 3 + part) * H + head) * D, rows, 3 * H * D, a, b, T, D, A, B)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     a = tl.zeros([ROWS, A], tl.float32)
     b = a
@@ -59,20 +121,22 @@ def _accumulate(sum_a, sum_b, p, x_a, x_b, B: tl.constexpr):
 
 @triton.jit
 def _block_of(H: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's sample, head and rows."""
+    """This program's sample, head and first row."""
     blocks: tl.constexpr = (T + BLOCK - 1) // BLOCK
     n = (tl.program_id(0) // (H * blocks)).to(tl.int64)
-    return n, tl.program_id(0) // blocks % H, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return n, tl.program_id(0) // blocks % H, tl.program_id(0) % blocks * BLOCK
 
 
 @triton.jit
 def _attention_forward(
-    q, k, v, out, lse, q_n, k_n, v_n, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
+    q, k, v, out, lse, low, columns, factor, seen, PAIRS,
+    q_n, k_n, v_n, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
     SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)
+    n, head, first = _block_of(H, T, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)
     q += n * q_n + head * q_h
     k += n * k_n + head * k_h
     v += n * v_n + head * v_h
@@ -94,26 +158,39 @@ def _attention_forward(
         v_a, v_b = _load(v, keys, v_t, T, D, A, B)
         p = p.to(v.dtype.element_ty)
         sum_a, sum_b = _accumulate(sum_a * fade[:, None], sum_b * fade[:, None], p, v_a, v_b, B)
-    out += (n * T * H + head) * D
-    _store(out, rows, H * D, sum_a / total[:, None], sum_b / total[:, None], T, D, A, B)
+    sum_a, sum_b = sum_a / total[:, None], sum_b / total[:, None]
+    _store(out + (n * T * H + head) * D, rows, H * D, sum_a, sum_b, T, D, A, B)
+    if FP8:
+        low += (n * T * H + head) * (D // 2)
+        columns += head.to(tl.int64) * D * PAIRS + n * (T // 2)
+        scale = tl.load(factor)
+        if T % BLOCK_M:
+            sum_a = tl.where((rows < T)[:, None], sum_a, 0.0)
+            sum_b = tl.where((rows < T)[:, None], sum_b, 0.0)
+        largest = _store_fp8(low, columns, scale, first, H * D, PAIRS, sum_a, 0, tl.float8e4nv, T, D, BLOCK_M, A)
+        if B > 0:
+            more = _store_fp8(low, columns, scale, first, H * D, PAIRS, sum_b, A, tl.float8e4nv, T, D, BLOCK_M, B)
+            largest = tl.maximum(largest, more)
+        tl.store(seen + tl.program_id(0), largest)
     tl.store(lse + (n * H + head) * T + rows, most + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
 def _attention_backward_q(
-    d_out, q, k, v, out, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
+    d_out, q, k, v, out, lse, delta, d_qkv, columns, factor, partial, most, PAIRS,
+    do_n, q_n, k_n, v_n,
     do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
     SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)
+    n, head, first = _block_of(H, T, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)
     q += n * q_n + head * q_h
     k += n * k_n + head * k_h
     v += n * v_n + head * v_h
     d_out += n * do_n + head * do_h
     out += (n * T * H + head) * D
-    d_qkv += (n * T * 3 * H + head) * D
     stats = (n * H + head) * T + rows
     q_a, q_b = _load(q, rows, q_t, T, D, A, B)
     do_a, do_b = _load(d_out, rows, do_t, T, D, A, B)
@@ -135,23 +212,25 @@ def _attention_backward_q(
             p = tl.where((keys < T)[None, :], p, 0.0)  # 2^(0 - level) may overflow there
         ds = (p * (dp - total[:, None])).to(k.dtype.element_ty)
         dq_a, dq_b = _accumulate(dq_a, dq_b, ds, k_a, k_b, B)
-    _store(d_qkv, rows, 3 * H * D, dq_a * SCALE, dq_b * SCALE, T, D, A, B)
+    _store_gradient(d_qkv, columns, factor, partial, most, PAIRS, n, head, first, dq_a * SCALE, dq_b * SCALE, 0,
+                    BLOCK_M, H, T, D, A, B, FP8)  # fmt: skip
 
 
 @triton.jit
 def _attention_backward_kv(
-    d_out, q, k, v, lse, delta, d_qkv, do_n, q_n, k_n, v_n,
+    d_out, q, k, v, lse, delta, d_qkv, columns, factor, partial, most, PAIRS,
+    do_n, q_n, k_n, v_n,
     do_h: tl.constexpr, q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr,
     do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
     SCALE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    n, head, rows = _block_of(H, T, BLOCK_M)  # rows are keys; scores are (keys, queries) here
+    n, head, first = _block_of(H, T, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)  # keys; scores are (keys, queries) here
     q += n * q_n + head * q_h
     k += n * k_n + head * k_h
     v += n * v_n + head * v_h
     d_out += n * do_n + head * do_h
-    d_qkv += (n * T * 3 * H + head) * D
     stats = (n * H + head) * T
     k_a, k_b = _load(k, rows, k_t, T, D, A, B)
     v_a, v_b = _load(v, rows, v_t, T, D, A, B)
@@ -170,8 +249,10 @@ def _attention_backward_kv(
         ds = (p * (dp - total[None, :])).to(q.dtype.element_ty)
         dv_a, dv_b = _accumulate(dv_a, dv_b, p.to(d_out.dtype.element_ty), do_a, do_b, B)
         dk_a, dk_b = _accumulate(dk_a, dk_b, ds, q_a, q_b, B)
-    _store(d_qkv + H * D, rows, 3 * H * D, dk_a * SCALE, dk_b * SCALE, T, D, A, B)
-    _store(d_qkv + 2 * H * D, rows, 3 * H * D, dv_a, dv_b, T, D, A, B)
+    _store_gradient(d_qkv, columns, factor, partial, most, PAIRS, n, head, first, dk_a * SCALE, dk_b * SCALE, 1,
+                    BLOCK_M, H, T, D, A, B, FP8)  # fmt: skip
+    _store_gradient(d_qkv, columns, factor, partial, most, PAIRS, n, head, first, dv_a, dv_b, 2,
+                    BLOCK_M, H, T, D, A, B, FP8)  # fmt: skip
 
 
 @triton.jit
@@ -188,7 +269,8 @@ def _attention_backward_whole(
     Their products have the width of a tile as their height, and that must be 64 there: q and d_out's second tile is
     also held A wide, as c.
     """
-    n, head, rows = _block_of(H, T, BLOCK_M)
+    n, head, first = _block_of(H, T, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)
     q += n * q_n + head * q_h
     k += n * k_n + head * k_h
     v += n * v_n + head * v_h

@@ -112,7 +112,7 @@ def host_waits(size: Size, overrides: tuple[str, ...] = ()) -> Counter[str]:
     bench.step(0)  # creates the tables
     moments, y = bench.batches[0]
     with waits_counted() as found:
-        bench.work(moments, y, 1, bench.lr)
+        bench.work(1, bench.lr, moments, y)
     return found
 
 

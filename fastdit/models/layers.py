@@ -111,8 +111,11 @@ class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D); qkv laid out as (3, heads, head_dim).
 
     Options: `qk_norm` normalizes each head's queries and keys, with learned weights (Dehghani et al. 2023); `qkv_bias`
-    and `proj_bias`. `backend` is a key of `models.attention.ATTENTION`.
+    and `proj_bias`. `backend` is a key of `models.attention.ATTENTION`. `models/fp8.py` sets `fused`,
+    (attention, x) -> the input of `proj`, where training.fp8_attention asks for it.
     """
+
+    fused: Callable[["Attention", Tensor], Tensor] | None = None
 
     def __init__(self, hidden_size: int, num_heads: int, options: NetworkOptions, backend: str = "sdpa"):
         super().__init__()
@@ -128,6 +131,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Branch:
         n, tokens, dim = x.shape
+        if self.fused is not None and tokens % 16 == 0:  # routes have any number
+            return self.proj.product(self.fused(self, x)), self.proj.bias
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
         if self.qk_norm != "none":
             cos, sin = (None, None) if rope is None else rope

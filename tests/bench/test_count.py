@@ -58,13 +58,14 @@ for overrides in {variants}:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """A block on a GPU: with the defaults, with a bf16 residual stream, and with our attention or FP8 in addition.
+    """A block on a GPU: with the defaults, with a bf16 residual stream, and in addition our attention, FP8, or both.
 
     In other processes, two at a time, because the kernels of this one are interpreted.
     """
     bf16, folder = "training.residual=bf16", tmp_path_factory.mktemp("count")
+    packed, fp8 = [bf16, "model.attention=triton"], "training.fp8=true"
     processes = []
-    for i, variants in enumerate(([[], [bf16]], [[bf16, "model.attention=triton"], [bf16, "training.fp8=true"]])):
+    for i, variants in enumerate(([[], [bf16]], [packed, [bf16, fp8], [*packed, fp8, "training.fp8_attention=true"]])):
         command = [sys.executable, "-c", COUNT.format(size=BLOCK, variants=variants)]
         files = {"stdout": open(folder / f"{i}.out", "w"), "stderr": open(folder / f"{i}.err", "w")}
         processes.append(subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=ROOT, **files))
@@ -123,6 +124,32 @@ def test_fp8_multiplies_in_fp8_and_reads_an_operand_once(counted):
         assert gelu == pytest.approx(factor * UNIT / 2, rel=0.02)
     large = [name for kind, name, size in fp8["backward"] if kind == "inductor" and size > UNIT]
     assert len(large) == 1 and "select_backward" in large[0]  # packs the gradients of qkv, which cuDNN returns apart
+
+
+def test_attention_between_fp8_linears_leaves_no_cast_behind(counted):
+    """Neither of its output nor of its gradient; the rest is as without."""
+    bf16, other, fp8 = counted[2:]
+    for way, casts, kernels in (("forward", 4, ["forward"]), ("backward", 2, ["backward_kv", "backward_q"])):
+        ours = names(fp8[way], "ours")
+        assert ours.count("fp8_cast") == casts  # weights; gradients of proj and fc2
+        assert [name for name in ours if "attention" in name] == [f"attention_{name}" for name in kernels]
+        kept = {name for name in names(other[way], "ours") if name != "fp8_cast"}
+        assert {name for name in ours if name != "fp8_cast" and "attention" not in name} == kept
+        assert not [name for kind, name, size in fp8[way] if kind == "inductor" and size > UNIT]
+    beside = [
+        sum(size for way in ("forward", "backward") for _, name, size in found[way]
+            if size > UNIT / 2 and name not in ("mm", "addmm", "_scaled_mm"))
+        for found in (bf16, fp8)
+    ]  # fmt: skip
+    assert beside[1] < 1.05 * beside[0]  # bytes of what is not a product
+
+
+def test_fp8_moves_a_twentieth_more_than_bf16_at_most_in_what_is_not_a_product():
+    lines = map(json.loads, (ROOT / "bench/results/count.jsonl").read_text().splitlines())
+    by_kind = {tuple(line["overrides"]): line["mb_per_image_by"] for line in lines}
+    ours = ("training.residual=bf16", "model.attention=triton")
+    fp8, bf16 = by_kind[ours[0], "training.fp8=true", ours[1]], by_kind[ours]
+    assert sum(fp8.values()) - fp8["products"] <= 1.05 * (sum(bf16.values()) - bf16["products"])
 
 
 def test_bytes_of_calls_are_those_worked_out_by_hand(counted):

@@ -48,6 +48,7 @@ class Plant:
 
 HEAD = (2, 2, 67, 72)  # two blocks of keys, the second one partial
 TALL, WIDE = (2, 37, 24), (2, 5, 88)  # three chunks of tokens, the last one partial; masked columns
+EVEN = (2, 2, 70, 24)  # three blocks of rows, the last one partial
 TILES = (131, 72)  # of FP8: several tiles of rows, the last one partial and odd
 PLANTS = [
     Plant("wrong sample", "adaln", TALL, "adaln.py", "shift + n * shift_n, D", "shift, D", fast=True),
@@ -128,6 +129,14 @@ PLANTS = [
           "seen = tl.maximum(seen, tl.max(seen_b))", "seen = tl.max(seen_b)"),
     Plant("lost term", "fp8_norm", TILES, "fp8.py",
           "(odd.to(tl.int16) << 8), columns", "(even.to(tl.int16) << 8), columns"),
+    Plant("lost term", "fp8_attention", EVEN, "attention_kernels.py", "_pairs(x * factor", "_pairs(x", fast=True),
+    Plant("lost term", "fp8_attention", EVEN, "attention_kernels.py", "tl.max(tl.abs(x))", "tl.max(x)"),
+    Plant("missing mask", "fp8_attention", EVEN, "attention_kernels.py", "if T % BLOCK_M:", "if T < 0:"),
+    Plant("missing mask", "fp8_attention", EVEN, "attention_kernels.py", "if T % ROWS:", "if T < 0:"),
+    Plant("wrong sample", "fp8_attention", EVEN, "attention_kernels.py", "PAIRS + n * (T // 2)", "PAIRS + 0 * n"),
+    Plant("wrong place", "fp8_attention", EVEN, "attention_kernels.py",
+          "columns += (part * H + head)", "columns += (0 * part + head)"),
+    Plant("unreduced chunk", "fp8_attention", EVEN, "attention_kernels.py", "+ first // ROWS) * 3", "+ 0 * first) * 3"),
 ]  # fmt: skip
 
 
@@ -140,10 +149,10 @@ def load(folder: Path, name: str) -> ModuleType:
     return module
 
 
-def fp8_complaints(package: ModuleType, op: str, shape: tuple[int, int]) -> list[str]:
+def fp8_complaints(package: ModuleType, op: str, shape: tuple[int, ...]) -> list[str]:
     """What differs between a fused cast and the cast of what the unfused kernels of this package compute."""
     rng, fp8 = torch.Generator().manual_seed(0), package.fp8
-    (m, d), scale, found = shape, torch.tensor([16.0], device=DEVICE), []
+    (m, d), scale, found = shape[-2:], torch.tensor([16.0], device=DEVICE), []
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=rng).to(DEVICE)
@@ -160,6 +169,21 @@ def fp8_complaints(package: ModuleType, op: str, shape: tuple[int, int]) -> list
         *got, total = fp8.fp8_cast_and_sum(x, scale, fp8.GRADIENT)
         differ("cast", got, x, fp8.GRADIENT)
         found += [] if torch.allclose(total, x.sum(0), atol=1e-4) else ["cast: sum"]
+    elif op == "fp8_attention":
+        qkv = normal(shape[0], shape[2], 3, shape[1], shape[3]).requires_grad_()
+        out, lse = package.attention_fp8.launch_forward(*qkv.detach().permute(2, 0, 3, 1, 4), shape[3] ** -0.5)
+        d_out = normal(*out.shape)
+        package.OPS["attention_packed"].triton(qkv).backward(d_out)
+        with torch.no_grad():
+            differ("forward", package.attention_fp8_forward(qkv, scale)[2:], out.flatten(0, 1).flatten(1), fp8.FORWARD)
+            sharp = torch.ones_like(qkv)  # all queries attend to a key of value 0; a row past the end has the mean
+            sharp[:, 0, 1], sharp[:, 0, 2] = 9, 0
+            peaked, _, *got = package.attention_fp8_forward(sharp, scale)
+            differ("sharp", got, peaked.flatten(0, 1).flatten(1), fp8.FORWARD)
+            *got, total = package.attention_fp8_backward(d_out, qkv, out, lse, scale)
+            d_qkv = qkv.grad.flatten(0, 1).flatten(1)
+            differ("backward", got, d_qkv, fp8.GRADIENT)
+            found += [] if torch.allclose(total, d_qkv.sum(0), atol=1e-4) else ["backward: sum"]
     elif op == "fp8_norm":
         values = package.OPS["gate_residual_adaln"].inputs((1, m, d), torch.float32, DEVICE)
         values = {name: value.detach() for name, value in values.items()}

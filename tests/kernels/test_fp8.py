@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from fastdit import kernels
-from fastdit.kernels import OPS, fp8_cast, fp8_cast_and_sum, fp8_transpose, gate_residual_adaln_fp8, largest
+from fastdit.kernels import (
+    OPS,
+    attention_fp8_backward,
+    attention_fp8_forward,
+    fp8_cast,
+    fp8_cast_and_sum,
+    fp8_transpose,
+    gate_residual_adaln_fp8,
+    largest,
+)
 from fastdit.kernels.fp8 import FORWARD, GRADIENT, fp8_cast_eager
 from helpers.kernels import DEVICE, DTYPES
 
@@ -154,6 +163,58 @@ def test_the_norm_casts_what_it_would_return(shape, options):
     assert_same((rows, fp8_transpose(rows), most), fp8_cast_eager(h.flatten(0, 1), at(32.0), FORWARD), alike=True)
 
 
+ROUNDED_TWICE = {torch.float32: 0, torch.float16: 0.01, torch.bfloat16: 0.05}  # the share of values, through its dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 42, 72), (1, 3, 64, 64), (3, 1, 38, 24), (1, 2, 2, 8)] + [(4, 16, 256, 72)] * (DEVICE == "cuda")
+)
+def test_attention_casts_what_it_would_return(shape, dtype):
+    """Forward and backward, and the sums for the bias. Its sums in fp32 are rounded to FP8, not what it stores."""
+    n, heads, tokens, head_dim = shape
+    qkv = OPS["attention_packed"].inputs(shape, dtype, DEVICE)["qkv"]
+    out, lse = torch.ops.fastdit.attention_packed(qkv, head_dim**-0.5)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    d_out = (d_out * torch.logspace(-2, 2, head_dim, device=DEVICE)).to(dtype)
+    out.backward(d_out)
+    with torch.no_grad():
+        own, own_lse, *parts = attention_fp8_forward(qkv, at(16.0))
+        assert torch.equal(own_lse, lse) and torch.equal(own, out)
+        gradient = attention_fp8_backward(d_out, qkv, out, lse, at(2.0**8))
+    for got, value, factor, low in ((parts, out, 16.0, FORWARD), (gradient, qkv.grad, 2.0**8, GRADIENT)):
+        value = value.reshape(n * tokens, -1)
+        expected = fp8_cast_eager(value, at(factor), low)
+        if dtype == torch.float32:
+            assert_same(got[:3], expected, alike=True)
+            continue
+        assert_same((got[0], got[1], expected[2]), (got[0], fp8_transposed(got[0]), expected[2]))
+        assert (got[0].float() != expected[0].float()).float().mean() <= ROUNDED_TWICE[dtype]
+        torch.testing.assert_close(got[0].float(), expected[0].float(), rtol=0.3, atol=1e-4)
+        torch.testing.assert_close(got[2].max(), expected[2].max(), rtol=torch.finfo(dtype).eps, atol=0)
+    rounding = 1e-6 + 2 * torch.finfo(dtype).eps * qkv.grad.double().abs().reshape(n * tokens, -1).sum(0)
+    assert ((gradient[3] - qkv.grad.double().reshape(n * tokens, -1).sum(0)).abs() <= rounding).all()
+
+
+def fp8_transposed(rows: torch.Tensor) -> torch.Tensor:
+    """The columns that belong to these rows."""
+    padding = -len(rows) % 16
+    return torch.nn.functional.pad(rows.view(torch.uint8).T, (0, padding)).contiguous().view(rows.dtype)
+
+
+def test_rows_past_the_end_do_not_count_in_attentions_largest_magnitude():
+    """They would have the mean of the values. Here all queries attend to a key with a value of 0."""
+    qkv = torch.ones(1, 2, 3, 1, 8, device=DEVICE)
+    qkv[:, 0, 1], qkv[:, 0, 2] = 9, 0
+    out, _, _, _, most = attention_fp8_forward(qkv, at(1.0))
+    assert most.max() == out.abs().max() < 1e-3
+
+
+def test_attention_for_fp8_refuses_sequences_that_are_too_long():
+    with pytest.raises(ValueError, match="exceeds 1024"):
+        attention_fp8_forward(torch.empty(1, 1026, 3, 1, 8, device=DEVICE), at(1.0))
+
+
 STATIC = """
 import json, re
 import torch
@@ -185,11 +246,14 @@ with runtime.record_launches() as launches:
     values = OPS["gate_residual_adaln"].inputs((256, 256, d), torch.bfloat16, "meta")
     values = {name: value.detach() for name, value in values.items()}
     ops.gate_residual_adaln_fp8(**values, factor=one, eps=1e-6, rms=False)
+    qkv, out = meta(256, 256, 3, 16, 72), meta(256, 256, 16, 72)
+    ops.attention_fp8(qkv, one)
+    ops.attention_backward_fp8(out, qkv, out, meta(256, 16, 256, dtype=torch.float32), one)
 for launch, sm in ((launch, sm) for sm in (90, 100) for launch in launches):
     if "sum_chunks" not in launch[0].__name__:
         row = static.build(launch, sm)
         sass = cuobjdump(built[-1].asm["cubin"], "-sass")
-        row["merged"] = re.findall(r"F2FP[^;]*\\bR1\\b[^;]*", sass)
+        row["merged"] = re.findall(r"(?:F2FP|PRMT)[^;]*\\bR1\\b[^;]*", sass)
         row["widths"] = dict(row["widths"])
         print(json.dumps(row))
 """
@@ -202,7 +266,7 @@ def test_the_code_for_hopper_and_blackwell_spills_nothing_and_merges_no_value_wi
     done = subprocess.run([sys.executable, "-c", STATIC], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [row["sm"] for row in rows] == [90] * 8 + [100] * 8
+    assert [row["sm"] for row in rows] == [90] * 11 + [100] * 11
     for row in rows:
         assert (row["spills"], row["merged"]) == (0, []), row
         assert row["widths"]["load 128"] > 0 and row["widths"]["store 128"] > 0, row

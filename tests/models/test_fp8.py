@@ -9,10 +9,11 @@ from torch import nn
 
 from fastdit.distributed import Ranks
 from fastdit.models.dit import create_dit
-from fastdit.models.fp8 import INPUT, OUTPUT, WEIGHT, Fp8, use_fp8
+from fastdit.models.fp8 import Fp8, use_fp8
+from fastdit.models.fp8_linears import INPUT, OUTPUT, WEIGHT
 from fastdit.models.layers import Linear
 from fastdit.training.weights import read_weights
-from helpers import kernels  # noqa: F401  the interpreter's rounding
+from helpers.kernels import DEVICE  # which also corrects the interpreter's rounding
 from helpers.runs import losses, train_here
 
 RANKS, GOOD, BAD = Ranks(0, 0, 1, torch.device("cpu")), torch.tensor(False), torch.tensor(True)
@@ -23,13 +24,14 @@ def rounded(x, scale, dtype=torch.float8_e4m3fn):
     return (x * scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).float() / scale
 
 
-def network(fp8: bool = True, **options):
+def network(fp8: bool = True, device: str = "cpu", fuse: bool = False, **options):
     torch.manual_seed(0)
     made = create_dit("DiT-2x64x4/2", **SIZES, **options)
     for parameter in made.parameters():  # gates and head start at zero
         nn.init.normal_(parameter, std=0.1)
+    made.to(device)
     if fp8:
-        made.fp8 = use_fp8(made, history=3, margin=2.0, batch_values=768)
+        made.fp8 = use_fp8(made, history=3, margin=2.0, batch_values=768, attention=fuse)
     return made
 
 
@@ -45,7 +47,8 @@ INPUTS = torch.randn(2, 4, 8, 8, generator=RNG), torch.tensor([3.0, 700.0]), tor
 def backward(model, scale: float = 1.0):
     for parameter in model.parameters():
         parameter.grad = None
-    (scale * model(*INPUTS).square().mean()).backward()
+    inputs = (tensor.to(next(model.parameters()).device) for tensor in INPUTS)
+    (scale * model(*inputs).square().mean()).backward()
     model.fp8.collect()
 
 
@@ -81,17 +84,24 @@ def test_the_network_stays_near_the_exact_one(options):
     assert (model.fp8.history[0] > 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "norm": "rms", "qk_norm": "rms"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"attention": "triton"}, {"mlp": "swiglu", "norm": "rms", "qk_norm": "rms"},
+     {"attention": "triton", "qkv_bias": False, "block": "cross_attention"}],
+    ids=str,
+)  # fmt: skip
 def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
-    """On a GPU, the norm rounds what it writes, so that no unrounded copy exists; here, in the interpreter."""
+    """On a GPU, norm and attention round what they write, so that a cast is left only where a residual is added."""
     networks = {}
     for how in ("eager", "triton"):
         monkeypatch.setenv("FASTDIT_KERNELS", how)
-        networks[how] = model = network(**options)
-        assert (model.blocks[1].attn.qkv.after_norm is not None) == (how == "triton")
+        fuse = how == "triton" and options.get("attention") == "triton" and "qk_norm" not in options
+        networks[how] = model = network(device=DEVICE, fuse=fuse, **options)
+        attn = model.blocks[1].attn
+        assert (attn.qkv.after_norm is not None) == (how == "triton") and (attn.fused is not None) == fuse
         for _ in range(2):
             backward(model)
-            model.fp8.update(RANKS, GOOD)
+            model.fp8.update(RANKS, GOOD.to(DEVICE))
     eager, fused = networks.values()
     torch.testing.assert_close(fused.fp8.history, eager.fp8.history, rtol=0.02, atol=0)
     for (name, parameter), other in zip(eager.named_parameters(), fused.parameters(), strict=True):
@@ -99,11 +109,19 @@ def test_the_kernels_compute_what_the_definitions_do(options, monkeypatch):
         assert (parameter.grad - other.grad).norm() < 0.02 * parameter.grad.norm(), name
 
 
+@pytest.mark.parametrize("options", [{}, {"attention": "triton", "qk_norm": "rms"}, {"attention": "triton",
+    "position": "rope"}, {"attention": "triton", "registers": 1}], ids=str)  # fmt: skip
+def test_attention_that_cannot_round_is_refused(options, monkeypatch):
+    monkeypatch.setenv("FASTDIT_KERNELS", "triton")
+    with pytest.raises(ValueError, match="training.fp8_attention=true needs attention=triton on a GPU, a multiple of"):
+        network(device=DEVICE, fuse=True, **options)
+
+
 @pytest.mark.parametrize("how", ["eager", "triton"])
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_recomputed_activations_give_the_same_gradients(policy, how, monkeypatch):
     monkeypatch.setenv("FASTDIT_KERNELS", how)
-    plain, model = network(), network()
+    plain, model = (network(device=DEVICE, attention="triton", fuse=how == "triton") for _ in range(2))
     model.set_activation_checkpointing(policy)
     backward(plain), backward(model)
     for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):

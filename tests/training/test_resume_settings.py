@@ -210,6 +210,7 @@ REFUSED = {
     "ema_stds": ("ema_stds=[0.05,0.1]", "has training.ema_stds=[], this run [0.05, 0.1]; make them equal"),
     "optimizer": ("optimizer=muon", "has training.optimizer='adamw', this run 'muon'; make them equal to resume"),
     "align": ("align=[sra2]", "has training.align=[], this run [{'name': 'sra2'}]; make them equal to resume"),
+    "fp8_attention": ("fp8_attention=true", "training.fp8_attention=true needs training.fp8=true"),  # and test_fp8.py
     "cuda_graph": ("cuda_graph=true", "training.cuda_graph=true needs a GPU"),  # on one, test_train.py
 }
 BY_ENGINE = {"engine", "zero_stage", "deepspeed"}  # test_under_zero
