@@ -133,7 +133,8 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
         raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
-    return Loaded(model, ema, config, latents_of(meta), meta["step"], tuple(meta.get("class_names", ())))
+    names = tuple(meta.get("class_names", ()))
+    return Loaded(model, ema, config, latents_of(meta), meta["step"], names, features=meta.get("features"))
 
 
 def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
@@ -212,6 +213,7 @@ def write_fastdit(loaded: Loaded, place: Path, out: Path, weights: str = "ema") 
     save_config(config, partial / CONFIG)
     np.savez(partial / GOLDEN, **loaded.forward())
     meta = describe(config, loaded.latents, loaded.class_names)
+    meta |= {"features": loaded.features} if loaded.features else {}
     checkpoint.commit(partial, place, {"step": loaded.step, **meta})
 
 

@@ -56,6 +56,9 @@ def find_autoencoder(path: Path) -> Found | None:
     prefixes = sorted((name.removesuffix(FIRST) for name in names if name.endswith(FIRST)), key=len)
     if not prefixes:
         return None
+    if len(prefixes) > 1:
+        known = " and ".join(f"{prefix}*" for prefix in prefixes)
+        raise ValueError(f"{path} has {len(prefixes)} autoencoders, {known}; save one of them in a file of its own")
     inside = {name: name.removeprefix(prefixes[0]) for name in names if name.startswith(prefixes[0])}
     own = {name: short for name, short in inside.items() if short.partition(".")[0] in PARTS}
     others = Counter(name.removeprefix(prefixes[0]).partition(".")[0] for name in names if name not in own)
@@ -120,7 +123,8 @@ def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float) -> nn.Mod
                                      ("attention", r"encoder\.down\.(\d{1,3})\.attn\.(\d{1,3})\."),
                                      ("up", r"decoder\.up\.(\d{1,3})\.attn\.(\d{1,3})\."))}  # fmt: skip
     levels, layers = (1 + max((pair[i] for pair in numbers["down"]), default=-1) for i in (0, 1))
-    latent = state["decoder.conv_in.weight"].shape[1] if "decoder.conv_in.weight" in state else 0
+    first = state.get("decoder.conv_in.weight")
+    latent = first.shape[1] if first is not None and first.ndim == 4 else 0
     widths = [state.get(f"encoder.down.{i}.block.0.conv1.weight") for i in range(levels)]
     if not (0 < layers <= MAX_LAYERS and latent) or any(width is None or width.ndim != 4 for width in widths):
         raise ValueError(f"{path} is no complete autoencoder of latent-diffusion: it needs encoder.down.*.block.* and "

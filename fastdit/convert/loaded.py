@@ -44,6 +44,7 @@ class Loaded:
     step: int = 0
     class_names: tuple[str, ...] = ()
     report: Difference | None = None
+    features: dict | None = None  # FeatureManifest.facts() of a model with a class token
 
     @property
     def objective(self) -> Objective:

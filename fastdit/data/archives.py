@@ -58,8 +58,8 @@ def is_there(path: Path) -> bool:
 def split_of(file: Path, split: str) -> ImageSource:
     """The images of ARCHIVE/SPLIT."""
     if split not in SPLITS or not is_tar(file) or not is_cifar(file):
-        raise ValueError(f"images={file}/{split} is no source of images: {file} is a file; of CIFAR's archives, "
-                         f"{' and '.join(f'ARCHIVE/{name}' for name in SPLITS)} are the two splits")  # fmt: skip
+        raise ValueError(f"images={file}/{split} is no source of images: {file} is a file, and only CIFAR's archives "
+                         f"have splits, {' and '.join(f'ARCHIVE/{name}' for name in SPLITS)}")  # fmt: skip
     return cifar(file, split)
 
 

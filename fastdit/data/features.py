@@ -268,6 +268,6 @@ def find_features(shards: str | Path, features: str | Path = "", cache: Cache = 
         if features:
             raise
     raise ValueError(
-        f"training.align and model.class_token need features, but {shards} has none; add them with "
-        f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME, or set data.features"
+        f"training.align or model.class_token needs features, but {shards} has none; add them with "
+        f"fastdit extract --images IMAGES --out {shards} --vae VAE --encoder NAME"
     )

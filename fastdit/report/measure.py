@@ -135,7 +135,7 @@ def seconds_needed(network: Inference, pipeline: ImagePipeline | None, run: Run,
         evaluations = len(pipeline.objective.timesteps(settings.steps)) * (2 if settings.cfg_scale != 1 else 1)
         seconds += images * evaluations / 8 * timed(lambda: network(x, t, y))
         decoded = images + SAMPLES * (FRAMES + 1) + SEARCHED * (NEAREST + 1)
-        seconds += decoded * timed(lambda: pipeline.codec.decode(x[:1]))
+        seconds += decoded * timed(lambda: pipeline.codec.decode(x[:1, : pipeline.spec.shape[0]]))
     return seconds
 
 

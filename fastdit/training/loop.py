@@ -19,7 +19,7 @@ from fastdit.build import (
     shards_of,
 )
 from fastdit.config import save_config
-from fastdit.data.loader import latent_batches, on_device, sample_keys
+from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
 from fastdit.environment import write_environment
@@ -86,6 +86,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
     settings, features = config.training, features_for(config)
+    check_cache(manifest, features)
     check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
 

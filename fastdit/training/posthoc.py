@@ -119,6 +119,7 @@ def rebuild(
         say(f"the checkpoint of step {step} is gone: model.safetensors is from {source.name}")
     meta = checkpoint.read_meta(source, contents=[CONFIG, "model.safetensors"])
     config, facts = load_config(source / CONFIG), (latents_of(meta), meta.get("class_names", ()))
+    kept = {key: meta[key] for key in ("features",) if key in meta}
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +135,7 @@ def rebuild(
             write_weights(ema, unfinished / "ema.safetensors")
             own = replace(config, run_dir=str(out / folder.name))
             save_config(own, unfinished / CONFIG)
-            checkpoint.commit(unfinished, folder, {"step": step, **describe(own, *facts), "ema_std": std})
+            checkpoint.commit(unfinished, folder, {"step": step, **describe(own, *facts), **kept, "ema_std": std})
             say(f"{out / folder.name}: step {step}, from {used.sum()} averages, profile within {error:.2%}")
             if error > FAR:
                 say(

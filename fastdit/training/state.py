@@ -313,12 +313,14 @@ def take_over(
     """A network's own state dict with the tensors of each source in it, and the names of those that stay its own.
 
     The label table may differ in its classes (the null label's row is kept, the last one of both), the positions in
-    their number, and the final layer in its channels: those start anew. ValueError for any other difference.
+    their number, and the final layer in its channels: those start anew, as does a class token. ValueError for any
+    other difference.
     """
     states, kept = [], []
     for source in sources:
         state, kept = {name: tensor.clone() for name, tensor in own.items()}, []
-        wrong = [line for line in mismatches(own, source) if not line.startswith(STARTS_ANEW)]
+        wrong = [line for line in mismatches(own, source) if not line.startswith(STARTS_ANEW)
+                 and not (line.startswith("class_token.") and line.endswith(" is missing"))]  # fmt: skip
         if wrong:
             raise ValueError(
                 f"training.init_from={where} is another network: {wrong[0]} ({len(wrong)} differences); set "

@@ -64,6 +64,8 @@ def loss_of_run(
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
     like, count = checkpoint.read_meta(trained.folder).get("features"), num_samples or IMAGES
+    if trained.config.model.class_token and not like:
+        raise ValueError(f"{trained.folder} does not say which encoder its class token is from; evaluate its run")
     features = token_features(trained.config, shards or data.val_shards, like)
     found = validation_loss(trained.objective, network, manifest, ranks, images=count, features=features)
     return {

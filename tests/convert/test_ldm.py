@@ -194,3 +194,14 @@ def test_other_options_are_refused(tmp_path, place):
     for name in ("damaged.ckpt", "pickle.ckpt"):
         with pytest.raises(ValueError, match=name):
             convert(tmp_path / name, "diffusers", tmp_path / "out", say=lambda line: None)
+
+
+def test_a_file_with_two_autoencoders_or_a_damaged_one_is_refused(tmp_path):
+    own = weights()
+    two = {f"{prefix}{name}": tensor for prefix in ("ema.", "model.") for name, tensor in own.items()}
+    with pytest.raises(ValueError, match=r"two.pt has 2 autoencoders, ema.\* and model.\*; save one of them"):
+        convert(saved(two, tmp_path / "two.pt"), "diffusers", tmp_path / "out")
+    damaged = own | {"decoder.conv_in.weight": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="damaged.pt is no complete autoencoder of latent-diffusion"):
+        convert(saved(damaged, tmp_path / "damaged.pt"), "diffusers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ def test_sets_whose_features_do_not_belong_together_are_refused(sets):
         if about.tokens == 1:
             with pytest.raises(ValueError, match=message):
                 merge([sets / "b", sets / "a"], sets / "out")
-    with pytest.raises(ValueError, match="need features, but .*c has none; add them with fastdit extract"):
+    with pytest.raises(ValueError, match="needs features, but .*c has none; add them with fastdit extract"):
         open_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "c"), 1.0)))
     assert not (sets / "out").exists()
 

@@ -316,7 +316,7 @@ def test_mistakes_are_found_before_a_run_begins(world, featured, tmp_path, optio
 
 
 def test_features_that_are_missing_or_damaged_are_named(world, featured, tmp_path):
-    with pytest.raises(ValueError, match="need features, but .*latents has none; add them with fastdit extract"):
+    with pytest.raises(ValueError, match="needs features, but .*latents has none; add them with fastdit extract"):
         train_here(world, tmp_path / "run", *FEATURES)
     other = tmp_path / "features"
     shutil.copytree(Path(featured.partition("=")[2]) / "features", other)

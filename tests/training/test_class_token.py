@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import layer_norm
 
 from fastdit.api import load
-from fastdit.convert import convert
+from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
 from fastdit.data.features import FeatureManifest, class_token_of
 from fastdit.data.loader import latent_batches, read_class_tokens
@@ -21,8 +21,11 @@ from fastdit.distributed import Ranks
 from fastdit.likelihood import likelihood
 from fastdit.models.class_token import channels_of, join, split
 from fastdit.models.dit import DiT
+from fastdit.report import write_report
 from fastdit.sampling import load_pipeline
+from fastdit.training import checkpoint
 from fastdit.training.log import read_metrics
+from fastdit.training.posthoc import rebuild
 from fastdit.training.validation import loss_of_run
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
@@ -110,7 +113,7 @@ def test_batches_have_the_class_token_of_the_image_and_validation_reads_the_same
 def test_a_run_learns_it_samples_and_resumes_exactly(world, featured, tmp_path):
     options = [*SHORT, featured, *TOKEN, "training.align=[{name: repa, width: 16}]", "data.val_fraction=0.05",
                "training.validate_images=40", "training.sample_every=2", "training.route=0.5",
-               "training.route_ends=[1,1]"]  # fmt: skip
+               "training.route_ends=[1,1]", "training.ema_stds=[0.05,0.1]"]  # fmt: skip
     whole = train_here(world, tmp_path / "whole", *options)
     train_here(world, tmp_path / "halves", *options, "training.steps=2")
     halves = train_here(world, tmp_path / "halves", *options, resume=True)
@@ -127,6 +130,12 @@ def test_a_run_learns_it_samples_and_resumes_exactly(world, featured, tmp_path):
     assert x_0.shape[1:] == pipeline.spec.shape
     assert all(made[:, :4].abs().max() <= 1 < made[:, 4:].abs().max() for made in seen)  # the token is not clipped
     assert verify(whole, say=quiet) == []
+    page = write_report([tmp_path / "whole"], overrides=["sampling.steps=2"]).read_text()
+    assert "No samples" not in page and "No loss per timestep" not in page
+    wide, copy = rebuild(tmp_path / "whole", [0.07], tmp_path / "wide", say=quiet), tmp_path / "copy"
+    convert(tmp_path / "whole", "fastdit", copy, say=quiet)
+    for folder in (checkpoint.find(tmp_path / "wide/std-0.070"), checkpoint.find(copy)):  # the encoder is remembered
+        assert checkpoint.read_meta(folder)["features"] == checkpoint.read_meta(whole)["features"], wide
     for call, words in (
         (lambda: convert(tmp_path / "whole", "official", tmp_path / "out.pt"), "class_token"),
         (lambda: convert(tmp_path / "whole", "diffusers", tmp_path / "out"), "class_token"),
@@ -199,6 +208,16 @@ def test_validation_needs_features_of_the_same_encoder_and_of_its_images(world, 
         loss_of_run(last, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40)
 
 
+def test_a_run_starts_from_one_without_it(world, featured, tmp_path, capsys):
+    train_here(world, tmp_path / "plain", *SHORT, featured)
+    train_here(world, tmp_path / "token", *SHORT, featured, *TOKEN, "training.steps=1",
+               f"training.init_from={tmp_path}/plain", read_initial=read_initial)  # fmt: skip
+    assert "except for class_token.embed.weight, class_token.embed.bias" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="class_token.embed.bias has no place in this network"):
+        train_here(world, tmp_path / "again", *SHORT, featured, f"training.init_from={tmp_path}/token",
+                   read_initial=read_initial)  # fmt: skip
+
+
 def test_shards_without_features_are_named(world, tmp_path):
-    with pytest.raises(ValueError, match="model.class_token need features, but .*latents has none; add them with"):
+    with pytest.raises(ValueError, match="model.class_token needs features, but .*latents has none; add them with"):
         train_here(world, tmp_path / "run", *SHORT, *TOKEN)
