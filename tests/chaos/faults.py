@@ -189,7 +189,7 @@ def poison(faults: list[Poison]) -> None:
             first = fault.spoil(first)
             return (first, *output[1:]) if isinstance(output, tuple) else first
 
-    def run(self, moments, y, generator, step, lr):
+    def run(self, generator, step, lr, *given):
         module = self.engine.module
         if not now["step"]:
             parameters = [p for p in module.parameters() if p.requires_grad]
@@ -198,7 +198,7 @@ def poison(faults: list[Poison]) -> None:
             for layer in module.modules():
                 layer.register_forward_hook(in_forward)
         now["step"], now["before"], now["calls"] = step + 1, now["calls"], 0
-        result = original(self, moments, y, generator, step, lr)
+        result = original(self, generator, step, lr, *given)
         if step + 1 == STEPS and getattr(self.engine, "zero_stage", 1) < 3:
             bits = torch.cat([p.detach().flatten() for p in module.parameters()]).view(torch.int32)
             print(f"weights {bits.sum().item()} {(bits.long() * torch.arange(len(bits))).sum().item()}", flush=True)

@@ -80,11 +80,11 @@ def test_the_named_times_and_keys_are_those_of_the_step(world, tmp_path, monkeyp
     seen = {}
     original = fastdit.training.step.TrainStep.run
 
-    def run(self, moments, y, generator, step, lr, features=None):
+    def run(self, generator, step, lr, *given):
         sample_t = type(self.objective).sample_t
         with monkeypatch.context() as patch:
             patch.setattr(type(self.objective), "sample_t", lambda own, u: seen.setdefault(step, sample_t(own, u)))
-            return original(self, moments, y, generator, step, lr, features)
+            return original(self, generator, step, lr, *given)
 
     monkeypatch.setattr(fastdit.training.step.TrainStep, "run", run)
     poison(monkeypatch, 2)

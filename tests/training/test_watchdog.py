@@ -22,10 +22,10 @@ def fault(step):
 
 call, on_device = TrainStep.__call__, loop.on_device
 
-def calling(self, moments, y, step, lr, features=None):
+def calling(self, step, lr, *given):
     if "{where}" == "compute":
         fault(step)
-    return call(self, moments, y, step, lr, features)
+    return call(self, step, lr, *given)
 
 def reading(batches, device):
     for step, batch in enumerate(on_device(batches, device)):
