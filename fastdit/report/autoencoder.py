@@ -36,7 +36,7 @@ from fastdit.training.state import VAE
 SHOWN, STEPS, SIDE = 8, 6, 256  # images; steps of the reconstructions over training; pixels of an image, at most
 LISTED, CONTRAST = 16, 4  # channels in a table, at most; factor of the difference from the images
 QUALITY = {
-    "psnr": ("PSNR", "of the mean squared error of all values, rounded to 8 bits"),
+    "psnr": ("PSNR", "of 8-bit reconstructions, from the mean squared error of all of them"),
     "ssim": ("SSIM", "mean over images; 1 is exact"),
     "lpips": ("LPIPS", "mean over images; 0 is exact"),
     "frechet": ("Frechet distance", "of reconstructions to images, in the features of {}"),
@@ -216,7 +216,7 @@ def about(run: Run) -> dict[str, str]:
     config, model, loss, critic = run.config, run.config.model, run.config.loss, run.config.discriminator
     attention = ", attention" * model.attention
     rows = {
-        "network": f"channels {', '.join(map(str, model.channels))}, {model.layers} layers{attention}",
+        "network": f"channels {', '.join(map(str, model.channels))}; layers per level: {model.layers}{attention}",
         "data": f"{f'{run.images:,} images' if run.images else 'images'} of {config.data.images}",
         "loss": f"{loss.reconstruction.upper()} + {loss.kl_weight:g} KL"
         + (f" + {loss.perceptual_weight:g} {loss.perceptual}" if loss.perceptual != "none" else ""),
