@@ -91,3 +91,10 @@ def test_what_cannot_be_read_is_one_line(run, world, capsys, tmp_path, monkeypat
     line = refused(capsys, *words.split())
     assert re.search(message, line), line
     assert not (tmp_path / "OUT" / "manifest.json").exists()
+
+
+def test_a_cache_too_small_for_the_run_is_found_before_it_begins(world, tmp_path):
+    options = [f"data.shards=file://{world}/latents", f"data.cache={tmp_path}/cache", "data.cache_gib=0.0001"]
+    with pytest.raises(ValueError, match="data.cache_gib=0.0001 is less than"):
+        train_here(world, tmp_path / "run", *options, "training.steps=1")
+    assert not (tmp_path / "run").exists()
