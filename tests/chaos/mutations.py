@@ -310,7 +310,7 @@ def png(data: bytes, draw: random.Random) -> bytes:
             ),
         )
     else:
-        chunks[i] = (draw.choice((b"IHDR", b"IDAT", b"IEND", b"PLTE", b"fdAT", b"XXXX")), part)
+        chunks[i] = (draw.choice((b"IHDR", b"IDAT", b"IEND", b"PLTE", b"fdAT", b"teSt")), part)
     return data[:8] + b"".join(
         struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
     )
