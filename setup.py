@@ -24,6 +24,7 @@ setup(
         "accelerate>=1.0",
         "webdataset>=1.0",
         "safetensors>=0.5",
+        "isal>=1.7",
         "tensorboard>=2.18",
         "torchdiffeq>=0.2.5",
         "scikit-learn>=1.5",

@@ -96,6 +96,8 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
@@ -113,6 +115,18 @@ def named_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"--device={name!r}, but there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed, for the next tensors of that size.
+
+    By default it returns them to the system, which fills their pages with zeros when they are used again. That takes a
+    sixth to a third of the time of a convolutional network on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
 def die_with_parent() -> None:

@@ -1,5 +1,10 @@
-"""Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch."""
+"""Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch; and
+freed memory, which a process on a CPU keeps."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
@@ -36,3 +41,19 @@ def test_an_image_draws_the_same_numbers_in_any_batch():
 def test_seeds_are_mixed():
     seeds = {seed_of(a, b) for a in range(30) for b in range(30)}
     assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+def test_a_process_on_a_cpu_keeps_freed_memory():
+    """The pages of a second tensor of the same size are those of the first: they are not cleared again."""
+    code = """
+import resource, torch
+from fastdit.distributed import init
+init("cpu")
+torch.ones(1 << 26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(faults) < 1000  # of 65,536 pages

@@ -1,5 +1,7 @@
 """Images to shards: decode in threads, encode each image and its mirror image, write. The three overlap."""
 
+import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +50,7 @@ def extract_share(
     unreadable = Skipped(len(source))
     writing: deque[Future] = deque()
     with (
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
+        ThreadPoolExecutor(workers, "decode", initializer=_yield_to_encoder) as decoders,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,  # a single thread keeps the order
         tqdm(total=sum(map(len, share)), unit="image", smoothing=0.05, disable=None if ranks.is_main else True) as bar,
     ):
@@ -90,6 +92,12 @@ def extract_share(
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _yield_to_encoder() -> None:
+    """Lower the priority of this thread: if all cores are busy, the thread that encodes or launches kernels runs."""
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        os.nice(10)
 
 
 def _read(source: ImageSource, size: Size, adm_exact: bool, key: int) -> tuple[np.ndarray, tuple[str, ...]]:

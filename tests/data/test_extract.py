@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fastdit.cli import main
-from fastdit.data import extract
+from fastdit.data import encode, extract
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import latent_batches
@@ -54,6 +55,24 @@ def test_each_latent_is_the_one_of_its_image_and_label(made):
             tar.seek(row["offset"])
             stored = np.frombuffer(tar.read(expected.size * 2), "<f2").reshape(expected.shape)
         np.testing.assert_allclose(stored, expected, atol=1e-4, rtol=2e-3)  # float16 has 11 bits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities are those of processes")
+def test_decoding_yields_to_the_thread_that_encodes(made, tmp_path, monkeypatch):
+    seen = {}
+
+    def noted(name, work):
+        def call(*args):
+            seen.setdefault(name, set()).add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return work(*args)
+
+        return call
+
+    for name in ("_read", "encode_both", "_write"):
+        monkeypatch.setattr(encode, name, noted(name, getattr(encode, name)))
+    run(made, tmp_path / "out")
+    (own,), (decoding,) = seen["encode_both"], seen["_read"]
+    assert decoding == min(19, own + 10) and seen["_write"] == {own}
 
 
 def test_extraction_is_readable_as_batches(made):
