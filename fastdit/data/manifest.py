@@ -24,7 +24,7 @@ from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import NO_CACHE, Cache, fetch_manifest, fetched, is_remote, opened
-from fastdit.files import map_array, read_array, read_bytes, read_json
+from fastdit.files import map_array, read_array, read_json, read_large
 from fastdit.registry import check, convert_all
 
 FORMAT = 1
@@ -115,7 +115,7 @@ class ShardFolder:
             if count > LISTED:
                 index, digest = map_array(path, most)
             else:
-                data = read_bytes(path, most)
+                data = read_large(path, most)
                 index, digest = None, hashlib.sha256(data).hexdigest()
         except OSError as error:
             if self.url and isinstance(error, FileNotFoundError):  # deleted for other files
