@@ -10,7 +10,7 @@
 # compile is compiled beside them.
 # --wheels: packages that the machine lacks, see bench/README.md. --cache: caches.tgz of an earlier run, which saves
 # compiling what has not changed. --rehearse: tiny sizes, on the CPU if there is no GPU. LIMITS="step 300 sample 60" in
-# the environment: other time limits. COMMIT=... names the commit of a checkout without .git.
+# the environment: other time limits. COMMIT=... names the commit of a checkout without .git, PYTHON=... the interpreter.
 # OUT gets eight files: results.jsonl, report.md, step.png, log.txt, attention.json, oracle.json (copy it to
 # bench/results/), files.tgz (each turn's results, timelines, logs) and caches.tgz.
 set -uo pipefail
@@ -31,6 +31,8 @@ done
 ((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke extract quickstart engines sizes small-batch ablation)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
+$PYTHON -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' ||
+    { echo "PYTHON=$PYTHON has no torch; set PYTHON to an interpreter that has it" >&2; exit 1; }
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$WORK/caches/inductor TRITON_CACHE_DIR=$WORK/caches/triton

@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,18 @@ def to_tree(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [to_tree(item) for item in value] if isinstance(value, tuple) else value
+
+
+def changes(before: Any, after: Any) -> str:
+    """The keys in which two configs of one kind differ: "training.lr=0.0001 -> 0.0002, ..."."""
+    old, new = (dict(_leaves(to_tree(config))) for config in (before, after))
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={old.get(key)!r} -> {new.get(key)!r}" for key in keys)
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def _override(tree: dict, override: str) -> None:

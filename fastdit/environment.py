@@ -35,7 +35,7 @@ def hardware(device: torch.device | None = None) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux alone has it
-    return f"{name}, {cores} cores"
+    return f"{name}, {cores} core{'s' * (cores != 1)}"
 
 
 def commit() -> str | None:

@@ -132,6 +132,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is bool and isinstance(value, bool):
         return value
+    if origin is str and value is None:  # `key=` and `key:` in YAML
+        return ""
     if origin is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if origin in (int, float) and not isinstance(value, bool):

@@ -29,7 +29,7 @@ from fastdit.autoencoder.state import (
 )
 from fastdit.autoencoder.step import AutoencoderStep
 from fastdit.build import check_device
-from fastdit.config import save_config
+from fastdit.config import changes, load_config, save_config
 from fastdit.data.archives import open_images
 from fastdit.data.extract import cores_per_process
 from fastdit.data.images import to_pixels
@@ -131,6 +131,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     origin = f"resumed at step {start}" if start else origin
     for line in (*remarks(source), _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)):
         log.say(line)
+    if last and (changed := changes(load_config(last / CONFIG, schema=AutoencoderConfig), config)):
+        log.say(f"changed since step {start}: {changed}")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,

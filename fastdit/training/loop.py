@@ -18,7 +18,7 @@ from fastdit.build import (
     resolved,
     shards_of,
 )
-from fastdit.config import save_config
+from fastdit.config import changes, load_config, save_config
 from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
@@ -134,6 +134,8 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)
+    if last and (changed := changes(load_config(last / CONFIG), config)):
+        log.say(f"changed since step {start}: {changed}")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
         manifest,

@@ -206,6 +206,15 @@ def test_verify_knows_these_checkpoints(whole, tmp_path):
     assert any("discriminator.safetensors has" in problem for problem in verify(tmp_path / "run", lambda line: None))
 
 
+def test_a_resume_says_what_was_changed(images, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    config = small(images, tmp_path / "run", "training.steps=9", "data.crop=random", "discriminator.lr=1e-5")
+    train_autoencoder(config, resume=True, device="cpu")
+    said = (tmp_path / "run" / "train.log").read_text()
+    for change in ("training.steps=8 -> 9", "data.crop='center' -> 'random'", "discriminator.lr=None -> 1e-05"):
+        assert change in said.split("changed since step 8: ")[1]
+
+
 def test_a_resume_refuses_other_settings(images, whole, tmp_path):
     for change, message in (
         ("training.global_batch=4", "has training.global_batch=8, this run 4; make them equal to resume"),

@@ -5,6 +5,7 @@ A key that no table names fails `test_every_key_is_in_one_table`: a new key need
 
 import dataclasses
 import itertools
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -280,6 +281,7 @@ def test_a_changed_key_is_applied(world, begun, tmp_path, capsys, monkeypatch, k
     objective = "ddpm" if key == "loss_aware_times" else "flow"
     others = [change for change in changes if not change.startswith(f"{key}=")]
     resumed = resume(world, begun, tmp_path / "changed", capsys, monkeypatch, objective, changes)
+    assert re.search(rf"changed since step 2: .*training\.{key}[.=]", resumed.said)  # in one line
     if key not in ("max_skipped", "time_limit"):  # those end the run
         assert not resumed.error
         resumed.plain = resume(world, begun, tmp_path / "plain", capsys, monkeypatch, objective, others)
