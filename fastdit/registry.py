@@ -132,8 +132,6 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is bool and isinstance(value, bool):
         return value
-    if origin is str and value is None:  # `key=` and `key:` in YAML
-        return ""
     if origin is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if origin in (int, float) and not isinstance(value, bool):
@@ -146,4 +144,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}[origin]
+    if value is None:  # such as training.init_from=$UNSET, which must not start from random weights
+        empty = f"; to leave it empty, use '{key}=\"\"'" if origin is str else ""
+        raise ValueError(f"{key} has no value, but must be {wanted}{empty}")
     raise ValueError(f"{key}={value!r} must be {wanted}")

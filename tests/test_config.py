@@ -65,6 +65,8 @@ def test_overrides_reach_a_choice_and_its_options(write):
         ("", ["model.mlp_ratio=1e308"], ["model.mlp_ratio=1e+308 is out of range"]),
         ("", ["data.num_classes=1e308"], ["data.num_classes=1", "out of range"]),
         ("", ["training.lr"], ["section.key=value"]),
+        ("", ["training.lr="], ["training.lr has no value, but must be a number"]),
+        ("", ["training.init_from="], ["training.init_from has no value", """use 'training.init_from=""'"""]),
         ("", ["training=3"], ["training=3", "section with keys steps, epochs"]),
         ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
         ("- a", [], ["sections"]),
