@@ -18,17 +18,19 @@ from fastdit.data.manifest import Manifest
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.distributed import Ranks
+from fastdit.evaluation.features import FEATURES
 from fastdit.likelihood import likelihood
 from fastdit.models.class_token import channels_of, join, split
 from fastdit.models.dit import DiT
 from fastdit.report import write_report
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
-from fastdit.training.log import read_metrics
+from fastdit.training.log import read_metrics, read_records
 from fastdit.training.posthoc import rebuild
 from fastdit.training.validation import loss_of_run
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
+from helpers.evaluation import tiny
 from helpers.extraction import TinyEncoder
 from helpers.runs import losses, run, train_here
 
@@ -143,6 +145,24 @@ def test_a_run_learns_it_samples_and_resumes_exactly(world, featured, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_run_is_evaluated_and_guided_by_a_weaker_one(world, featured, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURES, "efficientnet-lite0", tiny)
+    train_here(world, tmp_path / "run", *SHORT, featured, *TOKEN, "training.evaluate_every=4",
+               "training.evaluate_images=20", f"training.reference={world / 'images'}")  # fmt: skip
+    [result] = read_records(tmp_path / "run" / "evaluations.jsonl")
+    assert result["step"] == 4
+    labels, ids = [0, 1], torch.tensor([1, 2])
+    made = {}
+    for scale in (1, 2):
+        weak = f"sampling.weak_checkpoint={tmp_path / 'run' / 'checkpoints' / 'step-0000002'}"
+        pipeline = load_pipeline(tmp_path / "run", [weak, f"sampling.cfg_scale={scale}", "sampling.steps=2"])
+        made[scale] = pipeline.latents(labels, ids, 0)
+    assert made[2].isfinite().all() and not torch.equal(made[1], made[2])
+    train_here(world, tmp_path / "plain", *SHORT)
+    with pytest.raises(ValueError, match="model.class_token=0.*6; a weak model must be trained on the same task"):
+        load_pipeline(tmp_path / "run", [f"sampling.weak_checkpoint={tmp_path / 'plain'}"])
 
 
 def test_without_it_nothing_changes_and_with_it_only_the_token_is_added(world, featured, tmp_path):
