@@ -20,7 +20,7 @@ from fastdit import kernels
 from fastdit.cards import card_of
 from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
-from fastdit.distributed import Ranks
+from fastdit.distributed import Ranks, return_freed_memory
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
@@ -238,6 +238,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        return_freed_memory()  # of what is not to count
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 

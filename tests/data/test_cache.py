@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,13 +51,17 @@ def content(manifest: Manifest, number: int) -> bytes:
 def kept(there: Manifest, folder: Path) -> list[int]:
     """The shards that are in the cache; the times of all are then different, as those of large shards are."""
     for number in sorted(range(SHARDS), key=lambda n: stamp(folder / there.shards[n].sha256)):
-        if (path := folder / there.shards[number].sha256).exists():
+        path = folder / there.shards[number].sha256
+        with suppress(FileNotFoundError):  # the loader's thread may delete it meanwhile
             os.utime(path, ns=(path.stat().st_mtime_ns - 10**9,) * 2)
     return [number for number, shard in enumerate(there.shards) if (folder / shard.sha256).exists()]
 
 
 def stamp(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def test_the_shards_that_were_read_least_recently_are_deleted(there, tmp_path):
