@@ -120,8 +120,8 @@ def named_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 32 MiB, for the next tensors of that size.
 
-    By default it returns them to the system as soon as there are a few, which fills their pages with zeros when they
-    are used again: nearly half the time of a small autoencoder on a CPU. Larger blocks are always returned.
+    By default glibc gives them back to the system, which clears the pages before they are used again. Clearing can take
+    nearly half the time of a small autoencoder on a CPU. Larger blocks are still given back.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     if libc := _glibc():
@@ -130,7 +130,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return it after all, once."""
+    """Give freed memory that this process keeps back to the system now."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

@@ -1,5 +1,5 @@
 """Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch; and
-freed memory, which a process on a CPU keeps."""
+the settings of glibc."""
 
 from types import SimpleNamespace
 
