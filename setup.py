@@ -24,7 +24,7 @@ setup(
         "accelerate>=1.0",
         "webdataset>=1.0",
         "safetensors>=0.5",
-        "isal>=1.7",
+        "isal>=1.7; platform_machine in 'x86_64 aarch64 arm64 AMD64' and implementation_name == 'cpython'",  # else zlib
         "tensorboard>=2.18",
         "torchdiffeq>=0.2.5",
         "scikit-learn>=1.5",
