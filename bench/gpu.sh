@@ -59,7 +59,7 @@ fi
 
 STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official fastdit-fp8-attention)
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
-SMALL=(training.joint_adaln=true --batch 32 --contestants fastdit-all-on strong fastdit-fp8 --profile)
+SMALL=(--batch 32 --contestants fastdit-all-on strong fastdit-fp8 --profile)
 KERNELS=(bench.kernels)
 if [[ -n $REHEARSE ]]; then
     TINY=(--size tiny --rounds 1 --steps 2) SIZES=(tiny small)

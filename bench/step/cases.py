@@ -54,7 +54,7 @@ SIZES = {
 
 CONTESTANTS = {  # name: description in the table
     "fastdit": "fastdit",
-    "fastdit-all-on": "fastdit, all on: bf16 residual stream, on a GPU the step as a CUDA graph",
+    "fastdit-all-on": "fastdit, all on: bf16 residual stream; on a GPU also the step as a CUDA graph, and joint adaLN",
     "fastdit-fp8": "fastdit, all on, and FP8 linears",
     "strong": "strong baseline: torch.compile, bf16, SDPA, fused AdamW, foreach EMA",
     "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
@@ -62,7 +62,8 @@ CONTESTANTS = {  # name: description in the table
     "fastdit-fp8-attention": "fastdit, all on, FP8 linears, and attention that rounds for them",
 }
 REFERENCES = ("official", "fast-dit", "strong")
-ALL_ON = ["training.residual=bf16", "training.cuda_graph=true"]  # there is no graph on a CPU
+ALL_ON = ["training.residual=bf16", "training.cuda_graph=true", "training.joint_adaln=true"]
+GPU_OPTIONS = {"training.cuda_graph=true", "training.joint_adaln=true"}  # joint adaLN is slower on a CPU
 FP8 = ["training.fp8=true"]
 
 ABLATION = {  # fastdit with one thing changed: overrides of the configuration, or an environment variable
@@ -122,7 +123,7 @@ def is_variable(override: str) -> bool:
 def cases_of(arguments: argparse.Namespace) -> list[Case]:
     """The cases to compare, fastdit first in case time runs out; ValueError for unknown names."""
     on_gpu = arguments.device.startswith("cuda")
-    all_on = [override for override in ALL_ON if on_gpu or override != "training.cuda_graph=true"]
+    all_on = [override for override in ALL_ON if on_gpu or override not in GPU_OPTIONS]
     changes = dict.fromkeys(CONTESTANTS, []) | {"fastdit-all-on": all_on, "fastdit-fp8": all_on + FP8}
     changes["fastdit-fp8-attention"] = [*all_on, *FP8, "training.fp8_attention=true"]
     if varied := ABLATION if arguments.ablation else ENGINES if arguments.engines else {}:
