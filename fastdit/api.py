@@ -21,6 +21,7 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
+from fastdit.build import check_sampling
 from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.extract import extract_features
@@ -28,7 +29,7 @@ from fastdit.data.images import size_text
 from fastdit.data.remote import is_remote
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.report import report_at_end
-from fastdit.sampling import ImagePipeline, image_labels, load_pipeline
+from fastdit.sampling import ImagePipeline, load_pipeline
 from fastdit.schema import SD_VAE, Config, shards_text
 from fastdit.sheets import in_rows, labelled, tiled
 from fastdit.training.loop import train as run_training
@@ -50,16 +51,16 @@ class Model:
     @property
     def class_names(self) -> tuple[str, ...]:
         """() where they are not known."""
-        return self.pipeline.class_names
+        return self.pipeline.classes.names
 
     def sample(
         self, classes: int | str | Iterable[int | str] | None = None, n: int = 16, *, seed: int = 0, **settings: Any
     ) -> list[Image.Image]:
         """`n` images, the same as files 0 to n - 1 of `fastdit sample` with these settings.
 
-        `classes`: a class by number or name, several to take in turn, or None for all classes in turn. `settings`: keys
-        of the config section `sampling`, such as cfg_scale=4, steps=50, sampler="heun". ValueError for an unknown class
-        or setting.
+        `classes`: a class by number or name, several to take in turn, or None for all trained classes in turn.
+        `settings`: keys of the config section `sampling`, such as cfg_scale=4, steps=50, sampler="heun". ValueError for
+        an unknown class or setting.
         """
         pipeline = self.pipeline
         if settings:
@@ -69,9 +70,9 @@ class Model:
             if fixed:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
             pipeline = replace(pipeline, config=config)
-        chosen = [classes] if isinstance(classes, int | str) else classes
-        text = "balanced" if chosen is None else ",".join(map(str, chosen))
-        labels = image_labels(text, n, self.config.data.num_classes, seed, self.class_names)
+            check_sampling(config, pipeline.objective, pipeline.model.null_label)
+        chosen = "balanced" if classes is None else [classes] if isinstance(classes, int) else classes
+        labels = pipeline.classes.labels(chosen, n, seed)
         batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
         return [Image.fromarray(image) for images in batches for image in images]
 

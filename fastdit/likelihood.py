@@ -123,7 +123,7 @@ def likelihood(
         )
     times = objective.timesteps(steps).flip(0)  # from data to noise
     manifest.check(num_classes=data.num_classes)
-    check_classes(trained.class_names, manifest)
+    check_classes(trained.classes.names, manifest)
     trained.latents.check(latents, str(trained.folder), str(shards))
 
     values: dict[str, list[float]] = {}

@@ -1,6 +1,5 @@
-"""A trained network that makes images: its evaluation, its sampler, and the label of each image."""
+"""A trained network that makes images: its evaluation and its sampler."""
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdit import __version__
 from fastdit.build import routing_of
+from fastdit.classes import Classes
 from fastdit.config import to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
@@ -107,7 +107,7 @@ class ImagePipeline:
     codec: LatentCodec
     spec: LatentSpec
     identity: str = ""  # SHA-256 of the weights' file
-    class_names: tuple[str, ...] = ()  # where they are known
+    classes: Classes = Classes(0)
     checkpoint: str = ""  # its folder
     weights: str = "ema"
     weak_identity: str = ""
@@ -228,48 +228,6 @@ class ImagePipeline:
 def of_latents(denoised_fn: Callable[[Tensor], Tensor], channels: int) -> Callable[[Tensor], Tensor]:
     """Of the latent's channels alone, before those of a class token."""
     return lambda x_0: torch.cat([denoised_fn(x_0[:, :channels]), x_0[:, channels:]], dim=1)
-
-
-def image_labels(labels: str, count: int, num_classes: int, seed: int, class_names: Sequence[str] = ()) -> list[int]:
-    """The label of each image 0..count-1 (see `sample`); 0 for an unconditional network, which ignores labels.
-
-    Where the names are known, `balanced` and `random` take only classes that the training data had.
-    """
-    if not num_classes:
-        return [0] * count
-    trained = min(num_classes, len(class_names) or num_classes)
-    if labels == "balanced":
-        return [i % trained for i in range(count)]
-    if labels == "random":
-        return [seed_of(seed, i, 1) % trained for i in range(count)]
-    chosen = classes_of(labels, num_classes, class_names)
-    return [chosen[i % len(chosen)] for i in range(count)]
-
-
-def classes_of(text: str, num_classes: int, class_names: Sequence[str] = (), key: str = "--labels") -> list[int]:
-    """Classes like "otter,3" as numbers; ValueError for one that the network does not know."""
-    chosen = []
-    for part in text.split(","):
-        if part in class_names:
-            chosen.append(class_names.index(part))
-        elif part.strip().isdigit() and int(part) < num_classes:
-            chosen.append(int(part))
-        else:
-            near = difflib.get_close_matches(part, class_names, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            others = "balanced, random, or " * (key == "--labels")
-            raise ValueError(
-                f"{key}={text!r}: {part!r} is not a class of this model; {hint}use {others}classes by name or by "
-                f"number in 0..{num_classes - 1}, such as 207,360"
-            )
-    return chosen
-
-
-def few_classes(num_classes: int, class_names: Sequence[str] = (), most: int = 8) -> list[int]:
-    """Up to `most` classes, evenly spread over those that were trained; [0] for an unconditional network."""
-    trained = min(num_classes or 1, len(class_names) or math.inf)
-    count = min(trained, most)
-    return [i * trained // count for i in range(count)]
 
 
 def spread(count: int, most: int) -> list[int]:

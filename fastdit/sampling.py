@@ -18,7 +18,7 @@ from fastdit import distributed
 from fastdit.build import check_sampling
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
-from fastdit.pipeline import ImagePipeline, image_labels
+from fastdit.pipeline import ImagePipeline
 from fastdit.sheets import tiled
 from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
@@ -39,7 +39,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     return image_pipeline(
         config, trained.model, trained.objective, trained.latents, trained.folder,
         run_dir=None if stated else trained.folder.parent.parent, weights=weights, identity=trained.identity,
-        class_names=trained.class_names, checkpoint=str(trained.folder.resolve()),
+        classes=trained.classes, checkpoint=str(trained.folder.resolve()),
     )  # fmt: skip
 
 
@@ -56,15 +56,15 @@ def sample(
 ) -> Path:
     """Write `num_samples` images into `out` and return `out`; a second call with the same settings continues.
 
-    `labels`: "balanced" (image i has class i mod num_classes), "random" (drawn from the seed), or classes like
-    "207,360", taken in turn. ValueError if `out` holds anything but a part of the same samples.
+    `labels`: "balanced" (the trained classes in turn), "random" (drawn from the seed), or classes like "207,360", taken
+    in turn. ValueError if `out` holds anything but a part of the same samples.
     """
     ranks = distributed.init(device)
     if num_samples < 1:
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
     pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
     config, out = pipeline.config, Path(out)
-    classes = image_labels(labels, num_samples, config.data.num_classes, seed, pipeline.class_names)
+    classes = pipeline.classes.labels(labels, num_samples, seed)
     if ranks.is_main:
         _claim(out, pipeline.record(num_samples, seed, labels))
     ranks.barrier()

@@ -13,7 +13,7 @@ from PIL import Image
 import fastdit
 from fastdit.config import load_config
 from fastdit.evaluation.images import open_set
-from fastdit.sampling import grid, image_labels, load_pipeline, sample
+from fastdit.sampling import grid, load_pipeline, sample
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
 from helpers import ROOT
@@ -105,14 +105,6 @@ def test_every_sampler_runs_from_a_checkpoint_of_its_objective(world, trained, t
             train(load_config(world / "config.yaml", [f"run_dir={run_dir}", "objective=ddpm", "training.steps=5"]))
     sample(run_dir, tmp_path / "out", 3, overrides=[f"sampling.sampler={sampler}", "sampling.steps=5"], device="cpu")
     assert array(tmp_path / "out").std() > 0
-
-
-def test_labels():
-    assert image_labels("balanced", 5, 3, 0) == [0, 1, 2, 0, 1]
-    assert image_labels("2,0", 3, 3, 0) == [2, 0, 2]
-    drawn = image_labels("random", 3000, 3, 0)
-    assert drawn[:10] == image_labels("random", 10, 3, 0) and all(900 < drawn.count(c) < 1100 for c in range(3))
-    assert image_labels("balanced", 2, 0, 0) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["", "samples.npz"])

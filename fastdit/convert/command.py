@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdit.classes import Classes
 from fastdit.config import save_config, to_tree
 from fastdit.convert import ldm, official, pipeline
 from fastdit.convert.diffusers import SLOTS
@@ -133,8 +134,8 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
         raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
-    names = tuple(meta.get("class_names", ()))
-    return Loaded(model, ema, config, latents_of(meta), meta["step"], names, features=meta.get("features"))
+    names, empty = (tuple(meta.get(key, ())) for key in ("class_names", "empty_classes"))
+    return Loaded(model, ema, config, latents_of(meta), meta["step"], names, None, empty, meta.get("features"))
 
 
 def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
@@ -212,7 +213,8 @@ def write_fastdit(loaded: Loaded, place: Path, out: Path, weights: str = "ema") 
         write_weights(getattr(loaded, name), partial / f"{name}.safetensors")
     save_config(config, partial / CONFIG)
     np.savez(partial / GOLDEN, **loaded.forward())
-    meta = describe(config, loaded.latents, loaded.class_names)
+    classes = Classes(config.data.num_classes, loaded.class_names, loaded.empty_classes)
+    meta = describe(config, loaded.latents, classes)
     meta |= {"features": loaded.features} if loaded.features else {}
     checkpoint.commit(partial, place, {"step": loaded.step, **meta})
 

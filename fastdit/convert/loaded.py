@@ -44,6 +44,7 @@ class Loaded:
     step: int = 0
     class_names: tuple[str, ...] = ()
     report: Difference | None = None
+    empty_classes: tuple[int, ...] = ()
     features: dict | None = None  # FeatureManifest.facts() of a model with a class token
 
     @property
@@ -91,7 +92,8 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """What other formats store beside the config."""
-        return {"latents": self.latents.to_json(), "step": self.step, "class_names": list(self.class_names)}
+        return {"latents": self.latents.to_json(), "step": self.step, "class_names": list(self.class_names),
+                "empty_classes": list(self.empty_classes)}  # fmt: skip
 
 
 def from_facts(facts: Any, where: str) -> dict[str, Any]:
@@ -99,7 +101,8 @@ def from_facts(facts: Any, where: str) -> dict[str, Any]:
     try:
         latents = LatentSpec.from_json(facts["latents"])
         names = tuple(map(str, facts.get("class_names", ())))
-        return {"latents": latents, "step": int(facts["step"]), "class_names": names}
+        empty = tuple(map(int, facts.get("empty_classes", ())))
+        return {"latents": latents, "step": int(facts["step"]), "class_names": names, "empty_classes": empty}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}); export it again") from error
 

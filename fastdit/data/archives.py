@@ -15,11 +15,10 @@ from typing import NamedTuple
 from fastdit.data.columns import SPLITS, cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.matlab import structures
-from fastdit.data.sources import KINDS, ImageSource, list_images, list_rows, numbered, version_of
+from fastdit.data.sources import KINDS, LABEL_KEYS, ImageSource, list_images, list_rows, numbered, version_of
 from fastdit.files import TarHeader, tar_members
 
 MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
-LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a WebDataset's .json, the first that is there
 
 
 def open_images(root: str | Path) -> ImageSource:
@@ -135,7 +134,7 @@ def _sliced(
 
 
 def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
-    """Tar files of <key>.<image suffix> with <key>.cls (a number or a name) or <key>.json (with a "label").
+    """Tar files of <key>.<image suffix> with <key>.cls (a number or a name) or <key>.json (with one of LABEL_KEYS).
 
     A key ends at the first dot of the file name. Without any label, there are no classes.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastdit.data.images import Opened, skip_line
-from fastdit.data.sources import ImageSource, numbered, version_of
+from fastdit.data.sources import LABEL_KEYS, ImageSource, numbered, version_of
 from fastdit.files import TarHeader, tar_members
 
 UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
@@ -148,7 +148,7 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
         features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
         features = {name: f for name, f in features.items() if isinstance(f, dict)}
         image = _column(schema.names, features, "Image", ("image", "img", "jpg", "png"))
-        label = _column(schema.names, features, "ClassLabel", ("label", "labels", "cls", "fine_label"))
+        label = _column(schema.names, features, "ClassLabel", LABEL_KEYS)
         if image is None:
             raise ValueError(f"the columns are {', '.join(schema.names)}; one must be named image")
         for number, table in enumerate(opened):

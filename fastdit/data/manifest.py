@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
+from fastdit.classes import Classes, without_images
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
@@ -195,6 +196,10 @@ class Manifest(ShardFolder):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def classes_of(self, count: int) -> Classes:
+        """Of a network with `count` classes that is trained on these latents."""
+        return Classes(count, self.class_names, without_images(self.class_counts))
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache = NO_CACHE) -> "Manifest":

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,8 @@ from fastdit.data.images import EXTENSIONS, Opened, skip_line
 from fastdit.data.order import permutation
 from fastdit.files import read_bytes
 
+LABEL_KEYS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label")  # the first counts
+WHOLE = re.compile(r"-?\d+(\.0*)?")  # 3.0, too: tables with missing values turn numbers into floats
 MAX_LIST = 1 << 30  # bytes of a list
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
 KINDS = ("a folder of class folders, a folder of images, a CSV or JSONL list of path and label, a WebDataset, "
@@ -172,14 +175,16 @@ def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[
 
 
 def list_rows(file: Path) -> ImageSource:
-    """The images that a CSV or JSONL file lists: `path` (or `file_name`), relative to it, and `label` in each row.
+    """The images that a CSV or JSONL file lists: `path` (or `file_name`), relative to it, and a label in each row.
 
-    A label is a class name or number. Without any, there are no classes.
+    A label is a class name or number, in the first of LABEL_KEYS that a row has. Without any, there are no classes.
     """
     try:
         text = read_bytes(file, MAX_LIST).decode("utf-8-sig")  # spreadsheets put a mark at the beginning
         if file.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+            table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
+            rows = list(table)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError, csv.Error) as error:  # JSONDecodeError, UnicodeDecodeError
@@ -194,7 +199,8 @@ def list_rows(file: Path) -> ImageSource:
         if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
             raise ValueError(f"images={file} has no {key} in row {number + 1}; complete it, or remove the row")
     paths = [row[key] for row in rows]
-    labels, names = numbered([row.get("label") for row in rows], paths, f"images={file}")
+    label = next((key for key in LABEL_KEYS if any(key in row for row in rows)), None)
+    labels, names = numbered([row.get(label) for row in rows], paths, f"images={file}")
     root = file.parent
 
     def opened(i: int) -> Path:
@@ -209,9 +215,15 @@ def list_rows(file: Path) -> ImageSource:
 def numbered(values: Iterable[object], paths: Sequence[str], where: str) -> tuple[list[int], tuple[str, ...]]:
     """Labels and class names from numbers, which stay as they are, or from names, which are sorted.
 
-    If all are missing (None or ""), there are no classes. Raises a ValueError if only some are.
+    If all are missing (None or ""), there are no classes. ValueError if only some are, or for values of another type.
     """
-    texts = [str(v).strip() if isinstance(v, str | int) and not isinstance(v, bool) else "" for v in values]
+    texts = []
+    for value, path in zip(values, paths, strict=True):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+            raise ValueError(f"{where} has label {value!r} for {path!r}; write a name or a whole number")
+        texts.append("" if value is None else str(value).strip())
     missing = texts.count("")
     if missing == len(texts):
         return [0] * len(texts), ()
@@ -220,7 +232,10 @@ def numbered(values: Iterable[object], paths: Sequence[str], where: str) -> tupl
             f"{where} has no label for {missing} of {len(texts)} images (the first is {paths[texts.index('')]!r}); "
             "a label is a name or a number; give all or none"
         )
-    if all(text.isdecimal() for text in texts):
+    if all(WHOLE.fullmatch(text) for text in texts):
+        texts = [text.partition(".")[0] for text in texts]
+        if negative := next((text for text in texts if text.startswith("-")), None):
+            raise ValueError(f"{where} has label {negative}; numbers must be 0 or more, or write names")
         most = max(map(len, texts))
         labels = [int(text) for text in texts] if most < 1000 else [MAX_CLASSES]  # Python reads up to 4,300 digits
         if max(labels) >= MAX_CLASSES:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastdit.data.images import width_height
 from fastdit.evaluation.images import ImageSet
-from fastdit.pipeline import ImagePipeline, image_labels
+from fastdit.pipeline import ImagePipeline
 
 
 def generated(pipeline: ImagePipeline, count: int, seed: int = 0, labels: str = "balanced") -> ImageSet:
@@ -18,7 +18,7 @@ def generated(pipeline: ImagePipeline, count: int, seed: int = 0, labels: str = 
     config = pipeline.config
     if count < 1:
         raise ValueError(f"--num-samples={count} must be 1 or more")
-    classes = image_labels(labels, count, config.data.num_classes, seed, pipeline.class_names)
+    classes = pipeline.classes.labels(labels, count, seed)
 
     def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:
         return (pipeline.batch(b, classes, seed) for b in numbers)

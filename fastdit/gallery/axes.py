@@ -11,7 +11,7 @@ import torch
 
 from fastdit.build import check_sampling
 from fastdit.config import config_from, to_tree
-from fastdit.pipeline import ImagePipeline, classes_of, few_classes
+from fastdit.pipeline import ImagePipeline
 from fastdit.sampling import load_pipeline
 from fastdit.sheets import in_letters
 from fastdit.training import checkpoint
@@ -42,10 +42,10 @@ class Axes:
 
     def labels(self, pipeline: ImagePipeline) -> list[int]:
         """The numbers of the classes in a checkpoint, which may have other classes than the first one."""
-        names, others = self.pipeline.class_names, pipeline.class_names
-        if names == others or not names or not others:
+        names, others = self.pipeline.classes.names, pipeline.classes
+        if names == others.names or not names or not others.names:
             return self.values["class"]
-        return [classes_of(names[number], len(others), others, "--classes")[0] for number in self.values["class"]]
+        return others.chosen([names[number] for number in self.values["class"]], "--classes")
 
     def variants(self, folder: Path) -> list[ImagePipeline]:
         """The pipelines of a checkpoint with each guidance, steps and sampler, the last of them varying fastest."""
@@ -72,7 +72,7 @@ class Axes:
     def short(self, axis: str, value) -> str:
         """A value as a label below the name of its axis."""
         if axis == "class":
-            names = self.pipeline.class_names
+            names = self.pipeline.classes.names
             return in_letters(names[value], str(value)) if value < len(names) else str(value)
         if axis == "checkpoint":
             step = checkpoint.NAME.fullmatch(value.name)
@@ -121,10 +121,10 @@ def read_axes(
                 raise ValueError(f"--{OPTIONS[axis]}={given[axis]} and {override} are the same; give one")
     values["checkpoint"] = folders_of(Path(path), values["checkpoint"])
     pipeline = load_pipeline(values["checkpoint"][0], overrides, weights=weights, device=device)
-    numbers, names = pipeline.config.data.num_classes, pipeline.class_names
-    if classes and not numbers:
+    own = pipeline.classes
+    if classes and not own.count:
         raise ValueError(f"--classes={classes}: this network is unconditional; leave it out")
-    values["class"] = classes_of(classes, numbers, names, "--classes") if classes else few_classes(numbers, names, FEW)
+    values["class"] = own.chosen(classes, "--classes") if classes else own.few(FEW)
     if not seeds:
         several = sum(len(values[axis]) > 1 for axis in values)
         values["seed"] = [seed + i for i in range(FEW if several < 2 else 1)]

@@ -20,7 +20,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import ImageRandom, Ranks, seed_of
 from fastdit.evaluation.loss import IMAGES, validation_loss
 from fastdit.evaluation.neighbors import nearest
-from fastdit.pipeline import ImagePipeline, Inference, few_classes, spread
+from fastdit.pipeline import ImagePipeline, Inference, spread
 from fastdit.report.facts import Run
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
@@ -149,8 +149,8 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 def draw(found: Measured, run: Run, pipeline: ImagePipeline, overrides: list[str], device: torch.device) -> Tensor:
     """Samples of the kept checkpoints and the frames of the animation; returns x_0 (SAMPLES, C, h, w) of the last."""
-    classes = few_classes(run.config.data.num_classes, pipeline.class_names, CLASSES)
-    found.names = pipeline.class_names if run.config.data.num_classes else ("",)
+    classes = pipeline.classes.few(CLASSES)
+    found.names = pipeline.classes.names if run.config.data.num_classes else ("",)
     found.labels = [classes[i % len(classes)] for i in range(SAMPLES)]
     labels = torch.tensor(found.labels, device=device)
     settings, used = run.config.sampling, pipeline.config.sampling

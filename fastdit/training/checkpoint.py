@@ -191,6 +191,9 @@ def check_types(meta: dict[str, Any]) -> None:
     names = meta.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names is not a list of names")
+    empty = meta.get("empty_classes", [])
+    if not isinstance(empty, list) or not all(type(label) is int for label in empty):
+        raise ValueError("empty_classes is not a list of numbers")
     for name in meta["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"it lists {name}, which is in another folder")

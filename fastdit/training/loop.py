@@ -154,7 +154,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
-    facts = describe(config, latents, manifest.class_names, features)
+    facts = describe(config, latents, manifest.classes_of(config.data.num_classes), features)
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,

@@ -5,7 +5,7 @@ runs between two steps, on all processes: each takes some of the batches, and th
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network
+from fastdit.classes import Classes
 from fastdit.data.archives import is_there
 from fastdit.data.images import size_text, width_height
 from fastdit.data.manifest import Manifest
@@ -30,7 +31,7 @@ from fastdit.evaluation.generated import generated
 from fastdit.evaluation.loss import check_images, validation_loss
 from fastdit.evaluation.protocol import in_a_line
 from fastdit.files import append_to
-from fastdit.pipeline import Inference, few_classes
+from fastdit.pipeline import Inference
 from fastdit.schema import Config
 from fastdit.training.alignment import token_features
 from fastdit.training.boards import check_wandb
@@ -101,11 +102,12 @@ class Monitor:
         self.network = network.to_empty(device=self.device).eval().requires_grad_(False)
         self.inference = Watched(self.network, config.sampling.precision, compile=False)
         if settings.sample_every or settings.evaluate_every:
-            names = {"class_names": manifest.class_names}
+            classes = manifest.classes_of(config.data.num_classes)
             spec, where = manifest.latents, f"data.shards={manifest.folder}"
-            pipeline = image_pipeline(config, self.network, objective, spec, where, run_dir=self.run_dir, **names)
+            pipeline = image_pipeline(config, self.network, objective, spec, where, run_dir=self.run_dir,
+                                      classes=classes)  # fmt: skip
             self.pipeline = replace(pipeline, inference=self.inference)
-            self.labels = spread_labels(settings.sample_images, config.data.num_classes, manifest.class_names)
+            self.labels = spread_labels(settings.sample_images, classes)
         if settings.evaluate_every:
             with keys_of_the_config():
                 self.extractor = load_features(settings.evaluate_features, self.device)
@@ -288,10 +290,10 @@ class Monitor:
         return f", still {share:.0%} random weights" if share >= 0.05 else ""
 
 
-def spread_labels(count: int, num_classes: int, class_names: Sequence[str]) -> list[int]:
+def spread_labels(count: int, classes: Classes) -> list[int]:
     """Labels for a grid of up to CLASSES columns: classes spread evenly over those that the data has."""
-    classes = few_classes(num_classes, class_names, min(count, CLASSES))
-    return [classes[i % len(classes)] for i in range(count)]
+    few = classes.few(min(count, CLASSES))
+    return [few[i % len(few)] for i in range(count)]
 
 
 @contextmanager

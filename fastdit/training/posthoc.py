@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdit.config import load_config, save_config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, exponent, width_name
-from fastdit.training.state import CONFIG, describe, latents_of
+from fastdit.training.state import CONFIG, classes_of, describe, latents_of
 from fastdit.training.weights import header, mismatches, write_weights
 
 FILE = re.compile(r"power-(\d[\d.]*(?:e-\d+)?)\.safetensors")
@@ -118,7 +118,8 @@ def rebuild(
         source = checkpoint.find(run_dir)
         say(f"the checkpoint of step {step} is gone: model.safetensors is from {source.name}")
     meta = checkpoint.read_meta(source, contents=[CONFIG, "model.safetensors"])
-    config, facts = load_config(source / CONFIG), (latents_of(meta), meta.get("class_names", ()))
+    config = load_config(source / CONFIG)
+    facts = latents_of(meta), classes_of(meta, config)
     kept = {key: meta[key] for key in ("features",) if key in meta}
 
     partial = out.with_name(out.name + ".partial")

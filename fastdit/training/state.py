@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_network, build_objective
+from fastdit.classes import Classes
 from fastdit.config import load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
@@ -179,7 +180,8 @@ def resumed_weights(
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
-    for key, value in describe(config, manifest.latents, manifest.class_names, features).items():
+    classes = manifest.classes_of(config.data.num_classes)
+    for key, value in describe(config, manifest.latents, classes, features).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
     before = load_config(folder / CONFIG)
@@ -226,16 +228,18 @@ def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def describe(
-    config: Config, latents: LatentSpec, class_names: Iterable[str], features: FeatureManifest | None = None
+    config: Config, latents: LatentSpec, classes: Classes, features: FeatureManifest | None = None
 ) -> dict[str, Any]:
     """The facts in checkpoint.json that must match on resume."""
-    return ({"features": features.facts()} if features else {}) | {
+    return {
+        **({"features": features.facts()} if features else {}),
+        **({"empty_classes": list(classes.empty)} if classes.empty else {}),
         "model": config.model.variant,
         "num_classes": config.data.num_classes,
         "objective": config.objective.name,
         "global_batch": config.training.global_batch,
         "seed": config.seed,
-        "class_names": list(class_names),
+        "class_names": list(classes.names),
         "latents": latents.to_json(),
     }
 
@@ -250,6 +254,11 @@ def latents_of(meta: Mapping[str, Any]) -> LatentSpec:
         raise ValueError(f"{checkpoint.META} is damaged: latents={meta['latents']}: {error}") from None
 
 
+def classes_of(meta: Mapping[str, Any], config: Config) -> Classes:
+    """The record of the classes in checkpoint.json."""
+    return Classes(config.data.num_classes, tuple(meta.get("class_names", ())), tuple(meta.get("empty_classes", ())))
+
+
 @dataclass(frozen=True)
 class Trained:
     """A loaded checkpoint: the network with its weights, in eval mode, with its config, objective and latents."""
@@ -260,7 +269,7 @@ class Trained:
     model: DiT
     latents: LatentSpec
     identity: str  # SHA-256 of the file that the weights were read from
-    class_names: tuple[str, ...]  # () where they are not known
+    classes: Classes
     step: int
     ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
 
@@ -282,8 +291,8 @@ def load_network(
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
-    names = tuple(meta.get("class_names", ()))
-    return Trained(folder, config, objective, model.to(device), latents, identity, names, meta["step"],
+    classes = classes_of(meta, config)
+    return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"],
                    meta.get("ema_std"))  # fmt: skip
 
 

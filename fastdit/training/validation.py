@@ -60,7 +60,7 @@ def loss_of_run(
     if data.normalize != "none":
         manifest = manifest.scaled_as(trained.latents)
     manifest.check(num_classes=data.num_classes)
-    check_classes(trained.class_names, manifest)
+    check_classes(trained.classes.names, manifest)
     trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
     like, count = checkpoint.read_meta(trained.folder).get("features"), num_samples or IMAGES

@@ -340,3 +340,29 @@ def test_identity_sees_labels_and_contents(tmp_path):
 
 def test_an_image_object_in_memory_is_read_like_its_file():
     np.testing.assert_array_equal(load_crop(io.BytesIO(png(3)), 32), PIXELS[3])
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "names"),
+    [
+        ("Path, Label\na.png, cat\nb.png, ant\n", [1, 0], ("ant", "cat")),
+        ("path,class\na.png,2\nb.png,0\n", [2, 0], ("0", "1", "2")),
+        ("file_name,caption,class_id\na.png,a cat,1.0\nb.png,an ant,0.0\n", [1, 0], ("0", "1")),
+        ('{"path": "a.png"}\n{"path": "b.png", "label": null}\n', [0, 0], ()),
+        ('{"path": "a.png", "labels": 1.0}\n{"path": "b.png", "labels": 3}\n', [1, 3], ("0", "1", "2", "3")),
+    ],
+)
+def test_labels_are_found_under_their_usual_names(tmp_path, text, labels, names):
+    path = tmp_path / ("list.jsonl" if text.startswith("{") else "list.csv")
+    path.write_text(text)
+    source = open_images(path)
+    assert (source.labels, source.class_names, source.paths) == (labels, names, ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize("label", ["true", "[1]", "1.5", "NaN", '{"a": 1}', "-1", '"-1"'])
+def test_a_label_that_is_neither_a_name_nor_a_number_is_an_error(tmp_path, label):
+    """It was taken for a missing one, and the network trained without classes."""
+    lines = [f'{{"path": "{name}.png", "label": {label}}}\n' for name in "ab"]
+    (tmp_path / "list.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"list.jsonl has label .*(a whole number|must be 0 or more)"):
+        open_images(tmp_path / "list.jsonl")

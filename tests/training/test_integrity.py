@@ -228,17 +228,6 @@ def test_a_young_average_is_warned_of(world, copy, capsys):
     assert "random weights" not in capsys.readouterr().err
 
 
-def test_classes_may_be_named_and_only_trained_ones_are_drawn():
-    from fastdit.sampling import image_labels
-
-    names = ["ant", "bee", "cat"]
-    assert image_labels("cat,0,bee", 4, 1000, 0, names) == [2, 0, 1, 2]
-    assert image_labels("balanced", 4, 1000, 0, names) == [0, 1, 2, 0]
-    assert max(image_labels("random", 50, 1000, 0, names)) == 2 and max(image_labels("random", 50, 1000, 0)) > 2
-    with pytest.raises(ValueError, match="'bea' is not a class of this model; did you mean 'bee'"):
-        image_labels("bea", 1, 1000, 0, names)
-
-
 def test_a_run_with_a_relative_autoencoder_is_sampled_from_any_folder(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
     run_in(world, tmp_path / "run", "data.vae=vae")

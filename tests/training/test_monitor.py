@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastdit.classes import Classes
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
 from fastdit.data.writer import write_shards
@@ -312,9 +313,10 @@ def test_a_sheet_and_a_strip_show_each_image_where_it_belongs(tmp_path):
 
 
 def test_labels_of_a_grid_are_spread_over_the_classes():
-    assert spread_labels(6, 1000, ["x"] * 1000) == [0, 166, 333, 500, 666, 833]
-    assert spread_labels(16, 1000, ["x"] * 1000)[8:] == [0, 125, 250, 375, 500, 625, 750, 875]
-    assert spread_labels(5, 3, "abc") == [0, 1, 2, 0, 1] and spread_labels(3, 0, "abcdefghij") == [0, 0, 0]
+    assert spread_labels(6, Classes(1000)) == [0, 166, 333, 500, 666, 833]
+    assert spread_labels(16, Classes(1000))[8:] == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert spread_labels(5, Classes(3, ("a", "b", "c"))) == [0, 1, 2, 0, 1]
+    assert spread_labels(3, Classes(0, tuple("abcdefghij"))) == [0, 0, 0]
 
 
 def test_a_damaged_image_of_the_validation_is_found_at_the_start(tmp_path):
