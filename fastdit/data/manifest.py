@@ -303,5 +303,6 @@ class Manifest(ShardFolder):
         self.check_files(one, f"latent_shape={list(own.shape)}")
 
     def scale_remarks(self) -> list[str]:
-        """What is wrong with the scale or shift of the latents, in words; [] if their deviation is near 1."""
-        return scale_remarks(np.array(self.channel_mean), np.array(self.channel_std), self.latents.scale)
+        """What is wrong with the scale or shift of the latents, in words; [] if none, and of pixels."""
+        mean, std = np.array(self.channel_mean), np.array(self.channel_std)
+        return scale_remarks(mean, std, self.latents.scale, self.latents.vae)
