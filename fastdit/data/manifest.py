@@ -197,6 +197,11 @@ class Manifest(ShardFolder):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def contents(self) -> list[str]:
+        """What identifies the images and their order, in any folder: the index, which has a checksum of each."""
+        return [self.index_sha256]
+
     def classes_of(self, count: int) -> Classes:
         """Of a network with `count` classes that is trained on these latents."""
         return Classes(count, self.class_names, without_images(self.class_counts))

@@ -18,7 +18,7 @@ from fastdit.build import (
     resolved,
     shards_of,
 )
-from fastdit.config import changes, load_config, save_config
+from fastdit.config import save_config
 from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
@@ -39,6 +39,7 @@ from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
     TrainingState,
+    changed_since,
     describe,
     forget_averages,
     keep_autoencoder,
@@ -134,7 +135,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)
-    if last and (changed := changes(load_config(last / CONFIG), config)):
+    if last and (changed := changed_since(last, config, manifest)):
         log.say(f"changed since step {start}: {changed}")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
@@ -155,6 +156,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
     facts = describe(config, latents, manifest.classes_of(config.data.num_classes), features)
+    facts["contents"] = manifest.contents
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdit.build import build_network, build_objective
 from fastdit.classes import Classes
-from fastdit.config import load_config, save_config, to_tree
+from fastdit.config import changes, load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
@@ -184,6 +184,11 @@ def resumed_weights(
     for key, value in describe(config, manifest.latents, classes, features).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+    if config.data.val_fraction and not same_contents(meta, manifest):
+        raise ValueError(
+            f"{folder} was trained on other images than data.shards={manifest.folder} has now, and data.val_fraction="
+            f"{config.data.val_fraction} would hold out some of those; restore them, or choose another run_dir"
+        )
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
     fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
@@ -220,6 +225,19 @@ def resumed_weights(
         for line in mismatches(own, stored) + other_types(own, stored):
             raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
     return read_all(folder, "model")
+
+
+def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether a checkpoint was trained on these shards, in any folder; True of earlier versions, which do not say."""
+    return meta.get("contents", manifest.contents) == manifest.contents
+
+
+def changed_since(folder: Path, config: Config, manifest: Manifest) -> str:
+    """What differs between the run that wrote a checkpoint and this one, in words: settings, and the images."""
+    changed = [changes(load_config(folder / CONFIG), config)]
+    if not same_contents(checkpoint.read_meta(folder), manifest):
+        changed.append(f"other images in data.shards={manifest.folder}")
+    return ", ".join(filter(None, changed))
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
