@@ -33,6 +33,7 @@ from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
+from fastdit.training.initial import take_over
 from fastdit.training.log import Log, LossWindow, say, start_line, training_flops
 from fastdit.training.monitor import Monitor
 from fastdit.training.schedule import learning_rates
@@ -44,7 +45,6 @@ from fastdit.training.state import (
     forget_averages,
     keep_autoencoder,
     resumed_weights,
-    take_over,
     write_snapshot,
 )
 from fastdit.training.step import TrainStep
@@ -86,7 +86,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     # data: what the shards hold must be what the config means
     manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
-    settings, features = config.training, features_for(config)
+    settings, features, classes = config.training, features_for(config), manifest.classes_of(config.data.num_classes)
     check_cache(manifest, features)
     check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
@@ -105,8 +105,8 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if last:
         model.load_state_dict(resumed_weights(last, config, manifest, model, features))
     elif settings.init_from:
-        sources = read_initial(settings.init_from, config)
-        initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
+        source = read_initial(settings.init_from, config)
+        initial, kept = take_over(model.state_dict(), source, settings.init_from, model.null_label, classes)
         model.load_state_dict(initial[0])
         origin = f"from {settings.init_from}" + (f", except for {', '.join(kept)}" if kept else "")
     policy, micro, accumulation, step_s = choose(config, model, ranks)
@@ -155,8 +155,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
-    facts = describe(config, latents, manifest.classes_of(config.data.num_classes), features)
-    facts["contents"] = manifest.contents
+    facts = describe(config, latents, classes, features) | {"contents": manifest.contents}
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,

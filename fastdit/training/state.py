@@ -48,9 +48,6 @@ from fastdit.training.weights import header, mismatches, other_types, read_weigh
 CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
 AUTOENCODER = "autoencoder"  # the kind of a checkpoint of fastdit train-vae (autoencoder/state.py)
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
-LABELS = "y_embedder.embedding_table.weight"
-COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
-STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.", "taps.")  # what a run may have otherwise than its training.init_from
 ALIGNMENT, TAPS = "alignment", "taps."  # the file of the projectors of training.align; how their names start
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
 MUST_STAY = ("init_from", "ema_stds", "align", "optimizer")  # keys of training: that describe a run from its first step
@@ -332,37 +329,3 @@ def network_from_state(
                          f"({len(wrong)} differences)")  # fmt: skip
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def take_over(
-    own: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor]], where: str, null_label: int | None
-) -> tuple[list[dict[str, Tensor]], list[str]]:
-    """A network's own state dict with the tensors of each source in it, and the names of those that stay its own.
-
-    The label table may differ in its classes (the null label's row is kept, the last one of both), the positions in
-    their number, and the final layer in its channels: those start anew, as does a class token. ValueError for any
-    other difference.
-    """
-    states, kept = [], []
-    for source in sources:
-        state, kept = {name: tensor.clone() for name, tensor in own.items()}, []
-        wrong = [line for line in mismatches(own, source) if not line.startswith(STARTS_ANEW)
-                 and not (line.startswith("class_token.") and line.endswith(" is missing"))]  # fmt: skip
-        if wrong:
-            raise ValueError(
-                f"training.init_from={where} is another network: {wrong[0]} ({len(wrong)} differences); set "
-                "model.variant and the options of model: to those of the source"
-            )
-        for name, tensor in own.items():
-            other = source.get(name)
-            if other is not None and other.shape == tensor.shape and name not in COMPUTED:
-                state[name] = other.to(tensor)
-            elif (
-                name == LABELS and null_label is not None and other is not None and other.shape[1:] == tensor.shape[1:]
-            ):
-                state[name][-1] = other[-1].to(tensor)
-                kept.append(f"{name} (but for the null label)")
-            elif other is None or other.shape != tensor.shape:
-                kept.append(name)
-        states.append(state)
-    return states, kept
