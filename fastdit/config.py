@@ -35,12 +35,12 @@ SYNONYMS = {  # names that other code bases use
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), schema: type = Config) -> Any:
-    """Reads a YAML file, or an included config by its name, and applies overrides such as `training.lr=2e-4`.
+    """Reads a YAML file, or else an included config by its name, and applies overrides such as `training.lr=2e-4`.
 
     `schema`: the dataclass to make of it. Errors name file, key, value and remedy.
     """
     path = Path(path)
-    if path.parent == Path() and is_shipped(path):
+    if not path.is_file() and is_shipped(path):
         path = shipped_config(path.name)
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, shipped_names(schema), 1, 0.5)
@@ -122,7 +122,7 @@ def shipped_config(name: str) -> Path:
 def is_shipped(path: str | Path) -> bool:
     """Whether this is the name, or the path, of an included config."""
     path, own = Path(path), shipped_config(Path(path).name)
-    return own.is_file() and (path.parent == Path() or (path.is_file() and path.samefile(own)))
+    return own.is_file() and (path.samefile(own) if path.is_file() else path.parent == Path())
 
 
 def shipped_names(schema: type = Config) -> list[str]:
@@ -147,14 +147,15 @@ def to_tree(value: Any) -> Any:
 
 def changes(before: Any, after: Any) -> str:
     """The keys in which two configs of one kind differ: "training.lr=0.0001 -> 0.0002, ..."."""
-    old, new = (dict(_leaves(to_tree(config))) for config in (before, after))
+    old, new = (dict(leaves(to_tree(config))) for config in (before, after))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return ", ".join(f"{key}={old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("training.lr", 0.0001) and so on, of a tree as `to_tree` makes it."""
     for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def _override(tree: dict, override: str) -> None:

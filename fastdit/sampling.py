@@ -66,6 +66,8 @@ def sample(
     config, out = pipeline.config, Path(out)
     classes = pipeline.classes.labels(labels, num_samples, seed)
     if ranks.is_main:
+        for line in pipeline.remarks():
+            print(f"warning: {line}", file=sys.stderr)
         _claim(out, pipeline.record(num_samples, seed, labels))
     ranks.barrier()
 

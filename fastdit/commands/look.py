@@ -62,7 +62,7 @@ def make_picture(path: str, arguments: Namespace) -> None:
         raise ValueError("--points is the number of columns of --interpolate, which is not given")
     kind = arguments.trajectory or "png"
     name = "trajectory" if arguments.trajectory else "interpolation" if arguments.interpolate else "sheet"
-    out = checked_out(arguments.out, kind) if arguments.out else Path(path) / f"{name}.{kind}"
+    out = checked_out(arguments.out, kind) if arguments.out else default_out(path, f"{name}.{kind}")
 
     from fastdit.distributed import close, init
     from fastdit.gallery.axes import read_axes
@@ -84,6 +84,12 @@ def make_picture(path: str, arguments: Namespace) -> None:
     if ranks.is_main:
         save(images, out)
         print(out)
+
+
+def default_out(path: str | Path, name: str) -> Path:
+    """RUN/name; of a checkpoint, whose own folder may be deleted, RUN/step-0000020-name."""
+    path = Path(path)
+    return path.parents[1] / f"{path.name}-{name}" if path.parent.name == "checkpoints" else path / name
 
 
 def checked_out(out: str | Path, kind: str) -> Path:

@@ -18,6 +18,7 @@ from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_class_tokens, read_moments
 from fastdit.data.manifest import AGAIN, Manifest
 from fastdit.data.order import permutation
+from fastdit.diffusion.coupling import paired
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import Model, Objective
 from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
@@ -68,6 +69,7 @@ def validation_loss(
             token = read_class_tokens(features, rows["key"][part]).to(ranks.device) if entangled else None
             x_0, noise = state_of(manifest, moments.to(ranks.device), part.start, token)
             y = torch.from_numpy(rows["label"][part].astype(np.int64)).to(ranks.device)
+            noise = paired(objective, x_0, noise)
             loss = objective.loss(network, x_0, y, times[part].to(ranks.device), noise)
             names = list(loss.parts)
             values = torch.stack([loss.per_sample, *loss.parts.values()], 1)  # (n, 1 + parts)
