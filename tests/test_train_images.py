@@ -59,7 +59,7 @@ def test_latents_of_other_images_or_settings_are_not_taken_for_those_of_images(w
         return capsys.readouterr().err
 
     remedy = ("omit --images to train on them, or name another folder in data.shards for those of images" if place
-              else "omit --images to train on them, or remove images_latents_32")  # fmt: skip
+              else "omit --images to train on them, or remove images_latents_32 to extract again")  # fmt: skip
     shutil.copytree(world / "images/3", "images/3")
     said = refused()
     assert f"the latents in {shards} are of 12 images of 3 classes, but images=images has " in said
