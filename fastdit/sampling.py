@@ -20,6 +20,7 @@ from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline
 from fastdit.sheets import tiled
+from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.state import load_network
@@ -38,7 +39,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     stated = any(override.startswith("data.vae=") for override in overrides)
     return image_pipeline(
         config, trained.model, trained.objective, trained.latents, trained.folder,
-        run_dir=None if stated else trained.folder.parent.parent, weights=weights, identity=trained.identity,
+        run_dir=None if stated else checkpoint.run_of(trained.folder), weights=weights, identity=trained.identity,
         classes=trained.classes, checkpoint=str(trained.folder.resolve()),
     )  # fmt: skip
 

@@ -88,8 +88,10 @@ def make_picture(path: str, arguments: Namespace) -> None:
 
 def default_out(path: str | Path, name: str) -> Path:
     """RUN/name; of a checkpoint, whose own folder may be deleted, RUN/step-0000020-name."""
-    path = Path(path)
-    return path.parents[1] / f"{path.name}-{name}" if path.parent.name == "checkpoints" else path / name
+    from fastdit.training.checkpoint import run_of
+
+    run = run_of(path := Path(path))
+    return path / name if run == path else run / f"{path.name}-{name}"
 
 
 def checked_out(out: str | Path, kind: str) -> Path:

@@ -98,7 +98,7 @@ def check_same_images(
     index, remedy = latents.index(), "give their images, or write to another --out"
     check_listed(source, latents, remedy)
     rows = index[np.linspace(0, len(index) - 1, COMPARED).astype(int)]
-    device = next(codec.vae.parameters()).device
+    device = next((parameter.device for parameter in codec.vae.parameters()), torch.device("cpu"))  # Pixels has none
     kept = read_moments(latents, rows)
     if len(kept) < len(rows):
         raise ValueError(f"{where} are damaged; see fastdit verify {latents.folder}")

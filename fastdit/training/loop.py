@@ -134,6 +134,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         _prepare(run_dir, config, ranks, start)
     log = Log(run_dir, ranks, start, config, images=len(manifest), flops_per_image=flops_per_image)
     remarks = [f"warning: {line}" for line in (*manifest.scale_remarks(), *unused(config, uses_zero(settings)))]
+    remarks.append(too_young(settings, settings.steps))
     batch = ranks.world, micro, accumulation
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
