@@ -177,13 +177,15 @@ def with_latents(
         raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
     shards = place or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
     if (Path(shards) / "manifest.json").is_file():
-        latents, remedy = Manifest.load(shards), "omit --images to train on them, or "
-        remedy += f"name another folder in data.shards for those of {images}" if place else f"remove {shards} to extract again"
+        latents = Manifest.load(shards)
+        again = f"remove {shards} to extract again"
+        others = f"name another folder in data.shards for those of {images}" if place else again
+        remedy = f"omit --images to train on them, or {others}"
         check_listed(open_images(images), latents, remedy)
         known = latents.latents.vae
         if not (place or data.vae) and known != SD_VAE:  # of an earlier command with another data.vae
             raise ValueError(f"the latents in {shards} are of vae={known}, and the default is {SD_VAE}; set data.vae="
-                             f"{known}, or remove {shards} to extract again")  # fmt: skip
+                             f"{known}, or {again}")  # fmt: skip
         check = data.vae and (data.vae != known or Path(data.vae).is_dir())  # a folder may hold another one by now
         codec = LatentCodec.load(data.vae).fingerprint if check else None
         latents.check(image_size=data.image_size, codec=codec)
