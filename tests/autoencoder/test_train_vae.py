@@ -223,6 +223,17 @@ def test_a_resume_says_what_was_changed(images, whole, tmp_path):
         assert change in said.split("changed since step 8: ")[1]
 
 
+def test_a_resume_refuses_other_images_of_the_same_number(images, whole, tmp_path):
+    """Which ones are held out would change."""
+    shutil.copytree(images, tmp_path / "images")
+    shutil.copytree(whole, tmp_path / "run")
+    train_autoencoder(small(tmp_path / "images", tmp_path / "run", "training.steps=9"), resume=True, device="cpu")
+    first = sorted((tmp_path / "images" / "3").iterdir())[0]
+    first.rename(first.with_name("9999.png"))
+    with pytest.raises(ValueError, match="was trained on other images than data.images=.*images has now; restore them"):
+        train_autoencoder(small(tmp_path / "images", tmp_path / "run", "training.steps=10"), resume=True, device="cpu")
+
+
 def test_a_resume_refuses_other_settings(images, whole, tmp_path):
     for change, message in (
         ("training.global_batch=4", "has training.global_batch=8, this run 4; make them equal to resume"),
