@@ -190,6 +190,15 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
 
 
 def _column(names: Sequence[str], features: dict, kind: str, usual: Sequence[str]) -> str | None:
-    """The first column whose Hugging Face type is `kind`, or that has a usual name."""
-    typed = (name for name in names if features.get(name, {}).get("_type") == kind)
-    return next(typed, next((name for name in usual if name in names), None))
+    """The column whose Hugging Face type is `kind`, or that has a usual name; of several, the one with both.
+
+    ValueError where that leaves more than one. Of columns without that type, the first usual name counts.
+    """
+    types = {name: features.get(name, {}).get("_type", "Value") for name in names}
+    typed = [name for name in names if types[name] == kind]
+    named = [name for name in usual if types.get(name) in (kind, "Value")]
+    found = [name for name in named if name in typed][:1] or typed + named[:1]
+    if len(found) > 1:
+        raise ValueError(f"each of the columns {', '.join(found)} may be the {usual[0]}; rename the one to use to "
+                         f"{usual[0]}")  # fmt: skip
+    return found[0] if found else None

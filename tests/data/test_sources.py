@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from pyarrow import parquet
 
@@ -254,6 +256,41 @@ def test_what_is_wrong_with_a_source_is_one_line(tmp_path, how, message):
     with pytest.raises(ValueError, match=message) as error:
         open_images(path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def hub_table(root: Path, **columns: str) -> Path:
+    """Three rows with columns of these types of the Hugging Face hub; row i of column c has image 3 c + i."""
+    values, features = {}, {}
+    for number, (name, kind) in enumerate(columns.items()):
+        features[name] = {"_type": kind, **({"names": ["p", "q", name]} if kind == "ClassLabel" else {})}
+        values[name] = ([{"bytes": png(3 * number + i), "path": None} for i in range(3)] if kind == "Image"
+                        else [(i + number) % 3 for i in range(3)])  # fmt: skip
+    stored = {"huggingface": json.dumps({"info": {"features": features}})}
+    parquet.write_table(pyarrow.table(values).replace_schema_metadata(stored), root / "train.parquet")
+    return root
+
+
+def test_of_several_columns_the_usual_names_count_whatever_comes_first(tmp_path):
+    found = open_images(hub_table(tmp_path, mask="Image", color="ClassLabel", image="Image", label="ClassLabel"))
+    assert found.class_names == ("p", "q", "label") and list(found.labels) == [0, 1, 2]
+    assert [found.open(i).read() for i in range(3)] == [png(6 + i) for i in range(3)]
+    found = open_images(hub_table(tmp_path, photo="Image", kind="ClassLabel"))  # there is only one of each type
+    assert found.class_names == ("p", "q", "kind") and found.open(1).read() == png(1)
+    found = open_images(hub_table(tmp_path, image="Image", label="Image"))  # a mask
+    assert found.class_names == () and found.open(1).read() == png(1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ({"left": "Image", "right": "Image"}, "columns left, right may be the image; rename the one to use to image"),
+        ({"image": "Image", "color": "ClassLabel", "writer": "ClassLabel"}, "columns color, writer may be the label"),
+        ({"image": "Image", "color": "ClassLabel", "label": "Value"}, "columns color, label may be the label"),
+    ],
+)
+def test_columns_that_are_not_told_apart_are_refused(tmp_path, kinds, message):
+    with pytest.raises(ValueError, match=message):
+        open_images(hub_table(tmp_path, **kinds))
 
 
 def test_without_pyarrow_parquet_says_what_it_needs(tmp_path, monkeypatch):
