@@ -86,6 +86,7 @@ def merge(
                 raise ValueError(f"{other.folder} has {differs} as {first.folder}; make them alike to merge them")
         if [manifest.index_sha256 for manifest in manifests].count(other.index_sha256) > 1:
             raise ValueError(f"{other.folder} is named twice, or has the images of another folder; name each once")
+    _check_new([out], *manifests)
     starts = np.cumsum([0, *(manifest.images for manifest in manifests)]).tolist()
     parts = [(manifest, np.arange(len(manifest)), start) for manifest, start in zip(manifests, starts, strict=False)]
     return _write(parts, out, replace(first, images=starts[-1]), features, overwrite)
@@ -108,6 +109,7 @@ def split(
     They are chosen by the hash of data.val_fraction: the same in every run, and a larger `val` holds a smaller one.
     """
     manifest = open_latents(folder, Cache(cache))
+    _check_new([train, val], manifest)
     index = manifest.index()
     held_out = _chosen(manifest, index, HELD_OUT, fraction, count, per_class)
     if held_out.all() or not held_out.any():
@@ -135,6 +137,7 @@ def sample(
     index = manifest.index()
     chosen = _chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)
     if out.suffix != ".png":
+        _check_new([out], manifest)
         _write([(manifest, np.flatnonzero(chosen), 0)], out, manifest, features, overwrite)
         return out
     spec = manifest.latents
@@ -161,6 +164,7 @@ def repair(
     """
     check_local(folder, "fastdit shards repair")
     manifest = open_latents(folder)
+    _check_new([out], manifest)
     try:
         index = manifest.index()
         missing = [shard.name for shard in manifest.shards if not (manifest.folder / shard.name).is_file()]
@@ -177,6 +181,13 @@ def repair(
     left = ", without features" if (manifest.folder / FOLDER).exists() else ""
     say(f"{out}: {len(found)} of {total} images{left}")
     return found
+
+
+def _check_new(outs: Sequence[str | Path], *manifests: Manifest) -> None:
+    """ValueError where a result would replace another one, or what it is made from."""
+    places = [Path(place).resolve() for place in (*outs, *(manifest.folder for manifest in manifests))]
+    if again := next((place for place in places if places.count(place) > 1), None):
+        raise ValueError(f"{again} is named twice; give each result a new folder")
 
 
 def _chosen(

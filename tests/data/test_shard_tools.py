@@ -187,3 +187,20 @@ def test_impossible_numbers_are_refused(made, tmp_path):
     (made.folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has no manifest.json"):
         repair(made.folder, tmp_path / "out")
+
+
+def test_a_result_replaces_neither_another_nor_what_it_is_made_from(made, tmp_path):
+    other = make_shards(tmp_path / "other", spread=4.0)
+    before, own, link = values(made), made.folder, tmp_path / "link"
+    link.symlink_to(own)
+    for make in (
+        lambda: split(own, tmp_path / "a", tmp_path / "a", count=5, overwrite=True),
+        lambda: split(own, own, tmp_path / "a", count=5, overwrite=True),
+        lambda: split(own, tmp_path / "a", link, count=5, overwrite=True),
+        lambda: merge([own, other.folder], own, overwrite=True),
+        lambda: sample(own, own, count=5, overwrite=True),
+        lambda: repair(own, link, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match="is named twice; give each result a new folder"):
+            make()
+    assert values(intact(own)) == before and not (tmp_path / "a").exists()
