@@ -62,6 +62,8 @@ class FeatureSpace:
 class LatentSpace:
     """Scaled means of the autoencoder's posterior: of the image and of its mirror image, which may be trained on, too.
 
+    If the reference has no latents of mirror images, there is one view of each image, also of samples and held-out
+    images: with two, these would be nearer to the training images than training images are to each other.
     Means are rounded as in the shards.
     """
 
@@ -81,8 +83,8 @@ class LatentSpace:
         dtype, found, digest = DTYPES[self.manifest.dtype], [], hashlib.sha256()
         for block in images.blocks(range(-(-images.count // images.block))):
             both = encode_both(self.codec, list(block), images.block, self.ranks.device)  # (block, 2, 2C, h, w)
-            both = torch.from_numpy(both[: len(block)].cpu().numpy().astype(dtype).astype(np.float32))
-            found.append(self.vectors(both.flatten(0, 1)).unflatten(0, (-1, 2)))
+            both = both[: len(block), : self.manifest.orientations].cpu().numpy().astype(dtype).astype(np.float32)
+            found.append(self.vectors(torch.from_numpy(both).flatten(0, 1)).unflatten(0, both.shape[:2]))
             digest.update(b"".join(map(digest_of, block)))
         return torch.cat(found), about(images, digest.hexdigest())
 
@@ -91,10 +93,13 @@ class LatentSpace:
             return self.embed(images_of(path, key, self.size, self.ranks.device))
         other = load_shards(path, key, self.size)
         self.spec.check(other.latents, "--reference", f"{key}={path}")
+        if other.orientations < self.manifest.orientations:
+            raise ValueError(f"{key}={path} has no latents of mirror images, but --reference has; give the images")
         return self.both_views(other, other.index()), about_shards(other)
 
     def both_views(self, manifest: Manifest, index: np.ndarray) -> Tensor:
-        return torch.stack([self.vectors(read_all(manifest, index, mirrored)) for mirrored in (False, True)], dim=1)
+        views = (False, True)[: self.manifest.orientations]
+        return torch.stack([self.vectors(read_all(manifest, index, mirrored)) for mirrored in views], dim=1)
 
     def vectors(self, moments: Tensor) -> Tensor:
         """Moments (n, 2C, h, w) -> (n, D) on the device, whose Euclidean distance is the root mean square."""

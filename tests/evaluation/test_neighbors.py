@@ -1,6 +1,7 @@
 """Nearest training images and memorization: against brute force, planted copies, and chance."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,11 @@ import torch
 from PIL import Image
 
 from fastdit.cli import main
+from fastdit.data.images import to_pixels
+from fastdit.data.latents import LatentCodec
+from fastdit.data.loader import read_moments
+from fastdit.data.manifest import Manifest
+from fastdit.data.writer import write_shards
 from fastdit.distributed import Ranks
 from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.neighbors import memorized, nearest
@@ -138,6 +144,28 @@ def test_latents_are_compared_as_they_are_stored_also_mirrored(world, tmp_path, 
           "--image-size", "32", "--device", "cpu"])  # fmt: skip
     other, _ = neighbors("samples.npz", world / "latents", ALONE, held_out="held_latents", rows=10, k=2)
     assert other["nearest"] == result["nearest"] and other["protocol"]["held_out"]["images"] == 599
+
+
+def test_without_latents_of_mirror_images_no_view_is_mirrored(world, tmp_path, monkeypatch):
+    """Samples, training images and held-out images have the same views, so that samples are not nearer by chance."""
+    monkeypatch.chdir(tmp_path)
+    both = Manifest.load(world / "latents")
+    moments = read_moments(both, index := both.index()).numpy()
+    write_shards(((row[None], int(y)) for row, y in zip(moments, index["label"], strict=True)), "one",
+                 replace(both, orientations=1))  # fmt: skip
+    files = sorted((world / "images").rglob("*.png"))[:20]
+    samples = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])[:, :, ::-1].copy()
+    np.savez("samples.npz", samples)
+    codec = LatentCodec.load(world / "vae")
+    stored, own = (values.astype(np.float64)[:, : codec.channels] * codec.scale for values in (
+        moments, codec.encode(to_pixels(torch.from_numpy(samples))).half().numpy()))  # fmt: skip
+    expected = [np.sqrt(((stored - one) ** 2).mean((1, 2, 3))).min() for one in own]
+    result, _ = neighbors("samples.npz", "one", ALONE, k=1, rows=20)
+    found = {row["sample"]: row["distances"][0] for row in result["nearest"]}
+    np.testing.assert_allclose([found[i] for i in range(20)], expected, rtol=1e-3)
+    assert min(expected) > 0  # the images of `one` themselves are at 0
+    with pytest.raises(ValueError, match="--held-out=one has no latents of mirror images, but --reference has"):
+        neighbors("samples.npz", world / "latents", ALONE, held_out="one")
 
 
 @pytest.mark.parametrize(
