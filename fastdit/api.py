@@ -181,7 +181,11 @@ def with_latents(
         again = f"remove {shards} to extract again"
         others = f"name another folder in data.shards for those of {images}" if place else again
         remedy = f"omit --images to train on them, or {others}"
-        check_listed(open_images(images), latents, remedy)
+        check_listed(source := open_images(images), latents, remedy)
+        made = (Path(shards) / "manifest.json").stat().st_mtime_ns
+        if later := sum(version[1] > made for version in source.versions if version):
+            say(f"warning: {later} files of {images} were changed after their latents in {shards} were written; remove "
+                f"{shards} to extract again")  # fmt: skip
         known = latents.latents.vae
         if not (place or data.vae) and known != SD_VAE:  # of an earlier command with another data.vae
             raise ValueError(f"the latents in {shards} are of vae={known}, and the default is {SD_VAE}; set data.vae="

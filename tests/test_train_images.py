@@ -81,3 +81,15 @@ def test_latents_of_other_images_or_settings_are_not_taken_for_those_of_images(w
     shutil.rmtree("vae")
     shutil.copytree("other", "vae")
     assert "is not the one that encoded the latents" in refused()
+
+
+def test_images_that_changed_after_their_latents_were_written_are_counted(twelve, tmp_path, capsys):
+    twelve()
+    twelve()
+    assert "warning" not in capsys.readouterr().out
+    later = (tmp_path / "images_latents_32/manifest.json").stat().st_mtime_ns + 1
+    for path in sorted((tmp_path / "images/1").iterdir())[:3]:
+        os.utime(path, ns=(later, later))
+    twelve()
+    assert ("warning: 3 files of images were changed after their latents in images_latents_32 were written; remove "
+            "images_latents_32 to extract again") in capsys.readouterr().out  # fmt: skip
