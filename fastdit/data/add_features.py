@@ -19,7 +19,7 @@ from fastdit.data.features import (
     publish_features,
     record_type,
 )
-from fastdit.data.images import Size, load_crop, size_text
+from fastdit.data.images import EXACT, HANDLED, Size, load_crop, size_text
 from fastdit.data.jobs import write_folder
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import read_moments
@@ -97,6 +97,9 @@ def check_same_images(
     latents.check(codec=codec.fingerprint)
     index, remedy = latents.index(), "give their images, or write to another --out"
     check_listed(source, latents, remedy)
+    if other := next((what for what in (HANDLED if adm_exact else EXACT) if what in latents.counts), None):
+        raise ValueError(f"{where} were extracted {'without' if adm_exact else 'with'} --adm-exact ({other}); do the "
+                         "same for the features")  # fmt: skip
     rows = index[np.linspace(0, len(index) - 1, COMPARED).astype(int)]
     device = next((parameter.device for parameter in codec.vae.parameters()), torch.device("cpu"))  # Pixels has none
     kept = read_moments(latents, rows)

@@ -18,6 +18,8 @@ FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TGA", "TIFF
 
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
                         "ROTATE_90"), start=2))  # EXIF's orientation -> what undoes it  # fmt: skip
+HANDLED = "EXIF orientation applied", "transparency put on white", "16 bits scaled to 8"
+EXACT = "EXIF orientation not applied", "transparency dropped", "16 bits as Pillow converts them"  # with adm_exact
 Size = int | tuple[int, int]  # pixels: the side of a square, or (width, height)
 Opened = str | Path | BinaryIO | Image.Image
 Crop = Callable[[Image.Image, Size], Image.Image]
@@ -134,12 +136,7 @@ def treatments(image: Image.Image, size: Size | None, adm_exact: bool = False) -
         width, height = height, width
     wanted = width_height(size or 1)
     found = {
-        "EXIF orientation applied": turned and not adm_exact,
-        "EXIF orientation not applied": turned and adm_exact,
-        "transparency put on white": image.has_transparency_data and not adm_exact,
-        "transparency dropped": image.has_transparency_data and adm_exact,
-        "16 bits scaled to 8": deep and not adm_exact,
-        "16 bits as Pillow converts them": deep and adm_exact,
+        **dict(zip(EXACT if adm_exact else HANDLED, (turned, image.has_transparency_data, deep), strict=True)),
         "palette": image.mode in ("P", "PA"),
         "CMYK": image.mode == "CMYK",
         "grayscale": image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"),

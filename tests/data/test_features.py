@@ -213,6 +213,21 @@ def test_features_are_not_added_to_latents_of_other_images(made, tmp_path, how, 
     assert not (base / "out" / "features" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_features_are_of_images_read_as_their_latents_are(made, tmp_path, exact):
+    """One of 40 images is turned by EXIF, and it is none of the eight that are compared."""
+    base, exif = copy(made, tmp_path), Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(image_of(base, 12)) as image:
+        image.convert("RGB").save(image_of(base, 12), exif=exif)
+    alone, adm_exact = SMALL | {"encoder": None}, {"adm_exact": exact}
+    run(base, base / "new", **alone, **adm_exact)
+    with pytest.raises(ValueError, match=f"were extracted {'with' if exact else 'without'} --adm-exact .EXIF"):
+        run(base, base / "new", **SMALL, adm_exact=not exact)
+    run(base, base / "new", **SMALL, **adm_exact)
+    assert len(FeatureManifest.load(base / "new/features")) == COUNT - 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
