@@ -14,7 +14,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,9 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
     if root.is_dir():
         root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.npy")}
-        about, versions = root / "dataset.json", _versions(files.values())
-        labels = read_json(about).get("labels") if about.is_file() else None
+        versions = _versions(files.values())
+        about = _dataset(root, files, [path.relative_to(root).as_posix() for path in root.rglob("dataset.json")])
+        labels = read_json(root / about).get("labels") if about else None
         fetch: Callable[[str], bytes] = lambda name: read_bytes(files[name], MOST)  # noqa: E731
     else:
         try:
@@ -92,9 +93,11 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
                 raise ValueError(f"it has {sizes[name]} bytes")
             return archive.read(name)
 
-        labels = _labels_in_zip(root, fetch) if "dataset.json" in sizes else None
+        about = _dataset(root, files, [name for name in sizes if name.split("/")[-1] == "dataset.json"])
+        labels = _labels_in_zip(root, about, fetch) if about else None
     names, archived = sorted(files), "" if root.is_dir() else f"{root}: "
-    known = _known_labels(labels, names, root) if labels is not None else {}
+    inside = about.removesuffix("dataset.json")
+    known = _known_labels(labels, [name.removeprefix(inside) for name in names], root) if labels is not None else {}
 
     def read(i: int) -> Sample:
         try:
@@ -104,7 +107,7 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
         array = _latent(array, f"{root}: {names[i]}")
         if len(array) % 2:
             raise ValueError(f"{root}: {names[i]} has {len(array)} channels, not mean and deviation of each; {AGAIN}")
-        return array[None], known.get(names[i])
+        return array[None], known.get(names[i].removeprefix(inside))
 
     return OtherLatents([archived + name for name in names], read, versions, f"{SD_VAE}mse")
 
@@ -220,9 +223,20 @@ def _sampled(latents: np.ndarray) -> np.ndarray:
     return np.concatenate([latents, np.zeros_like(latents)], axis=1)
 
 
-def _labels_in_zip(root: Path, fetch: Callable[[str], bytes]) -> list | None:
+def _dataset(root: Path, names: Collection[str], found: Sequence[str]) -> str:
+    """Of the files dataset.json, the one with the labels, "" for none; a zip file may hold the folder around it."""
+    folders = {name: name.removesuffix("dataset.json") for name in found}
+    about = min((name for name in found if any(each.startswith(folders[name]) for each in names or [""])), key=len,
+                default="")  # fmt: skip
+    if not all(name.startswith(folders.get(about, "")) for name in names):
+        raise ValueError(f"SRC={root} has latents in {folders[about]}, with their dataset.json, and elsewhere; give "
+                         "one folder of latents, or a zip file of it")  # fmt: skip
+    return about
+
+
+def _labels_in_zip(root: Path, about: str, fetch: Callable[[str], bytes]) -> list | None:
     try:
-        return json.loads(fetch("dataset.json")).get("labels")
+        return json.loads(fetch(about)).get("labels")
     except Exception as error:  # zipfile, zlib and json raise all kinds of errors on damaged files
         raise ValueError(f"{root}: dataset.json cannot be read: {error}; {AGAIN}") from None
 

@@ -278,6 +278,23 @@ def test_a_damaged_source_is_refused_in_one_line_and_nothing_is_run(name, tmp_pa
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("was run"))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_are_found_in_a_folder_around_which_there_is_another(packed, tmp_path):
+    """As `zip -r latents.zip vae-sd` writes it."""
+    outer, files = tmp_path / "src" / "outer", sorted(repa(tmp_path / "src/outer/repa").rglob("*.*"))
+    if packed:
+        outer = tmp_path / "latents.zip"
+        with zipfile.ZipFile(outer, "w") as archive:
+            for path in files:
+                archive.write(path, path.relative_to(tmp_path / "src/outer/repa"))
+    manifest = import_latents("repa", outer, tmp_path / "out")
+    assert manifest.index()["label"].tolist() == list(LABELS) and manifest.class_names == ("0", "1", "2")
+    if not packed:
+        np.save(outer / "0.npy", MEAN[0, 0])
+        with pytest.raises(ValueError, match="has latents in repa/vae-sd/, with their dataset.json, and elsewhere"):
+            import_latents("repa", outer, tmp_path / "again")
+
+
 def test_two_labels_for_a_file_are_refused(tmp_path):
     labels = [[name, label] for name, label in zip(repa_files(), LABELS, strict=True)]
     with pytest.raises(ValueError, match=r"two labels for 00000/img-mean-std-00000000.npy, 0 and 2"):
