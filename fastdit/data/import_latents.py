@@ -73,6 +73,9 @@ def import_latents(
     source = LAYOUTS[layout](root, scale, Path(mirrored) if mirrored else None)
     if not len(source.names):
         raise ValueError(f"SRC={src} holds no latents in the layout of {layout}; see fastdit import --help")
+    if layout == "lightningdit" and not (source.scale or codec):
+        raise ValueError(f"SRC={src} has no {STATS}, which says the scale; copy it there, or give --scale ({SD_SCALE} "
+                         "for Stable Diffusion's autoencoder) or --vae")  # fmt: skip
     first, has_labels = source.read(0)[0], source.read(0)[1] is not None
     if classes and not has_labels:
         raise ValueError(f"--classes={classes} names classes, but SRC={src} has no labels; omit it")

@@ -158,6 +158,8 @@ def cerebras(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
     if not paths and (splits := sorted(path.parent.parent.name for path in root.glob("*/*/*.npz"))):
         raise ValueError(f"SRC={root} has no <class>/*.npz; give one of its splits, such as {root / splits[0]}")
     others = [path.relative_to(root) for path in paths]
+    if mirrored and mirrored.resolve() == root.resolve():
+        raise ValueError(f"--mirrored={mirrored} is SRC; give the folder that --horizontal_flip wrote")
     if mirrored and (lone := [path for path in others if not (mirrored / path).is_file()]):
         raise ValueError(f"--mirrored={mirrored} has no {lone[0]} ({len(lone)} are missing); it must have the mirror "
                          f"image of each file in {root}")  # fmt: skip

@@ -169,6 +169,15 @@ def test_without_an_autoencoder_the_usual_one_is_recorded_by_name(tmp_path):
     assert (spec.vae, spec.codec, spec.scale, spec.image_size) == ("stabilityai/sd-vae-ft-mse", "", 0.18215, 128)
 
 
+def test_without_its_statistics_lightningdit_takes_the_scale_that_is_given(tmp_path, vae):
+    source = lightningdit(tmp_path / "src")
+    (source / "latents_stats.pt").unlink()
+    with pytest.raises(ValueError, match="has no latents_stats.pt, which says the scale; copy it there, or give"):
+        import_latents("lightningdit", source, tmp_path / "out")
+    assert import_latents("lightningdit", source, tmp_path / "a", scale=0.5).latents.scale == 0.5
+    assert import_latents("lightningdit", source, tmp_path / "b", vae=vae).latents.scale == 0.18215
+
+
 def test_classes_have_the_names_of_a_file_or_their_numbers(tmp_path, vae):
     source, names = repa(tmp_path / "src"), tmp_path / "names.txt"
     names.write_text("otter\nzebra\nyak\nbear\n")
@@ -311,6 +320,7 @@ def test_wrong_arguments_name_themselves_and_a_remedy(tmp_path, vae):
         (("fast-dit", source), {}, r"has 0 folders \*_features"),
         (("lightningdit", source), {}, "holds no latents in the layout of lightningdit"),
         (("cerebras", cerebras(tmp_path / "c").parent), {}, "give one of its splits, such as .*/c/train"),
+        (("cerebras", cerebras(tmp_path / "c")), {"mirrored": tmp_path / "c/train"}, "c/train is SRC; give the folder"),
         (("repa", source), {"vae": wide}, "has 8 latent channels, but the latents have 4"),
         (("repa", source), {"vae": vae, "image_size": 256}, "makes latents 16 x 16 of 32 x 32 px"),
         (("repa", source), {"vae": vae, "mirrored": source}, "is for cerebras"),
