@@ -15,7 +15,16 @@ from typing import NamedTuple
 from fastdit.data.columns import SPLITS, cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
 from fastdit.data.matlab import structures
-from fastdit.data.sources import KINDS, LABEL_KEYS, ImageSource, list_images, list_rows, numbered, version_of
+from fastdit.data.sources import (
+    KINDS,
+    LABEL_KEYS,
+    ImageSource,
+    list_images,
+    list_rows,
+    numbered,
+    of_one_split,
+    version_of,
+)
 from fastdit.files import TarHeader, tar_members
 
 MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
@@ -137,10 +146,10 @@ def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
     """Tar files of <key>.<image suffix> with <key>.cls (a number or a name) or <key>.json (with one of LABEL_KEYS).
 
     A key ends at the first dot of the file name, and the rest is the field. Of several image files with one key, the
-    one whose field is an image suffix alone is the image. Without any label, there are no classes.
+    one whose field is an image suffix alone is the image. Without any label, there are no classes. See `of_one_split`.
     """
     found: dict[tuple[Path, str, str], list[tuple[str, str, Slice]]] = {}  # of each key: name, field and place
-    labels, ignored = {}, []
+    labels, (files, ignored) = {}, of_one_split(root, files)
     for file in files:
         for name, part in members(file):
             folder, _, base = name.rpartition("/")

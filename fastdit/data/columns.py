@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastdit.data.images import Opened, skip_line
-from fastdit.data.sources import LABEL_KEYS, ImageSource, numbered, version_of
+from fastdit.data.sources import LABEL_KEYS, ImageSource, numbered, of_one_split, version_of
 from fastdit.files import TarHeader, tar_members
 
 UNPACKED = 1 << 30  # bytes; CIFAR has 2^28
@@ -128,7 +128,7 @@ def cifar(file: Path, split: str = "") -> ImageSource:
 
 
 def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
-    """Parquet files with a column of images, and one of labels if there are classes; only "train" if there are splits.
+    """Parquet files with a column of images, and one of labels if there are classes; see `of_one_split`.
 
     Images are read group of rows by group of rows, each of which is decoded as a whole.
     """
@@ -136,8 +136,7 @@ def parquet(root: Path, files: Sequence[Path]) -> ImageSource:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"images={root} is Parquet, which needs pyarrow; run pip install pyarrow") from None
-    train = [file for file in files if file.name.startswith("train")] or files
-    ignored = [skip_line(file.name, "not of the split train") for file in files if file not in train]
+    train, ignored = of_one_split(root, files)
     paths, values, places, chunks = [], [], [], []
     try:
         opened = [ParquetFile(file) for file in train]

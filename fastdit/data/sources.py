@@ -19,6 +19,7 @@ from fastdit.files import read_bytes
 
 LABEL_KEYS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label")  # the first counts
 WHOLE = re.compile(r"-?\d+(\.0*)?")  # 3.0, too: tables with missing values turn numbers into floats
+SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test"}
 MAX_LIST = 1 << 30  # bytes of a list
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
 KINDS = ("a folder of class folders, a folder of images, a CSV or JSONL list of path and label, a WebDataset, "
@@ -73,7 +74,8 @@ def list_images(root: str | Path) -> ImageSource:
 
     The latter have no classes. Hidden files and folders are ignored. Symbolic links are followed, but no folder is
     visited twice. Raises a ValueError if the folder is missing, empty or cannot be read, if there are images beside
-    class subfolders, or if a class subfolder has no images (it would silently shift the labels of those after it).
+    class subfolders, if the subfolders are splits, or if a class subfolder has no images (it would silently shift the
+    labels of those after it).
     """
     root = Path(root)
     if not root.is_dir():
@@ -101,6 +103,10 @@ def list_images(root: str | Path) -> ImageSource:
                 f"images={root} has a class subfolder {name!r} without images; remove it, or add {'/'.join(EXTENSIONS)}"
             )
         found += [(path, label, version) for path, version in images]
+    nested = any(path.count("/") > 1 for path, *_ in found)
+    if classes and SPLIT_NAMES.issuperset(map(str.lower, classes)) and (nested or len(classes) > 1):
+        raise ValueError(f"images={root} has the splits {', '.join(classes)}, not classes; give one of them, such as "
+                         f"{root / classes[0]}")  # fmt: skip
     paths, labels, versions = zip(*found, strict=True)
     return ImageSource(
         "class folders" if classes else "a folder of images",
@@ -216,6 +222,23 @@ def list_rows(file: Path) -> ImageSource:
 
     versions = [version_of(file), *(version_of(root / path) for path in paths)]
     return ImageSource(f"a {file.suffix[1:].upper()} list", file, paths, labels, names, opened, versions)
+
+
+def of_one_split(root: Path, files: Sequence[Path]) -> tuple[Sequence[Path], list[str]]:
+    """The files of the split train, such as train-00000-of-00002.parquet, and a line of skipped.txt for each other one.
+
+    All files if their names tell no splits. ValueError if there are several splits, and not one is for training.
+    """
+    splits = {file: re.sub(r"([-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?)$", "", file.stem).lower() for file in files}
+    words = {split: {*re.split("[^a-z]+", split)} for split in splits.values()}
+    train = ["train"] if "train" in words else [split for split in words if words[split] & {"train", "training"}]
+    if len(train) == 1:
+        ignored = [skip_line(file.name, "not of the training split") for file in files if splits[file] != train[0]]
+        return [file for file in files if splits[file] == train[0]], ignored
+    if len(words) > 1 and any(each & SPLIT_NAMES for each in words.values()):
+        raise ValueError(f"images={root} has files of the splits {', '.join(words)}; give a folder with the files "
+                         "of one, or a single file")  # fmt: skip
+    return files, []
 
 
 def numbered(values: Iterable[object], paths: Sequence[str], where: str) -> tuple[list[int], tuple[str, ...]]:

@@ -293,6 +293,61 @@ def test_columns_that_are_not_told_apart_are_refused(tmp_path, kinds, message):
         open_images(hub_table(tmp_path, **kinds))
 
 
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["train-00000-of-00002", "train-00001-of-00002", "train_small-00000-of-00001", "test-0"], "train-0000"),
+        (["train-00000-of-00001-0a1b2c", "trainval-00000-of-00001"], "train-0"),
+        (["cifar10_train", "cifar10_test"], "cifar10_train"),
+        (["0000", "0001"], "000"),
+        (["validation-00000-of-00002", "validation-00001-of-00002"], "validation"),
+        (["night", "day"], ""),  # which are no splits
+        (["test-0", "validation-0"], "splits test, validation; give a folder with the files of one, or a single file"),
+        (["train_large-0", "train_small-0"], "splits train_large, train_small; give"),
+    ],
+)
+def test_parquet_files_of_one_split_are_read(tmp_path, names, wanted):
+    table = parquet.read_table(hub_table(tmp_path, image="Image", label="ClassLabel") / "train.parquet")
+    (tmp_path / "data").mkdir()
+    for name in names:
+        parquet.write_table(table, tmp_path / f"data/{name}.parquet")
+    (tmp_path / "train.parquet").unlink()
+    if "give" in wanted:
+        with pytest.raises(ValueError, match=wanted):
+            open_images(tmp_path)
+        assert len(open_images(tmp_path / f"data/{names[0]}.parquet")) == 3
+    else:
+        found = open_images(tmp_path)
+        assert {path.split(",")[0].removesuffix(".parquet") for path in found.paths} == {
+            name for name in names if name.startswith(wanted)}  # fmt: skip
+
+
+def test_tar_files_of_one_split_are_read(tmp_path):
+    for name in ("train-000", "train-001", "val-000"):
+        tar_of(tmp_path / f"{name}.tar", f"{name}.png")
+    found = open_images(tmp_path)
+    assert found.paths == ["train-000.tar/train-000.png", "train-001.tar/train-001.png"]
+    assert found.ignored == ("val-000.tar\tnot of the training split",)
+    (tmp_path / "train-000.tar").rename(tmp_path / "test-000.tar")
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(ValueError, match="has files of the splits test, val; give a folder with the files of one"):
+        open_images(tmp_path)
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    paths = [f"{split}/{label}/0.png" for split in ("train", "val") for label in "ab"]
+    for path in paths:
+        (tmp_path / "set" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / path).write_bytes(png(0))
+    message = "has the splits train, val, not classes; give one of them, such as .*set/train"
+    with pytest.raises(ValueError, match=message):
+        open_images(tmp_path / "set")
+    assert open_images(tmp_path / "set/train").class_names == ("a", "b")
+    (tmp_path / "set/boat").mkdir()
+    (tmp_path / "set/boat/0.png").write_bytes(png(0))
+    assert open_images(tmp_path / "set").class_names == ("boat", "train", "val")
+
+
 def test_without_pyarrow_parquet_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
