@@ -53,7 +53,8 @@ def open_images(root: str | Path) -> ImageSource:
         for folder in (root, root / "data"):  # the second is where the Hugging Face hub keeps them
             if files := sorted(folder.glob("*.parquet")):
                 return parquet(root, files)
-        if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
+        tars, visible = sorted(root.glob("*.tar")), root.glob("[!.]*")
+        if tars and not any(path.is_dir() for path in visible):
             return webdataset(root, tars)
     return list_images(root)
 

@@ -189,7 +189,8 @@ def _files_below(root: Path, name: str, visited: set[tuple[int, int]]) -> tuple[
 def list_rows(file: Path) -> ImageSource:
     """The images that a CSV or JSONL file lists: `path` (or `file_name`), relative to it, and a label in each row.
 
-    A label is a class name or number, in the first of LABEL_KEYS that a row has. Without any, there are no classes.
+    A label is a class name or number, in the first of LABEL_KEYS that a row has. Without any, there are no classes. Of
+    several splits in a column `split`, train is read.
     """
     try:
         text = read_bytes(file, MAX_LIST).decode("utf-8-sig")  # spreadsheets put a mark at the beginning
@@ -210,6 +211,7 @@ def list_rows(file: Path) -> ImageSource:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]:
             raise ValueError(f"images={file} has no {key} in row {number + 1}; complete it, or remove the row")
+    rows, ignored = _rows_of_one_split(file, rows, key)
     paths = [row[key] for row in rows]
     label = next((key for key in LABEL_KEYS if any(key in row for row in rows)), None)
     labels, names = numbered([row.get(label) for row in rows], paths, f"images={file}")
@@ -221,7 +223,20 @@ def list_rows(file: Path) -> ImageSource:
         return root / paths[i]
 
     versions = [version_of(file), *(version_of(root / path) for path in paths)]
-    return ImageSource(f"a {file.suffix[1:].upper()} list", file, paths, labels, names, opened, versions)
+    return ImageSource(f"a {file.suffix[1:].upper()} list", file, paths, labels, names, opened, versions,
+                       ignored)  # fmt: skip
+
+
+def _rows_of_one_split(file: Path, rows: Sequence[dict], key: str) -> tuple[Sequence[dict], tuple[str, ...]]:
+    """The rows whose column `split` says train, and a line of skipped.txt for each other one; see `of_one_split`."""
+    splits = [str(row.get("split")).strip().lower() for row in rows]
+    if len({*splits}) < 2 or not SPLIT_NAMES.issuperset(splits):
+        return rows, ()
+    if "train" not in splits:
+        raise ValueError(f"images={file} has rows of the splits {', '.join(sorted({*splits}))}; leave those of one")
+    pairs = [*zip(rows, splits, strict=True)]
+    return [row for row, split in pairs if split == "train"], tuple(
+        skip_line(row[key], "not of the training split") for row, split in pairs if split != "train")  # fmt: skip
 
 
 def of_one_split(root: Path, files: Sequence[Path]) -> tuple[Sequence[Path], list[str]]:

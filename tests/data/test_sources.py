@@ -323,6 +323,7 @@ def test_parquet_files_of_one_split_are_read(tmp_path, names, wanted):
 
 
 def test_tar_files_of_one_split_are_read(tmp_path):
+    (tmp_path / ".cache").mkdir()  # as `hf download --local-dir` leaves it
     for name in ("train-000", "train-001", "val-000"):
         tar_of(tmp_path / f"{name}.tar", f"{name}.png")
     found = open_images(tmp_path)
@@ -332,6 +333,20 @@ def test_tar_files_of_one_split_are_read(tmp_path):
     (tmp_path / "train-001.tar").unlink()
     with pytest.raises(ValueError, match="has files of the splits test, val; give a folder with the files of one"):
         open_images(tmp_path)
+
+
+def test_rows_of_one_split_are_read(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("path,split,label\na.png,train,cat\nb.png,test,yak\nc.png,Train,dog\n")
+    found = open_images(path)
+    assert (found.paths, list(found.labels), found.class_names) == (["a.png", "c.png"], [0, 1], ("cat", "dog"))
+    assert found.ignored == ("b.png\tnot of the training split",)
+    path.write_text("path,split,label\na.png,val,cat\nb.png,test,cat\n")
+    with pytest.raises(ValueError, match="has rows of the splits test, val; leave those of one"):
+        open_images(path)
+    for text in ("path,split,label\na.png,left,cat\nb.png,right,cat\n", "path,split\na.png,test\nb.png,test\n"):
+        path.write_text(text)
+        assert open_images(path).paths == ["a.png", "b.png"]
 
 
 def test_folders_of_splits_are_no_classes(tmp_path):
