@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.features import FOLDER, FeatureManifest, is_finite, moments, same_images
-from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
+from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings, rounded
 
 
@@ -26,11 +26,13 @@ def verify_features(
         found.add("index", f"{folder} has the features of other images than the latents, or in another order")
     for number, shard in enumerate(tqdm(manifest.shards, unit="shard", disable=None)):
         data = check_shard(folder, shard, found)
-        for row in () if data is None or index is None else index[index["shard"] == number]:
+        for i, row in enumerate(() if data is None or index is None else index[index["shard"] == number]):
             both = sample_bytes(data, row, manifest.record.itemsize, f"{FOLDER}/{shard.name}", found)
             if both is None:
                 continue
             array = np.frombuffer(both.tobytes(), manifest.record.base).reshape(2, *manifest.record.shape)
+            if i == 0:
+                check_array(data, row, array, f"{FOLDER}/{shard.name}", found)
             if is_finite(array):
                 sums, images = sums + moments(array), images + 1
             else:

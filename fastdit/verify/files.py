@@ -3,10 +3,12 @@
 import hashlib
 import zlib
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 
 from fastdit.data.manifest import Shard, ShardFolder
+from fastdit.files import read_array
 from fastdit.verify.findings import Findings
 
 
@@ -58,3 +60,18 @@ def sample_bytes(
             return views
     found.add("sample", f"{name}: sample {row['key']:09d} is damaged: its bytes do not match their CRC-32")
     return None
+
+
+def check_array(data: np.ndarray, row: np.void, like: np.ndarray, name: str, found: Findings) -> None:
+    """A finding unless the .npy file of a sample, which lies at the start of a block, has the shape and type of `like`.
+
+    Its bytes are those of other shapes as well, if the manifest is not true.
+    """
+    offset = int(row["offset"])
+    try:
+        held = read_array(data[offset // BLOCKSIZE * BLOCKSIZE : offset + like.nbytes])
+    except ValueError as error:
+        return found.add("sample", f"{name}: sample {row['key']:09d} is damaged: {error}")
+    if (held.shape, held.dtype) != (like.shape, like.dtype):
+        found.add("sample", f"{name}: sample {row['key']:09d} has {held.dtype} of shape {held.shape}, but the manifest "
+                  f"says {like.dtype} of {like.shape}")  # fmt: skip

@@ -13,7 +13,7 @@ from fastdit.data.latents import scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
 from fastdit.files import TarHeader, tar_members
 from fastdit.verify.features import verify_features
-from fastdit.verify.files import check_counts, check_shard, read_index, sample_bytes
+from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings, rounded
 
 
@@ -96,7 +96,7 @@ def check_samples(
     labels = tar_labels(data, shard, found)
     dtype, (channels, height, width) = DTYPES[manifest.dtype], manifest.latents.shape
     size = dtype.itemsize * 2 * channels * height * width
-    for row in rows:
+    for i, row in enumerate(rows):
         key = f"{int(row['key']):09d}"
         if labels is not None and labels.get(key) != row["label"]:
             line = f"{shard.name}: sample {key} has label {labels.get(key)} in the tar, {row['label']} in the index"
@@ -104,7 +104,10 @@ def check_samples(
         views = sample_bytes(data, row, size, shard.name, found, manifest.orientations)
         if views is None:
             continue
-        array = views.view(dtype).reshape(-1, 2 * channels, height, width).astype(np.float64)
+        array = views.view(dtype).reshape(-1, 2 * channels, height, width)
+        if i == 0:
+            check_array(data, row, array, shard.name, found)
+        array = array.astype(np.float64)
         if not np.isfinite(array).all():
             found.add("sample", f"{shard.name}: sample {key} has values that are not finite")
         elif (array[:, channels:] < 0).any():

@@ -105,6 +105,13 @@ def test_what_the_manifest_says(made):
     assert len(images) == COUNT
 
 
+def test_a_shape_of_as_many_values_is_named(made, tmp_path):
+    shutil.copytree(made / "out", tmp_path / "out")
+    change(tmp_path / "out/features", dim=390, class_token=False, grid=[1, 1])  # 65 tokens of 6 values
+    assert any("features/shard-00000.tar: sample 000" in line and "has float16 of shape (2, 65, 6), but the manifest "
+               "says float16 of (2, 1, 390)" in line for line in silent(tmp_path / "out"))  # fmt: skip
+
+
 def test_webdataset_reads_the_tars(made):
     import webdataset as wds
 

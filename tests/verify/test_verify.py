@@ -253,6 +253,10 @@ SHARD_FAULTS = {
         lambda folder: change_manifest(folder, lambda m: m.update(channel_std=[1.0] * 4)),
         ["the channel standard deviations are 0.9", "but the manifest says 1.00"],
     ),
+    "a shape of as many values": (
+        lambda folder: change_manifest(folder, lambda m: m.update(latent_shape=[4, 4, 16])),
+        ["sample 000000000 has float16 of shape (2, 8, 8, 8), but the manifest says float16 of (2, 8, 4, 16)"],
+    ),
     "no manifest to read": (
         lambda folder: (folder / "manifest.json").write_text("{"),
         ["manifest.json is damaged"],
