@@ -28,6 +28,7 @@ from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
 from fastdit.data.remote import is_remote
 from fastdit.evaluation.encoders import load_encoder
+from fastdit.files import yaml_line
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, load_pipeline
 from fastdit.schema import SD_VAE, Config, shards_text
@@ -64,7 +65,7 @@ class Model:
         """
         pipeline = self.pipeline
         if settings:
-            overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
             config = config_from(to_tree(self.config), "sample()", overrides)
             fixed = [key for key in ("precision", "compile", "weak_checkpoint") if key in settings]
             if fixed:
@@ -85,12 +86,12 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
     """
     path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
-    overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+    overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))
     if not foreign:
         return Model(path, weights, load_pipeline(path, overrides, weights=weights, device=chosen), chosen)
     with tempfile.TemporaryDirectory() as folder:
-        stated = [f"{key}={_yaml(value)}" for key, value in dotted.items()]
+        stated = [f"{key}={yaml_line(value)}" for key, value in dotted.items()]
         converted = convert(path, "fastdit", Path(folder) / "model", overrides=stated, say=lambda line: None)
         pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
         pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)
@@ -155,7 +156,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
     tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config, schema=schema))
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
-    return config_from(tree, where, [f"{key}={value}" for key, value in places.items() if value], schema)
+    given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
+    return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
 
 
 def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:
@@ -172,8 +174,3 @@ def with_latents(config: Config, images: str | Path, device: str | None = None, 
         extract(images, shards, vae=config.data.vae or SD_VAE, image_size=size, device=device)
     return replace(config, data=replace(config.data, shards=shards))
 
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

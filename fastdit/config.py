@@ -1,7 +1,7 @@
 """Configuration: the dataclasses of schema.py, set from YAML and `section.key=value` overrides.
 
-Values are converted by annotation. An unknown key is an error that suggests the closest known one. A section
-`{name: ..., option: ...}` selects an entry of a registry (registry.py).
+Values are converted by annotation: text is as it was written, so that run_dir=010 is 010. An unknown key is an error
+that suggests the closest known one. A section `{name: ..., option: ...}` selects an entry of a registry (registry.py).
 """
 
 import copy
@@ -15,9 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text
+from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text, yaml_text
 from fastdit.registry import Choice, UnknownKey, convert
 from fastdit.schema import SD_VAE, Config
 
@@ -60,7 +58,7 @@ def config_from(
 ) -> Any:
     """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
     tree = copy.deepcopy(tree)
-    for override in overrides:
+    for override in sorted(overrides, key=_depth):  # objective=flow before objective.shift=3, wherever they stand
         _override(tree, override)
     data = tree.get("data")
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
@@ -127,7 +125,7 @@ def shipped_names(schema: type = Config) -> list[str]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
-    replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
+    replace_text(Path(path), yaml_text(to_tree(config)))
 
 
 def to_tree(value: Any) -> Any:
@@ -151,6 +149,11 @@ def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
+def _depth(override: str) -> int:
+    """The number of sections above the key; a choice and its `.name` are one key."""
+    return override.partition("=")[0].removesuffix(".name").count(".")
+
+
 def _override(tree: dict, override: str) -> None:
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
@@ -168,3 +171,5 @@ def _override(tree: dict, override: str) -> None:
         tree[last] = parse_yaml(text)
     except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
         tree[last] = text
+    if isinstance(tree[last], str) and text[0] not in "'\"!":  # on a command line, # begins no comment
+        tree[last] = text.strip()

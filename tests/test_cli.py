@@ -35,7 +35,7 @@ MISTAKES = {
     "train sit_s_2 --learning_rate=1e-4": (
         "--learning-rate is not an option of fastdit train; did you mean training.lr=1e-4"
     ),
-    "train sit_s_2 lr=1e-4": "lr='1e-4' is not a known key; did you mean 'training.lr'?",
+    "train sit_s_2 lr=1e-4": "lr=1e-4 is not a known key; did you mean 'training.lr'?",
     "train sit_s_2 --resum --batch-size 4": (
         "--batch-size is not an option of fastdit train; did you mean training.global_batch=4?"
     ),
