@@ -81,17 +81,17 @@ class Model:
 def load(path: str | Path, *, weights: str = "ema", device: str | None = None, **settings: Any) -> Model:
     """The model at `path`: a run, a checkpoint, an official DiT or SiT .pt file, or a diffusers folder.
 
-    `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`; for a
-    source that fastdit did not write, dotted keys can be given as {"objective": "flow", "data.vae": "vae"}.
+    `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`, and
+    dotted keys as {"data.vae": "vae"}; for a source that fastdit did not write also {"objective": "flow"} and others.
     """
     path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
     overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))
+    stated = [f"{key}={yaml_line(value)}" for key, value in dotted.items()]
     if not foreign:
-        return Model(path, weights, load_pipeline(path, overrides, weights=weights, device=chosen), chosen)
+        return Model(path, weights, load_pipeline(path, stated + overrides, weights=weights, device=chosen), chosen)
     with tempfile.TemporaryDirectory() as folder:
-        stated = [f"{key}={yaml_line(value)}" for key, value in dotted.items()]
         converted = convert(path, "fastdit", Path(folder) / "model", overrides=stated, say=lambda line: None)
         pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
         pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)

@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,42 @@ def shipped_names(schema: type = Config) -> list[str]:
     """The names of the included configs: those of autoencoders begin with `vae_`."""
     names = sorted(path.stem for path in shipped_config("any").parent.glob("*.yaml"))
     return [name for name in names if name.startswith("vae_") == (schema is not Config)]
+
+
+def check_used(
+    overrides: Iterable[str], keys: Iterable[str], task: str, options: Mapping[str, str] | None = None,
+    but: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """ValueError for an override of a known key that a `task`, such as "when sampling", does not use.
+
+    `keys`: the keys and sections that it uses, without those in `but`. `options`: of the command, by the keys they are
+    like, such as {"seed": "--seed"}.
+    """
+    keys, known = list(keys), all_keys()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.removesuffix(".name")
+        used = any(_within(key, section) for section in keys)
+        option = (options or {}).get(key)
+        if option and not used:
+            raise ValueError(f"{override} changes nothing {task}; use {option} {value}")
+        if key in but:
+            raise ValueError(f"{override} changes nothing {task}; leave it out")
+        if not used and any(_within(key, own) or _within(own, key) for own in known):  # else it is a typing mistake
+            *most, last = (section if section in known else f"{section}.*" for section in keys)
+            raise ValueError(f"{override}: only {', '.join(most)} and {last} can be changed {task}; leave it out")
+
+
+def check_alone(option: str, key: str, overrides: Iterable[str]) -> None:
+    """ValueError where an override sets the key that an option, such as `--steps=50`, sets."""
+    for override in overrides:
+        name = override.partition("=")[0].removesuffix(".name")
+        if name == key or (_within(key, name) and name not in all_keys()):  # sampling=... but not sampling.sampler=...
+            raise ValueError(f"{option} and {override} are the same; give one")
+
+
+def _within(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
 
 
 def save_config(config: Any, path: str | Path) -> None:
