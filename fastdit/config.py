@@ -33,12 +33,12 @@ SYNONYMS = {  # names that other code bases use
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), schema: type = Config) -> Any:
-    """Reads a YAML file, or an included config by its name, and applies overrides such as `training.lr=2e-4`.
+    """Reads a YAML file, or else an included config by its name, and applies overrides such as `training.lr=2e-4`.
 
     `schema`: the dataclass to make of it. Errors name file, key, value and remedy.
     """
     path = Path(path)
-    if path.parent == Path() and shipped_config(path.name).is_file():
+    if not path.is_file() and path.parent == Path() and shipped_config(path.name).is_file():
         path = shipped_config(path.name)
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, shipped_names(schema), 1, 0.5)
@@ -175,14 +175,15 @@ def to_tree(value: Any) -> Any:
 
 def changes(before: Any, after: Any) -> str:
     """The keys in which two configs of one kind differ: "training.lr=0.0001 -> 0.0002, ..."."""
-    old, new = (dict(_leaves(to_tree(config))) for config in (before, after))
+    old, new = (dict(leaves(to_tree(config))) for config in (before, after))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return ", ".join(f"{key}={old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("training.lr", 0.0001) and so on, of a tree as `to_tree` makes it."""
     for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def _depth(override: str) -> int:

@@ -21,7 +21,7 @@ def configs() -> str:
             lines = shipped_config(name).read_text().splitlines()
             about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
             what = load_config(name, schema=schema).model.variant
-            parts.append("\n".join([f"{name:16}{what}", *(f"    {line}" for line in about)]))
+            parts.append("\n".join([f"{name:<19} {what}", *(f"    {line}" for line in about)]))
     return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine",
                       "fastdit train-vae vae_NAME data.images=images run_dir=runs/vae"])  # fmt: skip
 

@@ -181,6 +181,16 @@ class ImagePipeline:
         times = [times[i] for i in spread(len(times), frames)]
         return times, [seen[t][0] for t in times], [seen[t][1] for t in times]
 
+    def remarks(self) -> list[str]:
+        """What a user should know about the guidance before images are made."""
+        settings, lines = self.config.sampling, []
+        if self.weak and settings.cfg_scale == 1:
+            lines.append(f"sampling.weak_checkpoint={settings.weak_checkpoint} changes nothing at sampling.cfg_scale=1")
+        if settings.cfg_scale != 1 and 0 < settings.cfg_channels < (channels := self.spec.shape[0]) and channels > 4:
+            lines.append(f"sampling.cfg_channels={settings.cfg_channels} guides only the first of {channels} channels; "
+                         "use 0 for all")  # fmt: skip
+        return lines
+
     def batches(self, count: int) -> int:
         """The number of batches of `count` images."""
         return math.ceil(count / self.config.sampling.batch_size)

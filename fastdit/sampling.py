@@ -23,6 +23,7 @@ from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline
 from fastdit.sheets import tiled
+from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.state import load_network
@@ -53,7 +54,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     stated = any(override.startswith("data.vae=") for override in overrides)
     return image_pipeline(
         config, trained.model, trained.objective, trained.latents, trained.folder,
-        run_dir=None if stated else trained.folder.parent.parent, weights=weights, identity=trained.identity,
+        run_dir=None if stated else checkpoint.run_of(trained.folder), weights=weights, identity=trained.identity,
         classes=trained.classes, checkpoint=str(trained.folder.resolve()),
     )  # fmt: skip
 
@@ -81,6 +82,8 @@ def sample(
     config, out = pipeline.config, Path(out)
     classes = pipeline.classes.labels(labels, num_samples, seed)
     if ranks.is_main:
+        for line in pipeline.remarks():
+            print(f"warning: {line}", file=sys.stderr)
         _claim(out, pipeline.record(num_samples, seed, labels))
     ranks.barrier()
 

@@ -145,6 +145,16 @@ def test_mistakes_name_file_key_value_and_remedy(write, text, overrides, words):
     assert all(word in str(error.value) for word in words), error
 
 
+def test_a_file_is_read_before_an_included_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sit_s_2", "sit_s_2.yaml", "./sit_s_2.yaml"):
+        assert load_config(name).training.lr == 1e-4
+    (tmp_path / "sit_s_2.yaml").write_text("training: {lr: 0.123}\n")
+    for name in ("sit_s_2.yaml", "./sit_s_2.yaml"):
+        assert load_config(name).training.lr == 0.123
+    assert load_config("sit_s_2").training.lr == 1e-4  # a name alone is that of an included one
+
+
 def test_a_missing_file_says_where_the_shipped_ones_are():
     with pytest.raises(ValueError, match="no.yaml does not exist; fastdit configs lists"):
         load_config("no.yaml")

@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import fastdit
+from fastdit.commands.look import default_out
 from fastdit.config import load_config
 from fastdit.evaluation.images import open_set
 from fastdit.sampling import grid, load_pipeline, sample
@@ -202,6 +205,28 @@ def test_guidance_by_the_model_itself_has_no_effect_and_another_network_is_refus
     checkpoint.write_meta(tmp_path / "weak", {key: value for key, value in meta.items() if key != "sha256"})
     with pytest.raises(ValueError, match="weak_checkpoint=.* has objective={'name': 'flow', 'interpolant': 'gvp'}"):
         load_pipeline(trained, [f"sampling.weak_checkpoint={tmp_path}/weak"])
+    (tmp_path / "weak" / "config.yaml").write_text((newest / "config.yaml").read_text())
+    others = [f"other {name}" for name in meta["class_names"]]
+    facts = {key: value for key, value in meta.items() if key != "sha256"}
+    checkpoint.write_meta(tmp_path / "weak", facts | {"class_names": others})
+    with pytest.raises(ValueError, match=r"has class_names=\['other 0', .* must be trained on the same task"):
+        load_pipeline(trained, [f"sampling.weak_checkpoint={tmp_path}/weak"])
+
+
+def test_samples_of_a_checkpoint_are_not_written_into_its_folder():
+    """Which a resumed run deletes after training.keep_checkpoints further ones."""
+    assert default_out("runs/a", "samples") == Path("runs/a/samples")
+    assert default_out("runs/a/checkpoints/step-0000020", "samples") == Path("runs/a/step-0000020-samples")
+
+
+def test_guidance_that_is_not_what_it_seems_is_pointed_out(trained, tmp_path, capsys):
+    own = [f"sampling.weak_checkpoint={trained}", "sampling.cfg_scale=1"]
+    sample(trained, tmp_path / "out", 1, overrides=own, device="cpu")
+    assert f"weak_checkpoint={trained} changes nothing at sampling.cfg_scale=1" in capsys.readouterr().err
+    pipeline = load_pipeline(trained, ["sampling.cfg_scale=2", "sampling.cfg_channels=3"])
+    assert pipeline.remarks() == []  # as DiT was released, for 4 channels
+    wide = replace(pipeline, spec=replace(pipeline.spec, shape=(16, 4, 4)))
+    assert wide.remarks() == ["sampling.cfg_channels=3 guides only the first of 16 channels; use 0 for all"]
 
 
 def test_x_0_is_clipped_or_replaced_as_asked(trained):

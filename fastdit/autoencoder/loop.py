@@ -17,7 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig, NetworkConfig
 from fastdit.autoencoder.monitor import VaeMonitor
-from fastdit.autoencoder.network import Reconstruction, as_config, build_autoencoder, from_checkpoint, pretrained
+from fastdit.autoencoder.network import (
+    Reconstruction,
+    as_config,
+    build_autoencoder,
+    from_checkpoint,
+    not_taken,
+    pretrained,
+)
 from fastdit.autoencoder.perceptual import Perceptual, load_perceptual
 from fastdit.autoencoder.state import (
     CRITIC,
@@ -52,6 +59,7 @@ from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, VAE
 from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
 from fastdit.training.weights import read_weights
+from fastdit.unused import unused
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
@@ -88,7 +96,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     # networks, from the seed alone: every process starts with the same weights
     torch.manual_seed(seed_of(config.seed, INIT))
     vae, network, origin = _autoencoder(config, last)
-    config = replace(config, model=network, training=settings)
+    given, config = config, replace(config, model=network, training=settings)
     _check_size(config)
     critic = build_critic(config)
     if last:
@@ -129,7 +137,9 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     log = Log(run_dir, ranks, start, config, images=images, flops_per_image=flops)
     reader.say = log.say
     origin = f"resumed at step {start}" if start else origin
-    for line in (*remarks(source), _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)):
+    warnings = (f"warning: {line}" for line in (*unused(given), *not_taken(given.model, network)))
+    about = _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)
+    for line in (*remarks(source), *warnings, about):
         log.say(line)
     if last and (changed := changes(load_config(last / CONFIG, schema=AutoencoderConfig), config)):
         log.say(f"changed since step {start}: {changed}")

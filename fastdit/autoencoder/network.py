@@ -62,6 +62,16 @@ def as_config(vae: nn.Module, scaling_factor: float | None) -> NetworkConfig:
     )
 
 
+def not_taken(given: NetworkConfig, network: NetworkConfig) -> list[str]:
+    """A line for each setting of the section `model` that is another one in the network of training.init_from."""
+    default, chosen, own = vars(NetworkConfig()), vars(given), vars(network)
+    return [
+        f"model.{key}={chosen[key]} changes nothing: the autoencoder of training.init_from has {own[key]}"
+        for key in own
+        if key != "scaling_factor" and chosen[key] not in (default[key], own[key])
+    ]
+
+
 def from_checkpoint(folder: Path) -> nn.Module:
     """The untrained AutoencoderKL that a checkpoint holds the weights of; ValueError if its description is damaged."""
     from diffusers import AutoencoderKL

@@ -63,7 +63,7 @@ def make_picture(path: str, arguments: Namespace) -> None:
         raise ValueError("--points is the number of columns of --interpolate, which is not given")
     kind = arguments.trajectory or "png"
     name = "trajectory" if arguments.trajectory else "interpolation" if arguments.interpolate else "sheet"
-    out = checked_out(arguments.out, kind) if arguments.out else Path(path) / f"{name}.{kind}"
+    out = checked_out(arguments.out, kind) if arguments.out else default_out(path, f"{name}.{kind}")
 
     from fastdit.distributed import close, init
     from fastdit.gallery.axes import read_axes
@@ -85,6 +85,14 @@ def make_picture(path: str, arguments: Namespace) -> None:
     if ranks.is_main:
         save(images, out)
         print(out)
+
+
+def default_out(path: str | Path, name: str) -> Path:
+    """RUN/name; of a checkpoint, whose own folder may be deleted, RUN/step-0000020-name."""
+    from fastdit.training.checkpoint import run_of
+
+    run = run_of(path := Path(path))
+    return path / name if run == path else run / f"{path.name}-{name}"
 
 
 def checked_out(out: str | Path, kind: str) -> Path:

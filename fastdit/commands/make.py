@@ -7,11 +7,10 @@ import argparse
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
-from fastdit.commands.look import make_picture, take_pictures, wants_picture
+from fastdit.commands.look import default_out, make_picture, take_pictures, wants_picture
 from fastdit.config import load_config
 
 LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
@@ -162,7 +161,7 @@ def sample(parser: ArgumentParser) -> Command:
         from fastdit.sampling import sample
 
         count = 64 if arguments.num_samples is None else arguments.num_samples
-        out = sample(path, arguments.out or Path(path) / "samples", count,
+        out = sample(path, arguments.out or default_out(path, "samples"), count,
                      overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels or "balanced",
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":

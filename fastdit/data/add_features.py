@@ -105,7 +105,7 @@ def check_same_images(
     if (labels[index["key"].astype(np.int64)] != index["label"]).any():
         raise ValueError(f"{where} have other labels than images={source.root}; {remedy}")
     rows = index[np.linspace(0, len(index) - 1, COMPARED).astype(int)]
-    device = next(codec.vae.parameters()).device
+    device = next((parameter.device for parameter in codec.vae.parameters()), torch.device("cpu"))  # Pixels has none
     kept = read_moments(latents, rows)
     if len(kept) < len(rows):
         raise ValueError(f"{where} are damaged; see fastdit verify {latents.folder}")

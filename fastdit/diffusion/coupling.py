@@ -21,3 +21,13 @@ def optimal_transport(x_0: Tensor, noise: Tensor) -> Tensor:
 
 
 COUPLINGS = {"independent": independent, "ot": optimal_transport}
+
+
+def paired(objective: object, x_0: Tensor, noise: Tensor) -> Tensor:
+    """The noise samples (N, ...), assigned to x_0 as the objective says."""
+    return COUPLINGS[coupling_of(objective)](x_0, noise)
+
+
+def coupling_of(objective: object) -> str:
+    """A key of COUPLINGS; DDPM has no such option."""
+    return getattr(objective, "coupling", "independent")

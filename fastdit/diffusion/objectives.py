@@ -179,7 +179,7 @@ class FlowMatching:
     shift        resolution shift of the timesteps; sample_shift: a different one for sampling
     cosine_weight  weight of the loss 1 - cos(velocity, target) over the channels (LightningDiT: Yao et al. 2025)
     class_token_weight  weight of the loss of model.class_token (REG: Wu et al. 2025)
-    coupling     independent | ot: noise assigned to images by minibatch optimal transport
+    coupling     independent | ot: noise assigned to images by optimal transport in the global batch; `loss` takes it so
     train_eps, sample_eps  minimum distance of timesteps from the singular ends; None: SiT's defaults
     """
 
@@ -258,7 +258,6 @@ class FlowMatching:
         return -output if self.prediction == "velocity" else output  # SiT's velocity points from noise to data
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Loss:
-        noise = COUPLINGS[self.coupling](x_0, noise)
         x_t = self.path.q_sample(x_0, noise, t)
         return Loss(*self.terms(self._output(model, x_t, t, y), x_0, x_t, t, noise))
 

@@ -94,7 +94,11 @@ def measure(
     if not ranks.is_main:
         return {}
     features = as_features(values, extractor)
-    features = replace(features, probabilities=extractor.probabilities(features.values))
+    probabilities, order = extractor.probabilities(features.values), {}
+    if images.by_class and probabilities is not None:  # a part of consecutive images would have few classes
+        probabilities = np.random.default_rng(0).permutation(probabilities)
+        order["inception_score"] = {"order": "random"}
+    features = replace(features, probabilities=probabilities)
     found, kept, left_out = {}, [], {}
     for name in metrics or METRICS:
         try:
@@ -105,7 +109,9 @@ def measure(
                 raise ValueError(f"--metrics={name}: {error}") from None
             left_out[name] = str(error)
     result = {
-        "protocol": stamp(images, reference.about, extractor, seed) | {"metrics": {n: defaults(n) for n in kept}},
+        "protocol": stamp(images, reference.about, extractor, seed) | {
+            "metrics": {name: defaults(name) | order.get(name, {}) for name in kept}
+        },
         "subject": {"samples": str(images.path), "samples_sha256": digest, **subject(images)},
         "distance": extractor.distance,
         "values": found,

@@ -44,6 +44,7 @@ class ImageSet:
     cropped: str | None = None  # the size that they were center-cropped to
     block: int = BLOCK
     names: Sequence[str] = ()  # of the images, where they are files
+    by_class: bool = False  # whether they may be sorted by their classes
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _folder(path: Path, key: str, image_size: str | None) -> ImageSet:
                 yield np.stack(images)
 
     cropped = size_text(wanted) if wanted else None
-    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped, names=source.paths)
+    return ImageSet(path, len(source), (first.shape[1], first.shape[0]), blocks, cropped=cropped, names=source.paths,
+                    by_class=bool(source.class_names))  # fmt: skip
 
 
 def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
@@ -161,7 +163,7 @@ def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
             yield images[: len(rows)].cpu().numpy()
 
     decoded = {"latents": "posterior mean", "vae": codec.name, "vae_fingerprint": codec.fingerprint}
-    return ImageSet(path, len(index), width_height(spec.image_size), blocks, decoded)
+    return ImageSet(path, len(index), width_height(spec.image_size), blocks, decoded, by_class=manifest.num_classes > 0)
 
 
 def _pixels(image: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from fastdit.data.latents import sample_latents
 from fastdit.data.loader import read_class_tokens, read_moments
 from fastdit.data.manifest import AGAIN, Manifest
 from fastdit.data.order import permutation
+from fastdit.diffusion.coupling import paired
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import Model, Objective
 from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
@@ -68,6 +69,7 @@ def validation_loss(
             token = read_class_tokens(features, rows["key"][part]).to(ranks.device) if entangled else None
             x_0, noise = state_of(manifest, moments.to(ranks.device), part.start, token)
             y = torch.from_numpy(rows["label"][part].astype(np.int64)).to(ranks.device)
+            noise = paired(objective, x_0, noise)
             loss = objective.loss(network, x_0, y, times[part].to(ranks.device), noise)
             names = list(loss.parts)
             values = torch.stack([loss.per_sample, *loss.parts.values()], 1)  # (n, 1 + parts)
@@ -137,9 +139,11 @@ def state_of(manifest: Manifest, moments: Tensor, start: int, token: Tensor | No
 def loss_table(result: dict[str, Any]) -> str:
     """A result of `fastdit evaluate --loss` in lines: the loss, its parts, and a row per part of t."""
     values = {name: value for name, value in result["values"].items() if name != "loss_error"}
-    error, images = result["values"]["loss_error"], result["protocol"]["num_images"]
+    error, images = result["values"]["loss_error"], f"{result['protocol']['num_images']} images"
+    if (own := result["subject"]["images"]) < result["protocol"]["num_images"]:
+        images = f"{result['protocol']['num_images']} times and noises for {own} images"
     lines = [f"{name:<11}  {value:9.6f}" for name, value in values.items()]
-    lines[0] += f"  {error:9.6f}  {images} images, {result['protocol']['weights']} weights"
+    lines[0] += f"  {error:9.6f}  {images}, {result['protocol']['weights']} weights"
     lines.append(f"{'t':<11}  {'loss':>9}  {'error':>9}")
     for k, (mean, error) in enumerate(result["bins"]):
         lines.append(f"{k / BINS:.2f} - {(k + 1) / BINS:.2f}  {mean:9.6f}  {error:9.6f}")

@@ -40,8 +40,8 @@ class Features:
     def spatial_moments(self) -> Moments:
         """ValueError without spatial features."""
         if self.spatial is None:
-            raise ValueError("it needs Inception's spatial features: use --features inception-v3 and a reference with "
-                             "images or mu_s and sigma_s, or leave it out")  # fmt: skip
+            raise ValueError("it needs Inception's spatial features: use --features inception-v3=FILE, "
+                             "and a reference with images or mu_s and sigma_s")  # fmt: skip
         return self.spatial if isinstance(self.spatial, Moments) else moments_of(self.spatial)
 
     @property
@@ -258,7 +258,7 @@ def kernel_distance(
 
 def _score(samples: Features) -> float:
     if samples.probabilities is None:
-        raise ValueError("inception_score needs class probabilities, which these features lack; leave it out")
+        raise ValueError("it needs class probabilities, which these features lack")
     return inception_score(samples.probabilities)
 
 

@@ -242,6 +242,11 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
+def run_of(folder: Path) -> Path:
+    """The run that a checkpoint belongs to; a folder elsewhere, such as one of `fastdit ema`, is a run of its own."""
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

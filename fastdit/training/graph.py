@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastdit.diffusion.coupling import coupling_of
 from fastdit.distributed import seed_of
 from fastdit.training.step import StepResult, TrainStep
 
@@ -22,6 +23,7 @@ class GraphedStep:
             "one process": step.ranks.world == 1,
             "training.engine=torch": step.engine.name == "torch",
             "training.loss_aware_times=false": step.times is None,
+            "objective.coupling=independent": coupling_of(step.objective) == "independent",
             "until=0 in training.align": not any(alignment.until for alignment in step.alignments.values()),
         }
         for need, met in wrong.items():

@@ -17,6 +17,7 @@ from fastdit.build import (
     prepare_for_training,
     resolved,
     shards_of,
+    uses_zero,
 )
 from fastdit.config import changes, load_config, save_config
 from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
@@ -48,6 +49,7 @@ from fastdit.training.state import (
 )
 from fastdit.training.step import TrainStep
 from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
+from fastdit.unused import unused
 
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
@@ -130,7 +132,9 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if ranks.is_main:
         _prepare(run_dir, config, ranks, start)
     log = Log(run_dir, ranks, start, config, images=len(manifest), flops_per_image=flops_per_image)
-    batch, remarks = (ranks.world, micro, accumulation), (f"warning: {line}" for line in manifest.scale_remarks())
+    remarks = [f"warning: {line}" for line in (*manifest.scale_remarks(), *unused(config, uses_zero(settings)))]
+    remarks.append(too_young(settings, settings.steps))
+    batch = ranks.world, micro, accumulation
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)

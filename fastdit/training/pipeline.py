@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastdit.classes import Classes
 from fastdit.config import to_tree
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import Objective
@@ -20,7 +21,8 @@ def image_pipeline(
     *,
     run_dir: Path | None,
     weights: str = "ema",
-    **about: str | tuple[str, ...],
+    classes: Classes,
+    **about: str,
 ) -> ImagePipeline:
     """The pipeline of a network in `where`. `run_dir`: has a copy of the autoencoder, used if the original is gone.
 
@@ -40,8 +42,9 @@ def image_pipeline(
             ("objective", config.objective, weaker.config.objective),
             ("data.num_classes", config.data.num_classes, weaker.config.data.num_classes),
             ("model.class_token", config.model.class_token, weaker.config.model.class_token),
+            ("class_names", classes.names, weaker.classes.names),
         ):
-            if own != other:
+            if own != other and not (key == "class_names" and () in (own, other)):  # unknown
                 raise ValueError(
                     f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {where} "
                     f"{to_tree(own)}; a weak model must be trained on the same task"
@@ -49,5 +52,6 @@ def image_pipeline(
         weak, weak_identity = Inference(weaker.model, settings.precision, settings.compile), weaker.identity
     inference = Inference(model, settings.precision, settings.compile)
     return ImagePipeline(
-        config, inference, weak, objective, codec, latents, weights=weights, weak_identity=weak_identity, **about
+        config, inference, weak, objective, codec, latents, classes=classes, weights=weights,
+        weak_identity=weak_identity, **about,
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdit.config import load_config, save_config
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, exponent, width_name
-from fastdit.training.state import CONFIG, classes_of, describe, latents_of
+from fastdit.training.state import CONFIG, VAE, classes_of, describe, keep_autoencoder, latents_of
 from fastdit.training.weights import header, mismatches, write_weights
 
 FILE = re.compile(r"power-(\d[\d.]*(?:e-\d+)?)\.safetensors")
@@ -137,6 +137,7 @@ def rebuild(
             own = replace(config, run_dir=str(out / folder.name))
             save_config(own, unfinished / CONFIG)
             checkpoint.commit(unfinished, folder, {"step": step, **describe(own, *facts), **kept, "ema_std": std})
+            keep_autoencoder(config.data.vae if Path(config.data.vae).is_dir() else str(run_dir / VAE), folder)
             say(f"{out / folder.name}: step {step}, from {used.sum()} averages, profile within {error:.2%}")
             if error > FAR:
                 say(

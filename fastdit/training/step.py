@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdit.data.features import class_token_of
 from fastdit.data.latents import LatentSpec, sample_latents
+from fastdit.diffusion.coupling import coupling_of, paired
 from fastdit.diffusion.objectives import Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, StepRandom, step_generator
@@ -74,6 +75,8 @@ class TrainStep:
             x_0 = join(latents, class_token_of(features, class_token))  # (n, C + K, h, w)
         y = drop_labels(y, random.rand(), self.class_dropout, self.null_label)
         u, noise = random.rand(), random.randn(*model.state_shape)
+        if coupling_of(self.objective) != "independent":  # in the global batch, so that the split changes nothing
+            noise = paired(self.objective, self.ranks.gather(x_0), self.ranks.gather(noise))[rows]
         t, factors = (self.objective.sample_t(u), None) if self.times is None else self.times.sample(u)
         routes = None if self.routing is None else self.routing.draw(random.rand, model, step)
         fp8 = model.fp8

@@ -90,7 +90,7 @@ def loss_of_run(
             "metrics": {"loss": {}},
         },
         "subject": {"samples": str(path), "checkpoint": str(trained.folder.resolve()), "sha256": trained.identity,
-                    "step": trained.step},
+                    "step": trained.step, "images": min(found["images"], len(manifest))},
         "distance": "loss",
         "values": {"loss": found["loss"], "loss_error": found["loss_error"], **found["parts"]},
         "bins": found["bins"],

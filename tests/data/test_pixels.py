@@ -8,6 +8,8 @@ import fastdit
 from fastdit.cli import main
 from fastdit.config import load_config
 from fastdit.convert import convert
+from fastdit.data.add_features import check_same_images
+from fastdit.data.archives import open_images
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.extract import extract_features
 from fastdit.data.images import to_pixels, to_uint8
@@ -76,6 +78,12 @@ def test_a_run_on_pixels_is_sampled_verified_measured_and_reported(made, capsys,
     assert said.count("all is well") == 2 and "FD (tiny)" in said and "0.95 - 1.00" in said
     page = (made / "run" / "report.html").read_text()
     assert "3 x 32 x 32, the pixels themselves" in page and "No samples" not in page and "scaling_factor" not in page
+
+
+def test_features_can_be_added_to_pixels(made):
+    """Which have no network whose device could be asked for."""
+    source, latents = open_images(made / "cifar-10-python.tar.gz"), Manifest.load(made / "pixels")
+    check_same_images(source, latents, LatentCodec.load(NO_VAE), 32, False)
 
 
 def test_channels_of_pixels_are_normalized_and_restored(made, tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastdit.diffusion.coupling import optimal_transport
+from fastdit.diffusion.coupling import optimal_transport, paired
 from fastdit.diffusion.objectives import DDPM, FlowMatching, per_sample_mean
 from fastdit.diffusion.paths import PATHS
 from fastdit.diffusion.prediction import PREDICTIONS, predicted, target
@@ -262,21 +262,19 @@ def test_loss_aware_times_are_proportional_and_unbiased():
 
 def test_optimal_transport_is_the_best_of_all_permutations():
     x_0, noise = draws(6, 2, 2), draws(6, 2, 2, seed=5)
-    paired = optimal_transport(x_0, noise)
-    cost = (x_0 - paired).square().sum()
+    assigned = optimal_transport(x_0, noise)
+    cost = (x_0 - assigned).square().sum()
     assert cost == pytest.approx(min(
         (x_0 - noise[list(order)]).square().sum().item() for order in itertools.permutations(range(6))
     ))  # fmt: skip
-    assert sorted(map(tuple, paired.flatten(1).tolist())) == sorted(map(tuple, noise.flatten(1).tolist()))
+    assert sorted(map(tuple, assigned.flatten(1).tolist())) == sorted(map(tuple, noise.flatten(1).tolist()))
 
 
-def test_the_coupling_pairs_the_training_batch():
+def test_an_objective_names_its_coupling():
     x_0, noise = batch(5)
-    t = torch.full((5,), 0.5, dtype=torch.float64)
-    model = lambda x_t, time, y: x_t  # noqa: E731
-    paired = FlowMatching(coupling="ot").loss(model, x_0, None, t, noise).per_sample
-    assert torch.equal(paired, FlowMatching().loss(model, x_0, None, t, optimal_transport(x_0, noise)).per_sample)
-    assert not torch.equal(paired, FlowMatching().loss(model, x_0, None, t, noise).per_sample)
+    assert torch.equal(paired(FlowMatching(coupling="ot"), x_0, noise), optimal_transport(x_0, noise))
+    assert not torch.equal(optimal_transport(x_0, noise), noise)
+    assert paired(FlowMatching(), x_0, noise) is noise and paired(DDPM(), x_0, noise) is noise
 
 
 # Mistakes

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from fastdit.cli import main
+from fastdit.distributed import Ranks
 from fastdit.evaluation import features
-from fastdit.evaluation.metrics import frechet_distance
+from fastdit.evaluation.evaluate import Reference, measure
+from fastdit.evaluation.images import ImageSet
+from fastdit.evaluation.metrics import Features, frechet_distance
 from fastdit.evaluation.moments import moments_of
 from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny, write_pngs
 from helpers.runs import Forks
@@ -223,3 +227,25 @@ def test_a_crop_makes_sizes_equal(folder, small, tmp_path, capsys):
     assert results[0]["protocol"]["reference"]["size"] == [48, 48] and results[0]["protocol"] == results[1]["protocol"]
     assert evaluate(tmp_path / "wide", "--reference", saved, "--image-size", "48")["protocol"]["cropped"] == "48"
     assert "96x48 pixels, --reference=" in mistake(capsys, tmp_path / "wide", "--reference", saved)
+
+
+def test_the_inception_score_of_images_sorted_by_class_is_that_of_shuffled_ones():
+    """Its parts of 5,000 consecutive images had half of the classes each."""
+    extractor = replace(tiny(None, torch.device("cpu")), head=(20 * torch.eye(10, 48), 0.0))
+    kinds = np.zeros((10, 4, 4, 3), np.uint8)
+    kinds.reshape(10, 16, 3)[range(10), range(10), 0] = 255  # one cell is red: a feature and a class
+    reference = Reference(Features(np.zeros((2, 48), np.float32)), {"images": 2})
+
+    def score(labels: np.ndarray, by_class: bool) -> float:
+        blocks = lambda numbers: (kinds[labels[500 * b : 500 * (b + 1)]] for b in numbers)  # noqa: E731
+        images = ImageSet(Path("x"), len(labels), (4, 4), blocks, block=500, by_class=by_class)
+        ranks = Ranks(0, 0, 1, torch.device("cpu"))
+        found = measure(images, reference, ranks, extractor=extractor, metrics=["inception_score"])
+        order = found["protocol"]["metrics"]["inception_score"].get("order")
+        assert order == ("random" if by_class else None)
+        return found["values"]["inception_score"]
+
+    by_class = np.repeat(np.arange(10), 1000)
+    shuffled = np.random.default_rng(1).permutation(by_class)
+    assert score(by_class, True) == pytest.approx(score(shuffled, False), rel=1e-3)
+    assert score(by_class, False) < 0.6 * score(shuffled, False)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastdit.cli import main
 from fastdit.config import load_config
 from fastdit.memory import memory_bytes
+from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, exponent, power_decay, width_name
 from fastdit.training.posthoc import coefficients, rebuild
@@ -174,6 +176,21 @@ def test_a_rebuilt_checkpoint_is_sampled_without_a_word_about_its_age(walked, tm
     place = rebuild(walked[0], [0.1], tmp_path / "out", say=lambda line: None)[0]
     said = run("sample_ddp.py", "--checkpoint", str(place), "--out", str(tmp_path / "images"), "--num-samples", "2")
     assert len(list((tmp_path / "images").rglob("*.png"))) >= 2 and "random weights" not in said
+
+
+def test_a_rebuilt_checkpoint_keeps_the_autoencoder_of_its_run(walked, tmp_path):
+    """And does not take one that lies beside it, as runs/vae does beside runs/mine_ema."""
+    run = shutil.copytree(walked[0], tmp_path / "runs" / "mine")
+    vae = load_config(checkpoint.find(run) / "config.yaml").data.vae
+    other = shutil.copytree(vae, tmp_path / "runs" / "vae")
+    (other / "config.json").write_text((other / "config.json").read_text().replace("scaling_factor", "other"))
+    [made] = rebuild(run, [0.05], tmp_path / "runs" / "mine_ema", say=lambda line: None)
+    assert (made / "vae" / "config.json").read_bytes() == (Path(vae) / "config.json").read_bytes()
+    meta = {key: value for key, value in checkpoint.read_meta(made).items() if key not in ("sha256", "files")}
+    text = (made / "config.yaml").read_text()
+    (made / "config.yaml").write_text(text.replace(vae, str(tmp_path / "gone")))
+    checkpoint.write_meta(made, meta)
+    assert load_pipeline(made).codec.scale == load_pipeline(run).codec.scale
 
 
 def test_an_earlier_step_uses_nothing_later(walked, tmp_path, capsys):

@@ -42,6 +42,19 @@ def test_micro_batches_and_checkpointing_change_no_loss(world, whole, tmp_path, 
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
+def test_optimal_transport_pairs_the_whole_batch_however_it_is_split(world, tmp_path):
+    common = ["objective=flow", "objective.coupling=ot", "training.steps=3", "training.precision=fp32"]
+    train_here(world, tmp_path / "whole", *common)
+    train_here(world, tmp_path / "parts", *common, "training.micro_batch=1")
+    train_here(world, tmp_path / "independent", *common[:1], *common[2:])
+    launcher = [sys.executable, "-m", "fastdit.cli", "launch", "--gpus", "2"]
+    done = run_command(*launcher, "train", world / "config.yaml", *common, f"run_dir={tmp_path}/two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "independent") != pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
 def test_compiled_blocks_and_a_compiled_model_give_the_same_losses(world, tmp_path, monkeypatch):
     """The blocks without Inductor; test_dit.py compiles blocks with it."""
     few = ["model.variant=DiT-2x64x4/4", "training.steps=4", "training.precision=fp32"]
