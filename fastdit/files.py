@@ -55,6 +55,14 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # instead of those of YAML 1.1, where 010 is 8 and 1:30 is 90
     levels = 0
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in names:  # PyYAML would take the last one
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
     def number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.lower()
         if node.tag.endswith("int"):
@@ -259,7 +267,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of YAML text; ValueError if it is not valid, or has tags, aliases or too many levels.
+    """The value of YAML text; ValueError if it is not valid, or has tags, aliases, too many levels or a key twice.
 
     `str` of a number gives its text, such as 010, for keys whose values are text.
     """

@@ -137,6 +137,7 @@ def test_yes_and_off_are_booleans_where_a_key_is_one_and_else_text():
         ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
         ("- a", [], ["sections"]),
         ("a: [", [], ["not valid YAML"]),
+        ("training: {lr: 1e-4}\ndata: {}\ntraining: {steps: 5}", [], ["training is there twice"]),
     ],
 )
 def test_mistakes_name_file_key_value_and_remedy(write, text, overrides, words):
