@@ -62,7 +62,7 @@ def config_from(
         _override(tree, override)
     data = tree.get("data")
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
-        data["image_size"] = [int(side) for side in data["image_size"].split("x")]
+        data["image_size"] = [int(side) for side in str(data["image_size"]).split("x")]
     try:
         return convert(schema, tree, "")
     except UnknownKey as error:
@@ -204,9 +204,10 @@ def _override(tree: dict, override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    text = text.strip()
     try:
-        tree[last] = parse_yaml(text)
+        value = parse_yaml(text)
     except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
-        tree[last] = text
-    if isinstance(tree[last], str) and text[0] not in "'\"!":  # on a command line, # begins no comment
-        tree[last] = text.strip()
+        value = text
+    comment = "#" in text and not isinstance(value, dict | list)  # which a command line has not
+    tree[last] = text if (isinstance(value, str) or comment) and text[:1] not in ("'", '"', "!") else value
