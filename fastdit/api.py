@@ -24,9 +24,14 @@ from fastdit.autoencoder.loop import train_autoencoder
 from fastdit.build import check_sampling
 from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
+from fastdit.data.add_features import check_listed
+from fastdit.data.archives import open_images
 from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
+from fastdit.data.latents import LatentCodec
+from fastdit.data.manifest import Manifest
 from fastdit.data.remote import is_remote
+from fastdit.data.synthetic import PREFIX
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.files import yaml_line
 from fastdit.report import report_at_end
@@ -160,17 +165,34 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
     return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
 
 
-def with_latents(config: Config, images: str | Path, device: str | None = None, say=print) -> Config:
-    """The config with latents of `images` as its shards; they are extracted unless data.shards has them already."""
-    size = config.data.image_size or 256
-    given = config.data.shards
-    if isinstance(given, tuple) or is_remote(given):
-        mixed = shards_text(given)
+def with_latents(
+    config: Config, images: str | Path, place: str | tuple = "", device: str | None = None, say=print
+) -> Config:
+    """The config with the latents of `images` as its shards, which are extracted to `place` unless they are there.
+
+    `place`: by default a folder beside the images. ValueError if what is there is not of these images, or of another
+    image size or autoencoder than the config names.
+    """
+    data, size = config.data, config.data.image_size or 256
+    if isinstance(place, tuple) or is_remote(place) or place.startswith(PREFIX):
+        mixed = shards_text(place)
         raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
-    given = given if (Path(given or "-") / "manifest.json").is_file() else ""
-    shards = given or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
-    if not (Path(shards) / "manifest.json").is_file():
+    shards = place or f"{str(images).rstrip('/')}_latents_{size_text(size)}"
+    if (Path(shards) / "manifest.json").is_file():
+        latents = Manifest.load(shards)
+        again = f"remove {shards} to extract again"
+        others = f"name another folder in data.shards for those of {images}" if place else again
+        remedy = f"omit --images to train on them, or {others}"
+        check_listed(open_images(images), latents, remedy)
+        known = latents.latents.vae
+        if not (place or data.vae) and known != SD_VAE:  # of an earlier command with another data.vae
+            raise ValueError(f"the latents in {shards} are of vae={known}, and the default is {SD_VAE}; set data.vae="
+                             f"{known}, or {again}")  # fmt: skip
+        check = data.vae and (data.vae != known or Path(data.vae).is_dir())  # a folder may hold another one by now
+        codec = LatentCodec.load(data.vae).fingerprint if check else None
+        latents.check(image_size=data.image_size, codec=codec)
+    else:
         say(f"extracting the latents of {images} to {shards}")
-        extract(images, shards, vae=config.data.vae or SD_VAE, image_size=size, device=device)
-    return replace(config, data=replace(config.data, shards=shards))
+        extract(images, shards, vae=data.vae or SD_VAE, image_size=size, device=device)
+    return replace(config, data=replace(data, shards=shards))
 

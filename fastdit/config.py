@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), schema: type = 
     `schema`: the dataclass to make of it. Errors name file, key, value and remedy.
     """
     path = Path(path)
-    if not path.is_file() and path.parent == Path() and shipped_config(path.name).is_file():
+    if not path.is_file() and is_shipped(path):
         path = shipped_config(path.name)
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, shipped_names(schema), 1, 0.5)
@@ -115,6 +115,12 @@ def shipped_config(name: str) -> Path:
     """The path of configs/<name>.yaml in this clone or the installed wheel."""
     folder = next((p for p in CONFIGS if p.is_dir()), CONFIGS[0])
     return folder / (name if name.endswith(".yaml") else f"{name}.yaml")
+
+
+def is_shipped(path: str | Path) -> bool:
+    """Whether this is the name, or the path, of an included config."""
+    path, own = Path(path), shipped_config(Path(path).name)
+    return own.is_file() and (path.samefile(own) if path.is_file() else path.parent == Path())
 
 
 def shipped_names(schema: type = Config) -> list[str]:

@@ -124,15 +124,20 @@ def write_npz(paths: list[Path], out: Path) -> None:
 
 
 def grid(out: Path, labels: list[int], rows: int = 10, columns: int = 10, gap: int = 2) -> Image.Image:
-    """The first images of `out`, one class per row if there are several classes, with `gap` pixels between them."""
+    """The first images of `out` in order of class, up to `rows` x `columns`, with `gap` pixels between them.
+
+    Each class has a row, or several where there are fewer classes than rows. Of more classes than rows, the first ones
+    are shown; they share rows if they have few images each.
+    """
     by_class: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         by_class.setdefault(label, []).append(i)
-    if len(by_class) == 1:
-        order = [list(range(r * columns, min((r + 1) * columns, len(labels)))) for r in range(rows)]
-    else:
-        order = [by_class[label][:columns] for label in sorted(by_class)[:rows]]
-    order = [row for row in order if row]
+    most = min(columns, max(map(len, by_class.values())))
+    across = columns // most if len(by_class) > rows else 1  # classes in a row
+    parts = sorted((start, label) for label, own in by_class.items() for start in range(0, len(own), columns))
+    chosen = sorted((label, start) for start, label in parts[: rows * across])
+    shown = [by_class[label][start : start + columns] for label, start in chosen]
+    order = [sum(shown[i : i + across], []) for i in range(0, len(shown), across)]
     return tiled([[_open_png(_png(out, i)) for i in row] for row in order], gap)
 
 

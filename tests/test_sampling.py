@@ -131,6 +131,30 @@ def test_a_grid_has_one_class_per_row(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels, rows",
+    [
+        ([i % 3 for i in range(64)], [(0, 10), (0, 10), (0, 2), (1, 10), (1, 10), (1, 1), (2, 10), (2, 10), (2, 1)]),
+        ([i % 3 for i in range(330)], [(0, 10)] * 4 + [(1, 10)] * 3 + [(2, 10)] * 3),
+        ([0] * 25, [(0, 10), (0, 10), (0, 5)]),
+        ([0] * 9 + [1] * 90, [(0, 9)] + [(1, 10)] * 9),
+        ([i % 11 for i in range(220)], [(c, 10) for c in range(10)]),
+        ([*range(64)], [(None, 10)] * 6 + [(None, 4)]),
+        ([i % 40 for i in range(160)], [(None, 8)] * 10),
+    ],
+)
+def test_a_grid_fills_its_places_in_order_of_class(tmp_path, labels, rows):
+    (tmp_path / "images").mkdir()
+    for i, label in enumerate(labels):
+        Image.new("RGB", (1, 1), (label + 1, 0, 0)).save(tmp_path / "images" / f"{i:06d}.png")
+    sheet = np.asarray(grid(tmp_path, labels, gap=0))[..., 0].astype(int)
+    counts = [(row != 128).sum() for row in sheet]
+    assert sheet.shape[1] == max(count for _, count in rows) and [*counts] == [count for _, count in rows]
+    shown = [row[:count] - 1 for row, count in zip(sheet, counts, strict=True)]
+    assert (np.diff(np.concatenate(shown)) >= 0).all()
+    assert all(label is None or (row == label).all() for row, (label, _) in zip(shown, rows, strict=True))
+
+
+@pytest.mark.parametrize(
     "arguments, words",
     [
         ({"path": "nowhere"}, ["nowhere", "does not exist"]),

@@ -100,7 +100,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     _check_size(config)
     critic = build_critic(config)
     if last:
-        check_resume(last, config, images, vae, critic)
+        check_resume(last, config, images, source.contents, vae, critic)
         vae.load_state_dict(read_weights(last / "model.safetensors"))
         if critic:
             critic.load_state_dict(read_weights(last / f"{CRITIC}.safetensors"))
@@ -154,7 +154,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         chosen, _ = Order(order, [images])(np.arange((done - 1) * settings.global_batch, done * settings.global_batch))
         log.skip(done, reader.rows[chosen].tolist(), [])
 
-    guard, facts = Guard(settings.max_skipped, ranks, on_skip), describe(config, images)
+    guard, facts = Guard(settings.max_skipped, ranks, on_skip), describe(config, images, source.contents)
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,

@@ -120,7 +120,11 @@ class Reconstruction(nn.Module):
         return self.vae.decode(z).sample.float(), mean, logvar
 
     def compile(self) -> None:
-        """Compile the blocks. The last layer stays outside: its gradient is also asked for alone."""
+        """Compile the blocks. The last layer stays outside: its gradient is also asked for alone.
+
+        Each block and batch has code of its own: Inductor (2.13) fails on sizes that it takes for dynamic.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         encoder, decoder = self.vae.encoder, self.vae.decoder
         for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
-            block.compile()
+            block.compile(dynamic=False)

@@ -100,9 +100,9 @@ def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: Autoenc
     save_config(config, folder / CONFIG)
 
 
-def describe(config: AutoencoderConfig, images: int) -> dict[str, Any]:
-    """The facts in checkpoint.json: its kind, and the number of images to train on, which must match on resume."""
-    return {"kind": AUTOENCODER, "model": config.model.variant, "images": images}
+def describe(config: AutoencoderConfig, images: int, contents: str) -> dict[str, Any]:
+    """The facts in checkpoint.json: its kind, and the images to train on, their number and `ImageSource.contents`."""
+    return {"kind": AUTOENCODER, "model": config.model.variant, "images": images, "contents": contents}
 
 
 def expected_files(vae: nn.Module, critic: nn.Module | None, frozen: bool) -> dict[str, dict[str, Tensor]]:
@@ -120,7 +120,9 @@ def build_critic(config: AutoencoderConfig) -> PatchDiscriminator | None:
     return PatchDiscriminator(settings.channels, settings.layers) if settings.weight else None
 
 
-def check_resume(folder: Path, config: AutoencoderConfig, images: int, vae: nn.Module, critic: nn.Module | None):
+def check_resume(
+    folder: Path, config: AutoencoderConfig, images: int, contents: str, vae: nn.Module, critic: nn.Module | None
+) -> None:
     """ValueError where the settings do not allow to continue `folder`, or where its files are not of this run."""
     meta = checkpoint.read_meta(folder)
     if meta.get("kind") != AUTOENCODER:
@@ -134,6 +136,9 @@ def check_resume(folder: Path, config: AutoencoderConfig, images: int, vae: nn.M
         if old != new:
             old, new = to_tree(old), to_tree(new)
             raise ValueError(f"{folder} has {key}={old!r}, this run {new!r}; make them equal to resume")
+    if meta.get("contents", contents) != contents:  # images that it was trained on could be held out now
+        raise ValueError(f"{folder} was trained on other images than data.images={config.data.images} has now; restore "
+                         "them, or choose another run_dir")  # fmt: skip
     if bool(before.discriminator.weight) != bool(config.discriminator.weight):
         old, new = before.discriminator.weight, config.discriminator.weight
         raise ValueError(f"{folder} has discriminator.weight={old}, this run {new}; a resume can change it, but "

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
 from fastdit.commands.look import default_out, make_picture, take_pictures, wants_picture
-from fastdit.config import load_config
+from fastdit.config import is_shipped, load_config
 
 LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
 
@@ -81,7 +81,8 @@ def train(parser: ArgumentParser) -> Command:
     """
     parser.add_argument("--config", help="the same as CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in run_dir")
-    parser.add_argument("--images", help="extract the latents of these images first, if data.shards does not exist yet")
+    parser.add_argument("--images", help="train on these images: their latents are extracted to data.shards, or to a "
+                        "folder beside them, unless they are there from an earlier command")  # fmt: skip
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -92,7 +93,8 @@ def train(parser: ArgumentParser) -> Command:
             from fastdit.listings import keys
 
             return print(keys())
-        config = load_config(one_name(arguments, "config", "config, such as sit_s_2"), arguments.overrides)
+        name = one_name(arguments, "config", "config, such as sit_s_2")
+        config = load_config(name, arguments.overrides)
 
         from fastdit.convert import read_initial
         from fastdit.report import report_at_end
@@ -101,7 +103,9 @@ def train(parser: ArgumentParser) -> Command:
         if arguments.images:
             from fastdit.api import with_latents
 
-            config = with_latents(config, arguments.images, arguments.device)
+            named = any(override.startswith("data.shards=") for override in arguments.overrides)
+            place = config.data.shards if named or not is_shipped(name) else ""  # that of an included one is an example
+            config = with_latents(config, arguments.images, place, arguments.device)
         train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end)
 
     return run

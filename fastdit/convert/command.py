@@ -27,6 +27,7 @@ from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.schema import Config, ModelConfig
 from fastdit.training import checkpoint
+from fastdit.training.initial import LABELS, Initial
 from fastdit.training.state import AUTOENCODER, CONFIG, GOLDEN, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
@@ -138,8 +139,8 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
     return Loaded(model, ema, config, latents_of(meta), meta["step"], names, None, empty, meta.get("features"))
 
 
-def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> tuple[dict, dict]:
-    """Weights and their EMA (the same where there is one set) under the official names, for training.init_from.
+def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> Initial:
+    """Weights and their EMA (the same where there is one set), for training.init_from.
 
     `config`: that of the run which starts from them. ValueError if the source states another number of heads or another
     network option than the run; `say` is called if it was trained with another objective.
@@ -148,7 +149,7 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
     if not path.exists():
         raise ValueError(f"training.init_from={source} does not exist; name a run, checkpoint, .pt file or folder")
     said: dict[str, Any] = {}
-    own = None
+    own, names = None, ()
     if path.is_file():
         released = official.read_released(path)
         for note in released.notes:
@@ -156,20 +157,23 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
         model, ema = released.model, released.ema
         if stored := released.args.get("fastdit"):
             own = own_config(stored.get("config", {}), f"{path}, args.fastdit", stated)
+            names = from_facts(stored, f"{path}, args.fastdit")["class_names"]
         else:
             heads = variant_shape(config.model.variant)["num_heads"]
             said = official.settings_of(released.args, path, heads, vae=True)
     elif is_pipeline(path):
         found = pipeline.read_pipeline(path, stated)
-        said, own = found.said, found.own and found.own[0]
+        said, own, names = found.said, found.own and found.own[0], found.class_names
         model = ema = found.weights()
         if not own and said["objective.name"] == "ddpm":
             say(f"training.init_from={source}: right for weights that were converted from the official DiT; diffusers "
                 "itself embeds timesteps in another way")  # fmt: skip
     else:
         loaded = read_fastdit(path, stated)
-        own, model, ema = loaded.config, loaded.model, loaded.ema
+        own, model, ema, names = loaded.config, loaded.model, loaded.ema, loaded.class_names
+    null_row = str(said.get("data.num_classes")) != str(len(model.get(LABELS, ())))
     if own:
+        null_row = own.model.class_dropout > 0
         said = {f"model.{key}": getattr(own.model, key) for key in ("variant", *SHAPELESS)}
         said["objective.name"] = own.objective.name
     check_start(source, said, config)
@@ -187,7 +191,7 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
     elif said.get("objective.name", config.objective.name) != config.objective.name:
         name = said["objective.name"]
         say(f"training.init_from={source} was trained with {name}, this run trains {config.objective.name}")
-    return model, ema
+    return Initial(model, ema, names, null_row)
 
 
 def check_start(source: str, said: dict[str, Any], config: Config) -> None:

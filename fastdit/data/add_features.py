@@ -96,14 +96,7 @@ def check_same_images(
         raise ValueError(f"image_size={size_text(image_size)}, but {where} are from {stored} px images; use {stored}")
     latents.check(codec=codec.fingerprint)
     index, remedy = latents.index(), "give their images, or write to another --out"
-    labels = np.array(source.labels)
-    if len(source) != latents.images or source.class_names != latents.class_names:
-        raise ValueError(
-            f"{where} are of {latents.images} images of {latents.num_classes} classes, but images={source.root} has "
-            f"{len(source)} of {len(source.class_names)}; {remedy}"
-        )
-    if (labels[index["key"].astype(np.int64)] != index["label"]).any():
-        raise ValueError(f"{where} have other labels than images={source.root}; {remedy}")
+    check_listed(source, latents, remedy)
     rows = index[np.linspace(0, len(index) - 1, COMPARED).astype(int)]
     device = next((parameter.device for parameter in codec.vae.parameters()), torch.device("cpu"))  # Pixels has none
     kept = read_moments(latents, rows)
@@ -119,6 +112,22 @@ def check_same_images(
         mean, expected = found.chunk(2)[0], stored.chunk(2)[0]
         if (mean - expected).norm() > DIFFERENCE * expected.norm():
             raise ValueError(f"the latent of {source.paths[key]} in {latents.folder} is of another image; {remedy}")
+
+
+def check_listed(source: ImageSource, latents: Manifest, remedy: str) -> None:
+    """ValueError if the latents are not of as many images as are in `source`, with the same classes and labels."""
+    where = f"the latents in {latents.folder}"
+    if len(source) != latents.images or source.class_names != latents.class_names:
+        pairs = zip(source.class_names, latents.class_names, strict=False)
+        named = next((f", such as {own!r} in place of {other!r}" for own, other in pairs if own != other), "")
+        raise ValueError(
+            f"{where} are of {latents.images} images of {latents.num_classes} classes, but images={source.root} has "
+            f"{len(source)} of {len(source.class_names)}{named}; {remedy}"
+        )
+    index, labels = latents.index(), np.array(source.labels)
+    keys = index["key"].astype(np.int64)
+    if keys.max() >= len(labels) or (labels[keys] != index["label"]).any():
+        raise ValueError(f"{where} have other labels than images={source.root}; {remedy}")
 
 
 def feature_bytes(encoder: Encoder, latents: Manifest, dtype: str) -> int:

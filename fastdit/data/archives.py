@@ -136,25 +136,37 @@ def _sliced(
 def webdataset(root: Path, files: Sequence[Path]) -> ImageSource:
     """Tar files of <key>.<image suffix> with <key>.cls (a number or a name) or <key>.json (with one of LABEL_KEYS).
 
-    A key ends at the first dot of the file name. Without any label, there are no classes.
+    A key ends at the first dot of the file name, and the rest is the field. Of several image files with one key, the
+    one whose field is an image suffix alone is the image. Without any label, there are no classes.
     """
-    images, labels, ignored = [], {}, []
+    found: dict[tuple[Path, str, str], list[tuple[str, str, Slice]]] = {}  # of each key: name, field and place
+    labels, ignored = {}, []
     for file in files:
         for name, part in members(file):
             folder, _, base = name.rpartition("/")
             stem, _, kind = base.partition(".")
             key = (file, folder, stem)
             if f".{kind}".lower().endswith(EXTENSIONS):
-                images.append((f"{file.name}/{name}", part, key))
+                found.setdefault(key, []).append((f"{file.name}/{name}", kind, part))
             elif kind == "cls":
                 labels[key] = part.read(MOST_TEXT).decode(errors="replace")
             elif kind == "json":
                 labels.setdefault(key, _label_of(part.read(MOST_TEXT)))
             elif stem:
                 ignored.append(skip_line(f"{file.name}/{name}", f"name ends in .{kind}"))
-    found = [(name, part) for name, part, _ in images]
-    numbers, names = numbered([labels.get(key) for *_, key in images], [n for n, _ in found], f"images={root}")
-    return _sliced("a WebDataset", root, found, numbers, names, ignored)
+    images = []
+    for (file, folder, stem), fields in found.items():
+        alone = fields if len(fields) == 1 else [each for each in fields if f".{each[1]}".lower() in EXTENSIONS]
+        if len(alone) != 1:
+            key, kinds = f"{folder}/{stem}".lstrip("/"), ", ".join(f".{kind}" for _, kind, _ in fields)
+            raise ValueError(f"images={root} has {len(fields)} images with the key {key!r} in {file.name}: {kinds}; "
+                             "name the one to use KEY.png, or KEY.jpg")  # fmt: skip
+        [(name, _, part)] = alone
+        images.append((name, part))
+        ignored += [skip_line(other, f"not the image of its key: .{kind}") for other, kind, _ in fields
+                    if other != name]  # fmt: skip
+    numbers, names = numbered([labels.get(key) for key in found], [name for name, _ in images], f"images={root}")
+    return _sliced("a WebDataset", root, images, numbers, names, ignored)
 
 
 def _label_of(data: bytes) -> object:

@@ -98,9 +98,11 @@ def read_image(
             warnings.simplefilter("ignore")  # transparent palettes, invalid EXIF data: the pixels are fine
             decoded = isinstance(opened, Image.Image)
             with opened if decoded else Image.open(opened, formats=FORMATS) as image:
-                done = treatments(image, size, adm_exact)
+                if not adm_exact and image.mode == "RGB" and is_deep(image) and "transparency" in image.info:
+                    raise ValueError("its transparent color has 16 bits; save it with 8 bits or an alpha channel")
+                levels, done = gray_levels(image), treatments(image, size, adm_exact)
                 image.load()
-                rgb = image.convert("RGB") if adm_exact else to_rgb(upright(image))
+                rgb = image.convert("RGB") if adm_exact else to_rgb(upright(image), levels)
                 return np.array(crop(rgb, size) if size else rgb), done  # a copy: writable for torch
     except MemoryError:
         raise
@@ -126,7 +128,7 @@ def upright(image: Image.Image) -> Image.Image:
 def treatments(image: Image.Image, size: Size | None, adm_exact: bool = False) -> tuple[str, ...]:
     """What the conversion of an image that is not yet decoded means for it, in words for the summary."""
     width, height = image.size
-    deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    deep = is_deep(image)
     turned = orientation(image) != 1
     if orientation(image) > 4 and not adm_exact and image.format != "TIFF":  # a TIFF's size is that of the turned image
         width, height = height, width
@@ -148,13 +150,32 @@ def treatments(image: Image.Image, size: Size | None, adm_exact: bool = False) -
     return tuple(name for name, holds in found.items() if holds)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode; ValueError for values whose white point is not known."""
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not yet decoded has more than 8 bits per value."""
+    return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def gray_levels(image: Image.Image) -> tuple[int, int]:
+    """Black and white of gray values with more than 8 bits: 0 and 65535 but in some TIFF files, as Pillow reads them.
+
+    Of those with 12 bits, white is 4095; with PhotometricInterpretation 0, black and white are exchanged.
+    """
+    tags = getattr(image, "tag_v2", {})
+    white = 4095 if tags.get(258) == (12,) else 65535
+    return (white, 0) if tags.get(262) == 0 else (0, white)
+
+
+def to_rgb(image: Image.Image, levels: tuple[int, int] = (0, 65535)) -> Image.Image:
+    """8-bit RGB of any mode, with the `gray_levels` of the file; ValueError for values whose white is not known."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"gray values {values.min()} to {values.max()} are outside the range of a 16-bit image")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255, rounded
+        values, most = np.asarray(image).astype(np.int64), max(levels)
+        if values.min() < 0 or values.max() > most:
+            found, bits = f"{values.min()} to {values.max()}", most.bit_length()
+            raise ValueError(f"gray values {found} are outside the range of a {bits}-bit image")
+        light = most - values if levels[0] else values
+        gray = ((510 * light + most) // (2 * most)).astype(np.uint8)  # 65535 -> 255, rounded
+        gray[values == image.info.get("transparency")] = 255
+        return Image.fromarray(gray).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point values have no defined white level; save it with 8 or 16 bits")
     if image.has_transparency_data:

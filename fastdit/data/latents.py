@@ -116,19 +116,27 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
-def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel) -> list[str]:
-    """What is wrong with the scale or shift of latents, given the mean and deviation of each scaled channel (C,)."""
+def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel, vae: str = "") -> list[str]:
+    """What is wrong with the scale or shift of latents, given the mean and deviation of each scaled channel (C,).
+
+    [] if `vae`, the autoencoder's name, is NO_VAE: the scale of pixels is fixed.
+    """
+    if vae == NO_VAE:
+        return []
     lines, overall = [], float(np.sqrt((std**2).mean()))
     if not 0.5 <= overall <= 2 or not (std <= 4).all():
         one = not isinstance(scale, tuple)
-        remedy = f"use {scale / overall:.3g}" if one else "see its latents_mean and latents_std"
+        remedy = f"scaling_factor={scale / overall:.3g}" if one else "the right latents_mean and latents_std"
         lines.append(
             f"the standard deviations of the scaled latents are {_rounded(std)}, far from the 1 that diffusion "
-            f"assumes: scale={f'{scale:g}' if one else scale} is wrong; {remedy}, or set "
-            "data.normalize=channel"
+            f"assumes: scale={f'{scale:g}' if one else scale} is wrong; train with data.normalize=channel, or write "
+            f"{remedy} to the autoencoder's config.json and extract again"
         )
     if (np.abs(mean) > 3).any():
-        lines.append(f"the means of the scaled latents are {_rounded(mean)}, far from 0; a shift is missing")
+        lines.append(
+            f"the means of the scaled latents are {_rounded(mean)}, far from 0: a shift is missing; train with "
+            "data.normalize=channel"
+        )
     return lines
 
 

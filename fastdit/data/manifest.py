@@ -197,6 +197,11 @@ class Manifest(ShardFolder):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def contents(self) -> list[str]:
+        """What identifies the images and their order, in any folder: the index, which has a checksum of each."""
+        return [self.index_sha256]
+
     def classes_of(self, count: int) -> Classes:
         """Of a network with `count` classes that is trained on these latents."""
         return Classes(count, self.class_names, without_images(self.class_counts))
@@ -303,5 +308,6 @@ class Manifest(ShardFolder):
         self.check_files(one, f"latent_shape={list(own.shape)}")
 
     def scale_remarks(self) -> list[str]:
-        """What is wrong with the scale or shift of the latents, in words; [] if their deviation is near 1."""
-        return scale_remarks(np.array(self.channel_mean), np.array(self.channel_std), self.latents.scale)
+        """What is wrong with the scale or shift of the latents, in words; [] if none, and of pixels."""
+        mean, std = np.array(self.channel_mean), np.array(self.channel_std)
+        return scale_remarks(mean, std, self.latents.scale, self.latents.vae)

@@ -27,6 +27,10 @@ class Mixture(Manifest):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    @property
+    def contents(self) -> list[str]:
+        return [part.index_sha256 for part in self.parts]
+
     def index(self) -> np.ndarray:
         """SAMPLE rows (n,) of all sets, one after the other."""
         return joined(self.parts, [part.index() for part in self.parts])

@@ -80,7 +80,8 @@ def preview(exact: LatentCodec, codec: LatentCodec, crops: Sequence[np.ndarray],
         sheet(crops, images, found := [psnr(a, b) for a, b in zip(originals, images, strict=True)]),
         tuple(found),
         psnr(torch.cat(images), torch.cat(references)) if references else None,
-        scale_remarks(mean.mean(dim=(0, 2, 3)).cpu().numpy(), variance.sqrt().cpu().numpy(), exact.scale),
+        scale_remarks(mean.mean(dim=(0, 2, 3)).cpu().numpy(), variance.sqrt().cpu().numpy(), exact.scale,
+                      exact.name),  # fmt: skip
     )
 
 

@@ -61,6 +61,12 @@ class ImageSource:
             digest.update("\n".join(map(str, part)).encode(errors="backslashreplace"))
         return digest.hexdigest()
 
+    @cached_property
+    def contents(self) -> str:
+        """SHA-256 of the names and labels: unlike `identity`, it stays when the files are copied elsewhere."""
+        listed = "\n".join(f"{label} {path}" for path, label in zip(self.paths, self.labels, strict=True))
+        return hashlib.sha256(listed.encode(errors="backslashreplace")).hexdigest()
+
 
 def list_images(root: str | Path) -> ImageSource:
     """root/<class>/**/<image>, with classes and paths sorted, or the images of a folder without subfolders.

@@ -70,7 +70,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
                      "error; give the images themselves to include it")  # fmt: skip
     dim, count = protocol["features_dim"], protocol["num_images"]
     if rough("frechet_infinity", result):
-        part = "still has a part of the bias and is too large; its error leaves that out" if count < dim else (
+        part = "is still too large, and its error does not include that bias" if count < dim else (
             "is rough, because the bias is not linear in 1/N")  # fmt: skip
         lines.append(f"note: with {count} images of {dim} features, frechet_infinity {part}; use {4 * dim} or more")
     for name, count in (("SAMPLES", protocol["num_images"]), ("--reference", protocol["reference"]["images"])):

@@ -51,12 +51,12 @@ ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling tak
 
 
 @contextmanager
-def few_threads() -> Iterator[None]:
-    """Uses at most THREADS threads in PyTorch and one in NumPy's matrix products."""
+def few_threads(most: int = THREADS) -> Iterator[None]:
+    """Uses at most `most` threads in PyTorch and one in NumPy's matrix products."""
     from threadpoolctl import threadpool_limits  # scikit-learn needs it
 
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, THREADS))
+    torch.set_num_threads(min(before, most))
     try:
         with threadpool_limits(1, "blas"):
             yield
@@ -174,7 +174,8 @@ def small_autoencoder(out: Path, overrides: Sequence[str] = ()) -> tuple[Autoenc
     out/vae. Returns its config and what was measured."""
     places = [f"run_dir={out / 'autoencoder'}", f"data.images={out / 'images'}", f"data.val_images={out / 'held_out'}"]
     config = load_config(shipped_config("vae_digits"), [*places, *overrides], AutoencoderConfig)
-    trained = train_autoencoder(config)
+    with few_threads(1):  # two are no faster at a batch of 4, and wait for each other where cores are busy
+        trained = train_autoencoder(config)
     shutil.copytree(trained, out / "vae")
     return config, read_json(out / "vae" / ABOUT)
 

@@ -4,6 +4,7 @@ Weights, Adam's state and, but for `TorchEngine`'s rounded weights, gradients ar
 under autocast.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -105,9 +106,11 @@ class TorchEngine:
         self.forward = model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
-            )
+            with warnings.catch_warnings():  # the new name of broadcast_buffers is unknown to PyTorch 2.11
+                warnings.simplefilter("ignore", FutureWarning)
+                self.forward = DistributedDataParallel(
+                    model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
+                )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.one_pass = use_triton("adamw_ema", ranks.device.type, torch.float32) and optimizer == "adamw"
         rounded = set()  # not where gradients are added up, in bf16

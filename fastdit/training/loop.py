@@ -19,7 +19,7 @@ from fastdit.build import (
     shards_of,
     uses_zero,
 )
-from fastdit.config import changes, load_config, save_config
+from fastdit.config import save_config
 from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import seed_of
@@ -34,17 +34,18 @@ from fastdit.training.ema import EMA, PowerAverage, too_young
 from fastdit.training.engine import build_engine
 from fastdit.training.graph import GraphedStep
 from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
+from fastdit.training.initial import take_over
 from fastdit.training.log import Log, LossWindow, say, start_line, training_flops
 from fastdit.training.monitor import Monitor
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import (
     CONFIG,
     TrainingState,
+    changed_since,
     describe,
     forget_averages,
     keep_autoencoder,
     resumed_weights,
-    take_over,
     write_snapshot,
 )
 from fastdit.training.step import TrainStep
@@ -87,7 +88,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     # data: what the shards hold must be what the config means
     manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
-    settings, features = config.training, features_for(config)
+    settings, features, classes = config.training, features_for(config), manifest.classes_of(config.data.num_classes)
     check_cache(manifest, features)
     check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide
@@ -106,8 +107,8 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     if last:
         model.load_state_dict(resumed_weights(last, config, manifest, model, features))
     elif settings.init_from:
-        sources = read_initial(settings.init_from, config)
-        initial, kept = take_over(model.state_dict(), sources, settings.init_from, model.null_label)
+        source = read_initial(settings.init_from, config)
+        initial, kept = take_over(model.state_dict(), source, settings.init_from, model.null_label, classes)
         model.load_state_dict(initial[0])
         origin = f"from {settings.init_from}" + (f", except for {', '.join(kept)}" if kept else "")
     policy, micro, accumulation, step_s = choose(config, model, ranks)
@@ -138,7 +139,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
     origin, predicted_s = f"resumed at step {start}" if start else origin, step_s * (settings.steps - start)
     for line in (start_line(config, model, manifest, ranks, engine.name, policy, batch, origin, predicted_s), *remarks):
         log.say(line)
-    if last and (changed := changes(load_config(last / CONFIG), config)):
+    if last and (changed := changed_since(last, config, manifest)):
         log.say(f"changed since step {start}: {changed}")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = latent_batches(
@@ -158,7 +159,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
 
     guard = Guard(settings.max_skipped, ranks, on_skip)
-    facts = describe(config, latents, manifest.classes_of(config.data.num_classes), features)
+    facts = describe(config, latents, classes, features) | {"contents": manifest.contents}
     with (
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,

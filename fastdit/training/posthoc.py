@@ -120,7 +120,7 @@ def rebuild(
     meta = checkpoint.read_meta(source, contents=[CONFIG, "model.safetensors"])
     config = load_config(source / CONFIG)
     facts = latents_of(meta), classes_of(meta, config)
-    kept = {key: meta[key] for key in ("features",) if key in meta}
+    kept = {key: meta[key] for key in ("features", "contents") if key in meta}
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

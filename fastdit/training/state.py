@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdit.build import build_network, build_objective
 from fastdit.classes import Classes
-from fastdit.config import load_config, save_config, to_tree
+from fastdit.config import changes, load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
@@ -48,9 +48,6 @@ from fastdit.training.weights import header, mismatches, other_types, read_weigh
 CONFIG, GOLDEN, VAE = "config.yaml", "golden.npz", "vae"
 AUTOENCODER = "autoencoder"  # the kind of a checkpoint of fastdit train-vae (autoencoder/state.py)
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
-LABELS = "y_embedder.embedding_table.weight"
-COMPUTED = ("pos_embed", "rope")  # buffers that the network computes for its own number of patches
-STARTS_ANEW = (*COMPUTED, LABELS, "final_layer.", "taps.")  # what a run may have otherwise than its training.init_from
 ALIGNMENT, TAPS = "alignment", "taps."  # the file of the projectors of training.align; how their names start
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
 MUST_STAY = ("init_from", "ema_stds", "align", "optimizer")  # keys of training: that describe a run from its first step
@@ -184,6 +181,11 @@ def resumed_weights(
     for key, value in describe(config, manifest.latents, classes, features).items():
         if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
+    if config.data.val_fraction and not same_contents(meta, manifest):
+        raise ValueError(
+            f"{folder} was trained on other images than data.shards={manifest.folder} has now, and data.val_fraction="
+            f"{config.data.val_fraction} would hold out some of those; restore them, or choose another run_dir"
+        )
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
     fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
@@ -220,6 +222,19 @@ def resumed_weights(
         for line in mismatches(own, stored) + other_types(own, stored):
             raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
     return read_all(folder, "model")
+
+
+def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether a checkpoint was trained on these shards, in any folder; True of earlier versions, which do not say."""
+    return meta.get("contents", manifest.contents) == manifest.contents
+
+
+def changed_since(folder: Path, config: Config, manifest: Manifest) -> str:
+    """What differs between the run that wrote a checkpoint and this one, in words: settings, and the images."""
+    changed = [changes(load_config(folder / CONFIG), config)]
+    if not same_contents(checkpoint.read_meta(folder), manifest):
+        changed.append(f"other images in data.shards={manifest.folder}")
+    return ", ".join(filter(None, changed))
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -314,37 +329,3 @@ def network_from_state(
                          f"({len(wrong)} differences)")  # fmt: skip
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def take_over(
-    own: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor]], where: str, null_label: int | None
-) -> tuple[list[dict[str, Tensor]], list[str]]:
-    """A network's own state dict with the tensors of each source in it, and the names of those that stay its own.
-
-    The label table may differ in its classes (the null label's row is kept, the last one of both), the positions in
-    their number, and the final layer in its channels: those start anew, as does a class token. ValueError for any
-    other difference.
-    """
-    states, kept = [], []
-    for source in sources:
-        state, kept = {name: tensor.clone() for name, tensor in own.items()}, []
-        wrong = [line for line in mismatches(own, source) if not line.startswith(STARTS_ANEW)
-                 and not (line.startswith("class_token.") and line.endswith(" is missing"))]  # fmt: skip
-        if wrong:
-            raise ValueError(
-                f"training.init_from={where} is another network: {wrong[0]} ({len(wrong)} differences); set "
-                "model.variant and the options of model: to those of the source"
-            )
-        for name, tensor in own.items():
-            other = source.get(name)
-            if other is not None and other.shape == tensor.shape and name not in COMPUTED:
-                state[name] = other.to(tensor)
-            elif (
-                name == LABELS and null_label is not None and other is not None and other.shape[1:] == tensor.shape[1:]
-            ):
-                state[name][-1] = other[-1].to(tensor)
-                kept.append(f"{name} (but for the null label)")
-            elif other is None or other.shape != tensor.shape:
-                kept.append(name)
-        states.append(state)
-    return states, kept

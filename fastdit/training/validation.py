@@ -20,7 +20,7 @@ from fastdit.evaluation.loss import IMAGES, validation_loss
 from fastdit.pipeline import Inference
 from fastdit.training import checkpoint
 from fastdit.training.alignment import token_features
-from fastdit.training.state import load_network
+from fastdit.training.state import load_network, same_contents
 
 USED = ("objective", "model.attention", "model.learn_sigma", "sampling.precision", "data.cache", "data.cache_gib",
         "data.normalize")  # keys that change the loss  # fmt: skip
@@ -63,7 +63,10 @@ def loss_of_run(
     if shards:
         manifest = open_latents(shards, Cache(data.cache, data.cache_gib))
     elif data.val_shards or data.val_fraction:
-        manifest = shards_of(trained.config)[1]
+        trains, manifest = shards_of(trained.config)
+        if data.val_fraction and not same_contents(checkpoint.read_meta(trained.folder), trains):
+            raise ValueError(f"{trained.folder} was trained on other images than data.shards={trains.folder} has now; "
+                             "restore them, or give --shards")  # fmt: skip
     else:
         raise ValueError(f"--loss: {path} has neither data.val_shards nor data.val_fraction; give --shards")
     if data.normalize != "none":

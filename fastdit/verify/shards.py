@@ -47,7 +47,7 @@ class ChannelStatistics:
             if own.shape != said.shape or not np.allclose(own, said, rtol=1e-5, atol=1e-6):
                 said = rounded(said)
                 found.add("statistics", f"the channel {name} are {rounded(own)}, but the manifest says {said}")
-        for line in scale_remarks(self.mean, self.std, self.manifest.latents.scale):
+        for line in scale_remarks(self.mean, self.std, self.manifest.latents.scale, self.manifest.latents.vae):
             found.add("scale", line)
 
 

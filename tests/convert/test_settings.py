@@ -359,6 +359,6 @@ def test_a_source_of_initial_weights_with_other_heads_or_options_is_refused(plac
     with pytest.raises(ValueError, match="has model.decoder_blocks=1, this run 2; make them equal"):
         read_initial(str(decoder), load_config(decoder / "config.yaml", ["model.decoder_blocks=2"]), quiet)
     heard = []
-    [state, _] = read_initial(str(place / "flow_pipe"), config, heard.append)  # the time convention is the folder's
+    [state, *_] = read_initial(str(place / "flow_pipe"), config, heard.append)  # the time convention is the folder's
     torch.testing.assert_close(state["final_layer.linear.bias"], golden_weights()["final_layer.linear.bias"])
     assert any("trained with objective={'name': 'flow'" in line for line in heard)

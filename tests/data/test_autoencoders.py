@@ -274,11 +274,13 @@ def test_a_scale_that_does_not_fit_is_said(tmp_path, capfd, scale, wrong):
 def test_remarks_on_scales():
     assert scale_remarks(np.zeros(4), np.ones(4), 0.2) == []
     [line] = scale_remarks(np.zeros(4), np.full(4, 5.5), 0.2)
-    assert line.endswith("scale=0.2 is wrong; use 0.0364, or set data.normalize=channel")
+    assert line.endswith("scale=0.2 is wrong; train with data.normalize=channel, or write scaling_factor=0.0364 "
+                         "to the autoencoder's config.json and extract again")  # fmt: skip
     [line] = scale_remarks(np.zeros(2), np.full(2, 5.5), (0.2, 0.3))
-    assert "scale=(0.2, 0.3) is wrong; see its latents_mean and latents_std, or set data.normalize" in line
+    assert "scale=(0.2, 0.3) is wrong; train with data.normalize=channel, or write the right latents_mean" in line
     [line] = scale_remarks(np.array([0.0, 3.5]), np.ones(2), 0.2)
-    assert "a shift is missing" in line
+    assert "a shift is missing; train with data.normalize=channel" in line
+    assert scale_remarks(np.array([0.0, 3.5]), np.full(2, 0.3), 1.0, "none") == []
 
 
 # where they come from

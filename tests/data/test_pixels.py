@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastdit
 from fastdit.cli import main
@@ -16,10 +17,12 @@ from fastdit.data.images import to_pixels, to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.loader import latent_batches, read_moments
 from fastdit.data.manifest import Manifest
+from fastdit.data.shards import stats
 from fastdit.distributed import Ranks
 from fastdit.evaluation import features
 from fastdit.plan import plan, report
 from fastdit.training.loop import train
+from fastdit.verify import verify
 from helpers import sources
 from helpers.evaluation import tiny
 
@@ -47,6 +50,17 @@ def test_all_levels_survive_the_shards(dtype):
     mean, std = codec.encode(to_pixels(pixels)).to(dtype).float().chunk(2, dim=1)
     assert torch.equal(to_uint8(codec.decode(mean)), pixels) and not std.any()
     assert codec.spec((256, 1)) == LatentSpec((3, 1, 256), 1.0, 0.0, "none", codec.fingerprint, (256, 1))
+
+
+def test_the_scale_of_pixels_is_not_remarked_upon(tmp_path, capfd):
+    """There is none to set, and pictures of few colors are no mistake."""
+    for i in range(4):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (120 + i, 128, 128)).save(tmp_path / f"images/{i}.png")
+    extract_features(images=tmp_path / "images", out=tmp_path / "out", vae=NO_VAE, image_size=16)
+    said = capfd.readouterr().err
+    assert "4 images in 1 shards" in said and "warning" not in said
+    assert verify(tmp_path / "out", say=lambda line: None) == [] and "warning" not in stats(tmp_path / "out")
 
 
 def test_shards_hold_the_pixels_and_their_mirror_images(made):

@@ -316,6 +316,27 @@ def test_a_split_is_a_reference_and_a_grid(tmp_path):
             open_set(path, "--reference")
 
 
+def tar_of(path: Path, *names: str) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(names):
+            sources.add(tar, name, b"7" if name.endswith(".cls") else png(i))
+    return path
+
+
+def test_of_several_images_with_a_key_the_plain_one_counts(tmp_path):
+    """The field of a WebDataset's file is all after the first dot: key.seg.png is not the image key.png."""
+    names = ("a/0.seg.png", "a/0.png", "a/0.cls", "a/1.JPG", "a/1.depth.PNG", "a/1.cls", "b/0.x.png", "b/0.cls")
+    source = open_images(tar_of(tmp_path / "x.tar", *names))
+    assert [*source.paths] == ["x.tar/a/0.png", "x.tar/a/1.JPG", "x.tar/b/0.x.png"] and [*source.labels] == [7] * 3
+    assert [load_crop(source.open(i), 32).tolist() for i in range(3)] == PIXELS[[1, 3, 6]].tolist()
+    assert source.ignored == ("x.tar/a/0.seg.png\tnot the image of its key: .seg.png",
+                              "x.tar/a/1.depth.PNG\tnot the image of its key: .depth.PNG")  # fmt: skip
+    for others in (("a/0.x.png", "a/0.y.png"), ("a/0.png", "a/0.jpg", "a/0.x.png")):
+        kinds = ", ".join(name.removeprefix("a/0") for name in others)
+        with pytest.raises(ValueError, match=f"{len(others)} images with the key 'a/0' in y.tar: {kinds}; name the"):
+            open_images(tar_of(tmp_path / "y.tar", *others))
+
+
 def test_files_that_are_not_of_the_training_images_are_named(tmp_path):
     ignored = dict(line.split("\t") for line in open_images(sources.make_cifar10(tmp_path)).ignored)
     assert ignored == {

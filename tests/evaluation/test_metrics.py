@@ -256,7 +256,7 @@ def test_features_that_cannot_be_compared_are_refused():
     assert METRICS["frechet"](Features(X[:2]), Features(Y), 0).keys() == {"frechet"}
     with pytest.raises(ValueError, match="class probabilities"):
         METRICS["inception_score"](Features(X), Features(Y), 0)
-    with pytest.raises(ValueError, match="use --features inception-v3 and a reference with images or mu_s"):
+    with pytest.raises(ValueError, match="use --features inception-v3=FILE, and a reference with images or mu_s"):
         METRICS["spatial_frechet"](Features(X, spatial=X), Features(Y), 0)
 
 

@@ -272,7 +272,8 @@ def test_every_fault_of_a_shard_set_is_named(place, tmp_path, name):
 def test_latents_far_from_unit_variance_name_the_scale_that_suits(tmp_path):
     make_shards(tmp_path / "latents", scale=1.0)
     [line] = verify(tmp_path / "latents", quiet)
-    assert "standard deviations of the scaled latents are 5." in line and "scale=1 is wrong; use 0.18" in line
+    assert "standard deviations of the scaled latents are 5." in line and "scale=1 is wrong; " in line
+    assert "write scaling_factor=0.18" in line
 
 
 def test_a_checkpoint_is_held_against_the_shards_it_names(place, tmp_path):
