@@ -59,16 +59,22 @@ def take_over(
 def rows_of(classes: Classes, null_label: int | None, source: Initial, count: int) -> dict[int, int]:
     """Row of the label table -> the row of the source's, which has `count`, that it starts from.
 
-    Classes go by name if both sides know theirs, and else by number if there are as many. The null label goes with the
-    source's, if it has one.
+    Classes go by name if both sides know theirs, and else by number if there are as many; names of one side alone that
+    are its numbers are no names. The null label goes with the source's, if it has one.
     """
     theirs, rows = count - source.null_row, {}
-    if classes.names and source.class_names:
+    known = bool(classes.names and source.class_names)
+    if known and numbered(classes.names) == numbered(source.class_names):
         places = {name: place for place, name in enumerate(source.class_names[:theirs])}
         rows = {label: places[name] for label, name in enumerate(classes.names[: classes.count]) if name in places}
     elif classes.count == theirs:
         rows = {label: label for label in range(theirs)}
     return rows | ({null_label: theirs} if source.null_row and null_label is not None else {})
+
+
+def numbered(names: Sequence[str]) -> bool:
+    """Whether classes are named 0, 1, ... for want of names."""
+    return tuple(names) == tuple(map(str, range(len(names))))
 
 
 def missing(rows: Mapping[int, int], count: int) -> list[int]:

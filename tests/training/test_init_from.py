@@ -92,6 +92,8 @@ NULL, ALL_ANEW = "the null label", "all"
         ("ant bee", True, "dog bee fox cat elk", False, [None, 1] + [None] * 3, "4 of 5 classes: dog, fox, cat, ..."),
         (2, True, "dog elk", True, [0, 1, 2], ""),  # as of official files: nothing is known but the number
         ("dog elk", True, 2, True, [0, 1, 2], ""),
+        ("0 1", True, "dog elk", True, [0, 1, 2], ""),  # numbers in place of names
+        ("0 1", True, "0 1 2", True, [0, 1, None, 2], "1 of 3 classes: 2"),
         (2, False, "dog elk", True, [0, 1, None], NULL),
         (3, False, "dog elk", True, [None] * 3, ALL_ANEW),
         (3, True, "dog elk", True, [None, None, 3], "2 of 2 classes: dog, elk"),
