@@ -240,6 +240,7 @@ MISTAKES = {
     "--checkpoints step-15,step-7": "has no step 7, only step-10, step-15, step-20; give one of them, or a path",
     "--checkpoints step-15,nowhere": "checkpoint nowhere does not exist",
     "--seeds 0-3 --num-samples 4": "--num-samples is for a folder of samples; a picture has one image for each of",
+    "--seeds 0-1 --seed 7": "--seed=7 and --seeds=0-1 are the same; give one",
     "--seeds 0-3 --labels 4": "--labels is for a folder of samples",
     "--seeds 0-3 --rows seeds": "--rows='seeds' is unknown; did you mean 'seed'?",
     "--seeds 0-3 --rows seed --columns seed": "--rows=seed and --columns=seed are the same; choose another axis",
