@@ -55,6 +55,10 @@ def open_images(root: str | Path) -> ImageSource:
                 return parquet(root, files)
         tars, visible = sorted(root.glob("*.tar")), root.glob("[!.]*")
         if tars and not any(path.is_dir() for path in visible):
+            loose = [path.name for path in root.iterdir() if path.name.lower().endswith(EXTENSIONS)]
+            if loose:
+                raise ValueError(f"images={root} holds {len(loose)} images, such as {min(loose)}, beside {len(tars)} "
+                                 f"tar files, such as {tars[0].name}; move one kind away")  # fmt: skip
             return webdataset(root, tars)
     return list_images(root)
 

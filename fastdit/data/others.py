@@ -76,7 +76,8 @@ def mean_std(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
         root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.npy")}
         versions = _versions(files.values())
-        about = _dataset(root, files, [path.relative_to(root).as_posix() for path in root.rglob("dataset.json")])
+        found = [root / "dataset.json"] if (root / "dataset.json").is_file() else root.rglob("dataset.json")
+        about = _dataset(root, files, [path.relative_to(root).as_posix() for path in found])
         labels = read_json(root / about).get("labels") if about else None
         fetch: Callable[[str], bytes] = lambda name: read_bytes(files[name], MOST)  # noqa: E731
     else:
