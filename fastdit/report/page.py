@@ -311,8 +311,10 @@ def optimization(run: Run) -> dict[str, str]:
     schedule = settings.lr_schedule.name
     schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    muon = getattr(settings, "optimizer", "") == "muon"  # an autoencoder has no such key
+    optimizer = "Muon for the matrices of the blocks, AdamW for the rest" if muon else "AdamW"
     rows = {
-        "optimizer": f"AdamW, learning rate {settings.lr:g}, {schedule}{decay}",
+        "optimizer": f"{optimizer}, learning rate {settings.lr:g}, {schedule}{decay}",
         "batch": f"{settings.global_batch:,} images, {'mirrored at random' if config.data.hflip else 'not mirrored'}",
         "precision": settings.precision,
         "EMA": f"decay {settings.ema_decay:g}" + ", with warmup" * settings.ema_warmup,
