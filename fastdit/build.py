@@ -21,7 +21,7 @@ from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
 from fastdit.models.routing import Routing
 from fastdit.registry import bind, build
-from fastdit.schema import Config, TrainingConfig
+from fastdit.schema import Config, LoopConfig, TrainingConfig
 
 
 def build_objective(config: Config) -> Objective:
@@ -124,10 +124,13 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     )
     if not (manifest.num_classes or config.sampling.weak_checkpoint):  # there is nothing to guide by
         config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))
-    if settings.epochs:
-        steps = math.ceil(settings.epochs * len(manifest) / settings.global_batch)
-        settings = replace(settings, steps=steps)
-    return replace(config, data=data, training=settings)
+    return replace(config, data=data, training=with_steps(settings, len(manifest)))
+
+
+def with_steps(settings: LoopConfig, images: int) -> LoopConfig:
+    """The settings with the steps of training.epochs, if it is set, for `images` to train on."""
+    steps = math.ceil(settings.epochs * images / settings.global_batch)
+    return replace(settings, steps=steps) if settings.epochs else settings
 
 
 def check_device(settings: TrainingConfig, device: torch.device) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero
+from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero, with_steps
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import assumed
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
+from fastdit.data.latents import LatentCodec
 from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
 from fastdit.memory import Candidate, candidates
@@ -42,15 +43,24 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
 
 
 def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
-    """The config and the latents' shape (C, h, w) as its shards tell; without them, as of the usual autoencoders."""
+    """The config and the latents' shape (C, h, w) as its shards tell.
+
+    Without them, training.epochs counts the images of ImageNet, and the latents are those of data.vae if that is a
+    folder, else those of the usual autoencoders.
+    """
     data = config.data
     named = isinstance(data.shards, tuple) or data.shards.startswith(PREFIX) or is_remote(data.shards)
     if named or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)
+    config = replace(config, training=with_steps(config.training, IMAGENET))
     width, height = width_height(config.data.image_size)
-    return config, (3, height, width) if config.data.vae == NO_VAE else (4, height // 8, width // 8)
+    vae = config.data.vae
+    if vae != NO_VAE and not Path(vae).is_dir():
+        return config, (4, height // 8, width // 8)
+    codec = LatentCodec.load(vae)
+    return config, (codec.channels, height // codec.downsample, width // codec.downsample)
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
@@ -97,7 +107,8 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"Fastest that fits: {chosen}." if best.fits else f"Nothing fits {gpu}: {smaller}use more GPUs{shards}.",
         f"Predicted with the shares that {reached.source} reached: products at {reached.products:.0%} of "
         f"{GPUS[gpu].tflops:.0f} TFLOP/s{other}, attention at {reached.attention:.0%}, norms and activations at "
-        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps.",
+        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps"
+        + f" = {settings.epochs:g} epochs" * bool(settings.epochs) + ".",
     ]
     return "\n".join(lines)
 

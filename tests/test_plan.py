@@ -14,6 +14,7 @@ from fastdit import cli
 from fastdit.build import check_device
 from fastdit.cards import GIB, GPUS, card_name, card_of
 from fastdit.config import load_config
+from fastdit.data.latents import LatentCodec
 from fastdit.distributed import Ranks
 from fastdit.memory import POLICIES, activation_bytes, choose, memory_by_kind, memory_bytes, moved_bytes
 from fastdit.models.dit import DiT
@@ -265,6 +266,17 @@ def test_hours_follow_from_speed_and_steps():
     limit = GPUS["H100"].tflops * 1e12 * 8 / (3 * 237.2e9)
     assert 0.25 * limit < 256 / plans[0].step_s < limit
     assert float(speed) == pytest.approx(256 / plans[0].step_s, rel=0.01)
+
+
+def test_without_shards_epochs_count_imagenet_and_latents_are_those_of_a_local_autoencoder(world):
+    config = load_config(XL_PATH, ["training.epochs=1400"])
+    last = report(config, "H100").splitlines()[-1]
+    assert last.endswith(f"; {-(-1400 * 1_281_167 // 256):,} steps = 1400 epochs.")
+    assert "; 400,000 steps." in report(XL, "H100")
+    codec = LatentCodec.load(world / "vae")
+    model, _ = plan(load_config(XL_PATH, [f"data.vae={world}/vae", "data.image_size=64"]), "H100")
+    assert codec.downsample != 8 and model.in_channels == codec.channels
+    assert model.patches == (64 // codec.downsample // model.patch_size) ** 2
 
 
 def test_the_command_prints_the_report_and_names_mistakes(capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """The training of an autoencoder, from config to run_dir/vae, as one flat function."""
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -35,7 +34,7 @@ from fastdit.autoencoder.state import (
     write_snapshot,
 )
 from fastdit.autoencoder.step import AutoencoderStep
-from fastdit.build import check_device
+from fastdit.build import check_device, with_steps
 from fastdit.config import changes, load_config, save_config
 from fastdit.data.archives import open_images
 from fastdit.data.extract import cores_per_process
@@ -88,9 +87,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     check_device(config.training, device)
     check_wandb(config.training.wandb)
     source, reader, measured, held_out = _images(config)
-    images, settings = len(reader.rows), config.training
-    if settings.epochs:
-        settings = replace(settings, steps=math.ceil(settings.epochs * images / settings.global_batch))
+    images = len(reader.rows)
+    settings = with_steps(config.training, images)
     micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
 
     # networks, from the seed alone: every process starts with the same weights
