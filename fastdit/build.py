@@ -178,6 +178,16 @@ def uses_zero(settings: TrainingConfig) -> bool:
     return settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
 
 
+def check_engine(settings: TrainingConfig, world: int) -> None:
+    """ValueError for an engine, or a number of processes, that other settings exclude."""
+    if uses_zero(settings) and settings.optimizer != "adamw":
+        raise ValueError(f"training.optimizer={settings.optimizer} needs whole matrices, but ZeRO partitions them; "
+                         "use training.engine=torch, or optimizer=adamw")  # fmt: skip
+    if settings.cuda_graph and (world > 1 or uses_zero(settings)):
+        need = "one process" if world > 1 else "training.engine=torch"
+        raise ValueError(f"training.cuda_graph=true needs {need}; set training.cuda_graph=false")
+
+
 def check_sampling(config: Config, objective: Objective, null_label: int | None) -> None:
     """ValueError where a network with this null label could not be sampled as `config.sampling` says."""
     settings = config.sampling

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import torch
 
-from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero, with_steps
+from fastdit.build import (
+    build_network,
+    build_objective,
+    build_routing,
+    check_engine,
+    resolved,
+    shards_of,
+    uses_zero,
+    with_steps,
+)
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import assumed
 from fastdit.data.autoencoders import NO_VAE
@@ -26,13 +35,14 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
     """The network, without memory, and one Candidate per policy, the fastest that fits first.
 
     The micro-batch is the largest that fits, or training.micro_batch where that is a number of images. ValueError for
-    an unknown GPU, and for a batch that cannot be divided among the processes.
+    an unknown GPU, for a batch that cannot be divided among the processes, and for settings that exclude each other.
     """
     (config, shape), gpu = known(config), card_name(gpu)
     card = GPUS[gpu]
     if world < 1:
         raise ValueError(f"--gpus={world} is not a number of GPUs; use 1 or more")
     settings = config.training
+    check_engine(settings, world)
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
     with torch.device("meta"):

@@ -291,6 +291,12 @@ def test_the_command_prints_the_report_and_names_mistakes(capsys, monkeypatch):
     assert stop.value.code == 2 and "did you mean 'H200'" in error and error.count("\n") == 1
     with pytest.raises(ValueError, match="global_batch=256 is not divisible by 7 processes"):
         plan(XL, "H100", world=7)
+    for world, *excluded, error in (
+        (1, "training.optimizer=muon", "training.engine=deepspeed", "optimizer=muon needs whole matrices"),
+        (8, "training.cuda_graph=true", "training.cuda_graph=true needs one process"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            plan(load_config(XL_PATH, excluded), "H100", world)
     with pytest.raises(ValueError, match="--gpus=0 is not a number of GPUs; use 1 or more"):
         plan(XL, "H100", world=0)
 
