@@ -232,6 +232,8 @@ def _autoencoder(config: AutoencoderConfig, last: Path | None) -> tuple[nn.Modul
         vae = from_checkpoint(last) if last else pretrained(settings.init_from)  # a checkpoint has its weights
         if settings.decoder_only and scale is None:  # the latents stay as they are
             scale = float(vae.config.scaling_factor)
+        if not settings.decoder_only:  # those of its channels would come on top of the scale that is measured
+            vae.register_to_config(latents_mean=None, latents_std=None)
         return vae, as_config(vae, scale), f"from {settings.init_from}"
     side = config.data.image_size
     vae = build_autoencoder(config.model, side if isinstance(side, int) else max(side))

@@ -167,6 +167,24 @@ def test_the_decoder_alone_keeps_the_latents(images, whole, tmp_path):
     assert read_metrics(tmp_path / "again")[-1]["step"] == 5 and resumed.scale == before.scale
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(images, whole, tmp_path, alone):
+    shutil.copytree(whole / "vae", tmp_path / "vae")
+    known = json.loads((tmp_path / "vae/config.json").read_text())
+    known |= {"latents_mean": [1.0, 2.0, 3.0], "latents_std": [4.0, 5.0, 6.0]}
+    (tmp_path / "vae/config.json").write_text(json.dumps(known))
+    chosen = [f"training.init_from={tmp_path}/vae", f"training.decoder_only={alone}", "discriminator.weight=0"]
+    train_autoencoder(small(images, tmp_path / "run", *chosen, "training.steps=1"), device="cpu")
+    config = load_config(tmp_path / "run/config.yaml", ["training.steps=2"], AutoencoderConfig)
+    codec = LatentCodec.load(train_autoencoder(config, resume=True, device="cpu"))
+    if alone:  # the latents stay as they are
+        before = LatentCodec.load(tmp_path / "vae")
+        assert (codec.scale, codec.shift) == (before.scale, before.shift)
+    else:
+        measured = json.loads((tmp_path / "run/vae/about.json").read_text())["latent_std_all"]
+        assert codec.scale == pytest.approx(1 / measured) and codec.shift == 0
+
+
 def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
     loss, calls = step_module.reconstruction_loss, []
 
