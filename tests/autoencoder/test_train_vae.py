@@ -232,6 +232,15 @@ def test_verify_knows_these_checkpoints(whole, tmp_path):
     assert any("discriminator.safetensors has" in problem for problem in verify(tmp_path / "run", lambda line: None))
 
 
+def test_an_average_with_decay_0_is_the_weights_and_no_fault(images, tmp_path):
+    train_autoencoder(
+        small(images, tmp_path / "run", "training.ema_decay=0", "training.steps=100", "training.checkpoint_every=100",
+              "training.evaluate_every=0", "training.global_batch=2", "discriminator.weight=0"),
+        device="cpu",
+    )  # fmt: skip
+    assert verify(tmp_path / "run") == []
+
+
 def test_a_resume_says_what_was_changed(images, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     config = small(images, tmp_path / "run", "training.steps=9", "data.crop=random", "discriminator.lr=1e-5")
