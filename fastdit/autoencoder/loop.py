@@ -95,6 +95,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     torch.manual_seed(seed_of(config.seed, INIT))
     vae, network, origin = _autoencoder(config, last)
     given, config = config, replace(config, model=network, training=settings)
+    config.check_start()
     _check_size(config)
     critic = build_critic(config)
     if last:
