@@ -29,6 +29,7 @@ from fastdit.schema import Config
 from fastdit.training.alignment import ALIGNMENTS, attach
 
 IMAGENET = 1_281_167  # images
+USUAL = ("stabilityai/sd-vae", "stabilityai/sdxl-vae")  # hub names whose latents have 4 channels and an eighth the size
 ENCODERS = {"DINOv2-B": 768, "DINOv2-L": 1024, "EfficientNet-Lite0": 1280}  # width of their features
 
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]]:
@@ -58,9 +59,7 @@ def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
     Without them, training.epochs counts the images of ImageNet, and the latents are those of data.vae if that is a
     folder, else those of the usual autoencoders.
     """
-    data = config.data
-    named = isinstance(data.shards, tuple) or data.shards.startswith(PREFIX) or is_remote(data.shards)
-    if named or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
+    if has_shards(config):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)
@@ -71,6 +70,13 @@ def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
         return config, (4, height // 8, width // 8)
     codec = LatentCodec.load(vae)
     return config, (codec.channels, height // codec.downsample, width // codec.downsample)
+
+
+def has_shards(config: Config) -> bool:
+    """Whether data.shards can be read: a local folder that exists, a URL, generated latents, or several sets."""
+    shards = config.data.shards
+    named = isinstance(shards, tuple) or shards.startswith(PREFIX) or is_remote(shards)
+    return named or bool(shards and (Path(shards) / "manifest.json").is_file())
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
@@ -124,8 +130,12 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
 
 
 def extras(config: Config, model: DiT) -> list[str]:
-    """A line on training.route and one on the features of training.align or model.class_token, if used."""
+    """Lines on latents that are not known, training.route, and features of training.align or model.class_token."""
     settings, lines, routing = config.training, [], build_routing(config.training, model)
+    vae, (channels, height, width) = config.data.vae, known(config)[1]
+    if not (has_shards(config) or vae == NO_VAE or Path(vae).is_dir() or vae.startswith(USUAL)):
+        lines.append(f"Latents are taken to be {channels} x {height} x {width}, as data.vae={vae} is not read; give "
+                     "others as data.shards=synthetic:IMAGES/CxHxW/CLASSES.")  # fmt: skip
     if routing:
         blocks, full = routing.blocks(model), settings.route_full_steps
         later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)

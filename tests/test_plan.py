@@ -272,7 +272,9 @@ def test_without_shards_epochs_count_imagenet_and_latents_are_those_of_a_local_a
     config = load_config(XL_PATH, ["training.epochs=1400"])
     last = report(config, "H100").splitlines()[-1]
     assert last.endswith(f"; {-(-1400 * 1_281_167 // 256):,} steps = 1400 epochs.")
-    assert "; 400,000 steps." in report(XL, "H100")
+    assert "; 400,000 steps." in report(XL, "H100") and "Latents are taken" not in report(XL, "H100")
+    other = report(load_config(XL_PATH, ["data.vae=someone/dc-ae-f32c32"]), "H100")
+    assert "Latents are taken to be 4 x 32 x 32, as data.vae=someone/dc-ae-f32c32 is not read; give others" in other
     codec = LatentCodec.load(world / "vae")
     model, _ = plan(load_config(XL_PATH, [f"data.vae={world}/vae", "data.image_size=64"]), "H100")
     assert codec.downsample != 8 and model.in_channels == codec.channels
