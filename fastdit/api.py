@@ -33,6 +33,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
 from fastdit.evaluation.encoders import load_encoder
+from fastdit.files import yaml_line
 from fastdit.report import report_at_end
 from fastdit.sampling import ImagePipeline, load_pipeline
 from fastdit.schema import SD_VAE, Config, shards_text
@@ -69,7 +70,7 @@ class Model:
         """
         pipeline = self.pipeline
         if settings:
-            overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
             config = config_from(to_tree(self.config), "sample()", overrides)
             fixed = [key for key in ("precision", "compile", "weak_checkpoint") if key in settings]
             if fixed:
@@ -85,17 +86,17 @@ class Model:
 def load(path: str | Path, *, weights: str = "ema", device: str | None = None, **settings: Any) -> Model:
     """The model at `path`: a run, a checkpoint, an official DiT or SiT .pt file, or a diffusers folder.
 
-    `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`; for a
-    source that fastdit did not write, dotted keys can be given as {"objective": "flow", "data.vae": "vae"}.
+    `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`, and
+    dotted keys as {"data.vae": "vae"}; for a source that fastdit did not write also {"objective": "flow"} and others.
     """
     path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
-    overrides = [f"sampling.{key}={_yaml(value)}" for key, value in settings.items()]
+    overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))
+    stated = [f"{key}={yaml_line(value)}" for key, value in dotted.items()]
     if not foreign:
-        return Model(path, weights, load_pipeline(path, overrides, weights=weights, device=chosen), chosen)
+        return Model(path, weights, load_pipeline(path, stated + overrides, weights=weights, device=chosen), chosen)
     with tempfile.TemporaryDirectory() as folder:
-        stated = [f"{key}={_yaml(value)}" for key, value in dotted.items()]
         converted = convert(path, "fastdit", Path(folder) / "model", overrides=stated, say=lambda line: None)
         pipeline = load_pipeline(converted, overrides, weights=weights, device=chosen)
         pipeline.model.load_state_dict({k: v.clone() for k, v in pipeline.model.state_dict().items()}, assign=True)
@@ -160,7 +161,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
     tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config, schema=schema))
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
-    return config_from(tree, where, [f"{key}={value}" for key, value in places.items() if value], schema)
+    given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
+    return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
 
 
 def with_latents(
@@ -194,8 +196,3 @@ def with_latents(
         extract(images, shards, vae=data.vae or SD_VAE, image_size=size, device=device)
     return replace(config, data=replace(data, shards=shards))
 
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -1,7 +1,7 @@
 """Configuration: the dataclasses of schema.py, set from YAML and `section.key=value` overrides.
 
-Values are converted by annotation. An unknown key is an error that suggests the closest known one. A section
-`{name: ..., option: ...}` selects an entry of a registry (registry.py).
+Values are converted by annotation: text is as it was written, so that run_dir=010 is 010. An unknown key is an error
+that suggests the closest known one. A section `{name: ..., option: ...}` selects an entry of a registry (registry.py).
 """
 
 import copy
@@ -10,14 +10,12 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text
+from fastdit.files import DEPTH, parse_yaml, read_yaml, replace_text, yaml_text
 from fastdit.registry import Choice, UnknownKey, convert
 from fastdit.schema import SD_VAE, Config
 
@@ -60,11 +58,11 @@ def config_from(
 ) -> Any:
     """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
     tree = copy.deepcopy(tree)
-    for override in overrides:
+    for override in sorted(overrides, key=_depth):  # objective=flow before objective.shift=3, wherever they stand
         _override(tree, override)
     data = tree.get("data")
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
-        data["image_size"] = [int(side) for side in data["image_size"].split("x")]
+        data["image_size"] = [int(side) for side in str(data["image_size"]).split("x")]
     try:
         return convert(schema, tree, "")
     except UnknownKey as error:
@@ -131,9 +129,45 @@ def shipped_names(schema: type = Config) -> list[str]:
     return [name for name in names if name.startswith("vae_") == (schema is not Config)]
 
 
+def check_used(
+    overrides: Iterable[str], keys: Iterable[str], task: str, options: Mapping[str, str] | None = None,
+    but: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """ValueError for an override of a known key that a `task`, such as "when sampling", does not use.
+
+    `keys`: the keys and sections that it uses, without those in `but`. `options`: of the command, by the keys they are
+    like, such as {"seed": "--seed"}.
+    """
+    keys, known = list(keys), all_keys()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.removesuffix(".name")
+        used = any(_within(key, section) for section in keys)
+        option = (options or {}).get(key)
+        if option and not used:
+            raise ValueError(f"{override} changes nothing {task}; use {option} {value}")
+        if key in but:
+            raise ValueError(f"{override} changes nothing {task}; leave it out")
+        if not used and any(_within(key, own) or _within(own, key) for own in known):  # else it is a typing mistake
+            *most, last = (section if section in known else f"{section}.*" for section in keys)
+            raise ValueError(f"{override}: only {', '.join(most)} and {last} can be changed {task}; leave it out")
+
+
+def check_alone(option: str, key: str, overrides: Iterable[str]) -> None:
+    """ValueError where an override sets the key that an option, such as `--steps=50`, sets."""
+    for override in overrides:
+        name = override.partition("=")[0].removesuffix(".name")
+        if name == key or (_within(key, name) and name not in all_keys()):  # sampling=... but not sampling.sampler=...
+            raise ValueError(f"{option} and {override} are the same; give one")
+
+
+def _within(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Writes the resolved config as YAML; `load_config` returns an equal one."""
-    replace_text(Path(path), yaml.safe_dump(to_tree(config), sort_keys=False))
+    replace_text(Path(path), yaml_text(to_tree(config)))
 
 
 def to_tree(value: Any) -> Any:
@@ -158,6 +192,11 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
+def _depth(override: str) -> int:
+    """The number of sections above the key; a choice and its `.name` are one key."""
+    return override.partition("=")[0].removesuffix(".name").count(".")
+
+
 def _override(tree: dict, override: str) -> None:
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
@@ -171,7 +210,10 @@ def _override(tree: dict, override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    text = text.strip()
     try:
-        tree[last] = parse_yaml(text)
+        value = parse_yaml(text)
     except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
-        tree[last] = text
+        value = text
+    comment = "#" in text and not isinstance(value, dict | list)  # which a command line has not
+    tree[last] = text if (isinstance(value, str) or comment) and text[:1] not in ("'", '"', "!") else value

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterator
@@ -23,10 +24,56 @@ SAMPLING = "sampling.json"  # how the images in a folder were sampled
 DEPTH = 50  # levels of lists and objects; a config has four
 
 
+PLAIN = {  # YAML 1.2's core schema, and underscores as in 400_000; all else is text, such as 1:30, 2026-11-27 and yes
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
+
+class _Written:
+    """A number that YAML writes in another way than Python, such as 010 or 1.10; `str` gives it as it was written."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Whole(_Written, int):
+    pass
+
+
+class _Real(_Written, float):
+    pass
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values only, and no aliases: a few lines of them can stand for 10^9 values."""
 
+    yaml_implicit_resolvers = {}  # instead of those of YAML 1.1, where 010 is 8 and 1:30 is 90
     levels = 0
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in names:  # PyYAML would take the last one
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.lower()
+        if node.tag.endswith("int"):
+            value, kind = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), _Whole
+        else:
+            value, kind = float(text.replace(".inf", "inf").replace(".nan", "nan")), _Real
+        if str(value) == node.value:
+            return value
+        written = kind(value)
+        written.text = node.value
+        return written
 
     def compose_node(self, parent, index):
         self.levels += 1
@@ -37,6 +84,21 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.levels -= 1
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
+
+    def number(self, value: _Written) -> yaml.ScalarNode:
+        return self.represent_scalar(f"tag:yaml.org,2002:{'int' if isinstance(value, int) else 'float'}", value.text)
+
+
+for kind, pattern in PLAIN.items():
+    for owner in (_Loader, _Dumper):
+        owner.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), None)
+for kind, number in (("int", _Whole), ("float", _Real)):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _Loader.number)
+    _Dumper.add_representer(number, _Dumper.number)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -205,8 +267,22 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of YAML text; ValueError if it is not valid, or has tags, aliases or too many levels."""
+    """The value of YAML text; ValueError if it is not valid, or has tags, aliases, too many levels or a key twice.
+
+    `str` of a number gives its text, such as 010, for keys whose values are text.
+    """
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises all kinds of errors on values that do not fit their tags
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def yaml_text(value: Any) -> str:
+    """YAML that `parse_yaml` and any other reader of YAML 1.1 or 1.2 read as `value`, in the order of its keys."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def yaml_line(value: Any) -> str:
+    """The same in the form that an override takes after its `=`."""
+    line = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf)
+    return line.removesuffix("...\n").strip()

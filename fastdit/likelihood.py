@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import distributed
+from fastdit.config import check_used
 from fastdit.data.latents import PerChannel, per_channel, sample_latents
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
@@ -28,6 +29,7 @@ from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
+from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.distributed import ImageRandom, seed_of
 from fastdit.registry import check
 from fastdit.training.state import load_network
@@ -35,6 +37,9 @@ from fastdit.training.validation import check_classes
 
 ORDER, POSTERIOR, PROBES, BOUND = range(4)  # what the seed is for
 METHODS = ("heun", "euler", "vlb")
+USED = ("objective", "model.attention", "model.learn_sigma", "data.cache", "data.cache_gib", "data.normalize")
+OPTIONS = {"seed": "--seed", "data.shards": "--shards", "sampling.steps": "--steps", "sampling.sampler": "--method",
+           "sampling.batch_size": "--batch-size"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def likelihood(
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
     check(method, METHODS, "--method")
+    overrides = list(overrides)
+    check_used(overrides, USED, "for a likelihood", OPTIONS, [f"objective.{option}" for option in OF_LOSS])
     device = distributed.init(device).device
     trained = load_network(path, weights, overrides=overrides, device=device)
     data = trained.config.data

@@ -84,6 +84,12 @@ def _is_plain(hint: Any) -> bool:
     return hint in plain or typing.get_origin(hint) is Literal or any(a in plain for a in typing.get_args(hint))
 
 
+def truth(value: Any) -> Any:
+    """The boolean that yes, no, on and off stand for in YAML 1.1; other values unchanged."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Converts the values of a section by their annotations; `key` is the section's name in error messages."""
     values = {}
@@ -97,13 +103,23 @@ def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> 
     return values
 
 
+def plain(value: Any) -> Any:
+    """The same with numbers that do not remember how YAML wrote them (files.py), also in lists and sections."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return kind(value) if kind else value
+
+
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """Converts `value` to the type `hint`. Accepts numbers as strings, because YAML parses 1e-4 as a string."""
+    """Converts `value` to the type `hint`. Accepts numbers as strings; a number as text is as YAML wrote it."""
     if hint is Choice:
         tree = {"name": value} if isinstance(value, str) else value
         if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
             raise ValueError(f"{key}={value!r} must be a name, or a section with `name:` and its options")
-        return Choice(tree["name"], {k: v for k, v in tree.items() if k != "name"})
+        return Choice(tree["name"], plain({k: v for k, v in tree.items() if k != "name"}))
     if dataclasses.is_dataclass(hint):
         value = {} if value is None else value
         if not isinstance(value, dict):
@@ -111,6 +127,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
             raise ValueError(f"{key}={value!r} must be a section with keys {known}")
         return hint(**convert_all(typing.get_type_hints(hint), value, key))
     if typing.get_origin(hint) is Literal:
+        if True in typing.get_args(hint):
+            value = truth(value)
         check(value, typing.get_args(hint), key)
         return value
     if isinstance(hint, types.UnionType):  # X | None, X | tuple[...] | None
@@ -129,9 +147,9 @@ def convert(hint: Any, value: Any, key: str) -> Any:
             raise ValueError(f"{key}={value!r} must be a list of {count}numbers")
         return tuple(convert(part, item, key) for part, item in zip(parts, value, strict=True))
     if origin is dict and isinstance(value, dict):
-        return value
-    if origin is bool and isinstance(value, bool):
-        return value
+        return plain(value)
+    if origin is bool and isinstance(truth(value), bool):
+        return truth(value)
     if origin is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if origin in (int, float) and not isinstance(value, bool):

@@ -8,6 +8,7 @@ its shape. Files are written atomically, so the same command continues where a k
 import json
 import sys
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from fastdit import distributed
 from fastdit.build import check_sampling
+from fastdit.config import check_used
+from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline
@@ -25,12 +28,24 @@ from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.state import load_network
 
+USED = ("sampling", "objective", "data.vae", "model.attention", "model.learn_sigma")  # keys that change samples
+ROUTES = ("training.route", "training.route_ends")  # and with sampling.route
+
+
+def check_settings(overrides: Iterable[str], options: Mapping[str, str] | None = None, but: Iterable[str] = ()) -> None:
+    """ValueError for an override that does not change samples; `options` and `but`: as for `check_used`."""
+    routes = ROUTES if any(override.startswith("sampling.route=") for override in overrides) else ()
+    of_loss = [f"objective.{option}" for option in OF_LOSS]
+    check_used(overrides, (*USED, *routes), "when sampling", options, (*of_loss, *but))
+
 
 def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", device="cpu") -> ImagePipeline:
     """The checkpoint at `path` (a run folder means its newest), its config changed by `overrides`.
 
     ValueError where the autoencoder, or the weak checkpoint, is not for the same latents.
     """
+    overrides = list(overrides)
+    check_settings(overrides, {"seed": "--seed"})
     trained = load_network(path, weights, overrides=overrides, device=device)
     config = trained.config
     check_sampling(config, trained.objective, trained.model.null_label)

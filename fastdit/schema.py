@@ -140,7 +140,7 @@ class LoopConfig:
     wandb: str = ""  # log to this project of Weights & Biases, too; offline where there is no API key
     max_skipped: int = 3  # end the run after this many steps in a row whose loss or gradient is not finite
     timeout_s: float = 600.0  # if a step takes longer, the run names the process that stalls, and ends
-    time_limit: str = ""  # HH:MM, or minutes, after which the run saves and stops with exit code 75; "": none
+    time_limit: str = ""  # HH:MM, HH:MM:SS or minutes until the run saves and stops with exit code 75; "": none
     report: bool = True  # write run_dir/report.html at the end; fastdit report does it at any time
 
     def __post_init__(self):
@@ -153,16 +153,18 @@ class LoopConfig:
         require(
             self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "use 0 for never"
         )
-        limit = not self.time_limit or re.fullmatch(r"(\d+:[0-5])?\d+", self.time_limit)
-        require(limit, "training.time_limit", self.time_limit, "use HH:MM, or minutes")
+        limit = re.fullmatch(r"(\d{1,9}(:[0-5]\d){0,2})?", self.time_limit)
+        require(limit, "training.time_limit", self.time_limit, "use HH:MM, HH:MM:SS or minutes")
+        switch = self.wandb.lower() in ("yes", "no", "on", "off")
+        require(not switch, "training.wandb", self.wandb, 'use the name of a project, or "" for none')
         require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
 
     @property
     def time_limit_s(self) -> float:
-        """Seconds; 0 for no limit. A number is minutes: YAML itself reads 1:30 as 90."""
-        hours, _, minutes = self.time_limit.rpartition(":")
-        return 3600 * int(hours or 0) + 60 * int(minutes or 0)
+        """Seconds; 0 for no limit. 90 is minutes, 1:30 hours and minutes, 1:30:00 hours, minutes and seconds."""
+        parts = [int(part) for part in (self.time_limit or "0").split(":")]
+        return sum(part * unit for part, unit in zip(parts, (3600, 60, 1)[len(parts) == 1 :], strict=False))
 
 
 @dataclass(frozen=True)

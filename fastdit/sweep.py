@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdit.build import check_sampling
-from fastdit.config import config_from, to_tree
+from fastdit.config import check_alone, config_from, to_tree
 from fastdit.distributed import Ranks
 from fastdit.evaluation.evaluate import check_options, load_reference, measure
 from fastdit.evaluation.features import load_features
@@ -22,7 +22,7 @@ from fastdit.evaluation.protocol import aligned, append_result, find_result, rea
 from fastdit.files import replacing
 from fastdit.registry import check
 from fastdit.sampling import load_pipeline
-from fastdit.schema import SamplingConfig
+from fastdit.schema import Config, SamplingConfig
 
 WEIGHTS = ("ema", "model")
 WHEN_LOADED = ("weights", "weak_checkpoint", "precision", "compile")  # the network depends on them
@@ -54,15 +54,19 @@ def samples_of(
     """For each point, the images that `fastdit sample` would write. Every mistake is found before the first is made."""
     if num_samples is None:
         raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
-    pipelines, found = {}, []
+    pipelines, found, overrides = {}, [], list(overrides)
+    for key in chosen[0]:
+        check_alone(f"--sweep {key}=...", f"sampling.{key}", overrides)
+    if weights and "weights" in chosen[0]:
+        raise ValueError(f"--weights={weights} and --sweep weights=... are the same; give one")
     for point in chosen:  # values of the wrong kind, before anything is loaded
-        config_from({}, "--sweep", overrides_of(point))
+        config_from(to_tree(Config()), "--sweep", overrides_of(point))
     for point in chosen:
-        settings = overrides_of(point)
+        settings = [*overrides, *overrides_of(point)]  # options of a sampler follow the sampler
         loaded = tuple(point.get(key) for key in WHEN_LOADED)
         if loaded not in pipelines:
             kind = point.get("weights") or weights or "ema"
-            pipelines[loaded] = load_pipeline(run, [*overrides, *settings], weights=kind, device=device)
+            pipelines[loaded] = load_pipeline(run, settings, weights=kind, device=device)
         pipeline = pipelines[loaded]
         config = config_from(to_tree(pipeline.config), "--sweep", settings)
         check_sampling(config, pipeline.objective, pipeline.model.null_label)

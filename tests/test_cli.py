@@ -35,7 +35,7 @@ MISTAKES = {
     "train sit_s_2 --learning_rate=1e-4": (
         "--learning-rate is not an option of fastdit train; did you mean training.lr=1e-4"
     ),
-    "train sit_s_2 lr=1e-4": "lr='1e-4' is not a known key; did you mean 'training.lr'?",
+    "train sit_s_2 lr=1e-4": "lr=1e-4 is not a known key; did you mean 'training.lr'?",
     "train sit_s_2 --resum --batch-size 4": (
         "--batch-size is not an option of fastdit train; did you mean training.global_batch=4?"
     ),
@@ -137,6 +137,10 @@ def test_the_api_trains_loads_and_samples_every_format(world, tmp_path):
         for own, same in zip(images, other.sample(classes=["3", 4] if other.class_names else [3, 4], n=3, seed=5,
                                                   cfg_scale=2, sampler="heun", steps=2), strict=True):  # fmt: skip
             assert np.abs(np.asarray(own).astype(int) - np.asarray(same)).max() <= 1
+    own = fastdit.load(tmp_path / "run", **{"data.vae": str(world / "vae"), "objective.sample_shift": 2.0}).config
+    assert own.data.vae == str(world / "vae") and own.objective.options == {"sample_shift": 2.0}
+    with pytest.raises(ValueError, match="data.num_classes=3: only sampling"):
+        fastdit.load(tmp_path / "run", **{"data.num_classes": 3})
     with pytest.raises(ValueError, match="'cat' is not a class of this model"):
         model.sample(classes="cat")
     with pytest.raises(ValueError, match="sampling.cfgscale=3 is not a known key; did you mean 'sampling.cfg_scale'"):

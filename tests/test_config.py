@@ -4,11 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fastdit.api import _settings
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.build import resolved
-from fastdit.config import assumed, load_config, save_config
+from fastdit.config import assumed, config_from, load_config, save_config, to_tree
+from fastdit.convert.settings import Stated
 from fastdit.data.manifest import Manifest
+from fastdit.files import parse_yaml, yaml_line
 from fastdit.registry import Choice, bind, build
 from fastdit.schema import Config
 from helpers import ROOT
@@ -32,6 +36,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
     config = load_config(path, schema=schema)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml", schema=schema) == config
+    assert (tmp_path / "saved.yaml").read_text() == yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
 def test_values_are_converted_by_their_annotations(write):
@@ -47,6 +52,67 @@ def test_overrides_reach_a_choice_and_its_options(write):
     path = write("objective: {name: flow}\n")
     assert load_config(path, ["objective.sigma=2"]).objective == Choice("flow", {"sigma": 2})
     assert load_config(path, ["objective=ddpm"]).objective == Choice("ddpm")
+
+
+@pytest.mark.parametrize("key, words, wanted", [
+    ("objective", "objective.shift=3 objective=flow", {"name": "flow", "shift": 3}),
+    ("objective", "objective.shift=3 objective.name=ddpm objective=flow", {"name": "flow", "shift": 3}),
+    ("objective", "objective.shift=2 objective=ddpm objective=flow objective.shift=3", {"name": "flow", "shift": 3}),
+    ("objective", "objective=flow objective.name=ddpm", {"name": "ddpm"}),
+    ("objective", 'objective={"name":"ddpm","schedule":"cosine"} objective=ddpm', {"name": "ddpm"}),
+    ("sampling.sampler", "sampling.sampler.eta=1 sampling.sampler=ddim", {"name": "ddim", "eta": 1}),
+    ("training.lr_schedule", "training.lr_schedule.final=0.1 training.lr_schedule=cosine",
+     {"name": "cosine", "final": 0.1}),
+])  # fmt: skip
+def test_a_choice_and_its_options_come_in_any_order_and_the_last_of_one_key_counts(key, words, wanted):
+    found = to_tree(load_config("sit_s_2", words.split(" ")))
+    for part in key.split("."):
+        found = found[part]
+    assert found == wanted
+
+
+# text: as a number of steps, if it is one
+WRITTEN = {"2026_11_27": 20261127, "010": 10, "08": 8, "1.10": 1.1, "0100": 100, "1e5": 100_000, "1e-4": 0.0001,
+           "1_000": 1000, "0x1F": 31, "0o17": 15, "+5": 5, ".5": 0.5, "50": 50, "0.5": 0.5,
+           **dict.fromkeys(["1:30:00", "2026-11-27", "on", "a #b", "#b", "5 #b", "&a b", "=", "<<", "it's"])}
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_text_is_as_it_was_written_and_a_number_decimal(write, tmp_path, text):
+    quoted = f"'{text}'" if set(text) & set("#&'") else text  # in a file, # begins a comment
+    quoted = quoted.replace("it's", "it''s")
+    config = load_config(write(f"run_dir: {quoted}\ndata: {{shards: {quoted}}}\ntraining: {{init_from: {quoted}}}"))
+    given = load_config("sit_s_2", [f"run_dir={text}", f"data.shards={text}", f"training.init_from={text}"])
+    python = _settings({}, {"training": {"init_from": text}}, {"run_dir": text, "data.shards": text}, "", Config)
+    stated = Stated(write(f"data: {{vae: {quoted}}}"), (f"data={{shards: {quoted}}}",)).lines
+    assert config_from({}, "", stated).data.vae == config_from({}, "", stated).data.shards == text
+    save_config(config, tmp_path / "saved.yaml")
+    tree = yaml.safe_load((tmp_path / "saved.yaml").read_text())  # as any other program reads it
+    assert tree["run_dir"] == tree["training"]["init_from"] == text and load_config(tmp_path / "saved.yaml") == config
+    for found in (config, given, python):
+        assert found.run_dir == found.data.shards == found.training.init_from == text
+    for value in (text, parse_yaml(quoted), [text], {"a": {"b": text}}):
+        assert parse_yaml(yaml_line(value)) == value and str(parse_yaml(yaml_line(value))) == str(value)
+    number = WRITTEN[text]
+    if number is None:
+        with pytest.raises(ValueError, match="must be a number"):
+            load_config("sit_s_2", [f"training.weight_decay={text}"])
+        return
+    parts = [f"weight_decay={text}", f"deepspeed={{a: [{text}]}}", f"lr_schedule={{name: wsd, decay: {text}}}"]
+    settings = load_config("sit_s_2", [f"training.{part}" for part in parts]).training
+    found = [settings.weight_decay, settings.deepspeed["a"][0], settings.lr_schedule.options["decay"]]
+    assert found == [number] * 3 and {type(value) for value in found} <= {int, float}
+    if isinstance(number, int):
+        found = load_config("sit_s_2", [f"seed={text}", f"data.image_size={text}", f"training.route_ends=[{text},2]"])
+        assert (found.seed, found.data.image_size, found.training.route_ends) == (number, number, (number, 2))
+
+
+def test_yes_and_off_are_booleans_where_a_key_is_one_and_else_text():
+    config = load_config("sit_s_2", ["data.hflip=no", "training.fp8=Yes", "training.compile=off", "run_dir=on"])
+    assert (config.data.hflip, config.training.fp8, config.training.compile) == (False, True, False)
+    assert config.run_dir == "on"
+    with pytest.raises(ValueError, match="training.wandb='off' is out of range; use the name of a project, or "):
+        load_config("sit_s_2", ["training.wandb=off"])
 
 
 @pytest.mark.parametrize(
@@ -71,6 +137,7 @@ def test_overrides_reach_a_choice_and_its_options(write):
         ("training: {betas: 0.9}", [], ["training.betas=0.9", "list of 2"]),
         ("- a", [], ["sections"]),
         ("a: [", [], ["not valid YAML"]),
+        ("training: {lr: 1e-4}\ndata: {}\ntraining: {steps: 5}", [], ["training is there twice"]),
     ],
 )
 def test_mistakes_name_file_key_value_and_remedy(write, text, overrides, words):
@@ -134,5 +201,7 @@ def test_a_config_takes_from_the_shards_what_only_they_tell(world):
 
 def test_an_image_size_is_also_written_as_a_command_line_takes_it():
     assert load_config("sit_s_2", ["data.image_size=512x256"]).data.image_size == (512, 256)
-    with pytest.raises(ValueError, match="data.image_size"):
-        load_config("sit_s_2", ["data.image_size=512x"])
+    for size in ("512x", "0x64"):
+        with pytest.raises(ValueError, match="data.image_size"):
+            load_config("sit_s_2", [f"data.image_size={size}"])
+    assert load_config("sit_s_2", ["data.image_size= '64'", "run_dir= ' a'", "data.vae= b "]).run_dir == " a"

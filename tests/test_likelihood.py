@@ -118,7 +118,7 @@ def test_the_images_come_once_each_unmirrored(place):
 def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch):
     arguments = "--num-images 3 --probes 1 --steps 2 --method euler --out".split() + [str(tmp_path / "out.json")]
     fixed = ["likelihood", "--checkpoint", str(place / "ddpm"), "--shards", str(place / "latents")]
-    monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "seed=3"])
+    monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "--seed", "3"])
     cli.main()
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert "3 images, 2 steps of euler, 1 probes" in printed and f"{report['nats']:.2f} +- " in printed
@@ -149,8 +149,11 @@ def test_means_and_errors():
         ({"steps": 2000}, ["2000"]),
         ({"shards": "gone"}, ["gone has no manifest.json"]),
         ({"path": "gone"}, ["gone does not exist"]),
-        ({"overrides": ["data.num_classes=2"]}, ["another network", "y_embedder.embedding_table.weight has shape"]),
-        ({"overrides": ["model.variant=DiT-3x48x4/2"]}, ["network than DiT-3x48x4/2", "blocks.2.", "is missing"]),
+        ({"overrides": ["data.num_classes=2"]}, ["data.num_classes=2: only objective, model.attention,"]),
+        ({"overrides": ["sampling.cfg_scale=4"]}, ["sampling.cfg_scale=4: only", "can be changed for a likelihood"]),
+        ({"overrides": ["sampling.steps=9"]}, ["sampling.steps=9 changes nothing for a likelihood; use --steps 9"]),
+        ({"overrides": ["seed=3"]}, ["seed=3 changes nothing for a likelihood; use --seed 3"]),
+        ({"overrides": ["objective.coupling=ot"]}, ["objective.coupling=ot changes nothing for a likelihood"]),
         ({"overrides": ["objective=ddmp"]}, ["did you mean 'ddpm'"]),
         ({"scale": 1.0}, ["have scale 1.0", "has latents with scale 0.18215"]),
     ],

@@ -19,6 +19,7 @@ from fastdit.evaluation.images import open_set
 from fastdit.sampling import grid, load_pipeline, sample
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
+from fastdit.training.state import load_network
 from helpers import ROOT
 from helpers.data import small_vae
 from helpers.runs import run, run_command
@@ -162,7 +163,15 @@ def test_a_grid_fills_its_places_in_order_of_class(tmp_path, labels, rows):
         ({"labels": "cats"}, ["--labels='cats'"]),
         ({"overrides": ["sampling.steps=ddim50"]}, ["steps='ddim50'"]),
         ({"overrides": ["sampling.sampler=hein"]}, ["did you mean 'heun'"]),
-        ({"overrides": ["model.variant=DiT-Ti/2"]}, ["another network"]),
+        ({"overrides": ["model.variant=DiT-Ti/2"]}, ["model.variant=DiT-Ti/2: only sampling.*, objective, data.vae,"]),
+        ({"overrides": ["seed=3"]}, ["seed=3 changes nothing when sampling; use --seed 3"]),
+        ({"overrides": ["run_dir=x"]}, ["run_dir=x: only sampling.*", "can be changed when sampling; leave it out"]),
+        ({"overrides": ["data.image_size=16"]}, ["data.image_size=16: only sampling.*"]),
+        ({"overrides": ["training={lr: 1}"]}, ["training={lr: 1}: only sampling.*"]),
+        ({"overrides": ["training.lr_schedule.final=1"]}, ["training.lr_schedule.final=1: only sampling.*"]),
+        ({"overrides": ["training.route_ends=[1,1]"]}, ["training.route_ends=[1,1]: only sampling.*"]),
+        ({"overrides": ["objective.time_scale=2"]}, ["objective.time_scale=2 changes nothing when sampling; leave it"]),
+        ({"overrides": ["cfg_scale=3"]}, ["cfg_scale=3 is not a known key; did you mean 'sampling.cfg_scale'"]),
         ({"overrides": ["data.vae=nowhere/at/all"]}, ["nowhere/at/all"]),
         ({"overrides": ["sampling.cfg_channels=-1"]}, ["sampling.cfg_channels=-1"]),
     ],
@@ -173,6 +182,12 @@ def test_mistakes_name_key_value_and_remedy_and_write_nothing(trained, tmp_path,
         sample(arguments.pop("path"), tmp_path / "out", device="cpu", **arguments)
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_another_network_is_refused(trained):
+    for override in ("model.variant=DiT-Ti/2", "data.num_classes=2"):
+        with pytest.raises(ValueError, match="another network"):
+            load_network(trained, overrides=[override])
 
 
 def test_another_autoencoder_is_refused(trained, tmp_path):

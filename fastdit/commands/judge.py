@@ -53,6 +53,8 @@ def evaluate(parser: ArgumentParser) -> Command:
         from fastdit.evaluation.protocol import compare
 
         if arguments.compare:
+            if extra := arguments.names + arguments.overrides:
+                arguments.parser.error(f"{extra[0]} means nothing with --compare; leave it out")
             return print(compare(*arguments.compare))
         samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
         if arguments.loss and arguments.reference:

@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
+from fastdit.config import check_alone
 
 SETTINGS = {"cfg_scale": "sampling.cfg_scale", "steps": "sampling.steps", "samplers": "sampling.sampler"}
 AXES = ("classes", "seeds", *SETTINGS, "checkpoints")
@@ -41,9 +42,9 @@ def wants_picture(arguments: Namespace) -> bool:
     if chosen or any(getattr(arguments, name) is not None for name in names):
         return True
     for key, setting in SETTINGS.items():
-        if texts[key] and any(word.startswith(f"{setting}=") for word in arguments.overrides):
-            raise ValueError(f"--{key}={texts[key]} and {setting}=... are the same; give one of them")
-        arguments.overrides += [f"{setting}={texts[key]}"] * bool(texts[key])
+        if texts[key]:
+            check_alone(f"--{key}={texts[key]}", setting, arguments.overrides)
+            arguments.overrides.append(f"{setting}={texts[key]}")
     return False
 
 

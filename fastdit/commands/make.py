@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
 from fastdit.commands.look import default_out, make_picture, take_pictures, wants_picture
-from fastdit.config import is_shipped, load_config
+from fastdit.config import check_alone, is_shipped, load_config
 
 LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
 
@@ -153,13 +153,16 @@ def sample(parser: ArgumentParser) -> Command:
     parser.add_argument("--num-samples", "--samples", type=int, help="(64)")
     parser.add_argument("--labels", help="balanced (default), random, or classes by name or number: 207,360")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="(0)")
     parser.add_argument("--device", help=DEVICE)
     take_pictures(parser)
     take_words(parser, "RUN")
 
     def run(arguments: Namespace) -> None:
         path = one_name(arguments, "checkpoint", "run")
+        if arguments.seeds and arguments.seed is not None:
+            raise ValueError(f"--seed={arguments.seed} and --seeds={arguments.seeds} are the same; give one")
+        arguments.seed = arguments.seed or 0
         if wants_picture(arguments):
             return make_picture(path, arguments)
         from fastdit.sampling import sample
@@ -183,6 +186,7 @@ def quickstart(parser: ArgumentParser) -> Command:
     def run(arguments: Namespace) -> None:
         from fastdit.quickstart import quickstart
 
+        check_alone(f"--seed={arguments.seed}", "seed", arguments.overrides)
         quickstart(arguments.out, seed=arguments.seed, overrides=arguments.overrides)
 
     return run

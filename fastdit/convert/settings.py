@@ -6,7 +6,6 @@ not state; it cannot contradict what it does.
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from fastdit.convert.official import HEADS, Architecture, architecture
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.objectives import OBJECTIVES
-from fastdit.files import parse_yaml, read_yaml
+from fastdit.files import parse_yaml, read_yaml, yaml_line
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
 from fastdit.schema import Config
@@ -74,7 +73,7 @@ class Stated:
         if self.config is not None:
             load_config(self.config, self.overrides)  # reports mistakes, with the name of the file
         tree = read_yaml(Path(self.config)) if self.config is not None else {}
-        lines = [f"{key}={json.dumps(value)}" for key, value in (tree or {}).items()]
+        lines = [f"{key}={yaml_line(value)}" for key, value in (tree or {}).items()]
         return tuple(line for given in (*lines, *self.overrides) for line in _flat(given))
 
     @property
@@ -92,7 +91,7 @@ def _flat(override: str) -> list[str]:
     except ValueError:
         return [override]
     value = {"name": value} if isinstance(value, str) else value
-    return [f"{section}.{k}={json.dumps(v)}" for k, v in value.items()] if isinstance(value, dict) else [override]
+    return [f"{section}.{k}={yaml_line(v)}" for k, v in value.items()] if isinstance(value, dict) else [override]
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -194,7 +193,7 @@ def _merged(where: Path, said: dict[str, Any], stated: Stated) -> Config:
     lookup(OBJECTIVES, name, "objective.name")
     tree = to_tree(assumed(load_config(shipped_config("sit_xl_2" if name == "flow" else "dit_xl_2"))))
     unsaid = {"heads"} | ({"data.vae"} & stated.keys)  # the autoencoder may lie elsewhere by now
-    hints = [f"{key}={json.dumps(value)}" for key, value in said.items() if key not in unsaid]
+    hints = [f"{key}={yaml_line(value)}" for key, value in said.items() if key not in unsaid]
     hints.append(f"objective.name={name}")
     config = config_from(tree, where, [*stated.lines, *hints])
     given = config_from(tree, where, [*hints, *stated.lines])

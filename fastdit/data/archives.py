@@ -45,6 +45,10 @@ def open_images(root: str | Path) -> ImageSource:
             if files := sorted(folder.glob("*.parquet")):
                 return parquet(root, files)
         if (tars := sorted(root.glob("*.tar"))) and not any(path.is_dir() for path in root.iterdir()):
+            loose = [path.name for path in root.iterdir() if path.name.lower().endswith(EXTENSIONS)]
+            if loose:
+                raise ValueError(f"images={root} holds {len(loose)} images, such as {min(loose)}, beside {len(tars)} "
+                                 f"tar files, such as {tars[0].name}; move one kind away")  # fmt: skip
             return webdataset(root, tars)
     return list_images(root)
 

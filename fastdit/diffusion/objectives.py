@@ -316,4 +316,7 @@ def compiled(objective: Objective) -> Objective:
     return copy
 
 
+OF_LOSS = ("min_snr_gamma", "weight", "time_distribution", "time_mean", "time_scale", "cosine_weight",
+           "class_token_weight", "coupling", "train_eps")  # options without an effect on samples  # fmt: skip
+OF_SAMPLES = ("sample_shift", "sample_eps")  # options without an effect on the loss
 OBJECTIVES = {"ddpm": DDPM, "flow": FlowMatching}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastdit.build import check_sampling
-from fastdit.config import config_from, to_tree
+from fastdit.config import check_alone, config_from, to_tree
 from fastdit.pipeline import ImagePipeline
 from fastdit.sampling import load_pipeline
 from fastdit.sheets import in_letters, told_apart
@@ -29,7 +29,7 @@ class Axes:
     values: dict[str, list]  # class, seed: numbers; checkpoint: folders; others: text, or None for the config's
     given: frozenset[str]  # the axes that the user gave
     pipeline: ImagePipeline  # of the first checkpoint
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # with the first value of each axis that is a setting
     weights: str
 
     @property
@@ -57,8 +57,8 @@ class Axes:
                                  f"{self.values['checkpoint'][0]}; make a sheet of each")  # fmt: skip
         found = []
         for chosen in product(*(self.values[axis] for axis in KEYS)):
-            changes = [f"{key}={value}" for key, value in zip(KEYS.values(), chosen, strict=True) if value is not None]
-            config = config_from(to_tree(pipeline.config), "fastdit sample", changes)
+            changes = settings_of(dict(zip(KEYS, chosen, strict=True)))  # options of a sampler follow the sampler
+            config = config_from(to_tree(pipeline.config), "fastdit sample", [*self.overrides, *changes])
             check_sampling(config, pipeline.objective, pipeline.model.null_label)
             found.append(replace(pipeline, config=config))
         return found
@@ -113,9 +113,9 @@ def read_axes(
     overrides = tuple(overrides)
     values: dict[str, list] = {axis: parts(text, axis) if text else [None] for axis, text in given.items()}
     for axis, key in KEYS.items():
-        for override in overrides if given[axis] else ():
-            if override.partition("=")[0] in (key, f"{key}.name"):
-                raise ValueError(f"--{OPTIONS[axis]}={given[axis]} and {override} are the same; give one")
+        if given[axis]:
+            check_alone(f"--{OPTIONS[axis]}={given[axis]}", key, overrides)
+    overrides += tuple(settings_of({axis: values[axis][0] for axis in KEYS}))
     values["checkpoint"] = folders_of(Path(path), values["checkpoint"])
     pipeline = load_pipeline(values["checkpoint"][0], overrides, weights=weights, device=device)
     own = pipeline.classes
@@ -133,6 +133,11 @@ def read_axes(
     axes = Axes(values, frozenset(axis for axis in given if given[axis]), pipeline, overrides, weights)
     axes.variants(values["checkpoint"][0])  # fails here, not later
     return axes
+
+
+def settings_of(values: dict[str, str | None]) -> list[str]:
+    """The overrides for values of axes; None: the config's own."""
+    return [f"{KEYS[axis]}={value}" for axis, value in values.items() if value is not None]
 
 
 def parts(text: str, axis: str) -> list:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from fastdit.build import build_objective, check_sampling
+from fastdit.config import config_from, to_tree
 from fastdit.report import autoencoder
 from fastdit.report.facts import of_autoencoder, read_run
-from fastdit.report.measure import measure_run
+from fastdit.report.measure import FEW, measure_run
 from fastdit.report.page import render
+from fastdit.sampling import check_settings
 
 BUDGET_S = 30  # for the samples and losses that are made when training ends
 
@@ -42,6 +45,12 @@ def write_report(
     if autoencoders and overrides:
         raise ValueError(f"{overrides[0]} is a setting of samples, and {facts[0].folder} is a run of train-vae; "
                          "leave it out")  # fmt: skip
+    if not autoencoders and overrides:
+        check_settings(overrides, but=["sampling.batch_size"])
+        for run in facts:  # a mistake ends the command, instead of becoming a note on the page
+            config = config_from(to_tree(run.config), run.folder, [*FEW, *overrides])
+            guided = config.model.class_dropout and config.data.num_classes
+            check_sampling(config, build_objective(config), 0 if guided else None)
     out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
     if not out.parent.is_dir():
         raise ValueError(f"--out={out}: there is no folder {out.parent}; create it")

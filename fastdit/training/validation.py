@@ -9,10 +9,11 @@ import torch
 
 from fastdit import __version__
 from fastdit.build import shards_of
-from fastdit.config import to_tree
+from fastdit.config import check_used, to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
+from fastdit.diffusion.objectives import OF_SAMPLES
 from fastdit.distributed import Ranks
 from fastdit.environment import commit, hardware
 from fastdit.evaluation.loss import IMAGES, validation_loss
@@ -21,6 +22,9 @@ from fastdit.training import checkpoint
 from fastdit.training.alignment import token_features
 from fastdit.training.state import load_network, same_contents
 
+USED = ("objective", "model.attention", "model.learn_sigma", "sampling.precision", "data.cache", "data.cache_gib",
+        "data.normalize")  # keys that change the loss  # fmt: skip
+HELD_OUT = ("data.shards", "data.val_shards", "data.val_fraction", "data.features")  # and without --shards
 PROTOCOL = 1  # increases when the same files and settings give other digits
 
 
@@ -49,6 +53,11 @@ def loss_of_run(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
+    overrides = list(overrides)
+    of_samples = [f"objective.{option}" for option in OF_SAMPLES]
+    held_out = () if shards else HELD_OUT
+    options = {"data.val_shards": "--shards", "data.shards": "--shards"}
+    check_used(overrides, (*USED, *held_out), "for a validation loss", options, of_samples)
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
     data = trained.config.data
     if shards:

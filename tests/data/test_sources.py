@@ -380,6 +380,13 @@ def test_labels_are_found_under_their_usual_names(tmp_path, text, labels, names)
     assert (source.labels, source.class_names, source.paths) == (labels, names, ["a.png", "b.png"])
 
 
+def test_images_beside_tar_files_are_not_left_out_silently(tmp_path):
+    sources.make_webdataset(tmp_path)
+    (tmp_path / "b.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match="holds 1 images, such as b.png, beside 2 tar files"):
+        open_images(tmp_path)
+
+
 @pytest.mark.parametrize("label", ["true", "[1]", "1.5", "NaN", '{"a": 1}', "-1", '"-1"'])
 def test_a_label_that_is_neither_a_name_nor_a_number_is_an_error(tmp_path, label):
     """It was taken for a missing one, and the network trained without classes."""

@@ -7,7 +7,7 @@ import typing
 import pytest
 import torch
 
-from fastdit.diffusion.objectives import OBJECTIVES, compiled
+from fastdit.diffusion.objectives import OBJECTIVES, OF_LOSS, OF_SAMPLES, compiled
 from fastdit.registry import Choice, build
 
 MEAN, STD = 0.6, 0.4
@@ -101,6 +101,34 @@ def test_a_yaml_section_can_describe_it(name):
     for hint in (hints[f.name] for f in fields):
         named = typing.get_origin(hint) is typing.Literal and all(isinstance(v, str) for v in typing.get_args(hint))
         assert named or set(typing.get_args(hint) or (hint,)) <= plain
+
+
+OTHERS = {"variance": "fixed_small", "loss_type": "kl", "prediction": "x_0", "interpolant": "gvp", "schedule": "cosine",
+          "weight": "velocity", "time_distribution": "logit_normal", "coupling": "ot", "time_mean": 0.5,
+          "cosine_weight": 0.5, "class_token_weight": 0.5}  # fmt: skip
+BESIDE = {"variance": {"loss_type": "kl"}, "weight": {"prediction": "x_0"},
+          "min_snr_gamma": {"variance": "fixed_small", "loss_type": "mse"},
+          "time_mean": {"time_distribution": "logit_normal"}, "time_scale": {"time_distribution": "logit_normal"},
+          "train_eps": {"prediction": "eps"}, "sample_eps": {"prediction": "eps"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, option", [(n, f.name) for n, o in OBJECTIVES.items() for f in dataclasses.fields(o)])
+def test_an_option_changes_what_it_is_said_to_change(name, option):
+    beside, other = BESIDE.get(option, {}), OTHERS.get(option, 0.3)
+    x_0, noise = torch.randn(2, 6, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    samples, losses = [], []
+    for options in (beside, {**beside, option: other}):
+        objective = build(OBJECTIVES, Choice(name, options), "objective")
+        model = lambda x, t, y, o=objective: x.repeat(1, 2, 1, 1)[:, : o.out_channels(2)] / 2  # noqa: E731
+        found, t = objective.predict(model, x_0, torch.tensor([0.4] * 6), None), torch.linspace(0.1, 0.9, 6)
+        mix = 0.0 if found.log_variance_mix is None else found.log_variance_mix
+        samples.append([objective.timesteps(4), found.x_0, torch.zeros_like(x_0) + mix])
+        losses.append(objective.loss(model, x_0, None, objective.sample_t(t), noise).per_sample)
+    same_samples, same_losses = all(map(torch.equal, *samples)), torch.equal(*losses)
+    assert same_samples >= (option in (*OF_LOSS, "loss_type")) and same_losses >= (option in OF_SAMPLES)
+    if name in ("ddpm", "flow"):  # whose options are all listed
+        assert same_samples == (option in (*OF_LOSS, "loss_type"))
+        assert same_losses == (option in (*OF_SAMPLES, "class_token_weight", "coupling"))  # entangled.py, coupling.py
 
 
 @every_objective

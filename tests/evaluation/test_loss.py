@@ -140,3 +140,16 @@ def test_the_command_prints_the_loss_by_timestep_and_says_how_it_was_measured(tr
     assert "weights=ema and model" in mistake(capsys, "--compare", out, tmp_path / "model.jsonl")
     assert "neither data.val_shards nor data.val_fraction; give --shards" in mistake(capsys, trained, "--loss")
     assert "has no manifest.json" in mistake(capsys, trained, "--loss", "--shards", tmp_path)
+    for override, words in (
+        ("sampling.cfg_scale=4", "sampling.cfg_scale=4: only objective, model.attention, model.learn_sigma, "),
+        ("data.val_shards=a", "data.val_shards=a changes nothing for a validation loss; use --shards a"),
+        ("data.val_fraction=0.1", "data.val_fraction=0.1: only objective"),
+        ("objective.sample_shift=2", "objective.sample_shift=2 changes nothing for a validation loss; leave it out"),
+        ("training.lr=1", "training.lr=1: only objective"),
+    ):
+        assert words in mistake(capsys, trained, "--loss", "--shards", shards, override), words
+    assert "a.jsonl means nothing with --compare" in mistake(capsys, "a.jsonl", "--compare", out, out)
+    main(["evaluate", str(trained), "--loss", "--num-samples", "20", "--out", str(tmp_path / "own.jsonl"),
+          "data.val_fraction=0.2", "objective.shift=3"])  # fmt: skip
+    own = json.loads((tmp_path / "own.jsonl").read_text())["protocol"]
+    assert own["objective"]["shift"] == 3 and own["val_fraction"] == 0.2

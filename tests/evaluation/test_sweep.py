@@ -70,6 +70,23 @@ def test_two_processes_write_the_same_lines(trained, reference, tmp_path, small)
     assert one == two and len(two) == 2
 
 
+def test_options_of_a_sampler_that_is_swept_or_chosen_are_in_force(trained, reference, tmp_path, small):
+    chosen, noisy, found = "sampling.sampler=ddim", "sampling.sampler.eta=1", {}
+    for name, given, axes in (
+        ("both", [], ["sampler.eta=0,1", "sampler=ddim"]),
+        ("option", [chosen], ["sampler.eta=0,1"]),
+        ("sampler", [noisy], ["sampler=ddim"]),
+        ("neither", [noisy, chosen], ["cfg_scale=1.5"]),
+    ):
+        argv = command(trained, reference, tmp_path / name, *axes)
+        main([*argv[:-len(axes) - 1], *given, "sampling.steps=2", *argv[-len(axes) - 1 :]])
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        found[name] = {line["protocol"]["samples"]["sampling"]["sampler"]["eta"]: line["values"] for line in lines}
+    assert found["both"] == found["option"] and found["both"].keys() == {0, 1}
+    assert found["both"][0] != found["both"][1]
+    assert found["sampler"] == {1: found["both"][1]} and found["neither"].keys() == {1}
+
+
 def test_points_are_all_combinations():
     assert points([]) == [{}]
     assert points(["cfg_interval=[0,0.6],[0,1]", "steps=5"]) == [
@@ -94,6 +111,16 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tm
         (["weak_checkpoint=nowhere"], "nowhere"),
     ):
         assert words in mistake(capsys, *command(trained, reference, tmp_path / "out.jsonl", *sweep)[1:]), words
+    for given, sweep, words in (
+        ("sampling.cfg_scale=3", "cfg_scale=1,2", "--sweep cfg_scale=... and sampling.cfg_scale=3 are the same; give"),
+        ("sampling.sampler=heun", "sampler=ddim", "--sweep sampler=... and sampling.sampler=heun are the same; give"),
+        ("sampling={steps: 2}", "steps=3", "--sweep steps=... and sampling={steps: 2} are the same; give one"),
+        ("sampling.sampler.eta=1", "sampler=ddim,heun", "sampling.sampler.eta=1 is an option of ddim, not of heun"),
+        ("--weights=model", "weights=ema", "--weights=model and --sweep weights=... are the same; give one"),
+        ("seed=3", "steps=3", "seed=3 changes nothing when sampling; use --seed 3"),
+    ):
+        argv = command(trained, reference, tmp_path / "out.jsonl")[1:-1]
+        assert words in mistake(capsys, *argv, given, "--sweep", sweep), words
     assert not (tmp_path / "out.jsonl").exists()
     argv = command(tmp_path / "samples.npz", reference, tmp_path / "out.jsonl", "cfg_scale=1,2")
     assert "--num-samples, --sweep: SAMPLES=" in mistake(capsys, *argv[1:])

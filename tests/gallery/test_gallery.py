@@ -97,6 +97,16 @@ def test_rows_and_columns_can_be_any_two_axes(trained, model, drawn):
             assert np.array_equal(images[r, c], one(source, 2, 0, steps=steps, sampler=sampler))
 
 
+def test_options_of_a_sampler_are_those_of_the_samplers_that_are_named(trained, model, drawn, tmp_path):
+    plain, noisy = (one(model, 2, 0, sampler={"name": "ddim", "eta": eta}) for eta in (0, 1))
+    assert not np.array_equal(plain, noisy)
+    few = ["--samplers", "ddim", "sampling.sampler.eta=1"]
+    pages.sheet(read_axes(trained, classes="2", seeds="0,1", samplers="ddim", steps="3", overrides=few[2:]), ALONE)
+    picture(trained, "--out", tmp_path / "out", "--num-samples", 1, "--labels", 2, "--steps", 3, *few)
+    assert np.array_equal(drawn[0][0][0, 0], noisy)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/images/000000.png")), noisy)
+
+
 def test_what_is_not_given_suits_what_is(trained, wide):
     def counts(path, **texts):
         axes = read_axes(path, **texts)
@@ -220,12 +230,18 @@ MISTAKES = {
     "--seeds 0-999 --cfg_scale 1,2": "a picture of 16,000 images is too large; choose at most 1,024",
     "--cfg_scale 1,two": "sampling.cfg_scale='two' must be a number",
     "--cfg_scale 1,2 sampling.cfg_scale=3": "--cfg_scale=1,2 and sampling.cfg_scale=3 are the same; give one",
-    "--cfg_scale 2 sampling.cfg_scale=3": "--cfg_scale=2 and sampling.cfg_scale=... are the same; give one of them",
+    "--cfg_scale 2 sampling.cfg_scale=3": "--cfg_scale=2 and sampling.cfg_scale=3 are the same; give one",
+    "--samplers ddim sampling.sampler.name=heun": "--samplers=ddim and sampling.sampler.name=heun are the same",
+    "--steps 2 sampling={steps:3}": "--steps=2 and sampling={steps:3} are the same; give one",
+    "--samplers ddim,heun sampling.sampler.eta=1": "sampling.sampler.eta=1 is an option of ddim, not of heun;",
+    "--seeds 0-3 seed=3": "seed=3 changes nothing when sampling; use --seed 3",
+    "--classes 1 training.lr=1": "training.lr=1: only sampling.*, objective, data.vae, model.attention and ",
     "--steps 1,,2": "--steps=1,,2: '' is not a value; give values with commas between",
     "--samplers heun,hein": "did you mean 'heun'?",
     "--checkpoints step-15,step-7": "has no step 7, only step-10, step-15, step-20; give one of them, or a path",
     "--checkpoints step-15,nowhere": "checkpoint nowhere does not exist",
     "--seeds 0-3 --num-samples 4": "--num-samples is for a folder of samples; a picture has one image for each of",
+    "--seeds 0-1 --seed 7": "--seed=7 and --seeds=0-1 are the same; give one",
     "--seeds 0-3 --labels 4": "--labels is for a folder of samples",
     "--seeds 0-3 --rows seeds": "--rows='seeds' is unknown; did you mean 'seed'?",
     "--seeds 0-3 --rows seed --columns seed": "--rows=seed and --columns=seed are the same; choose another axis",

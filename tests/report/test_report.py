@@ -75,6 +75,20 @@ def test_its_pictures_can_be_opened_and_show_something(runs):
             assert picture.n_frames == 4 and picture.size == (4 * 34 - 2, 4 * 34 - 2)
 
 
+@pytest.mark.parametrize("override, words", [
+    ("seed=3", "seed=3: only sampling"),
+    ("training.lr=1", "training.lr=1: only sampling"),
+    ("sampling.batch_size=3", "sampling.batch_size=3 changes nothing when sampling"),
+    ("sampling.steps=few", "steps='few' needs a discrete schedule"),
+    ("sampling.sampler=hein", "did you mean 'heun'"),
+    ("sampling.cfg_scale=high", "sampling.cfg_scale='high' must be a number"),
+])  # fmt: skip
+def test_a_mistake_in_a_setting_of_the_samples_writes_no_page(runs, tmp_path, override, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        write_report([runs / "a"], tmp_path / "page.html", overrides=[override])
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_same_page_twice(runs):
     pages = [write_report([runs / "a"], runs / name, overrides=["sampling.steps=2"]).read_bytes() for name in "xy"]
     assert pages[0] == pages[1]

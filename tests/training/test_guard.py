@@ -207,9 +207,12 @@ def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
     assert 3 <= len(names) < 8 and names[-1] == "step-0000008"
 
 
-@pytest.mark.parametrize("value", ["1:5h", "1:75", "soon", "-3"])
+@pytest.mark.parametrize("value", ["1:5h", "1:75", "1:300", "1:30:75", "1:5", "1:2:3:4", "1:30:", "soon", "-3", "1e2"])
 def test_a_time_limit_is_hours_and_minutes(world, tmp_path, value):
-    with pytest.raises(ValueError, match="training.time_limit='.*' is out of range; use HH:MM, or minutes"):
+    with pytest.raises(ValueError, match="training.time_limit='.*' is out of range; use HH:MM, HH:MM:SS or minutes"):
         config_of(world, tmp_path, f"training.time_limit='{value}'")
-    for text, seconds in (("1:30", 5400), ("01:30", 5400), ("90", 5400), ("0:02", 120), ("''", 0)):
+    for text, seconds in (
+        ("1:30", 5400), ("01:30", 5400), ("90", 5400), ("090", 5400), ("0:02", 120), ("''", 0),
+        ("1:30:00", 5400), ("01:30:00", 5400), ("12:00:00", 43_200), ("0:00:30", 30), ("120:00", 432_000),
+    ):  # fmt: skip
         assert config_of(world, tmp_path, f"training.time_limit={text}").training.time_limit_s == seconds
