@@ -21,7 +21,7 @@ from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
 from fastdit.models.routing import Routing
 from fastdit.registry import bind, build
-from fastdit.schema import Config, TrainingConfig
+from fastdit.schema import Config, LoopConfig, TrainingConfig
 
 
 def build_objective(config: Config) -> Objective:
@@ -124,10 +124,13 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     )
     if not (manifest.num_classes or config.sampling.weak_checkpoint):  # there is nothing to guide by
         config = replace(config, sampling=replace(config.sampling, cfg_scale=1.0))
-    if settings.epochs:
-        steps = math.ceil(settings.epochs * len(manifest) / settings.global_batch)
-        settings = replace(settings, steps=steps)
-    return replace(config, data=data, training=settings)
+    return replace(config, data=data, training=with_steps(settings, len(manifest)))
+
+
+def with_steps(settings: LoopConfig, images: int) -> LoopConfig:
+    """The settings with the steps of training.epochs, if it is set, for `images` to train on."""
+    steps = math.ceil(settings.epochs * images / settings.global_batch)
+    return replace(settings, steps=steps) if settings.epochs else settings
 
 
 def check_device(settings: TrainingConfig, device: torch.device) -> None:
@@ -173,6 +176,16 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
 def uses_zero(settings: TrainingConfig) -> bool:
     """Whether training runs under DeepSpeed's ZeRO: by setting, or by the launcher where the engine is auto."""
     return settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
+
+
+def check_engine(settings: TrainingConfig, world: int) -> None:
+    """ValueError for an engine, or a number of processes, that other settings exclude."""
+    if uses_zero(settings) and settings.optimizer != "adamw":
+        raise ValueError(f"training.optimizer={settings.optimizer} needs whole matrices, but ZeRO partitions them; "
+                         "use training.engine=torch, or optimizer=adamw")  # fmt: skip
+    if settings.cuda_graph and (world > 1 or uses_zero(settings)):
+        need = "one process" if world > 1 else "training.engine=torch"
+        raise ValueError(f"training.cuda_graph=true needs {need}; set training.cuda_graph=false")
 
 
 def check_sampling(config: Config, objective: Objective, null_label: int | None) -> None:

@@ -5,12 +5,22 @@ from pathlib import Path
 
 import torch
 
-from fastdit.build import build_network, build_objective, build_routing, resolved, shards_of, uses_zero
+from fastdit.build import (
+    build_network,
+    build_objective,
+    build_routing,
+    check_engine,
+    resolved,
+    shards_of,
+    uses_zero,
+    with_steps,
+)
 from fastdit.cards import GIB, GPUS, card_name
 from fastdit.config import assumed
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
+from fastdit.data.latents import LatentCodec
 from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
 from fastdit.memory import Candidate, candidates
@@ -19,19 +29,21 @@ from fastdit.schema import Config
 from fastdit.training.alignment import ALIGNMENTS, attach
 
 IMAGENET = 1_281_167  # images
+USUAL = ("stabilityai/sd-vae", "stabilityai/sdxl-vae")  # hub names whose latents have 4 channels and an eighth the size
 ENCODERS = {"DINOv2-B": 768, "DINOv2-L": 1024, "EfficientNet-Lite0": 1280}  # width of their features
 
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]]:
     """The network, without memory, and one Candidate per policy, the fastest that fits first.
 
     The micro-batch is the largest that fits, or training.micro_batch where that is a number of images. ValueError for
-    an unknown GPU, and for a batch that cannot be divided among the processes.
+    an unknown GPU, for a batch that cannot be divided among the processes, and for settings that exclude each other.
     """
     (config, shape), gpu = known(config), card_name(gpu)
     card = GPUS[gpu]
     if world < 1:
         raise ValueError(f"--gpus={world} is not a number of GPUs; use 1 or more")
     settings = config.training
+    check_engine(settings, world)
     if settings.fp8 and not card.has_fp8:
         raise ValueError(f"training.fp8=true is impossible on --gpu {gpu}; use training.fp8=false, or an H100 or newer")
     with torch.device("meta"):
@@ -42,15 +54,29 @@ def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]
 
 
 def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
-    """The config and the latents' shape (C, h, w) as its shards tell; without them, as of the usual autoencoders."""
-    data = config.data
-    named = isinstance(data.shards, tuple) or data.shards.startswith(PREFIX) or is_remote(data.shards)
-    if named or (data.shards and (Path(data.shards) / "manifest.json").is_file()):
+    """The config and the latents' shape (C, h, w) as its shards tell.
+
+    Without them, training.epochs counts the images of ImageNet, and the latents are those of data.vae if that is a
+    folder, else those of the usual autoencoders.
+    """
+    if has_shards(config):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)
+    config = replace(config, training=with_steps(config.training, IMAGENET))
     width, height = width_height(config.data.image_size)
-    return config, (3, height, width) if config.data.vae == NO_VAE else (4, height // 8, width // 8)
+    vae = config.data.vae
+    if vae != NO_VAE and not Path(vae).is_dir():
+        return config, (4, height // 8, width // 8)
+    codec = LatentCodec.load(vae)
+    return config, (codec.channels, height // codec.downsample, width // codec.downsample)
+
+
+def has_shards(config: Config) -> bool:
+    """Whether data.shards can be read: a local folder that exists, a URL, generated latents, or several sets."""
+    shards = config.data.shards
+    named = isinstance(shards, tuple) or shards.startswith(PREFIX) or is_remote(shards)
+    return named or bool(shards and (Path(shards) / "manifest.json").is_file())
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
@@ -97,14 +123,19 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"Fastest that fits: {chosen}." if best.fits else f"Nothing fits {gpu}: {smaller}use more GPUs{shards}.",
         f"Predicted with the shares that {reached.source} reached: products at {reached.products:.0%} of "
         f"{GPUS[gpu].tflops:.0f} TFLOP/s{other}, attention at {reached.attention:.0%}, norms and activations at "
-        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps.",
+        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps"
+        + f" = {settings.epochs:g} epochs" * bool(settings.epochs) + ".",
     ]
     return "\n".join(lines)
 
 
 def extras(config: Config, model: DiT) -> list[str]:
-    """A line on training.route and one on the features of training.align or model.class_token, if used."""
+    """Lines on latents that are not known, training.route, and features of training.align or model.class_token."""
     settings, lines, routing = config.training, [], build_routing(config.training, model)
+    vae, (channels, height, width) = config.data.vae, known(config)[1]
+    if not (has_shards(config) or vae == NO_VAE or Path(vae).is_dir() or vae.startswith(USUAL)):
+        lines.append(f"Latents are taken to be {channels} x {height} x {width}, as data.vae={vae} is not read; give "
+                     "others as data.shards=synthetic:IMAGES/CxHxW/CLASSES.")  # fmt: skip
     if routing:
         blocks, full = routing.blocks(model), settings.route_full_steps
         later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)

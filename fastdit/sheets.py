@@ -1,7 +1,7 @@
 """Sheets of images: rows and columns, with or without labels."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,6 +128,15 @@ def in_letters(text: str, otherwise: str) -> str:
     """The text without accents, which Pillow's font lacks; `otherwise` where the font lacks its letters, too."""
     plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     return plain if plain.isascii() and plain.isprintable() else otherwise
+
+
+def told_apart(names: Callable[[int], list[str]], depth: int, most: int) -> list[str]:
+    """`names(depth)`, with as many folders, from `depth` to `most`, as make each another one; else also numbers."""
+    for folders in range(depth, most + 1):
+        found = names(folders)
+        if len(set(found)) == len(found):
+            return found
+    return [f"{name} ({i})" for i, name in enumerate(names(depth), 1)]
 
 
 @lru_cache(64)

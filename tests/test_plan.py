@@ -14,6 +14,7 @@ from fastdit import cli
 from fastdit.build import check_device
 from fastdit.cards import GIB, GPUS, card_name, card_of
 from fastdit.config import load_config
+from fastdit.data.latents import LatentCodec
 from fastdit.distributed import Ranks
 from fastdit.memory import POLICIES, activation_bytes, choose, memory_by_kind, memory_bytes, moved_bytes
 from fastdit.models.dit import DiT
@@ -267,6 +268,19 @@ def test_hours_follow_from_speed_and_steps():
     assert float(speed) == pytest.approx(256 / plans[0].step_s, rel=0.01)
 
 
+def test_without_shards_epochs_count_imagenet_and_latents_are_those_of_a_local_autoencoder(world):
+    config = load_config(XL_PATH, ["training.epochs=1400"])
+    last = report(config, "H100").splitlines()[-1]
+    assert last.endswith(f"; {-(-1400 * 1_281_167 // 256):,} steps = 1400 epochs.")
+    assert "; 400,000 steps." in report(XL, "H100") and "Latents are taken" not in report(XL, "H100")
+    other = report(load_config(XL_PATH, ["data.vae=someone/dc-ae-f32c32"]), "H100")
+    assert "Latents are taken to be 4 x 32 x 32, as data.vae=someone/dc-ae-f32c32 is not read; give others" in other
+    codec = LatentCodec.load(world / "vae")
+    model, _ = plan(load_config(XL_PATH, [f"data.vae={world}/vae", "data.image_size=64"]), "H100")
+    assert codec.downsample != 8 and model.in_channels == codec.channels
+    assert model.patches == (64 // codec.downsample // model.patch_size) ** 2
+
+
 def test_the_command_prints_the_report_and_names_mistakes(capsys, monkeypatch):
     command = ["fastdit", "plan", "--config", str(XL_PATH), "--gpu"]
     monkeypatch.setattr(sys, "argv", [*command, "H200"])
@@ -279,6 +293,12 @@ def test_the_command_prints_the_report_and_names_mistakes(capsys, monkeypatch):
     assert stop.value.code == 2 and "did you mean 'H200'" in error and error.count("\n") == 1
     with pytest.raises(ValueError, match="global_batch=256 is not divisible by 7 processes"):
         plan(XL, "H100", world=7)
+    for world, *excluded, error in (
+        (1, "training.optimizer=muon", "training.engine=deepspeed", "optimizer=muon needs whole matrices"),
+        (8, "training.cuda_graph=true", "training.cuda_graph=true needs one process"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            plan(load_config(XL_PATH, excluded), "H100", world)
     with pytest.raises(ValueError, match="--gpus=0 is not a number of GPUs; use 1 or more"):
         plan(XL, "H100", world=0)
 

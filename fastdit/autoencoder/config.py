@@ -160,13 +160,20 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         settings = self.discriminator
-        if settings.weight and settings.start >= self.training.steps and not self.training.epochs:
-            raise ValueError(
-                f"discriminator.start={settings.start} is not before training.steps={self.training.steps}; use an "
-                "earlier step, or discriminator.weight=0 to train without it"
-            )
+        if not self.training.epochs:
+            self.check_start()
         if settings.weight and min(self.data.sides) < settings.smallest:
             raise ValueError(
                 f"discriminator.layers={settings.layers} needs images of {settings.smallest} px or more, not "
                 f"data.image_size={self.data.image_size}; use fewer layers"
+            )
+
+    def check_start(self) -> None:
+        """ValueError for a discriminator that would never be trained; training.epochs gives the steps only later."""
+        settings, steps = self.discriminator, self.training.steps
+        if settings.weight and settings.start >= steps:
+            epochs = f" (training.epochs={self.training.epochs:g})" * bool(self.training.epochs)
+            raise ValueError(
+                f"discriminator.start={settings.start} is not before training.steps={steps}{epochs}; use an earlier "
+                "step, or discriminator.weight=0 to train without it"
             )

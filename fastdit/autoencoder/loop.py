@@ -1,7 +1,6 @@
 """The training of an autoencoder, from config to run_dir/vae, as one flat function."""
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -35,7 +34,7 @@ from fastdit.autoencoder.state import (
     write_snapshot,
 )
 from fastdit.autoencoder.step import AutoencoderStep
-from fastdit.build import check_device
+from fastdit.build import check_device, with_steps
 from fastdit.config import changes, load_config, save_config
 from fastdit.data.archives import open_images
 from fastdit.data.extract import cores_per_process
@@ -88,15 +87,15 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
     check_device(config.training, device)
     check_wandb(config.training.wandb)
     source, reader, measured, held_out = _images(config)
-    images, settings = len(reader.rows), config.training
-    if settings.epochs:
-        settings = replace(settings, steps=math.ceil(settings.epochs * images / settings.global_batch))
+    images = len(reader.rows)
+    settings = with_steps(config.training, images)
     micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
 
     # networks, from the seed alone: every process starts with the same weights
     torch.manual_seed(seed_of(config.seed, INIT))
     vae, network, origin = _autoencoder(config, last)
     given, config = config, replace(config, model=network, training=settings)
+    config.check_start()
     _check_size(config)
     critic = build_critic(config)
     if last:
@@ -234,6 +233,8 @@ def _autoencoder(config: AutoencoderConfig, last: Path | None) -> tuple[nn.Modul
         vae = from_checkpoint(last) if last else pretrained(settings.init_from)  # a checkpoint has its weights
         if settings.decoder_only and scale is None:  # the latents stay as they are
             scale = float(vae.config.scaling_factor)
+        if not settings.decoder_only:  # those of its channels would come on top of the scale that is measured
+            vae.register_to_config(latents_mean=None, latents_std=None)
         return vae, as_config(vae, scale), f"from {settings.init_from}"
     side = config.data.image_size
     vae = build_autoencoder(config.model, side if isinstance(side, int) else max(side))

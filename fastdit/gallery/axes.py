@@ -13,7 +13,7 @@ from fastdit.build import check_sampling
 from fastdit.config import check_alone, config_from, to_tree
 from fastdit.pipeline import ImagePipeline
 from fastdit.sampling import load_pipeline
-from fastdit.sheets import in_letters
+from fastdit.sheets import in_letters, told_apart
 from fastdit.training import checkpoint
 
 OPTIONS = {"class": "classes", "seed": "seeds", "guidance": "cfg_scale", "steps": "steps", "sampler": "samplers",
@@ -75,10 +75,7 @@ class Axes:
             names = self.pipeline.classes.names
             return in_letters(names[value], str(value)) if value < len(names) else str(value)
         if axis == "checkpoint":
-            step = checkpoint.NAME.fullmatch(value.name)
-            run = in_letters(value.parent.parent.name, "run")
-            several = len({folder.parent for folder in self.values[axis]}) > 1
-            return (f"{run} " * several + f"step {int(step[1])}") if step else in_letters(value.name, "checkpoint")
+            return names_of(self.values[axis])[self.values[axis].index(value)]
         return str(value)
 
     def title(self) -> str:
@@ -160,6 +157,23 @@ def parts(text: str, axis: str) -> list:
         else:
             found.append(part)
     return found
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """A label for each checkpoint, such as `step 20`; of several runs with the run's name, and more if that is one."""
+
+    def names(depth: int) -> list[str]:
+        found = []
+        for folder in folders:
+            step = checkpoint.NAME.fullmatch(folder.name)
+            parts = folder.parts[:-2] if step else folder.parts
+            kind, depth_of = ("run", depth) if step else ("checkpoint", max(depth, 1))
+            words = [in_letters("/".join(parts[-depth_of:]), kind)] * bool(depth_of)
+            found.append(" ".join([*words, f"step {int(step[1])}"] if step else words))
+        return found
+
+    several = len({folder.parent for folder in folders}) > 1
+    return told_apart(names, int(several), max(len(folder.parts) for folder in folders))
 
 
 def folders_of(path: Path, names: list[str | None]) -> list[Path]:

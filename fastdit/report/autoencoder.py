@@ -218,7 +218,8 @@ def about(run: Run) -> dict[str, str]:
     rows = {
         "network": f"channels {', '.join(map(str, model.channels))}; layers per level: {model.layers}{attention}",
         "data": f"{f'{run.images:,} images' if run.images else 'images'} of {config.data.images}",
-        "loss": f"{loss.reconstruction.upper()} + {loss.kl_weight:g} KL"
+        "loss": loss.reconstruction.upper()
+        + (f" + {loss.kl_weight:g} KL" if loss.kl_weight and not config.training.decoder_only else "")
         + (f" + {loss.perceptual_weight:g} {loss.perceptual}" if loss.perceptual != "none" else ""),
     }
     if critic.weight:

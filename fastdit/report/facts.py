@@ -27,6 +27,7 @@ from fastdit.training.state import CONFIG
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
 STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
            "command": str, "commit": str | None}  # of environment.jsonl  # fmt: skip
+RESUMED = re.compile(r"resumed at step (\d{1,18})\b|^changed since step (\d{1,18}): (.*)$", re.MULTILINE)  # train.log
 LEFT_OUT = re.compile(r"it is left out, (\d{1,18}) so far")  # data/loader.py, in train.log
 
 
@@ -47,6 +48,7 @@ class Run:
     images: int = 0  # to train on; 0: unknown
     notes: list[str] = field(default_factory=list)  # what is missing, and why
     damaged: int = 0  # samples of the shards that training left out
+    changes: list[tuple[int, str]] = field(default_factory=list)  # (step, settings) that a resume changed
 
     @property
     def name(self) -> str:
@@ -103,6 +105,11 @@ def read_run(folder: str | Path) -> Run:
     if (folder / "train.log").is_file():
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
         run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
+        for resumed, since, changed in RESUMED.findall(told):
+            if resumed:  # what came after that step was repeated
+                run.changes = [change for change in run.changes if change[0] < int(resumed)]
+            else:
+                run.changes.append((int(since), changed))
     if trains_vae:
         meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
         run.images = meta["images"] if type(meta.get("images")) is int else 0
@@ -128,6 +135,9 @@ def warnings(run: Run) -> list[str]:
         told = "" if of_autoencoder(run) else " and times"
         found.append(f"{count} skipped, because the loss or the gradient was not finite: step {steps}. They changed "
                      f"nothing; skipped.jsonl names their samples{told}.")  # fmt: skip
+    if run.changes:
+        told = "; ".join(f"at step {step:,} {changed}" for step, changed in run.changes)
+        found.append(f"A resume changed settings: {told}. Elsewhere, this page names the last ones alone.")
     _, losses = run.curve("loss")
     bad = int(np.isnan(losses).sum())
     if bad:

@@ -17,6 +17,7 @@ from fastdit.report.facts import Run, reproduce, settings_of, warnings
 from fastdit.report.measure import Measured
 from fastdit.report.pictures import Series, animation, picture, plot, png, short, smoothed
 from fastdit.schema import shards_text
+from fastdit.sheets import told_apart
 from fastdit.training.monitor import FOLDER
 from fastdit.training.sheets import read_png
 
@@ -64,11 +65,8 @@ def text(value: object) -> str:
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
     """The name of each run's folder, with as many of the folders above as tell the runs apart."""
-    for depth in range(1, 1 + max(len(run.folder.parts) for run in runs)):
-        names = ["/".join(run.folder.parts[-depth:]) for run in runs]
-        if len(set(names)) == len(runs):
-            return names
-    return [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    most = max(len(run.folder.parts) for run in runs)
+    return told_apart(lambda depth: ["/".join(run.folder.parts[-depth:]) for run in runs], 1, most)
 
 
 def section(heading: str, content: str) -> str:
@@ -311,8 +309,10 @@ def optimization(run: Run) -> dict[str, str]:
     schedule = settings.lr_schedule.name
     schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    muon = getattr(settings, "optimizer", "") == "muon"  # an autoencoder has no such key
+    optimizer = "Muon for the matrices of the blocks, AdamW for the rest" if muon else "AdamW"
     rows = {
-        "optimizer": f"AdamW, learning rate {settings.lr:g}, {schedule}{decay}",
+        "optimizer": f"{optimizer}, learning rate {settings.lr:g}, {schedule}{decay}",
         "batch": f"{settings.global_batch:,} images, {'mirrored at random' if config.data.hflip else 'not mirrored'}",
         "precision": settings.precision,
         "EMA": f"decay {settings.ema_decay:g}" + ", with warmup" * settings.ema_warmup,

@@ -21,7 +21,7 @@ class Boards:
     def __init__(self, run_dir: Path, start: int, project: str, settings: dict[str, Any], say: Callable[[str], None]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)  # `start` itself stays
         self.wandb = start_wandb(project, run_dir, settings, say) if project else None
 
     def write(self, step: int, values: Mapping[str, float | list[float]], pictures: Mapping[str, np.ndarray]) -> None:

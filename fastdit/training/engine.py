@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdit.build import uses_zero
+from fastdit.build import check_engine, uses_zero
 from fastdit.distributed import Ranks
 from fastdit.kernels import adamw_ema
 from fastdit.kernels.runtime import use_triton
@@ -229,12 +229,10 @@ def build_engine(model: nn.Module, settings: TrainingConfig, ranks: Ranks, micro
         accumulation=accumulation,
         grad_clip=settings.grad_clip,
     )
+    check_engine(settings, ranks.world)
     if uses_zero(settings):
         from fastdit.training.zero import DeepSpeedEngine
 
-        if settings.optimizer != "adamw":
-            raise ValueError(f"training.optimizer={settings.optimizer} needs whole matrices, but ZeRO partitions them; "
-                             "use training.engine=torch, or optimizer=adamw")  # fmt: skip
         zero = dict(micro_batch=micro, zero_stage=settings.zero_stage, extra=settings.deepspeed)
         return DeepSpeedEngine(model, ranks, **shared, **zero)
     return TorchEngine(model, ranks, **shared, optimizer=settings.optimizer)

@@ -27,7 +27,8 @@ def verify_autoencoder(folder: Path, meta: dict[str, Any], found: Findings, say:
     check_weights(folder / "progress.safetensors", {}, found)
     if found.counts["weights"] or not (states["model"] and states["ema"]):
         return
-    check_average(states["model"], states["ema"], meta, found)
+    if config.training.ema_decay:  # with decay 0, the EMA is the weights
+        check_average(states["model"], states["ema"], meta, found)
     say(f"{folder}: {config.model.variant}, step {meta['step']}, {sum(p.numel() for p in vae.parameters()):,} "
         "parameters, fp32 EMA")  # fmt: skip
     vae.load_state_dict(states["ema"])

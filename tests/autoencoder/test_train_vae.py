@@ -167,6 +167,24 @@ def test_the_decoder_alone_keeps_the_latents(images, whole, tmp_path):
     assert read_metrics(tmp_path / "again")[-1]["step"] == 5 and resumed.scale == before.scale
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(images, whole, tmp_path, alone):
+    shutil.copytree(whole / "vae", tmp_path / "vae")
+    known = json.loads((tmp_path / "vae/config.json").read_text())
+    known |= {"latents_mean": [1.0, 2.0, 3.0], "latents_std": [4.0, 5.0, 6.0]}
+    (tmp_path / "vae/config.json").write_text(json.dumps(known))
+    chosen = [f"training.init_from={tmp_path}/vae", f"training.decoder_only={alone}", "discriminator.weight=0"]
+    train_autoencoder(small(images, tmp_path / "run", *chosen, "training.steps=1"), device="cpu")
+    config = load_config(tmp_path / "run/config.yaml", ["training.steps=2"], AutoencoderConfig)
+    codec = LatentCodec.load(train_autoencoder(config, resume=True, device="cpu"))
+    if alone:  # the latents stay as they are
+        before = LatentCodec.load(tmp_path / "vae")
+        assert (codec.scale, codec.shift) == (before.scale, before.shift)
+    else:
+        measured = json.loads((tmp_path / "run/vae/about.json").read_text())["latent_std_all"]
+        assert codec.scale == pytest.approx(1 / measured) and codec.shift == 0
+
+
 def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
     loss, calls = step_module.reconstruction_loss, []
 
@@ -212,6 +230,15 @@ def test_verify_knows_these_checkpoints(whole, tmp_path):
     file = tmp_path / "run" / LAST / "discriminator.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     assert any("discriminator.safetensors has" in problem for problem in verify(tmp_path / "run", lambda line: None))
+
+
+def test_an_average_with_decay_0_is_the_weights_and_no_fault(images, tmp_path):
+    train_autoencoder(
+        small(images, tmp_path / "run", "training.ema_decay=0", "training.steps=100", "training.checkpoint_every=100",
+              "training.evaluate_every=0", "training.global_batch=2", "discriminator.weight=0"),
+        device="cpu",
+    )  # fmt: skip
+    assert verify(tmp_path / "run") == []
 
 
 def test_a_resume_says_what_was_changed(images, whole, tmp_path):

@@ -36,6 +36,7 @@ from .conftest import small
         ("data.val_images=SAME", "data.val_images=.* holds the images of data.images"),
         ("data.val_fraction=1e-9", "data.val_fraction=1e-09 holds out 0 of 90 images; use a larger fraction"),
         ("training.global_batch=9", "training.micro_batch=2 does not divide 9 images per process; use 1"),
+        ("training.epochs=0.2", r"discriminator.start=3 is not before training.steps=2 \(training.epochs=0.2\)"),
         ("training.decoder_only=true", "training.decoder_only=True is out of range; set training.init_from"),
         ("training.init_from=NOWHERE", "training.init_from=.*nowhere is not a folder"),
         ("training.evaluate_features=inception", "training.evaluate_features='inception' is unknown"),

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_damaged_records_and_sheets_do_no_harm(copied):
     (run / "vae/about.json").write_text("[]")
     page = write_report([run]).read_text()
     assert "Images and reconstructions" not in checked(page).headings and "PSNR" in page
+
+
+def test_the_loss_of_a_decoder_alone_has_no_kl(whole):
+    run = read_run(whole)
+    assert autoencoder.about(run)["loss"] == "L1 + 0.0001 KL"
+    run.config = replace(run.config, training=replace(run.config.training, init_from="vae", decoder_only=True))
+    assert autoencoder.about(run)["loss"] == "L1" and autoencoder.about(run)["trained"] == "the decoder alone"
 
 
 def test_faults_are_warned_of(copied):

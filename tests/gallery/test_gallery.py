@@ -1,6 +1,7 @@
 """Pictures of samples: each image is the one that `fastdit sample` makes, and stands where its labels say."""
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import fastdit
 from fastdit.cli import main
 from fastdit.distributed import Ranks
 from fastdit.gallery import pages
-from fastdit.gallery.axes import folders_of, parts, read_axes
+from fastdit.gallery.axes import folders_of, names_of, parts, read_axes
 from fastdit.gallery.cells import Cell, batch_of, mix_classes, path_of
 from fastdit.sampling import load_pipeline
 from helpers.data import tiny_vae, write_digits
@@ -283,3 +284,16 @@ def test_seeds_and_checkpoints_are_read(trained):
     assert folders_of(trained, [None]) == [newest]
     assert folders_of(newest, ["step-10", "0000015", str(newest)])[:2] == [
         trained / "checkpoints" / "step-0000010", trained / "checkpoints" / "step-0000015"]  # fmt: skip
+
+
+def test_checkpoints_of_runs_with_one_name_are_told_apart():
+    def names(*places):
+        return names_of([Path(place) for place in places])
+
+    assert names("/a/run/checkpoints/step-0000010", "/a/run/checkpoints/step-0000020") == ["step 10", "step 20"]
+    assert names("/a/one/checkpoints/step-0000010", "/a/two/checkpoints/step-0000010") == ["one step 10", "two step 10"]
+    assert names("/a/run/checkpoints/step-0000010", "/b/run/checkpoints/step-0000010") == [
+        "a/run step 10", "b/run step 10"]  # fmt: skip
+    assert names("/a/emas/std-0.050", "/b/emas/std-0.050") == ["a/emas/std-0.050", "b/emas/std-0.050"]
+    assert names("/\u5de6/checkpoints/step-0000010", "/\u53f3/checkpoints/step-0000010") == [
+        "run step 10 (1)", "run step 10 (2)"]  # fmt: skip

@@ -59,6 +59,14 @@ def test_each_fault_is_said_once(shards, words):
     assert len(found) == 1 and words in found[0]
 
 
+def test_the_optimizer_is_the_one_of_the_run():
+    run = a_run()
+    assert page.optimization(run)["optimizer"] == "AdamW, learning rate 0.0001, constant"
+    run.config = config_from({"training": {"optimizer": "muon", "warmup_steps": 20, "weight_decay": 0.1}}, "here")
+    told = "learning rate 0.0001, constant after 20 steps of warmup, weight decay 0.1"
+    assert page.optimization(run)["optimizer"] == f"Muon for the matrices of the blocks, AdamW for the rest, {told}"
+
+
 def test_the_command_names_what_the_run_had():
     start = {"processes": 16, "nodes": 2, "kernels": "eager", "deepspeed_launcher": True, "device": "cuda",
              "commit": "abc123+"}  # fmt: skip

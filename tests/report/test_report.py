@@ -13,7 +13,7 @@ from PIL import Image
 import fastdit.report
 from fastdit.cli import main
 from fastdit.report import report_at_end, write_report
-from fastdit.report.facts import read_run, reproduce
+from fastdit.report.facts import read_run, reproduce, warnings
 from fastdit.training.log import read_metrics
 from helpers.pages import PICTURE, checked
 from helpers.runs import losses, train_here
@@ -138,6 +138,18 @@ def test_a_run_without_checkpoints_or_records_has_a_page(copied):
     page = write_report([run]).read_text()
     assert checked(page).headings == ["What was trained on what", "To reproduce it", "Not on this page"]
     assert "no complete checkpoint" in page and "no environment.jsonl" in page
+
+
+def test_settings_that_a_resume_changed_are_said_but_for_those_of_steps_that_were_repeated(world, tmp_path):
+    run, short = tmp_path / "run", ["training.steps=4", "training.checkpoint_every=2", "training.ema_warmup=true"]
+    train_here(world, run, *short, "training.keep_checkpoints=0")
+    said = []
+    for lr in (5e-4, 2e-4):  # twice from step 2: the second time in place of the first
+        shutil.rmtree(run / "checkpoints/step-0000004")
+        train_here(world, run, *short, "training.keep_checkpoints=0", f"training.lr={lr}", resume=True)
+        said.append([line for line in warnings(read_run(run)) if "A resume" in line])
+    assert said == [[f"A resume changed settings: at step 2 training.lr=0.001 -> {lr}. Elsewhere, this page names the "
+                     "last ones alone."] for lr in ("0.0005", "0.0002")]  # fmt: skip
 
 
 def test_skipped_steps_and_weights_that_are_useless_are_said(world, tmp_path):

@@ -1,5 +1,6 @@
 """W&B gets what metrics.jsonl and TensorBoard get, works without an account, and is one run after a resume."""
 
+import shutil
 import stat
 import sys
 
@@ -43,6 +44,22 @@ def test_it_gets_every_value_and_picture_and_a_resume_continues_it(world, tmp_pa
         assert not bins or pictures["samples"] == ("image", (32, 3 * 32 + 2 * 2, 3))
     said = capsys.readouterr().out
     assert said.count("W&B: no API key, so the run is logged to") == 2
+
+
+def test_tensorboard_has_the_values_of_metrics_jsonl_also_after_a_resume(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain = [setting for setting in SHORT if "wandb" not in setting]
+    train_here(world, tmp_path / "run", *plain, "training.steps=3", "training.keep_checkpoints=0")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-0000003")  # as if the run had been killed: step 3 is repeated
+    train_here(world, tmp_path / "run", *plain, "training.steps=4", resume=True)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    for key, steps in (("loss", [1, 2, 3, 4]), ("val_loss", [2, 4])):
+        points = [(event.step, event.value) for event in events.Scalars(key)]
+        assert points == [(r["step"], pytest.approx(r[key])) for r in records if key in r]
+        assert [step for step, _ in points] == steps
+    assert [event.step for event in events.Images("samples")] == [2, 4]
 
 
 @pytest.mark.parametrize("given", ["WANDB_MODE", "WANDB_API_KEY", "netrc"])
