@@ -58,6 +58,7 @@ MISTAKES = {
     "extract --images a --out b --vae c --image_sise 256": (
         "--image-sise is not an option of fastdit extract; did you mean --image-size?"
     ),
+    "extract --images a --out b --vae c --feature-dtype int8": "--feature-dtype=int8 is for the features of --encoder",
     "plan dit_xl_2 --gpu h1000": "--gpu='h1000' is unknown; did you mean 'H100'?",
     "plan dit_xl_2 model.variant=DiT-XL": "model.variant='DiT-XL' has no patch size; did you mean 'DiT-XL/2'?",
     "verify nowhere": "nowhere",

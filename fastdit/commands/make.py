@@ -51,11 +51,14 @@ def extract(parser: ArgumentParser) -> Command:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")
     parser.add_argument("--encoder", metavar="NAME[=PATH]",
                         help="dinov2=FOLDER or dinov3=FOLDER (transformers), or efficientnet-lite0")  # fmt: skip
-    parser.add_argument("--feature-dtype", default="float16", help="storage of features: float16 (default) or int8")
+    parser.add_argument("--feature-dtype", help="storage of features: float16 (default) or int8")
     parser.add_argument("--device", help=DEVICE)
     options = [action.dest for action in parser._actions if action.dest not in ("help", "device", "encoder")]
 
     def run(arguments: Namespace) -> None:
+        if arguments.feature_dtype and not arguments.encoder:
+            raise ValueError(f"--feature-dtype={arguments.feature_dtype} is for the features of --encoder; give that")
+        arguments.feature_dtype = arguments.feature_dtype or "float16"
         from fastdit.data.extract import extract_features
         from fastdit.distributed import close, init
 

@@ -131,6 +131,9 @@ def remarks(source: ImageSource) -> list[str]:
             f"ignored {len(source.ignored)} files that are not images ({counts}); they are named in skipped.txt"
         )
     names = source.class_names
+    listed = {"metadata.csv", "metadata.jsonl"} & {line.partition("\t")[0] for line in source.ignored}
+    if listed and not names:  # as Hugging Face's ImageFolder has them
+        lines.append(f"for labels in it, use --images {source.root}/{min(listed)}")
     if empty := sorted(set(range(len(names))) - set(source.labels)):
         lines.append(f"{len(empty)} of {len(names)} classes have no images (the first is {names[empty[0]]!r})")
     if all(name.isdigit() for name in names) and [*map(int, names)] != sorted(map(int, names)):

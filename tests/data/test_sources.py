@@ -487,6 +487,14 @@ def test_labels_are_found_under_their_usual_names(tmp_path, text, labels, names)
     assert (source.labels, source.class_names, source.paths) == (labels, names, ["a.png", "b.png"])
 
 
+def test_a_list_beside_a_flat_folder_of_images_is_pointed_at(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,cat\n")
+    assert f"for labels in it, use --images {tmp_path}/metadata.csv" in remarks(open_images(tmp_path))
+    assert open_images(tmp_path / "metadata.csv").class_names == ("cat",)
+    assert len(remarks(open_images(tmp_path / "metadata.csv"))) == 1
+
+
 def test_images_beside_tar_files_are_not_left_out_silently(tmp_path):
     sources.make_webdataset(tmp_path)
     (tmp_path / "b.png").write_bytes(png(0))
