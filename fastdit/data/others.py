@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.data.latents import PerChannel
-from fastdit.data.sources import version_of
+from fastdit.data.sources import MAX_CLASSES, version_of
 from fastdit.data.synthetic import SD_SCALE
 from fastdit.files import JSON_BYTES, read_array, read_bytes, read_json
 
@@ -250,6 +250,8 @@ def _known_labels(labels: list, names: Sequence[str], root: Path) -> dict[str, i
     for entry in labels if isinstance(labels, list) else [labels]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) is int):
             raise ValueError(f"{where} has {str(entry)[:80]} among its labels, not [file, number]; {AGAIN}")
+        if not 0 <= entry[1] < MAX_CLASSES:
+            raise ValueError(f"{where} has label {entry[1]} for {entry[0]}; use labels from 0 to {MAX_CLASSES - 1}")
         if known.setdefault(entry[0], entry[1]) != entry[1]:
             raise ValueError(f"{where} has two labels for {entry[0]}, {known[entry[0]]} and {entry[1]}; correct it")
     listed = set(names)

@@ -10,6 +10,7 @@ import torch
 
 from bench.kernels import __main__ as kernels
 from bench.kernels import attention
+from bench.step.cases import FP8
 from fastdit.kernels import OPS
 
 
@@ -87,7 +88,7 @@ def test_an_op_that_fails_and_a_peer_that_is_missing_leave_the_others_their_time
     monkeypatch.setattr(kernels, "copy_gbps", lambda ms: 1000.0)
     monkeypatch.setattr(kernels, "timed", lambda fn, kwargs, ms: {"forward": (1.0, 1.0, 1.0)})
     monkeypatch.setitem(kernels.PEERS, "adaln", {"liger": peer, "apex": lambda: None})
-    monkeypatch.setattr(kernels, "calls_of_step", lambda overrides, device: {"adaln": len(overrides)})
+    monkeypatch.setattr(kernels, "calls_of_step", lambda overrides, device: {"adaln": 2 + (FP8[0] in overrides)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with torch._functorch.config.patch(donated_buffer=True):  # the bench sets it
         kernels.run_all(list(ops.values()), 100.0, 1.0, tmp_path)

@@ -308,6 +308,8 @@ def test_two_labels_for_a_file_are_refused(tmp_path):
     labels = [[name, label] for name, label in zip(repa_files(), LABELS, strict=True)]
     with pytest.raises(ValueError, match=r"two labels for 00000/img-mean-std-00000000.npy, 0 and 2"):
         import_latents("repa", repa(tmp_path / "src", [*labels, [labels[0][0], 2]]), tmp_path / "out")
+    with pytest.raises(ValueError, match="dataset.json has label 100000 for .*; use labels from 0 to 99999"):
+        import_latents("repa", repa(tmp_path / "large", [*labels, ["other.npy", 100_000]]), tmp_path / "out")
 
 
 def test_wrong_arguments_name_themselves_and_a_remedy(tmp_path, vae):
