@@ -165,14 +165,15 @@ def gray_levels(image: Image.Image) -> tuple[int, int]:
 def to_rgb(image: Image.Image, levels: tuple[int, int] = (0, 65535)) -> Image.Image:
     """8-bit RGB of any mode, with the `gray_levels` of the file; ValueError for values whose white is not known."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        values, most = np.asarray(image).astype(np.int64), max(levels)
+        values, most = np.asarray(image), max(levels)
         if values.min() < 0 or values.max() > most:
             found, bits = f"{values.min()} to {values.max()}", most.bit_length()
             raise ValueError(f"gray values {found} are outside the range of a {bits}-bit image")
-        light = most - values if levels[0] else values
-        gray = ((510 * light + most) // (2 * most)).astype(np.uint8)  # 65535 -> 255, rounded
-        gray[values == image.info.get("transparency")] = 255
-        return Image.fromarray(gray).convert("RGB")
+        light = np.linspace(*levels, most + 1) * (255 / most)  # of each value
+        table = np.floor(light + 0.5).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            table[transparent] = 255
+        return Image.fromarray(table[values]).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point values have no defined white level; save it with 8 or 16 bits")
     if image.has_transparency_data:
