@@ -16,9 +16,8 @@ from fastdit.data.images import Size, parse_size, size_text, to_uint8, width_hei
 from fastdit.data.jobs import write_folder
 from fastdit.data.latents import LatentCodec, LatentSpec, sample_latents
 from fastdit.data.manifest import DTYPES, Manifest
-from fastdit.data.others import LAYOUTS, STATS, OtherLatents, Sample
+from fastdit.data.others import LAYOUTS, STATS, OtherLatents, Sample, check_label
 from fastdit.data.progress import Progress
-from fastdit.data.sources import MAX_CLASSES
 from fastdit.data.synthetic import SD_SCALE
 from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
@@ -147,8 +146,8 @@ def checked(source: OtherLatents, i: int, shape: tuple[int, ...], dtype: str) ->
     if dtype == "float16" and np.abs(moments).max() > np.finfo(np.float16).max:
         most = np.abs(moments).max()
         raise ValueError(f"{name} has values up to {most:g}, too large for --dtype=float16; use float32")
-    if label is not None and not 0 <= label < MAX_CLASSES:
-        raise ValueError(f"{name} has label {label}; use labels from 0 to {MAX_CLASSES - 1}")
+    if label is not None:
+        check_label(label, name)
     return moments, label
 
 

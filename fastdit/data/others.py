@@ -167,7 +167,8 @@ def cerebras(root: Path, scale: float | None, mirrored: Path | None) -> OtherLat
     labels: dict[str, int] = {}
     for path in paths:  # a label for each class; the other files must agree
         if path.parent.name not in labels:
-            labels[path.parent.name] = _npz(path)[1]
+            check_label(label := _npz(path)[1], path)
+            labels[path.parent.name] = label
     by_label = {label: name for name, label in labels.items()}
     if len(by_label) < len(labels):
         raise ValueError(f"SRC={root} has two classes with one label: {labels}; {AGAIN}")
@@ -244,14 +245,18 @@ def _labels_in_zip(root: Path, about: str, fetch: Callable[[str], bytes]) -> lis
         raise ValueError(f"{root}: dataset.json cannot be read: {error}; {AGAIN}") from None
 
 
+def check_label(label: int, where: str | Path) -> None:
+    if not 0 <= label < MAX_CLASSES:
+        raise ValueError(f"{where} has label {label}; use labels from 0 to {MAX_CLASSES - 1}")
+
+
 def _known_labels(labels: list, names: Sequence[str], root: Path) -> dict[str, int]:
     """{file: label} of a dataset.json; ValueError unless it has each file once."""
     where, known = f"{root}: dataset.json", {}
     for entry in labels if isinstance(labels, list) else [labels]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) is int):
             raise ValueError(f"{where} has {str(entry)[:80]} among its labels, not [file, number]; {AGAIN}")
-        if not 0 <= entry[1] < MAX_CLASSES:
-            raise ValueError(f"{where} has label {entry[1]} for {entry[0]}; use labels from 0 to {MAX_CLASSES - 1}")
+        check_label(entry[1], f"{where}, {entry[0]},")
         if known.setdefault(entry[0], entry[1]) != entry[1]:
             raise ValueError(f"{where} has two labels for {entry[0]}, {known[entry[0]]} and {entry[1]}; correct it")
     listed = set(names)

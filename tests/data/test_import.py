@@ -304,12 +304,17 @@ def test_labels_are_found_in_a_folder_around_which_there_is_another(packed, tmp_
             import_latents("repa", outer, tmp_path / "again")
 
 
-def test_two_labels_for_a_file_are_refused(tmp_path):
+def test_two_labels_for_a_file_and_labels_that_cannot_be_are_refused(tmp_path):
     labels = [[name, label] for name, label in zip(repa_files(), LABELS, strict=True)]
     with pytest.raises(ValueError, match=r"two labels for 00000/img-mean-std-00000000.npy, 0 and 2"):
         import_latents("repa", repa(tmp_path / "src", [*labels, [labels[0][0], 2]]), tmp_path / "out")
-    with pytest.raises(ValueError, match="dataset.json has label 100000 for .*; use labels from 0 to 99999"):
+    with pytest.raises(ValueError, match="dataset.json, other.npy, has label 100000; use labels from 0 to 99999"):
         import_latents("repa", repa(tmp_path / "large", [*labels, ["other.npy", 100_000]]), tmp_path / "out")
+    source = cerebras(tmp_path / "cerebras")
+    path = min(source.rglob("*.npz"))
+    np.savez(path, **{**np.load(path), "label": np.int64(1 << 40)})  # names for all labels below it would not fit
+    with pytest.raises(ValueError, match=f"{path} has label {1 << 40}; use labels from 0 to 99999"):
+        import_latents("cerebras", source, tmp_path / "out")
 
 
 def test_wrong_arguments_name_themselves_and_a_remedy(tmp_path, vae):
