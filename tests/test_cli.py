@@ -59,6 +59,7 @@ MISTAKES = {
         "--image-sise is not an option of fastdit extract; did you mean --image-size?"
     ),
     "extract --images a --out b --vae c --feature-dtype int8": "--feature-dtype=int8 is for the features of --encoder",
+    "quickstart --out a --seed 1 seed=3": "--seed=1 and seed=3 are the same; give one",
     "plan dit_xl_2 --gpu h1000": "--gpu='h1000' is unknown; did you mean 'H100'?",
     "plan dit_xl_2 model.variant=DiT-XL": "model.variant='DiT-XL' has no patch size; did you mean 'DiT-XL/2'?",
     "verify nowhere": "nowhere",

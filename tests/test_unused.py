@@ -62,6 +62,14 @@ def test_a_run_names_them(world, tmp_path, capsys):
     assert not unused(given) and not unused(given, zero=True)
 
 
+def test_a_run_says_at_its_start_that_its_average_will_be_noise(world, tmp_path, capsys):
+    noise = ["training.ema_decay=0.9999", "training.ema_warmup=false"]
+    train_here(world, tmp_path / "run", *noise, "training.steps=1")
+    said = capsys.readouterr().out
+    warned = said.index("after 1 steps at training.ema_decay=0.9999 the EMA is still 100% random")
+    assert 0 < warned < said.index("step 1/1")
+
+
 def test_an_autoencoder_to_start_from_decides_its_network():
     loaded = Network(channels=(32, 64), latent_channels=4)
     assert not_taken(Network(channels=(32, 64), scaling_factor=0.5), loaded) == []
