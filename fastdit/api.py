@@ -77,7 +77,9 @@ class Model:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
             pipeline = replace(pipeline, config=config)
             check_sampling(config, pipeline.objective, pipeline.model.null_label)
-        chosen = "balanced" if classes is None else [classes] if isinstance(classes, int) else classes
+        if classes is None:
+            classes = "balanced"
+        chosen = classes if isinstance(classes, str) else [classes] if isinstance(classes, int) else list(classes)
         labels = pipeline.classes.labels(chosen, n, seed)
         batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
         return [Image.fromarray(image) for images in batches for image in images]

@@ -29,29 +29,28 @@ class Classes:
         """
         if not self.count:
             return [0] * images
-        if text == "random":
-            return [self.trained[seed_of(seed, i, 1) % len(self.trained)] for i in range(images)]
-        taken = self.trained if text == "balanced" else self.chosen(text)
-        return [taken[i % len(taken)] for i in range(images)]
+        taken = self.trained if text in ("balanced", "random") else self.chosen(text)
+        places = (seed_of(seed, i, 1) if text == "random" else i for i in range(images))
+        return [taken[place % len(taken)] for place in places]
 
     def chosen(self, text: str | Sequence[int | str], key: str = "--labels") -> list[int]:
         """The numbers of classes like "otter,3", or ["otter", 3]; ValueError for one that the network does not know.
 
-        Text is a name, if a class has it, and else a number. Where names are other numbers than those of their classes,
-        as of folders 1, 2, 3, text is always a name.
+        Text is a name if a class has it, else a number. If names are numbers other than those of their classes, as with
+        folders 1, 2, 3, text is always a name.
         """
+        parts = text
         if isinstance(text, str):
             parts = [text] if text in self.names else text.split(",")
-        else:
-            parts = text
         numbers = [name for i, name in enumerate(self.names) if name.isdecimal() and int(name) != i]
         found = []
         for part in parts:
+            number = str(part).strip().isdecimal() and int(part) < self.count
             if part in self.names:
                 found.append(self.names.index(part))
-            elif is_number(part, self.count) and not (numbers and isinstance(part, str)):
+            elif number and not (numbers and isinstance(part, str)):
                 found.append(int(part))
-            elif is_number(part, self.count):
+            elif number:
                 raise ValueError(f"{key}={text!r}: no class is named {part!r}, and the classes have numbers as names; "
                                  f"use them, such as {numbers[0]}")  # fmt: skip
             else:
@@ -66,13 +65,8 @@ class Classes:
 
     def few(self, most: int = 8) -> list[int]:
         """Up to `most` of the trained classes, evenly spread."""
-        count = min(len(self.trained), most)
-        return [self.trained[i * len(self.trained) // count] for i in range(count)]
-
-
-def is_number(part: int | str, count: int) -> bool:
-    """Whether this is the number of one of `count` classes."""
-    return str(part).strip().isdecimal() and int(part) < count
+        trained, count = self.trained, min(len(self.trained), most)
+        return [trained[i * len(trained) // count] for i in range(count)]
 
 
 def without_images(counts: Iterable[int]) -> tuple[int, ...]:

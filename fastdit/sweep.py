@@ -1,6 +1,7 @@
 """`fastdit evaluate RUN --sweep`: one measurement per combination of sampling settings, as a table and a plot."""
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,7 @@ def samples_of(
     """For each point, the images that `fastdit sample` would write. Every mistake is found before the first is made."""
     if num_samples is None:
         raise ValueError(f"SAMPLES={run} is a run: say how many samples with --num-samples, such as 10000")
-    pipelines, found, overrides = {}, [], list(overrides)
+    pipelines, found, overrides, lines = {}, [], list(overrides), {}  # lines: each once, in order
     for key in chosen[0]:
         check_alone(f"--sweep {key}=...", f"sampling.{key}", overrides)
     if weights and "weights" in chosen[0]:
@@ -70,7 +71,11 @@ def samples_of(
         pipeline = pipelines[loaded]
         config = config_from(to_tree(pipeline.config), "--sweep", settings)
         check_sampling(config, pipeline.objective, pipeline.model.null_label)
-        found.append(generated(replace(pipeline, config=config), num_samples, seed, labels or "balanced"))
+        pipeline = replace(pipeline, config=config)
+        lines |= dict.fromkeys(pipeline.remarks())
+        found.append(generated(pipeline, num_samples, seed, labels or "balanced"))
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: {line}", file=sys.stderr)
     return found
 
 

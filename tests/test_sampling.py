@@ -17,6 +17,7 @@ from fastdit.commands.look import default_out
 from fastdit.config import load_config
 from fastdit.evaluation.images import open_set
 from fastdit.sampling import grid, load_pipeline, sample
+from fastdit.sweep import samples_of
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
 from fastdit.training.state import load_network
@@ -247,6 +248,9 @@ def test_guidance_that_is_not_what_it_seems_is_pointed_out(trained, tmp_path, ca
     own = [f"sampling.weak_checkpoint={trained}", "sampling.cfg_scale=1"]
     sample(trained, tmp_path / "out", 1, overrides=own, device="cpu")
     assert f"weak_checkpoint={trained} changes nothing at sampling.cfg_scale=1" in capsys.readouterr().err
+    weak = [{"cfg_scale": value} for value in (1, 2)]
+    samples_of(trained, torch.device("cpu"), weak, num_samples=1, overrides=[f"sampling.weak_checkpoint={trained}"])
+    assert capsys.readouterr().err.count("changes nothing at sampling.cfg_scale=1") == 1
     pipeline = load_pipeline(trained, ["sampling.cfg_scale=2", "sampling.cfg_channels=3"])
     assert pipeline.remarks() == []  # as DiT was released, for 4 channels
     wide = replace(pipeline, spec=replace(pipeline.spec, shape=(16, 4, 4)))

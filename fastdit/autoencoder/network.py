@@ -122,7 +122,7 @@ class Reconstruction(nn.Module):
     def compile(self) -> None:
         """Compile the blocks. The last layer stays outside: its gradient is also asked for alone.
 
-        Each block and batch has code of its own: Inductor (2.13) fails on sizes that it takes for dynamic.
+        Each is compiled for fixed sizes, because Inductor (2.13) fails on dynamic ones on a CPU.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         encoder, decoder = self.vae.encoder, self.vae.decoder

@@ -179,7 +179,7 @@ class FlowMatching:
     shift        resolution shift of the timesteps; sample_shift: a different one for sampling
     cosine_weight  weight of the loss 1 - cos(velocity, target) over the channels (LightningDiT: Yao et al. 2025)
     class_token_weight  weight of the loss of model.class_token (REG: Wu et al. 2025)
-    coupling     independent | ot: noise assigned to images by optimal transport in the global batch; `loss` takes it so
+    coupling     independent | ot: noise assigned to images by optimal transport in the global batch, before `loss`
     train_eps, sample_eps  minimum distance of timesteps from the singular ends; None: SiT's defaults
     """
 
