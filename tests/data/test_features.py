@@ -135,7 +135,7 @@ def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypat
 def test_features_can_be_added_later_and_are_the_same_bytes(made, tmp_path):
     run(made, tmp_path / "out", **SMALL | {"encoder": None})
     latents = files_of(tmp_path / "out")
-    run(made, tmp_path / "out", **SMALL)
+    run(made, tmp_path / "out", **SMALL | {"shard_size": None})
     assert contents(tmp_path / "out") == contents(made / "out")
     assert {name: data for name, data in contents(tmp_path / "out").items() if "/" not in name} == latents
 
@@ -195,7 +195,8 @@ def mistake(base: Path, how: str) -> dict:
     if how == "other vae":
         shutil.rmtree(base / "vae")
         tiny_vae(seed=3).save_pretrained(base / "vae")
-    return {"size": {"image_size": 16}, "dtype": {"feature_dtype": "int4"}}.get(how, {})
+    given = {"size": {"image_size": 16}, "dtype": {"feature_dtype": "int4"}, "stored": {"dtype": "float32"}}
+    return (given | {"shards": {"shard_size": 10}}).get(how, {})
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,8 @@ def mistake(base: Path, how: str) -> dict:
         ("other vae", "is not the one that encoded the latents"),
         ("size", "image_size=16, but the latents in .* are from 32 px images; use 32"),
         ("dtype", "feature_dtype='int4' is unknown; did you mean 'int8'"),
+        ("stored", "dtype=float32, but the latents in .* are stored as float16; omit it to add features to them"),
+        ("shards", "shard_size=10, but the latents in .* are 40 images in 5 shards; omit it"),
     ],
 )
 def test_features_are_not_added_to_latents_of_other_images(made, tmp_path, how, message):
