@@ -17,12 +17,12 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json, read_yaml
-from fastdit.schema import Config
+from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.log import RECORDS, read_metrics, read_records
 from fastdit.training.monitor import EVALUATIONS
-from fastdit.training.state import CONFIG
+from fastdit.training.state import CONFIG, same_contents
 
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
 STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
@@ -110,13 +110,15 @@ def read_run(folder: str | Path) -> Run:
                 run.changes = [change for change in run.changes if change[0] < int(resumed)]
             else:
                 run.changes.append((int(since), changed))
+    meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
     if trains_vae:
-        meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
         run.images = meta["images"] if type(meta.get("images")) is int else 0
         return run
     try:
         data = run.config.data
         manifest = open_latents(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        if not same_contents(meta, manifest):
+            raise ValueError(f"the run was trained on other images than data.shards={shards_text(data.shards)} has now")
         run.manifest, _ = split(manifest, data.val_fraction)
         run.images = len(run.manifest)
     except ValueError as error:
