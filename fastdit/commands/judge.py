@@ -52,19 +52,20 @@ def evaluate(parser: ArgumentParser) -> Command:
     def run(arguments: Namespace) -> None:
         from fastdit.evaluation.protocol import compare
 
+        given = [a.dest for a in parser._actions if getattr(arguments, a.dest, a.default) != a.default]
+        given = [f"--{key.replace('_', '-')}" for key in given]
         if arguments.compare:
-            if extra := arguments.names + arguments.overrides:
+            options = [option for option in given if option not in ("--compare", "--device")]
+            if extra := [*arguments.names, *arguments.overrides, *options]:
                 arguments.parser.error(f"{extra[0]} means nothing with --compare; leave it out")
             return print(compare(*arguments.compare))
         samples = one_name(arguments, "samples", "run, folder or .npz file of samples")
         if arguments.loss and arguments.reference:
             arguments.parser.error("--loss takes latents with --shards, no --reference")
         if arguments.loss:
-            unused = ("features", "metrics", "image_size", "labels", "seed", "save_reference", "sweep")
-            unused = [key for key in unused if getattr(arguments, key) != parser.get_default(key)]
-            given = [f"--{key.replace('_', '-')}" for key in unused]
-            if given:
-                arguments.parser.error(f"{', '.join(given)} means nothing with --loss; leave it out")
+            unused = ("features", "metrics", "image-size", "labels", "seed", "save-reference", "sweep")
+            if unused := [option for option in given if option.removeprefix("--") in unused]:
+                arguments.parser.error(f"{', '.join(unused)} means nothing with --loss; leave it out")
         if arguments.shards and not arguments.loss:
             arguments.parser.error("--shards is for --loss")
         if not (arguments.reference or arguments.loss):

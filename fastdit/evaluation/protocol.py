@@ -68,6 +68,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if "decoded_by" in protocol["reference"]:
         lines.append("note: --reference was decoded from latents, so the distance leaves out the autoencoder's own "
                      "error; give the images themselves to include it")  # fmt: skip
+    if result["subject"]["samples_sha256"] == protocol["reference"].get("sha256"):
+        lines.append("warning: SAMPLES and --reference are the same images")
     dim, count = protocol["features_dim"], protocol["num_images"]
     if rough("frechet_infinity", result):
         part = "is still too large, and its error does not include that bias" if count < dim else (

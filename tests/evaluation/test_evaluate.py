@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def test_distances_order_as_they_must(tmp_path, capsys):
 def small_npz(folder, count):
     np.savez(folder / f"{count}.npz", pictures(count, "stripes"))
     return folder / f"{count}.npz"
+
+
+def test_images_that_are_their_own_reference_are_named(folder, small, tmp_path):
+    shutil.copy(folder / "samples.npz", tmp_path / "copy.npz")
+    for reference, same in ((tmp_path / "copy.npz", True), (folder / "reference.npz", False)):
+        result = evaluate(folder / "samples.npz", "--reference", reference, "--metrics", "frechet")
+        assert ("warning: SAMPLES and --reference are the same images" in result["remarks"]) == same
 
 
 def test_a_result_carries_its_protocol(folder, small, capsys):
@@ -140,6 +148,7 @@ def test_unlike_protocols_are_not_compared(folder, small, tmp_path, capsys):
     assert "FD (tiny)" in said and "real against real" in said and "kid" not in said
     assert "samples.sampling.cfg_scale=1.5 and 4; measure both" in mistake(capsys, "--compare", a, c)
     assert "seed=0 and 1; measure both the same way" in mistake(capsys, "--compare", a, d)
+    assert "--metrics means nothing with --compare" in mistake(capsys, "--compare", a, b, "--metrics", "kid")
 
 
 def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatch, capsys):
