@@ -134,7 +134,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         save_config(config, run_dir / CONFIG)
         write_environment(run_dir, ranks, start)
     log = Log(run_dir, ranks, start, config, images=images, flops_per_image=flops)
-    reader.say = log.say
+    reader.say = log.say_own
     origin = f"resumed at step {start}" if start else origin
     warnings = (f"warning: {line}" for line in (*unused(given), *not_taken(given.model, network)))
     about = _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)

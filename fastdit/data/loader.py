@@ -175,7 +175,7 @@ class _Reader:
                     raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
                 if images[i] not in self.damaged:
                     self.damaged.add(images[i])
-                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
+                    self.skip_damaged(f"{fault}; it is left out")
                 images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
                 one = slice(i, i + 1)
                 own = None if features is None else features[one]

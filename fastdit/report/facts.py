@@ -28,7 +28,7 @@ QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was 
 STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
            "command": str, "commit": str | None}  # of environment.jsonl  # fmt: skip
 RESUMED = re.compile(r"resumed at step (\d{1,18})\b|^changed since step (\d{1,18}): (.*)$", re.MULTILINE)  # train.log
-LEFT_OUT = re.compile(r"it is left out, (\d{1,18}) so far")  # data/loader.py, in train.log
+LEFT_OUT = re.compile(r"^sample (\d+) of .*; it is left out", re.MULTILINE)  # data/loader.py, in train.log
 
 
 @dataclass
@@ -104,7 +104,7 @@ def read_run(folder: str | Path) -> Run:
         run.quality = [figure for figure in found if isinstance(figure, dict) and {"name", "value"} <= figure.keys()]
     if (folder / "train.log").is_file():
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
-        run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
+        run.damaged = len(set(LEFT_OUT.findall(told)))  # each process, and each start, names those that it met
         for resumed, since, changed in RESUMED.findall(told):
             if resumed:  # what came after that step was repeated
                 run.changes = [change for change in run.changes if change[0] < int(resumed)]

@@ -151,7 +151,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         hflip=config.data.hflip,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
-        skip_damaged=log.say if config.data.skip_damaged else None,
+        skip_damaged=log.say_own if config.data.skip_damaged else None,
         features=features,
     )
 
