@@ -186,8 +186,7 @@ def with_latents(
         others = f"name another folder in data.shards for those of {images}" if place else again
         remedy = f"omit --images to train on them, or {others}"
         check_listed(source := open_images(images), latents, remedy)
-        made = (Path(shards) / "manifest.json").stat().st_mtime_ns
-        if later := sum(version[1] > made for version in source.versions if version):
+        if later := source.changed_after(Path(shards) / "manifest.json"):
             say(f"warning: {later} files of {images} were changed after their latents in {shards} were written; remove "
                 f"{shards} to extract again")  # fmt: skip
         known = latents.latents.vae

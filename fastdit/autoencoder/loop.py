@@ -142,6 +142,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         log.say(line)
     if last and (changed := changes(load_config(last / CONFIG, schema=AutoencoderConfig), config)):
         log.say(f"changed since step {start}: {changed}")
+    if last and (later := source.changed_after(last / checkpoint.META)):
+        log.say(f"warning: {later} files of {config.data.images} were changed after step {start} was saved")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,

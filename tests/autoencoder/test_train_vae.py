@@ -1,6 +1,7 @@
 """fastdit train-vae: the same training on any number of processes and after any stop, and what it leaves."""
 
 import json
+import os
 import shutil
 import signal
 from functools import partial
@@ -259,6 +260,20 @@ def test_a_resume_refuses_other_images_of_the_same_number(images, whole, tmp_pat
     first.rename(first.with_name("9999.png"))
     with pytest.raises(ValueError, match="was trained on other images than data.images=.*images has now; restore them"):
         train_autoencoder(small(tmp_path / "images", tmp_path / "run", "training.steps=10"), resume=True, device="cpu")
+
+
+def test_a_resume_counts_images_that_were_replaced_in_place(images, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(images, tmp_path / "images")
+    later = (tmp_path / "run" / LAST / "checkpoint.json").stat().st_mtime_ns + 1
+    for path in sorted(tmp_path.glob("images/*/*.png"))[:3]:
+        os.utime(path, ns=(later, later))
+    for step in (9, 10):  # the checkpoint of step 9 is younger than they are
+        config = small(tmp_path / "images", tmp_path / "run", f"training.steps={step}")
+        train_autoencoder(config, resume=True, device="cpu")
+        told = f"warning: 3 files of {tmp_path}/images were changed after step 8 was saved\n"
+        assert (tmp_path / "run" / "train.log").read_text().count("were changed") == 1
+        assert told in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_a_resume_refuses_other_settings(images, whole, tmp_path):
