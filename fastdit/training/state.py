@@ -300,6 +300,9 @@ def load_network(
     meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
     if meta.get("kind") == AUTOENCODER:
         raise ValueError(f"{folder} is of an autoencoder, not of a network; its run's folder {VAE} is for --vae")
+    if weights == "model" and meta.get("model_step", meta["step"]) != meta["step"]:  # of `fastdit ema`
+        raise ValueError(f"{folder} has the EMA of step {meta['step']}, but the weights of step {meta['model_step']}: "
+                         "the checkpoint of its step was deleted; use --weights ema")  # fmt: skip
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")
