@@ -162,6 +162,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
     """The config with the sections merged into it, and the places that are given."""
     tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config, schema=schema))
     for name, section in sections.items():
+        if section is None:
+            raise ValueError(f"{where} got {name}=None; leave it out, or give its keys")
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
     given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
     return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)

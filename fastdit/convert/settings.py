@@ -73,7 +73,7 @@ class Stated:
         if self.config is not None:
             load_config(self.config, self.overrides)  # reports mistakes, with the name of the file
         tree = read_yaml(Path(self.config)) if self.config is not None else {}
-        lines = [f"{key}={yaml_line(value)}" for key, value in (tree or {}).items()]
+        lines = [f"{key}={yaml_line(value)}" for key, value in (tree or {}).items() if value is not None]
         return tuple(line for given in (*lines, *self.overrides) for line in _flat(given))
 
     @property
