@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def with_steps(settings: LoopConfig, images: int) -> LoopConfig:
     """The settings with the steps of training.epochs, if it is set, for `images` to train on."""
-    steps = math.ceil(settings.epochs * images / settings.global_batch)
+    steps = math.ceil(Fraction(str(settings.epochs)) * images / settings.global_batch)  # 1.1 x 10 is 11, not more
     return replace(settings, steps=steps) if settings.epochs else settings
 
 

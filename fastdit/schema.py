@@ -147,7 +147,7 @@ class LoopConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
         for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
-            require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+            require(0 <= getattr(self, key) < float("inf"), f"training.{key}", getattr(self, key), "use 0 or more")
         require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
         require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         require(

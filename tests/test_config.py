@@ -8,13 +8,13 @@ import yaml
 
 from fastdit.api import _settings
 from fastdit.autoencoder.config import AutoencoderConfig
-from fastdit.build import resolved
+from fastdit.build import resolved, with_steps
 from fastdit.config import assumed, config_from, load_config, save_config, to_tree
 from fastdit.convert.settings import Stated
 from fastdit.data.manifest import Manifest
 from fastdit.files import parse_yaml, yaml_line
 from fastdit.registry import Choice, bind, build
-from fastdit.schema import Config
+from fastdit.schema import Config, LoopConfig
 from helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -204,6 +204,8 @@ def test_a_config_takes_from_the_shards_what_only_they_tell(world):
     data, settings = (c := resolved(load_config("sit_s_2", few), manifest)).data, c.training
     assert (data.image_size, data.num_classes, data.vae) == (32, 10, str((world / "vae").resolve()))
     assert settings.steps == 250  # 2.5 x 1198 / 12
+    for epochs, images, steps in ((1.1, 10, 11), (1.1, 11, 13), (0.07, 100, 7), (3.0, 10, 30)):  # 1.1 x 10 > 11 in fp64
+        assert with_steps(LoopConfig(epochs=epochs, global_batch=1), images).steps == steps
     assert resolved(load_config("sit_s_2", [*few, "data.num_classes=0"]), manifest).data.num_classes == 0
     for override, words in [
         ("data.image_size=64", "image_size=64, but the latents in .* are from 32 px images; set 32"),

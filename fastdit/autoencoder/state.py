@@ -28,7 +28,7 @@ from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import MOMENTS, TorchEngine, moments_of, set_moments
 from fastdit.training.log import LossWindow
-from fastdit.training.state import AUTOENCODER, CONFIG, below
+from fastdit.training.state import AUTOENCODER, CONFIG, below, check_steps
 from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
 
 CRITIC, PREFIX = "discriminator", "vae."  # the prefix of names in Reconstruction
@@ -127,6 +127,7 @@ def check_resume(
     meta = checkpoint.read_meta(folder)
     if meta.get("kind") != AUTOENCODER:
         raise ValueError(f"{folder} is no checkpoint of fastdit train-vae; choose another run_dir")
+    check_steps(folder, config.training)
     before = load_config(folder / CONFIG, schema=AutoencoderConfig)
     found = {"images": (meta["images"], images)}
     for section, keys in MUST_STAY.items():

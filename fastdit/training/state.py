@@ -38,7 +38,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
-from fastdit.schema import Config
+from fastdit.schema import Config, LoopConfig
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
@@ -176,6 +176,7 @@ def resumed_weights(
 ) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
+    check_steps(folder, config.training)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
     classes = manifest.classes_of(config.data.num_classes)
     for key, value in describe(config, manifest.latents, classes, features).items():
@@ -222,6 +223,14 @@ def resumed_weights(
         for line in mismatches(own, stored) + other_types(own, stored):
             raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
     return read_all(folder, "model")
+
+
+def check_steps(folder: Path, settings: LoopConfig) -> None:
+    """ValueError where a run would end before the checkpoint that it continues from."""
+    if (done := checkpoint.step_of(folder)) > settings.steps:
+        epochs = f" (training.epochs={settings.epochs:g})" * bool(settings.epochs)
+        raise ValueError(f"training.steps={settings.steps}{epochs} is less than the {done} steps of {folder}; use more "
+                         "to resume")  # fmt: skip
 
 
 def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:

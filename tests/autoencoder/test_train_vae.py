@@ -282,6 +282,7 @@ def test_a_resume_refuses_other_settings(images, whole, tmp_path):
         ("model.layers=2", "has model.layers=1, this run 2; make them equal to resume"),
         ("data.val_fraction=0.2", "has images="),
         ("seed=1", "has seed=0, this run 1"),
+        ("training.steps=7", "training.steps=7 is less than the 8 steps of .*; use more to resume"),
         ("discriminator.weight=0", "has discriminator.weight=0.5, this run 0.0; a resume can change it, but neither"),
     ):
         with pytest.raises(ValueError, match=message):
