@@ -82,6 +82,7 @@ def train_autoencoder(
 
 def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
     device = ranks.device
+    requests = Requests(run_dir, config.training.time_limit_s, 60 * config.training.checkpoint_minutes)  # it counts now
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data
     check_device(config.training, device)
@@ -160,7 +161,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
         closing(on_device(batches, device)) as batches,
-        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
+        requests,
         out_of_memory_says(f"{device} has too little memory for training.micro_batch={micro}; use a smaller one"),
     ):
         monitor.begin(engine, ema, log, watchdog, start)

@@ -84,6 +84,7 @@ def _prepare(run_dir: Path, config: Config, ranks: distributed.Ranks, start: int
 
 def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool, read_initial) -> Path:
     device = ranks.device
+    requests = Requests(run_dir, config.training.time_limit_s, 60 * config.training.checkpoint_minutes)  # it counts now
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest, held_out = shards_of(config)
@@ -164,7 +165,7 @@ def _train(config: Config, run_dir: Path, ranks: distributed.Ranks, resume: bool
         Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
         checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
         closing(on_device(batches, device)) as batches,
-        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
+        requests,
         out_of_memory_says(f"{device} has too little memory for {smaller_batch(policy, micro)}"),
     ):
         monitor.begin(engine, ema, log, watchdog, requests, start)
