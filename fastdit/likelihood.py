@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -194,12 +195,10 @@ def batches(manifest: Manifest, count: int, batch_size: int, seed: int) -> Itera
     """(position of the first, moments (n, 2C, h, w), labels (n,)) until `count` images have come, none mirrored."""
     size = min(batch_size, count)
     source = latent_batches(manifest, global_batch=size, seed=seed_of(seed, ORDER), hflip=False, prefetch=1)
-    try:
+    with closing(source):
         for start in range(0, count, size):
             batch, left = next(source), count - start
             yield start, batch.moments[:left], batch.y[:left]
-    finally:
-        source.close()
 
 
 class Signs:
