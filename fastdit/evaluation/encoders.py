@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fastdit.data.add_features import PRECISIONS
 from fastdit.data.features import resample
-from fastdit.evaluation.features import efficientnet_lite0
+from fastdit.evaluation.features import IMAGENET, efficientnet_lite0
 from fastdit.files import read_json
 from fastdit.registry import lookup
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the channels, of values in [0, 1]
 VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # model_type of transformers
 
 
