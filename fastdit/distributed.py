@@ -42,14 +42,6 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
-    def all_reduce_any(self, flag: Tensor) -> Tensor:
-        """The same for a 0-dim bool on the device; nothing waits for it."""
-        if self.world == 1:
-            return flag
-        value = flag.float()
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value > 0
-
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over all processes."""
         if self.world > 1:
@@ -89,7 +81,8 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = "cuda" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
+        on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honored by every command
+        device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
     chosen = named_device(device)
@@ -159,10 +152,6 @@ def close() -> None:
 def under_deepspeed() -> bool:
     """Whether the `deepspeed` launcher started this process."""
     return "CROSS_RANK" in os.environ
-
-
-def _cpu_wanted() -> bool:
-    return os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honored by every command
 
 
 @contextmanager

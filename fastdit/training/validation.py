@@ -1,13 +1,9 @@
 """`fastdit evaluate RUN --loss`: the validation loss of a checkpoint, as training computes it."""
 
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastdit import __version__
 from fastdit.build import shards_of
 from fastdit.config import check_used, to_tree
 from fastdit.data.manifest import Manifest
@@ -15,8 +11,8 @@ from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.diffusion.objectives import OF_SAMPLES
 from fastdit.distributed import Ranks
-from fastdit.environment import commit, hardware
 from fastdit.evaluation.loss import IMAGES, validation_loss
+from fastdit.evaluation.protocol import made_on
 from fastdit.pipeline import Inference
 from fastdit.training import checkpoint
 from fastdit.training.alignment import token_features
@@ -98,11 +94,5 @@ def loss_of_run(
         "values": {"loss": found["loss"], "loss_error": found["loss_error"], **found["parts"]},
         "bins": found["bins"],
         "real": None,
-        "environment": {
-            "fastdit": __version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "hardware": hardware(ranks.device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
+        "environment": made_on(ranks.device),
     }  # fmt: skip
