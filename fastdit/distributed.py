@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -205,14 +205,17 @@ class StepRandom:
 
 
 class ImageRandom:
-    """Standard normals for a batch of images, with one generator per image: image i depends only on its own seed."""
+    """Standard normals for a batch of images, with one generator per image: image i depends only on its own seed.
 
-    def __init__(self, seeds: list[int]):
+    `draw`: of one image's numbers, in place of torch.randn.
+    """
+
+    def __init__(self, seeds: list[int], draw: Callable[..., Tensor] = torch.randn):
         # always on the CPU, so that the numbers do not depend on the device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators, self.draw = [torch.Generator().manual_seed(seed) for seed in seeds], draw
 
     def __call__(self, like: Tensor) -> Tensor:
         """Standard normals in the shape, dtype and device of `like` (N, ...); sample i is from generator i."""
-        noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators])
+        noise = torch.stack([self.draw(like.shape[1:], generator=g) for g in self.generators])
         # the copy from pinned memory is asynchronous: the CPU can launch the next evaluation meanwhile
         return (noise.pin_memory() if like.is_cuda else noise).to(like, non_blocking=True)
