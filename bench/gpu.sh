@@ -72,7 +72,7 @@ if [[ -n $REHEARSE ]]; then
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
     KERNELS+=(--ops adaln)
     TESTS=(tests/models/test_dit.py $ON_DEVICE) TRAINED=()
-    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 extract 120 quickstart 200 engines 300 sizes 400 small-batch 200 epilogue 120 ablation 300)
+    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 extract 120 quickstart 200 engines 300 sizes 400 small-batch 200 epilogue 300 ablation 300)
 else
     STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
     EXTRACT=(--count 1024 --rounds 2) QUICKSTART=()
