@@ -40,7 +40,7 @@ def inputs(direction: str, rows: int, device: str, dtype: torch.dtype = torch.bf
 
 
 def complaints(direction: str, function: Callable[..., Pair], device: str = "cuda") -> tuple[list[str], bool]:
-    """What is wrong with a way's results at 1,000 rows, which no tile divides; whether a second run has the same bits."""
+    """What is wrong with results for 1,000 rows, which no tile divides; whether a second run has the same bits."""
     eager = {"up": eager_up, "down": eager_down}[direction]
     given = inputs(direction, 1000, device)
     exact, plain, found = eager(*(v.double() for v in given)), eager(*given), function(*given)
