@@ -7,6 +7,7 @@ ctypes. Names and numbers are those of cublasLt.h. The library counts columns fi
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -117,7 +118,7 @@ def fastest(calls: list[Callable[[], object]]) -> Callable[[], object]:
         try:
             call()
         except Exception as error:
-            print(f"{call}: {error}".splitlines()[0][:200])
+            print(f"a candidate does not run: {str(error).splitlines()[0][:200]}", file=sys.stderr)
             continue
         times[call] = float("inf")
         for _ in range(5):
