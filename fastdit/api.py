@@ -21,7 +21,6 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
-from fastdit.build import check_sampling
 from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.add_features import check_listed
@@ -70,13 +69,11 @@ class Model:
         """
         pipeline = self.pipeline
         if settings:
-            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
-            config = config_from(to_tree(self.config), "sample()", overrides)
             fixed = [key for key in ("precision", "compile", "weak_checkpoint") if key in settings]
             if fixed:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
-            pipeline = replace(pipeline, config=config)
-            check_sampling(config, pipeline.objective, pipeline.model.null_label)
+            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
+            pipeline = pipeline.changed(overrides, "sample()")
         if classes is None:
             classes = "balanced"
         chosen = classes if isinstance(classes, str) else [classes] if isinstance(classes, int) else list(classes)

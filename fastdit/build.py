@@ -13,7 +13,6 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
@@ -83,7 +82,7 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
 
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
-    cache = Cache(config.data.cache, config.data.cache_gib)
+    cache = config.data.remote_cache
     manifest = open_latents(config.data.shards, cache).normalized(config.data.normalize)
     train, held_out = split(replace(manifest, block=config.data.block), config.data.val_fraction)
     if not (path := config.data.val_shards):

@@ -11,7 +11,7 @@ values * scale.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.data.images import Unusable
-from fastdit.data.manifest import FORMAT, Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
+from fastdit.data.manifest import Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
 from fastdit.data.remote import NO_CACHE, Cache, Missing, fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
@@ -149,11 +149,6 @@ class FeatureManifest(ShardFolder):
     precision: str  # in which the encoder computed
     mean: float = 0.0  # of all values
     std: float = 0.0
-    shards: tuple[Shard, ...] = ()
-    index_sha256: str = ""
-    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
-    url: str = field(default="", compare=False)  # of a remote folder; not written
-    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files; not written
 
     @property
     def tokens(self) -> int:
@@ -174,7 +169,7 @@ class FeatureManifest(ShardFolder):
             raise ValueError(f"{folder} holds latents, not features; set data.features to a folder of features")
         try:
             del stored["samples"]
-            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url,
+            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, rows=None, block=0, url=url,
                            cache=cache)  # fmt: skip
             check(manifest.dtype, FEATURE_DTYPES, "dtype")
             if not (all(0 < side <= MAX_SIDE for side in manifest.grid) and 0 < manifest.dim <= MAX_DIM):
@@ -187,9 +182,7 @@ class FeatureManifest(ShardFolder):
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        stored = {"format": FORMAT, "samples": len(self), **asdict(self)}
-        del stored["folder"], stored["url"], stored["cache"]
-        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.stored(), indent=1, sort_keys=True) + "\n"
 
     def check(self, latents: Manifest) -> np.ndarray:
         """The SAMPLE rows (n,) of the latents' images, in their order.

@@ -15,7 +15,6 @@ from fastdit.data.latents import scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json, read_yaml
 from fastdit.schema import Config
 from fastdit.training import checkpoint
@@ -116,7 +115,7 @@ def read_run(folder: str | Path) -> Run:
         return run
     try:
         data = run.config.data
-        manifest = open_latents(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        manifest = open_latents(data.shards, data.remote_cache).normalized(data.normalize)
         run.manifest, _ = split(manifest, data.val_fraction)
         run.images = len(run.manifest)
     except ValueError as error:

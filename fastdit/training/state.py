@@ -218,10 +218,7 @@ def resumed_weights(
             if name.startswith(TAPS)}  # fmt: skip
     expected = {file: {name: own[name] for name in own if not name.startswith(TAPS)} for file, own in expected.items()}
     expected |= {ALIGNMENT: taps} if taps else {}
-    for name, own in {**expected, "progress": progress}.items():
-        path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
-        for line in mismatches(own, stored) + other_types(own, stored):
-            raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
+    check_files(folder, {**expected, "progress": progress})
     return read_all(folder, "model")
 
 
@@ -231,6 +228,15 @@ def check_steps(folder: Path, settings: LoopConfig) -> None:
         epochs = f" (training.epochs={settings.epochs:g})" * bool(settings.epochs)
         raise ValueError(f"training.steps={settings.steps}{epochs} is less than the {done} steps of {folder}; use more "
                          "to resume")  # fmt: skip
+
+
+def check_files(folder: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """ValueError where a file of a checkpoint does not hold the expected tensors, by file and name."""
+    for name, own in expected.items():
+        path = folder / f"{name}.safetensors"
+        stored = header(path)
+        if wrong := mismatches(own, stored) + other_types(own, stored):
+            raise ValueError(f"{path} is not of this run: {wrong[0]}; use the run_dir and the settings of one run")
 
 
 def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:

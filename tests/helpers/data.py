@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
-from fastdit.data.writer import write_shards
+from helpers.shards import write_shards
 
 
 def tiny_vae(seed: int = 0, **options):

@@ -200,7 +200,7 @@ def test_a_signal_that_the_launcher_passes_on_as_well_is_one_request_and_a_later
 def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
     clock = iter(range(0, 100_000, 31))  # seconds: half a minute passes between any two looks
     fake = SimpleNamespace(monotonic=lambda: float(next(clock)), perf_counter=time.perf_counter)
-    for module in ("guard", "loop"):
+    for module in ("guard", "upkeep"):
         monkeypatch.setattr(f"fastdit.training.{module}.time", fake)
     overrides = ["training.checkpoint_every=100", "training.checkpoint_minutes=1"]
     train(config_of(world, tmp_path / "run", *overrides), device="cpu")
