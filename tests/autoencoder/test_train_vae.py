@@ -186,14 +186,27 @@ def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(ima
         assert codec.scale == pytest.approx(1 / measured) and codec.shift == 0
 
 
-def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
-    loss, calls = step_module.reconstruction_loss, []
+def nan_loss(loss, *arguments):
+    return loss(*arguments) * float("nan")
 
-    def failing(*arguments):
+
+def nan_gradient(loss, output, other):
+    output.register_hook(lambda gradient: gradient * float("nan"))
+    return loss(output, other)
+
+
+@pytest.mark.parametrize(("name", "at_call", "failing"), [
+    ("reconstruction_loss", 4, nan_loss),
+    ("discriminator_loss", 2, nan_gradient),  # the discriminator starts at step 3; its loss is finite
+])  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch, name, at_call, failing):
+    loss, calls = getattr(step_module, name), []
+
+    def called(*arguments):
         calls.append(1)
-        return loss(*arguments) * (float("nan") if len(calls) == 4 else 1)
+        return failing(loss, *arguments) if len(calls) == at_call else loss(*arguments)
 
-    monkeypatch.setattr(step_module, "reconstruction_loss", failing)
+    monkeypatch.setattr(step_module, name, called)
     config = small(images, tmp_path / "run", "training.steps=4", "training.checkpoint_every=1")
     train_autoencoder(config, device="cpu")
     third, fourth = (states(tmp_path / "run", f"checkpoints/step-{n:07d}") for n in (3, 4))
