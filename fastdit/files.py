@@ -152,6 +152,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with an entry `sha256`: the digest of all other entries."""
+    others = {key: value for key, value in tree.items() if key != "sha256"}
+    return others | {"sha256": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
+
+
 def read_array(data: bytes | np.ndarray) -> np.ndarray:
     """The array in the bytes of a .npy file, read-only and not copied; ValueError if it is not one, or not complete.
 

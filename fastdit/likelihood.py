@@ -85,8 +85,8 @@ def likelihood(
     shards: str | Path,
     *,
     num_images: int = 64,
-    probes: int = 4,
-    steps: int = 50,
+    probes: int | None = None,
+    steps: int | None = None,
     method: str = "heun",
     batch_size: int = 16,
     weights: str = "ema",
@@ -98,9 +98,15 @@ def likelihood(
     """Of `num_images` images of `shards`, drawn without repetition, each under its own label, without guidance.
 
     An image's numbers are a function of (seed, image): the batch size changes only their rounding. `steps` of the ODE
-    take two evaluations each with method heun, one with euler; `probes` are random directions for the divergence. vlb
-    takes 1,000 evaluations and ignores both. ValueError for what does not fit.
+    (None: 50) take two evaluations each with method heun, one with euler; `probes` (None: 4) are random directions for
+    the divergence. vlb takes 1,000 evaluations, and neither of the two. ValueError for what does not fit.
     """
+    check(method, METHODS, "--method")
+    for key, value in (("--probes", probes), ("--steps", steps)):
+        if method == "vlb" and value is not None:
+            raise ValueError(f"{key}={value} is for --method heun and euler; vlb takes all 1,000 steps of the schedule "
+                             "and no probes; leave it out")  # fmt: skip
+    probes, steps = 4 if probes is None else probes, 50 if steps is None else steps
     for key, value in (
         ("--num-images", num_images),
         ("--probes", probes),
@@ -109,7 +115,6 @@ def likelihood(
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
-    check(method, METHODS, "--method")
     overrides = list(overrides)
     check_used(overrides, USED, "for a likelihood", OPTIONS, [f"objective.{option}" for option in OF_LOSS])
     device = distributed.init(device).device
@@ -183,6 +188,7 @@ def likelihood(
             else f"log2 q - log2 p     {report.posterior_bits_per_dim:.4f} +- "
             f"{report.posterior_bits_per_dim_error:.4f} bits per dimension, beyond the posterior's own noise"
         )
+        + "\ndensities of pixels in [-1, 1] without dequantization, not bits of 8-bit values" * latents.are_pixels
     )
     return report
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastdit import cli
 from fastdit.config import load_config
 from fastdit.convert import convert
-from fastdit.files import append_to, parse_yaml, read_array, read_json, replace_text
+from fastdit.files import append_to, parse_yaml, read_array, read_json, replace_text, sealed
 from fastdit.models.dit import variant_shape
 from fastdit.report.facts import read_run
 from fastdit.sampling import sample
@@ -131,8 +131,7 @@ def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path):
 def seal(folder, **changes):
     """Write checkpoint.json with changed facts and the right digest."""
     meta = json.loads((folder / checkpoint.META).read_text()) | changes
-    del meta["sha256"]
-    (folder / checkpoint.META).write_text(json.dumps({**meta, "sha256": checkpoint._own_digest(meta)}))
+    (folder / checkpoint.META).write_text(json.dumps(sealed(meta)))
 
 
 @pytest.fixture

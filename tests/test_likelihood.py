@@ -17,6 +17,7 @@ from fastdit.likelihood import batches, likelihood, log_posterior, mean_and_erro
 from fastdit.training import state
 from helpers.checkpoints import golden_weights, quiet
 from helpers.data import make_shards, tiny_vae
+from helpers.runs import train_here
 
 D, SCALE = 256, 0.18215
 STD = math.sqrt(29) * SCALE  # of make_shards' latents: posterior means of deviation 5, posteriors of deviation 2
@@ -91,6 +92,9 @@ def test_the_bound_of_a_ddpm_checkpoint_is_that_of_the_whole_chain(place, monkey
     assert entropy < report.bits_per_dim < narrow + 3 * report.bits_per_dim_error
     with pytest.raises(ValueError, match="--method=vlb needs a DDPM checkpoint, not objective=flow; use heun"):
         likelihood(place / "flow", place / "latents", method="vlb", num_images=2, say=quiet)
+    for given in ({"steps": 50}, {"probes": 4}):
+        with pytest.raises(ValueError, match=f"--{[*given][0]}=.* is for --method heun and euler; vlb takes all 1,000"):
+            likelihood(place / "ddpm", place / "latents", method="vlb", num_images=2, say=quiet, **given)
 
 
 def test_an_image_counts_the_same_in_any_batch(place):
@@ -132,6 +136,15 @@ def test_latents_without_a_posterior_have_no_noise_of_their_own_to_compare_with(
     monkeypatch.setattr("fastdit.likelihood.log_posterior", zero)
     likelihood(place / "flow", place / "latents", num_images=2, probes=1, steps=2, say=said.append)
     assert said[0].endswith("log2 q - log2 p     infinite: the deviation of these latents is 0")
+
+
+def test_densities_of_pixels_are_not_called_bits_of_8_bit_values(place, world, tmp_path):
+    settings = ["data.shards=synthetic:64/3x16x16/10", "data.vae=none", "data.image_size=16", "training.steps=1"]
+    train_here(world, tmp_path / "run", *settings, "training.checkpoint_every=1")
+    said = []
+    for path, shards in ((tmp_path / "run", "synthetic:64/3x16x16/10"), (place / "flow", place / "latents")):
+        likelihood(path, shards, num_images=2, probes=1, steps=2, say=said.append)
+    assert ["densities of pixels in [-1, 1] without dequantization" in text for text in said] == [True, False]
 
 
 def test_means_and_errors():

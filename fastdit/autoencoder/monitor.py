@@ -18,7 +18,7 @@ from fastdit.autoencoder.curves import write_curves
 from fastdit.autoencoder.perceptual import Perceptual
 from fastdit.autoencoder.quality import Quality, own_blocks
 from fastdit.autoencoder.state import PREFIX
-from fastdit.data.latents import rounded, scale_remarks
+from fastdit.data.latents import in_words, rounded, scale_and_shift, scale_remarks
 from fastdit.data.order import permutation
 from fastdit.data.pixels import PixelReader
 from fastdit.distributed import Ranks
@@ -88,10 +88,10 @@ class VaeMonitor:
         return time.perf_counter() - begun
 
     def _report(self, step: int, found: dict, latents: Tensor, outputs: Tensor, begun: float) -> None:
-        scale = self.config.model.scaling_factor or 1 / max(found["latent_std_all"], 1e-9)
+        factor = self.config.model.scaling_factor or 1 / max(found["latent_std_all"], 1e-9)
+        scale, shift = scale_and_shift(self.vae.config, factor)  # of each channel, of some autoencoders
         mean, std = (np.array(found[key]) for key in ("latent_mean", "latent_std"))
-        shift = self.vae.config.shift_factor or 0.0
-        remarks = scale_remarks((mean - shift) * scale, std * scale, scale)
+        remarks = scale_remarks((mean - np.array(shift)) * np.array(scale), std * np.array(scale), scale)
         picture = self._sheet(latents, outputs)
         folder = self.run_dir / FOLDER
         folder.mkdir(exist_ok=True)
@@ -99,15 +99,17 @@ class VaeMonitor:
         height = outputs.shape[1]
         over_time = strip(folder, height, row=2)
         write_png(over_time, folder / "strip.png")
-        values = {**found, "scaling_factor": scale, "shift_factor": shift, "monitor_s": time.perf_counter() - begun}
+        own = {key: list(value) if isinstance(value, tuple) else value
+               for key, value in (("scaling_factor", scale), ("shift_factor", shift))}  # fmt: skip
+        values = {**found, **own, "monitor_s": time.perf_counter() - begun}
         self.log.record(step, values, {"reconstructions": picture, "reconstructions_over_time": over_time})
-        self._write(step, found, scale)
+        self._write(step, found, factor)
         write_curves(self.run_dir)
         names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}", "frechet": "FD {:.3f}"}
         told = ", ".join(text.format(found[name]) for name, text in names.items() if name in found)
         where = "held-out images" if self.held_out else "training images"
         self.log.say(f"step {step}  {self.quality.count} {where}: {told}; latents: mean {rounded(mean)}, std "
-                     f"{rounded(std)}, scaling_factor {scale:.5g}")  # fmt: skip
+                     f"{rounded(std)}, scaling_factor {in_words(scale)}")  # fmt: skip
         for line in remarks:
             self.log.say(f"warning: {line}")
 

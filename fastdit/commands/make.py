@@ -39,15 +39,15 @@ def extract(parser: ArgumentParser) -> Command:
     )
     parser.add_argument("--image-size", default="256", help="center crop in pixels: a side, or WIDTHxHEIGHT (256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch and process (32)")
-    parser.add_argument("--dtype", default="float16", help="storage dtype: float16 (default) or float32")
-    parser.add_argument("--precision",
-                        help="of the VAE: float32, bfloat16 (default on a GPU from Ampere on) or float16")  # fmt: skip
+    parser.add_argument("--dtype", help="storage of latents: float16 (default) or float32")
+    parser.add_argument("--precision", help="of the VAE and of --encoder: float32, bfloat16 (default on a GPU from "
+                        "Ampere on) or float16")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="compile the encoder (default: on a GPU, for 10,000 images or more)")  # fmt: skip
     parser.add_argument("--adm-exact", action="store_true",
                         help="read images as ADM and DiT: EXIF, transparency and 16 bits not handled")  # fmt: skip
     parser.add_argument("--workers", type=int, help="decoding threads per process (default: its share of the cores)")
-    parser.add_argument("--shard-size", type=int, default=2048, help="images per shard (2048)")
+    parser.add_argument("--shard-size", type=int, help="images per shard (2048)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds latents")
     parser.add_argument("--encoder", metavar="NAME[=PATH]",
                         help="dinov2=FOLDER or dinov3=FOLDER (transformers), or efficientnet-lite0")  # fmt: skip

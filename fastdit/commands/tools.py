@@ -43,8 +43,10 @@ def convert(parser: ArgumentParser) -> Command:
     parser.add_argument("--config", help="a YAML file with settings that the source lacks: objective, autoencoder")
     parser.add_argument("--heads", type=int, help="number of attention heads, if the source does not state it")
     parser.add_argument("--from-official", action="store_true", help="a DDPM pipeline has converted official weights")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="weights to convert to diffusers")
-    parser.add_argument("--scale", type=float, help="scaling_factor of an autoencoder (1; Stable Diffusion: 0.18215)")
+    parser.add_argument("--weights", choices=("ema", "model"),
+                        help="which of them to convert to diffusers (ema; of an autoencoder: model)")  # fmt: skip
+    parser.add_argument("--scale", type=float, help="scaling_factor of an autoencoder (that in the file, else 1; "
+                        "Stable Diffusion: 0.18215)")  # fmt: skip
     take_words(parser, None)
 
     def run(arguments: Namespace) -> None:

@@ -46,7 +46,7 @@ def convert(
     overrides: Iterable[str] = (),
     heads: int | None = None,
     from_official: bool = False,
-    weights: str = "ema",
+    weights: str | None = None,
     scale: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -57,8 +57,9 @@ def convert(
 
     `config`, `overrides` and `heads` set what the source does not state, such as the objective and the autoencoder.
     `from_official`: the weights of a diffusers folder come from the official DiT. `weights` (ema or model) is what a
-    diffusers folder stores, which has only one set. On ValueError `out` does not exist: the source has a setting that
-    fastdit does not understand, the format lacks one of the source's, or what was read back differs.
+    diffusers folder stores, which has only one set (None: ema; of an autoencoder: model). On ValueError `out` does not
+    exist: the source has a setting that fastdit does not understand, the format lacks one of the source's, or what was
+    read back differs.
     """
     src, out = Path(src), Path(out)
     write, finish = lookup(WRITERS, to, "--to")
@@ -70,9 +71,12 @@ def convert(
         given = {"--config": config, "--heads": heads, "--from-official": from_official}
         if extra := [*overrides, *(name for name, value in given.items() if value)]:
             raise ValueError(f"{extra[0]} is for a network, and {src} is an autoencoder; leave it out")
-        return ldm.convert_autoencoder(src, found, out, scale, say)
+        return ldm.convert_autoencoder(src, found, out, scale, weights, say)
     if scale is not None:
         raise ValueError(f"--scale={scale} is for an autoencoder in the format of latent-diffusion, and {src} is none")
+    if weights and to != "diffusers":
+        raise ValueError(f"--weights={weights} is for --to diffusers; --to {to} keeps both the weights and their EMA")
+    weights = weights or "ema"
     loaded = read(src, Stated(config, tuple(overrides), heads, from_official), say)
     config = loaded.config
     say(

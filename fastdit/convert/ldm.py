@@ -21,6 +21,7 @@ from fastdit.files import staged
 from fastdit.training.weights import header, is_finite, mismatches, read_weights
 
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+EMA = "model_ema"  # of names without dots
 FIRST, GROUPS = "encoder.conv_in.weight", 32  # a name that every such file has; of all group norms in this format
 OURS = (  # names in the file -> names of diffusers, applied one after the other
     (r"\b(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
@@ -37,10 +38,15 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of an autoencoder in a file, and how many others there are, by the first part of their names."""
+    """The tensors of an autoencoder in a file, and how many others there are, by the first part of their names.
 
-    state: dict[str, Tensor]
+    `ema`: their EMA, {} if there is none. `scale`: what latent-diffusion multiplies latents by, if the file states it.
+    """
+
+    state: dict[str, Any]
+    ema: dict[str, Any]
     others: dict[str, int]
+    scale: float | None = None
 
 
 def find_autoencoder(path: Path) -> Found | None:
@@ -49,6 +55,7 @@ def find_autoencoder(path: Path) -> Found | None:
         content: Any = read_weights(path) if any(name.endswith(FIRST) for name in header(path)) else {}
     else:
         content = read_pickle(path, stand_ins=True)
+    whole = content
     for key in ("state_dict", "model"):  # Lightning's, and MAR's
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -61,22 +68,48 @@ def find_autoencoder(path: Path) -> Found | None:
         raise ValueError(f"{path} has {len(prefixes)} autoencoders, {known}; save one of them in a file of its own")
     inside = {name: name.removeprefix(prefixes[0]) for name in names if name.startswith(prefixes[0])}
     own = {name: short for name, short in inside.items() if short.partition(".")[0] in PARTS}
+    beside = whole.get("ema") if whole is not content else None  # as a set of its own, with the same names
+    dotless = {name: f"{prefixes[0]}{EMA}.{short.replace('.', '')}" for name, short in own.items()}
+    if isinstance(beside, Mapping):
+        ema = {short: beside[name] for name, short in own.items() if name in beside}
+    else:
+        ema = {own[name]: content[averaged] for name, averaged in dotless.items() if averaged in content}
     others = Counter(name.removeprefix(prefixes[0]).partition(".")[0] for name in names if name not in own)
-    return Found({short: content[name] for name, short in own.items()}, dict(others))
+    if ema:
+        others.pop(EMA, None)
+    scale = content.get("scale_factor")  # of a whole latent-diffusion model
+    scale = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 and is_plain(scale) else None
+    return Found({short: content[name] for name, short in own.items()}, ema, dict(others), scale)
 
 
 def convert_autoencoder(
-    path: Path, found: Found, out: Path, scale: float | None = None, say: Callable[[str], None] = print
+    path: Path,
+    found: Found,
+    out: Path,
+    scale: float | None = None,
+    weights: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the folder `out` for `--vae` and `data.vae`; `scale`: its scaling_factor (None: 1, latents as they are).
+    """Write the folder `out` for `--vae` and `data.vae`.
 
+    `scale`: its scaling_factor (None: that in the file, else 1, latents as they are). `weights`: "ema" takes the EMA;
+    by default it is left out, because latent-diffusion encodes without it.
     ValueError, before anything is written, for a network that an AutoencoderKL of diffusers cannot express.
     """
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"--scale={scale} must be a positive number")
+    if weights == "ema" and not found.ema:
+        raise ValueError(f"--weights=ema, but {path} has no EMA; leave it out")
     if "quantize" in found.others:
         raise ValueError(f"{path} has a codebook (quantize.*), as a VQ autoencoder; only those with a KL loss convert")
-    state = checked(found.state, path)
+    if weights is None and found.ema:
+        say(f"{path}: its EMA is left out, as latent-diffusion encodes without it; --weights ema converts it")
+    if scale is None and found.scale is not None:
+        if not 0 < found.scale < float("inf"):
+            raise ValueError(f"{path} has scale_factor={found.scale}, not a positive number; give --scale")
+        scale = found.scale
+        say(f"scaling_factor={scale:g}, the scale_factor in the file")
+    state = checked(found.ema if weights == "ema" else found.state, path)
     vae = autoencoder(state, path, scale or 1.0)
     if found.others:
         left = ", ".join(f"{name} ({count})" for name, count in found.others.items())

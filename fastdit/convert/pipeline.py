@@ -289,11 +289,10 @@ def check_vae(path: Path) -> None:
 
     config = _json(path)
     checked(config, dict.fromkeys(inspect.signature(AutoencoderKL).parameters), AutoencoderKL, path)
-    if config.get("shift_factor"):
-        raise ValueError(
-            f"{path}: shift_factor={config['shift_factor']!r} is ignored by DiTPipeline, but not by fastdit; set it to "
-            "null if the network was trained without it"
-        )
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key):
+            raise ValueError(f"{path}: {key}={config[key]!r} is ignored by DiTPipeline, but not by fastdit; set it to "
+                             "null if the network was trained without it")  # fmt: skip
 
 
 def _json(path: Path) -> dict[str, Any]:

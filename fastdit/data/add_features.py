@@ -86,6 +86,17 @@ def add_features(
     )
 
 
+def check_stored(latents: Manifest, dtype: str | None, shard_size: int | None) -> None:
+    """Raises a ValueError if the latents are stored with another dtype or shard size (None: not checked)."""
+    place = f"the latents in {latents.folder}"
+    remedy = "omit it to add features to them, or give --overwrite to extract both again"
+    if dtype not in (None, latents.dtype):
+        raise ValueError(f"dtype={dtype}, but {place} are stored as {latents.dtype}; {remedy}")
+    if shard_size and -(-latents.images // shard_size) != len(latents.shards):
+        raise ValueError(f"shard_size={shard_size}, but {place} are {latents.images} images in {len(latents.shards)} "
+                         f"shards; {remedy}")  # fmt: skip
+
+
 def check_same_images(
     source: ImageSource, latents: Manifest, codec: LatentCodec, image_size: Size, adm_exact: bool
 ) -> None:

@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdit.data.add_features import PRECISIONS, add_features, check_same_images, check_space, feature_bytes
+from fastdit.data.add_features import (
+    PRECISIONS,
+    add_features,
+    check_same_images,
+    check_space,
+    check_stored,
+    feature_bytes,
+)
 from fastdit.data.archives import open_images
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.encode import extract_share
@@ -41,12 +48,12 @@ def extract_features(
     vae: str | Path,
     image_size: Size | str = 256,
     batch_size: int = 32,
-    dtype: str = "float16",
+    dtype: str | None = None,
     precision: str | None = None,
     compile: bool | None = None,
     adm_exact: bool = False,
     workers: int | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     overwrite: bool = False,
     encoder: Encoder | None = None,
     feature_dtype: str = "float16",
@@ -55,15 +62,16 @@ def extract_features(
     """Writes shards to `out` with the moments of each image in `images` (see `open_images`) and of its mirror image.
 
     `vae`: a folder, a hub name, or "none": the latents are the pixels. It computes in `precision` (None: bfloat16 on a
-    GPU, float32 on a CPU), and the moments are stored as `dtype`. `image_size`: the side of a square or (width,
-    height), also as text: "512x256".
+    GPU, float32 on a CPU), and the moments are stored as `dtype` (None: float16), `shard_size` images per shard (None:
+    2048). `image_size`: the side of a square or (width, height), also as text: "512x256".
     `compile`: the encoder, with torch.compile (None: on a GPU, for many images). `adm_exact`: see `read_image`.
     `workers`: decoding threads of this process (None: its share of the cores). `ranks`: this process among those that
     share the work (None: a single process, on a GPU if there is one); all must see the same `out`. The images are
     shuffled once, in a fixed order, so that each shard mixes the classes for readers that shuffle only the shards.
 
     With an `encoder` (evaluation/encoders.py), its features of the same images follow, in <out>/features and stored as
-    `feature_dtype`: float16 or int8. If `out` already has the latents of these images, only the features are added.
+    `feature_dtype`: float16 or int8. If `out` already has the latents of these images, only the features are added;
+    a `dtype` or `shard_size` other than theirs is a ValueError.
 
     `out` appears once it is complete, and is replaced only with `overwrite`. After a run was stopped in any way, one
     with the same settings keeps the shards that were finished, and the result is that of a run that was not stopped.
@@ -80,19 +88,21 @@ def extract_features(
         raise ValueError(f"precision={precision} is that of an autoencoder, and vae={vae} has none; leave it out")
     precision = precision or ("bfloat16" if on_gpu and not pixels and has_bfloat16(ranks.device) else "float32")
     workers = workers if workers is not None else cores_per_process()
-    check(dtype, DTYPES, "dtype")
+    check(dtype or "float16", DTYPES, "dtype")
     check(precision, PRECISIONS, "precision")
     check(feature_dtype, FEATURE_DTYPES, "feature_dtype")
     check_precision(precision, ranks.device)
     for key, value in (("batch_size", batch_size), ("workers", workers), ("shard_size", shard_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     source = open_images(images)
     if adds:
         manifest = Manifest.load(out)
+        check_stored(manifest, dtype, shard_size)
         check_same_images(source, manifest, LatentCodec.load(vae, torch.float32, ranks.device), image_size, adm_exact)
         add_features(source, manifest, encoder, feature_dtype, precision, ranks, batch_size, workers, adm_exact, say)
         return manifest
+    dtype, shard_size = dtype or "float16", shard_size or SHARD_SIZE
     if out.is_relative_to(source.root.resolve()):
         raise ValueError(f"out={out} lies inside images={images}, where it would become a class; write it elsewhere")
     exact = LatentCodec.load(vae, torch.float32, ranks.device)

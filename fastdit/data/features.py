@@ -9,7 +9,6 @@ As float16 it is (2, T, D). As int8 it is (2,) of records with `values` (T, D) a
 values * scale.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.data.images import Unusable
-from fastdit.data.manifest import Manifest, Shard, ShardFolder, damaged_manifest, stored_manifest
+from fastdit.data.manifest import Manifest, Shard, ShardFolder, damaged_manifest, manifest_text, stored_manifest
 from fastdit.data.remote import NO_CACHE, Cache, Missing, fetch_manifest, is_remote
 from fastdit.data.writer import TarWriter, move_into_place, write_index
 from fastdit.registry import check, convert_all
@@ -182,7 +181,7 @@ class FeatureManifest(ShardFolder):
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(self.stored(), indent=1, sort_keys=True) + "\n"
+        return manifest_text(self.stored())
 
     def check(self, latents: Manifest) -> np.ndarray:
         """The SAMPLE rows (n,) of the latents' images, in their order.

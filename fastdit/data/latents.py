@@ -157,6 +157,17 @@ def rounded(values: np.ndarray) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
 
+def scale_and_shift(config: Any, scaling_factor: float | None = None) -> tuple[PerChannel, PerChannel]:
+    """Those of an autoencoder's latents, from its config; `scaling_factor`: in place of the one there."""
+    scale: PerChannel = float(scaling_factor or config.scaling_factor)
+    shift: PerChannel = float(getattr(config, "shift_factor", None) or 0.0)
+    if getattr(config, "latents_std", None):
+        scale = tuple(scale / float(std) for std in config.latents_std)
+    if getattr(config, "latents_mean", None):
+        shift = tuple(map(float, config.latents_mean))
+    return scale, shift
+
+
 class LatentCodec:
     """A frozen AutoencoderKL, AutoencoderDC or `Pixels`: `encode` returns moments, `decode` takes scaled latents.
 
@@ -169,12 +180,7 @@ class LatentCodec:
         self.vae = vae.eval().requires_grad_(False)
         self.name = name
         config = vae.config
-        self.scale: PerChannel = float(config.scaling_factor)
-        self.shift: PerChannel = float(getattr(config, "shift_factor", None) or 0.0)
-        if getattr(config, "latents_std", None):
-            self.scale = tuple(self.scale / float(std) for std in config.latents_std)
-        if getattr(config, "latents_mean", None):
-            self.shift = tuple(map(float, config.latents_mean))
+        self.scale, self.shift = scale_and_shift(config)
         blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1)
         self.channels = int(config.latent_channels)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,7 +26,7 @@ from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import NO_CACHE, Cache, fetch_manifest, fetched, is_remote, opened
-from fastdit.files import map_array, read_array, read_json, read_large
+from fastdit.files import map_array, read_array, read_json, read_large, sealed
 from fastdit.registry import check, convert_all
 
 FORMAT = 1
@@ -63,9 +64,19 @@ def stored_manifest(folder: str | Path, missing: str) -> dict[str, Any]:
         raise ValueError(f"{folder} has no manifest.json; {missing}") from None
     except ValueError as error:
         raise ValueError(f"{error}; extract again") from None
-    if (version := stored.pop("format", None)) != FORMAT:
+    if (version := stored.get("format")) != FORMAT:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
+    digest = stored.pop("sha256", None)  # earlier versions did not write it
+    if digest not in (None, sealed(stored)["sha256"]):
+        raise ValueError(f"{path} was changed: its contents do not match its entry sha256; copy it again, or remove "
+                         "that entry if the change is right")  # fmt: skip
+    del stored["format"]
     return stored
+
+
+def manifest_text(stored: Mapping[str, Any]) -> str:
+    """The text of manifest.json."""
+    return json.dumps(sealed({"format": FORMAT, **stored}), indent=1, sort_keys=True) + "\n"
 
 
 def damaged_manifest(folder: str | Path, error: Exception) -> str:
@@ -259,7 +270,7 @@ class Manifest(ShardFolder):
         stored = self.stored() | {"num_classes": self.num_classes}
         stored |= stored.pop("latents")
         stored["latent_shape"] = stored.pop("shape")
-        return json.dumps(stored, indent=1, sort_keys=True) + "\n"
+        return manifest_text(stored)
 
     def check(
         self,

@@ -196,10 +196,15 @@ def neighbor_radii(x: Tensor, k: int) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances from x (N, D) to y (M, D), in blocks of rows (<= 512, M)."""
-    squares = (y * y).sum(1)
+    """Euclidean distances from x (N, D) to y (M, D), in blocks of rows (<= 512, M).
+
+    What could be rounding error of the products is 0: copies of an image must not be outside each other's balls.
+    """
+    squares, error = (y * y).sum(1), 2 * x.shape[1] * torch.finfo(x.dtype).eps
     for rows in x.split(BLOCK):
-        yield ((rows * rows).sum(1, keepdim=True) + squares - 2 * rows @ y.T).clamp(min=0).sqrt()
+        lengths = (rows * rows).sum(1, keepdim=True) + squares
+        found = lengths - 2 * rows @ y.T
+        yield found.masked_fill_(found <= error * lengths, 0).sqrt()
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastdit.autoencoder.monitor import ABOUT
 from fastdit.data.images import size_text
+from fastdit.data.latents import in_words
 from fastdit.files import read_json
 from fastdit.pipeline import spread
 from fastdit.report.facts import Run, latents_of
@@ -177,10 +178,10 @@ def latents(names: list[str], runs: Sequence[Run]) -> str:
         rows = {}
         if each:
             mean, std, shift, scale = each
-            rows["scaling_factor", "what training multiplies latents by"] = f"{scale:.5g}"
+            rows["scaling_factor", "what training multiplies latents by"] = in_words(scale)
             if shift:
-                rows["shift_factor", "what it subtracts before"] = f"{shift:.5g}"
-            mean, std = (mean - shift) * scale, std * scale
+                rows["shift_factor", "what it subtracts before"] = in_words(shift)
+            mean, std = (mean - np.array(shift)) * np.array(scale), std * np.array(scale)
             if len(mean) <= LISTED:
                 told = (f"mean {m:.2f}, deviation {s:.2f}" for m, s in zip(mean, std, strict=True))
                 rows |= {(f"channel {c}", ""): line for c, line in enumerate(told)}

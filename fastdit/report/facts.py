@@ -11,17 +11,17 @@ import numpy as np
 from fastdit import environment
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.config import load_config, to_tree
-from fastdit.data.latents import scale_remarks
+from fastdit.data.latents import PerChannel, scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.files import read_bytes, read_json, read_yaml
-from fastdit.schema import Config
+from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.log import RECORDS, read_metrics, read_records
 from fastdit.training.monitor import EVALUATIONS
-from fastdit.training.state import CONFIG
+from fastdit.training.state import CONFIG, same_contents
 
 QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was measured}, ...]
 STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
@@ -109,13 +109,15 @@ def read_run(folder: str | Path) -> Run:
                 run.changes = [change for change in run.changes if change[0] < int(resumed)]
             else:
                 run.changes.append((int(since), changed))
+    meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
     if trains_vae:
-        meta = checkpoint.inspect(run.checkpoints[-1], ())[0] if run.checkpoints else {}
         run.images = meta["images"] if type(meta.get("images")) is int else 0
         return run
     try:
         data = run.config.data
         manifest = open_latents(data.shards, data.remote_cache).normalized(data.normalize)
+        if not same_contents(meta, manifest):
+            raise ValueError(f"the run was trained on other images than data.shards={shards_text(data.shards)} has now")
         run.manifest, _ = split(manifest, data.val_fraction)
         run.images = len(run.manifest)
     except ValueError as error:
@@ -161,18 +163,23 @@ def autoencoder_warnings(run: Run) -> list[str]:
                      f"{int(steps[values.argmax()]):,}.")  # fmt: skip
     if latents := latents_of(run):
         mean, std, shift, scale = latents
-        found += [f"{line[0].upper()}{line[1:]}." for line in scale_remarks((mean - shift) * scale, std * scale, scale)]
+        lines = scale_remarks((mean - np.array(shift)) * np.array(scale), std * np.array(scale), scale)
+        found += [f"{line[0].upper()}{line[1:]}." for line in lines]
     return found
 
 
-def latents_of(run: Run) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+def latents_of(run: Run) -> tuple[np.ndarray, np.ndarray, PerChannel, PerChannel] | None:
     """Mean and deviation of each latent channel (C,) as last measured, and the shift and scale that are recorded."""
     for record in reversed(run.measured):
         values = [record.get(key) for key in ("latent_mean", "latent_std")]
-        shift, scale = record.get("shift_factor", 0.0), record.get("scaling_factor")
-        if all(isinstance(value, list) and value for value in values) and isinstance(scale, float):
-            mean, std = (np.array([x if isinstance(x, int | float) else np.nan for x in value]) for value in values)
-            return (mean, std, shift, scale) if mean.shape == std.shape and isinstance(shift, float) else None
+        if not all(isinstance(value, list) and value for value in values):
+            continue
+        mean, std = (np.array([x if isinstance(x, int | float) else np.nan for x in value]) for value in values)
+        pair = [record.get("shift_factor", 0.0), record.get("scaling_factor")]
+        shift, scale = (tuple(v) if isinstance(v, list) and len(v) == len(mean) else v for v in pair)
+        numbers = [x for v in (shift, scale) for x in (v if isinstance(v, tuple) else (v,))]
+        fits = mean.shape == std.shape and all(isinstance(x, float) for x in numbers)
+        return (mean, std, shift, scale) if fits else None
     return None
 
 

@@ -5,7 +5,6 @@ checkpoint.json lists the size and the SHA-256 of every file, and its own; whoev
 """
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from fastdit.distributed import Ranks
-from fastdit.files import read_json, sha256, sync
+from fastdit.files import read_json, sealed, sha256, sync
 
 META = "checkpoint.json"
 NAME = re.compile(r"step-(\d{7,})")  # anything else in the folder is the user's own and is left alone
@@ -115,13 +114,9 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
         digests = pool.map(lambda name: sha256(folder / name), names)
     sizes = ((folder / name).stat().st_size for name in names)
     files = {n: {"bytes": size, "sha256": digest} for n, size, digest in zip(names, sizes, digests, strict=True)}
-    meta = {**meta, "files": files}
-    (folder / META).write_text(json.dumps({**meta, "sha256": _own_digest(meta)}, indent=1))
+    (folder / META).write_text(json.dumps(sealed({**meta, "files": files}), indent=1))
 
 
-def _own_digest(meta: dict[str, Any]) -> str:
-    """Of checkpoint.json itself, without this entry."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -162,7 +157,7 @@ def inspect(folder: Path, contents: Iterable[str] | None = None) -> tuple[dict[s
         reason = str(error).removeprefix(f"{path} is damaged: ")
         return {}, [f"{path} is damaged ({type(error).__name__}: {reason})"]
     sizes_only = not any(isinstance(entry, dict) for entry in meta["files"].values())
-    if not sizes_only and meta.pop("sha256", None) != _own_digest(meta):
+    if not sizes_only and meta.pop("sha256", None) != sealed(meta)["sha256"]:
         return {}, [f"{path} is damaged: its SHA-256 is not the recorded one"]
     wanted = {name for name in (listed if contents is None else contents) if "sha256" in listed.get(name, {})}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdit.build import build_network, build_objective
 from fastdit.config import load_config
+from fastdit.data.images import size_text
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import is_remote
@@ -115,18 +116,8 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     vae, shards = Path(config.data.vae), config.data.shards
     remote = is_remote(shards)
     stored = isinstance(shards, tuple) or remote or (Path(shards or "nowhere") / "manifest.json").is_file()
-    if latents.are_pixels or vae.is_dir():
-        try:
-            codec = LatentCodec.load(vae)
-        except ValueError as error:
-            return found.add("latents", str(error))
-        if config.data.normalize != "none" or stored:  # the shards know the scale
-            codec.take_scale_of(latents)
-        for key, own, other in latents.differences(codec.spec(latents.image_size, latents.shape)):
-            line = f"the latents in the checkpoint have {key} {own} (autoencoder {latents.vae}), but {vae} has {other}"
-            found.add("latents", line)
-    else:
-        say(f"not checked: the autoencoder {vae} is not a local folder")
+    known = config.data.normalize != "none" or stored  # the shards know the scale
+    check_autoencoder(latents, vae, "the checkpoint", known, found, say)
     if stored:
         try:
             manifest = open_latents(shards, config.data.remote_cache).normalized(config.data.normalize)
@@ -135,6 +126,24 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
         for key, own, other in latents.differences(manifest.latents, "precision"):
             where = shards_text(shards)
             found.add("latents", f"the latents in {where} have {key} {other}, but the checkpoint says {own}")
+
+
+def check_autoencoder(
+    latents: LatentSpec, vae: Path, where: str, any_scale: bool, found: Findings, say: Callable[[str], None]
+) -> None:
+    """Compare latents with the autoencoder that they are of, if it is a local folder."""
+    if not (latents.are_pixels or vae.is_dir()):
+        return say(f"not checked: the autoencoder {vae} is not a local folder")
+    try:
+        codec = LatentCodec.load(vae)
+    except ValueError as error:
+        return found.add("latents", str(error))
+    if any_scale:
+        codec.take_scale_of(latents)
+    for key, own, other in latents.differences(codec.spec(latents.image_size)):
+        of = f" of {size_text(latents.image_size)} px images" if key == "shape" else ""
+        found.add("latents", f"the latents in {where} have {key} {own} (autoencoder {latents.vae}), but {vae} has "
+                  f"{other}{of}")  # fmt: skip
 
 
 def read_golden(path: Path) -> dict[str, Tensor]:

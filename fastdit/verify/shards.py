@@ -12,6 +12,7 @@ from fastdit.data.features import FOLDER
 from fastdit.data.latents import channel_statistics, channel_sums, rounded, scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
 from fastdit.files import TarHeader, tar_members
+from fastdit.verify.checkpoints import check_autoencoder
 from fastdit.verify.features import verify_features
 from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings
@@ -23,6 +24,7 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
         manifest = Manifest.load(folder)
     except ValueError as error:
         return found.add("manifest", str(error))
+    check_autoencoder(manifest.latents, Path(manifest.latents.vae), str(folder), True, found, say)
     index = read_index(manifest, found)
     if index is not None and check_index(manifest, index, found):
         index = None  # its offsets cannot be trusted

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -24,6 +25,7 @@ from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.pixels import split_rows
 from fastdit.distributed import Ranks
+from fastdit.report import write_report
 from fastdit.training import checkpoint
 from fastdit.training.guard import EXIT_STOPPED
 from fastdit.training.log import Log, read_metrics, read_records
@@ -168,6 +170,19 @@ def test_the_decoder_alone_keeps_the_latents(images, whole, tmp_path):
     assert read_metrics(tmp_path / "again")[-1]["step"] == 5 and resumed.scale == before.scale
 
 
+def check_said(run, alone):
+    """The log's warning and the table of the report are of latents with the scale and shift that extract would use."""
+    codec, found = LatentCodec.load(run / "vae"), json.loads((run / "vae/about.json").read_text())
+    mean = (np.array(found["latent_mean"]) - np.array(codec.shift)) * np.array(codec.scale)
+    std = np.array(found["latent_std"]) * np.array(codec.scale)
+    page, log = write_report([run]).read_text(), (run / "train.log").read_text()
+    for c in range(3):
+        assert f"channel {c}</th><td>mean {mean[c]:.2f}, deviation {std[c]:.2f}</td>" in page
+    warned = re.findall("warning: the standard deviations of the scaled latents are (.*?), far from", log)
+    assert warned == ([" ".join(f"{value:.2f}" for value in std)] if alone else [])
+    assert not alone or f"scaling_factor {codec.scale[2]:g} to {codec.scale[0]:g} by channel" in log
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(images, whole, tmp_path, alone):
     shutil.copytree(whole / "vae", tmp_path / "vae")
@@ -176,6 +191,7 @@ def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(ima
     (tmp_path / "vae/config.json").write_text(json.dumps(known))
     chosen = [f"training.init_from={tmp_path}/vae", f"training.decoder_only={alone}", "discriminator.weight=0"]
     train_autoencoder(small(images, tmp_path / "run", *chosen, "training.steps=1"), device="cpu")
+    check_said(tmp_path / "run", alone)
     config = load_config(tmp_path / "run/config.yaml", ["training.steps=2"], AutoencoderConfig)
     codec = LatentCodec.load(train_autoencoder(config, resume=True, device="cpu"))
     if alone:  # the latents stay as they are

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chaos import contents
 from fastdit.convert import convert
+from fastdit.files import sealed
 from fastdit.sampling import sample
 from fastdit.training import checkpoint
 from helpers.runs import train_here
@@ -187,4 +188,4 @@ def seal(path: Path) -> None:
             stored["index_sha256"] = hashlib.sha256(data).hexdigest()
         else:
             stored["shards"][0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        (folder / "manifest.json").write_text(json.dumps(stored))
+        (folder / "manifest.json").write_text(json.dumps(sealed(stored)))

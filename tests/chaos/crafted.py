@@ -15,8 +15,7 @@ import yaml
 from chaos import contents, pictures
 from chaos.contents import Payload
 from chaos.corpus import STEP, Case, Good, copied, seal
-from fastdit.files import read_yaml
-from fastdit.training import checkpoint
+from fastdit.files import read_yaml, sealed
 
 
 def cases(good: Good, draw: random.Random, values: int) -> Iterator[Case]:
@@ -139,10 +138,9 @@ def write_json(path: Path, tree) -> None:
     path.write_text(json.dumps(tree))
 
 
-def write_meta(path: Path, tree: dict) -> None:
-    """checkpoint.json with its own digest made right."""
-    tree.pop("sha256", None)
-    path.write_text(json.dumps({**tree, "sha256": checkpoint._own_digest(tree)}))
+def write_sealed(path: Path, tree: dict) -> None:
+    """checkpoint.json or manifest.json with its own digest made right."""
+    path.write_text(json.dumps(sealed(tree)))
 
 
 def write_yaml(path: Path, tree: dict) -> None:
@@ -161,9 +159,9 @@ def leaves(tree, path: tuple = ()) -> Iterator[tuple]:
 VALUES = [None, "../../x", -1, 10**12, 1e308, [], {"a": 1}, [[1]], True]
 # artifact -> its place, the file, the commands, and how its tree is read and written
 SETTINGS = {
-    "facts of a checkpoint": ("run", f"{STEP}/checkpoint.json", "read_run", read_json, write_meta),
+    "facts of a checkpoint": ("run", f"{STEP}/checkpoint.json", "read_run", read_json, write_sealed),
     "config of a checkpoint": ("run", f"{STEP}/config.yaml", "read_run", read_yaml, write_yaml),
-    "settings of a manifest": ("../latents", "manifest.json", "read_latents", read_json, write_json),
+    "settings of a manifest": ("../latents", "manifest.json", "read_latents", read_json, write_sealed),
     "settings of an autoencoder": ("../vae", "config.json", "read_vae", read_json, write_json),
     "settings of a transformer": ("pipe", "transformer/config.json", "read_foreign", read_json, write_json),
     "settings of a scheduler": ("pipe", "scheduler/scheduler_config.json", "read_foreign", read_json, write_json),

@@ -29,6 +29,7 @@ from fastdit.distributed import Ranks
 from fastdit.evaluation.evaluate import load_reference
 from fastdit.evaluation.images import open_set
 from fastdit.evaluation.metrics import frechet_distance
+from fastdit.files import sealed
 from fastdit.training.weights import read_weights
 from fastdit.verify import verify
 from helpers import awkward, sources
@@ -158,7 +159,7 @@ def use_latents(path: Path, out: Path, good: Path | None) -> None:
 
 
 def damaged(path: Path, good: Path) -> bool:
-    """Whether a file that has a digest was changed; a manifest has none."""
+    """Whether a file was changed whose digest the manifest has; see `seal`."""
     return all(  # an edited manifest may well describe other values
         (path / name).read_bytes() == (good / name).read_bytes()
         for name in ("manifest.json", "features/manifest.json")
@@ -179,7 +180,7 @@ def seal(path: Path) -> None:
             for shard in stored["shards"]:
                 data = (folder / shard["name"]).read_bytes()
                 shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            (folder / "manifest.json").write_text(json.dumps(stored))
+            (folder / "manifest.json").write_text(json.dumps(sealed(stored)))
         except (ValueError, LookupError, TypeError, OSError, RecursionError):
             continue  # the manifest itself was changed
 

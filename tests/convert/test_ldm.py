@@ -95,6 +95,46 @@ def test_files_of_each_form_are_read(tmp_path, form):
     assert (vae.quant_conv is None) == (form == "no quant conv")
 
 
+@pytest.mark.parametrize("form", ["lightning", "first stage", "beside"])
+def test_the_ema_is_left_out_or_taken_and_either_is_said(tmp_path, form):
+    """latent-diffusion stores an EMA under names without dots; other programs store a second set."""
+    state, prefix = weights(), "first_stage_model." if form == "first stage" else ""
+    average = {name: tensor + 0.25 for name, tensor in state.items()}
+    dotless = {f"{prefix}model_ema.{name.replace('.', '')}": tensor for name, tensor in average.items()}
+    counters = {f"{prefix}model_ema.decay": torch.tensor(0.999), "model_ema.diffusion_modelx": torch.ones(1)}
+    inside = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    content = {"model": state, "ema": average} if form == "beside" else {"state_dict": inside | dotless | counters}
+    path, name = saved(content, tmp_path / "vae.ckpt"), "encoder.mid.attn_1.q.bias"
+    for chosen, wanted in ((None, state), ("model", state), ("ema", average)):
+        said = []
+        vae = load_autoencoder(convert(path, "diffusers", tmp_path / str(chosen), weights=chosen, say=said.append))
+        assert torch.equal(vae.state_dict()[renamed(name, 2)], wanted[name])
+        assert any("its EMA is left out" in line for line in said) == (chosen is None)
+    with pytest.raises(ValueError, match="--weights=ema, but .*plain.ckpt has no EMA; leave it out"):
+        convert(saved(state, tmp_path / "plain.ckpt"), "diffusers", tmp_path / "out", weights="ema")
+
+
+@pytest.mark.parametrize(("stored", "given", "scale"), [(0.2, None, 0.2), (0.2, 0.5, 0.5), (0.0, None, None)])
+def test_the_scale_factor_of_a_latent_diffusion_model_is_read(tmp_path, stored, given, scale):
+    state = {f"first_stage_model.{name}": tensor for name, tensor in weights().items()}
+    path, said = saved({"state_dict": state | {"scale_factor": torch.tensor(stored)}}, tmp_path / "ldm.ckpt"), []
+    if scale is None:
+        with pytest.raises(ValueError, match="has scale_factor=0.0, not a positive number; give --scale"):
+            convert(path, "diffusers", tmp_path / "vae", say=said.append)
+        return
+    vae = load_autoencoder(convert(path, "diffusers", tmp_path / "vae", scale=given, say=said.append))
+    assert vae.config.scaling_factor == pytest.approx(scale) and "does not state it" not in " ".join(said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_half_precision_is_read_value_for_value(tmp_path, dtype, suffix):
+    state, path = {name: tensor.to(dtype) for name, tensor in weights().items()}, tmp_path / f"vae.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else saved(state, path)
+    vae = load_autoencoder(convert(path, "diffusers", tmp_path / "vae", say=lambda line: None)).state_dict()
+    assert all(torch.equal(vae[renamed(name, 2)].flatten(), tensor.float().flatten()) for name, tensor in state.items())
+
+
 def test_the_command_makes_a_folder_for_extract(tmp_path, capsys):
     path = saved({"state_dict": weights()}, tmp_path / "vavae.pt")
     (tmp_path / "images").mkdir()
@@ -182,6 +222,9 @@ def test_other_options_are_refused(tmp_path, place):
             convert(path, out=tmp_path / "out", say=lambda line: None, **arguments)
     with pytest.raises(ValueError, match="--scale=1.0 is for an autoencoder in the format of latent-diffusion"):
         convert(place / "ddpm", "official", tmp_path / "out.pt", scale=1.0, say=lambda line: None)
+    for to in ("official", "fastdit"):
+        with pytest.raises(ValueError, match=f"--weights=model is for --to diffusers; --to {to} keeps both"):
+            convert(place / "ddpm", to, tmp_path / "out.pt", weights="model", say=lambda line: None)
     meta = {"kind": "autoencoder", "step": 1}
     for name in ("config.yaml", "model.safetensors", "ema.safetensors"):
         (tmp_path / "vae.partial").mkdir(exist_ok=True)

@@ -159,6 +159,7 @@ def test_a_folder_that_does_not_say_its_frequencies_is_not_guessed(foreign, plac
         ("index", {"safety_checker": ["x", "Y"]}, "safety_checker=.* is a setting that fastdit does not know"),
         ("index", {"id2label": {"0": "a", "2": "c"}}, "id2label has 2 names, but none for label 1"),
         ("vae", {"shift_factor": 0.1}, "shift_factor=0.1 is ignored by DiTPipeline, but not by fastdit"),
+        ("vae", {"latents_std": [2.0] * 4}, r"latents_std=\[2.0, .*\] is ignored by DiTPipeline, but not by fastdit"),
         ("vae", {"patch_size": 2}, "patch_size=2 is a setting that fastdit does not know"),
     ],
 )  # fmt: skip

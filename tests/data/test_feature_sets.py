@@ -1,6 +1,5 @@
 """Features follow their latents: in mixtures, with held-out images, and when folders are merged, split and sampled."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastdit.data.shards import merge, sample
 from fastdit.data.shards import split as split_folder
 from fastdit.schema import ShardSet
 from fastdit.verify import verify
+from helpers.data import edit_manifest
 from helpers.sets import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,8 +87,7 @@ def test_sets_whose_features_do_not_belong_together_are_refused(sets):
             add_features(sets / "a", 1000, about)
         else:  # the manifest alone
             shutil.copytree(sets / "b" / "features", sets / "a" / "features")
-            stored = json.loads((sets / "a/features/manifest.json").read_text())
-            (sets / "a/features/manifest.json").write_text(json.dumps(stored | {key: value}))
+            edit_manifest(sets / "a/features", **{key: value})
         message = f"the features in .*a/features have {key} {shown}, those in .*b/features .*same --encoder"
         with pytest.raises(ValueError, match=message):
             open_features((ShardSet(str(sets / "b"), 1.0), ShardSet(str(sets / "a"), 1.0)))

@@ -1,7 +1,6 @@
 """Features beside latents: of the right image and orientation, the same bytes on any number of processes, checked."""
 
 import hashlib
-import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from fastdit.data.order import mirrors, permutation
 from fastdit.data.progress import Progress
 from fastdit.data.sources import list_images
 from fastdit.verify import verify
-from helpers.data import tiny_vae, write_digits
+from helpers.data import edit_manifest, tiny_vae, write_digits
 from helpers.extraction import TinyEncoder, files_of, run, thread_ranks
 
 COUNT, SMALL = 40, {"shard_size": 9, "batch_size": 4, "encoder": TinyEncoder()}  # 5 shards
@@ -107,7 +106,7 @@ def test_what_the_manifest_says(made):
 
 def test_a_shape_of_as_many_values_is_named(made, tmp_path):
     shutil.copytree(made / "out", tmp_path / "out")
-    change(tmp_path / "out/features", dim=390, class_token=False, grid=[1, 1])  # 65 tokens of 6 values
+    edit_manifest(tmp_path / "out/features", dim=390, class_token=False, grid=[1, 1])  # 65 tokens of 6 values
     assert any("features/shard-00000.tar: sample 000" in line and "has float16 of shape (2, 65, 6), but the manifest "
                "says float16 of (2, 1, 390)" in line for line in silent(tmp_path / "out"))  # fmt: skip
 
@@ -135,7 +134,7 @@ def test_any_number_of_processes_writes_the_same_bytes(made, tmp_path, monkeypat
 def test_features_can_be_added_later_and_are_the_same_bytes(made, tmp_path):
     run(made, tmp_path / "out", **SMALL | {"encoder": None})
     latents = files_of(tmp_path / "out")
-    run(made, tmp_path / "out", **SMALL)
+    run(made, tmp_path / "out", **SMALL | {"shard_size": None})
     assert contents(tmp_path / "out") == contents(made / "out")
     assert {name: data for name, data in contents(tmp_path / "out").items() if "/" not in name} == latents
 
@@ -195,7 +194,8 @@ def mistake(base: Path, how: str) -> dict:
     if how == "other vae":
         shutil.rmtree(base / "vae")
         tiny_vae(seed=3).save_pretrained(base / "vae")
-    return {"size": {"image_size": 16}, "dtype": {"feature_dtype": "int4"}}.get(how, {})
+    given = {"size": {"image_size": 16}, "dtype": {"feature_dtype": "int4"}, "stored": {"dtype": "float32"}}
+    return (given | {"shards": {"shard_size": 10}}).get(how, {})
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,8 @@ def mistake(base: Path, how: str) -> dict:
         ("other vae", "is not the one that encoded the latents"),
         ("size", "image_size=16, but the latents in .* are from 32 px images; use 32"),
         ("dtype", "feature_dtype='int4' is unknown; did you mean 'int8'"),
+        ("stored", "dtype=float32, but the latents in .* are stored as float16; omit it to add features to them"),
+        ("shards", "shard_size=10, but the latents in .* are 40 images in 5 shards; omit it"),
     ],
 )
 def test_features_are_not_added_to_latents_of_other_images(made, tmp_path, how, message):
@@ -298,19 +300,14 @@ def test_every_damaged_feature_is_named_by_verify_and_by_the_loader(made, tmp_pa
     assert silent(out) == []
 
 
-def change(folder: Path, **values) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: change(f, grid=[8, 80]), "says grid=.* and dim=6, too large"),
-        (lambda f: change(f, grid=[0, 8]), "is damaged .*grid=.*out of range"),
-        (lambda f: change(f, dim="six"), "manifest.json is damaged"),
-        (lambda f: change(f, dtype="int4"), "manifest.json is damaged"),
-        (lambda f: change(f, format=2), "has format 2"),
+        (lambda f: edit_manifest(f, grid=[8, 80]), "says grid=.* and dim=6, too large"),
+        (lambda f: edit_manifest(f, grid=[0, 8]), "is damaged .*grid=.*out of range"),
+        (lambda f: edit_manifest(f, dim="six"), "manifest.json is damaged"),
+        (lambda f: edit_manifest(f, dtype="int4"), "manifest.json is damaged"),
+        (lambda f: edit_manifest(f, format=2), "has format 2"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json; write features there with fastdit extract"),
         (lambda f: (f / "index.npy").unlink(), "index.npy cannot be read"),
         (lambda f: (f / "shard-00002.tar").unlink(), "shard-00002.tar is missing"),

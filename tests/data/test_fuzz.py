@@ -25,6 +25,7 @@ from fastdit.data.matlab import structures
 from fastdit.evaluation.images import open_set, read_statistics
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
+from helpers.data import edit_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,15 +141,13 @@ def test_a_shard_of_nothing_is_a_finding(tmp_path):
 @pytest.mark.parametrize("value", [[], [1.0]])
 def test_statistics_of_other_channels_are_a_finding(tmp_path, value):
     folder = subjects.latents(tmp_path)
-    stored = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**stored, "channel_mean": value}))
+    edit_manifest(folder, channel_mean=value)
     assert any("the channel means are" in line for line in verify(folder, quiet))
 
 
 def test_features_of_records_that_numpy_does_not_have_are_named(tmp_path):
     folder = subjects.with_features(tmp_path) / "features"
-    stored = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**stored, "grid": [1024, 1024], "dim": 65536}))
+    edit_manifest(folder, grid=[1024, 1024], dim=65536)
     with pytest.raises(ValueError, match="features/manifest.json is damaged"):
         FeatureManifest.load(folder)
 

@@ -22,7 +22,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.files import read_bytes
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
-from helpers.data import make_shards
+from helpers.data import edit_manifest, make_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.steps=2", "training.checkpoint_every=2", "model.variant=DiT-1x32x2/4", "training.precision=fp32"]
@@ -35,9 +35,9 @@ def test_a_link_or_a_device_in_a_shard_is_a_finding(tmp_path, kind):
     info.type, info.linkname = kind, "../../etc/passwd"
     with tarfile.open(folder / "shard-00000.tar", "a") as tar:
         tar.addfile(info)
-    size, stored = (folder / "shard-00000.tar").stat().st_size, json.loads((folder / "manifest.json").read_text())
-    stored["shards"][0]["bytes"] = size
-    (folder / "manifest.json").write_text(json.dumps(stored))
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[0]["bytes"] = (folder / "shard-00000.tar").stat().st_size
+    edit_manifest(folder, shards=shards)
     assert any("999999999.cls is a link, a folder or a device" in line for line in verify(folder, quiet))
 
 
@@ -46,9 +46,7 @@ def reindexed(folder, change):
     import hashlib
 
     np.save(folder / "index.npy", change(np.load(folder / "index.npy")), allow_pickle=True)
-    stored = json.loads((folder / "manifest.json").read_text())
-    stored["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(stored))
+    edit_manifest(folder, index_sha256=hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest())
 
 
 def outside(index):
@@ -91,8 +89,7 @@ def test_an_index_that_does_not_fit_the_shards_is_named(tmp_path, change, words)
 )  # fmt: skip
 def test_settings_of_a_manifest_that_are_none_are_named(tmp_path, key, value):
     folder = make_shards(tmp_path / "latents").folder
-    stored = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**stored, key: value}))
+    edit_manifest(folder, **{key: value})
     with pytest.raises(ValueError, match=r"manifest.json (is damaged|has format|says latent_shape)") as error:
         Manifest.load(folder).check()
     assert "\n" not in str(error.value)

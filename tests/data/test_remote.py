@@ -15,6 +15,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.schema import ShardSet
+from helpers.data import edit_manifest
 from helpers.sets import write_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,10 +134,11 @@ def test_nothing_is_written_outside_the_cache(sets, tmp_path):
     shutil.copytree(sets / "b", there)
     text = (there / "manifest.json").read_text()
     digest = Manifest.load(sets / "b").shards[0].sha256
-    (there / "manifest.json").write_text(text.replace(digest, "../outside"))
+    edit_manifest(there, digest, "../outside")
     with pytest.raises(ValueError, match="names shard-00000.tar without a SHA-256"):
         content(Manifest.load(f"file://{there}", Cache(cache)), 0)
-    (there / "manifest.json").write_text(text.replace("shard-00000.tar", "../shard-00000.tar"))
+    (there / "manifest.json").write_text(text)
+    edit_manifest(there, "shard-00000.tar", "../shard-00000.tar")
     with pytest.raises(ValueError, match="is not a file of this folder"):
         Manifest.load(f"file://{there}", Cache(cache))
     (there / "manifest.json").write_text(text)

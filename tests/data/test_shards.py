@@ -18,6 +18,7 @@ from fastdit.data.loader import latent_batches, on_device
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
 from fastdit.verify import verify
+from helpers.data import edit_manifest
 from helpers.shards import write_shards
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
@@ -226,8 +227,7 @@ def spoil(folder: Path, sample: int) -> Manifest:
     path.write_bytes(data)
     np.save(folder / "index.npy", index)
     digest = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
-    text = (folder / "manifest.json").read_text().replace(manifest.index_sha256, digest)
-    (folder / "manifest.json").write_text(text)
+    edit_manifest(folder, index_sha256=digest)
     return Manifest.load(folder)
 
 
@@ -236,8 +236,7 @@ def test_labels_that_no_class_has_are_named_before_the_first_batch(copy):
     index["label"][9] = 3
     np.save(copy.folder / "index.npy", index)
     digest = hashlib.sha256((copy.folder / "index.npy").read_bytes()).hexdigest()
-    text = (copy.folder / "manifest.json").read_text().replace(copy.index_sha256, digest)
-    (copy.folder / "manifest.json").write_text(text)
+    edit_manifest(copy.folder, index_sha256=digest)
     with pytest.raises(ValueError, match="index.npy has labels 0 to 3, but the manifest names 3 classes"):
         latent_batches(Manifest.load(copy.folder), global_batch=4, seed=0)
 

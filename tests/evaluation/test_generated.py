@@ -19,6 +19,7 @@ from fastdit.evaluation.generated import generated
 from fastdit.evaluation.images import ImageSet, open_set
 from fastdit.evaluation.protocol import append_result
 from fastdit.sampling import load_pipeline, sample
+from helpers.data import edit_manifest
 from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny
 from helpers.runs import Forks
 
@@ -112,8 +113,7 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
     files = two(tmp_path, result, evaluate(*arguments, world / "images"))
     assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "--compare", *files)
     shutil.copytree(world / "latents", tmp_path / "other")
-    text = (world / "latents" / "manifest.json").read_text()
-    (tmp_path / "other" / "manifest.json").write_text(text.replace(codec.fingerprint, "0" * len(codec.fingerprint)))
+    edit_manifest(tmp_path / "other", codec="0" * len(codec.fingerprint))
     assert "use the same autoencoder" in mistake(capsys, *arguments, tmp_path / "other")
 
 

@@ -121,6 +121,15 @@ def test_with_few_samples_the_extrapolation_is_nearer_to_the_truth_and_its_error
     assert off < error < plain and off < 0.5 * plain
 
 
+def test_copies_of_real_images_are_within_the_balls_of_radius_0():
+    """Real images that are there eight times have their nearest neighbors at distance 0, and so have their copies."""
+    for seed in range(5):
+        own = np.abs(np.random.default_rng(seed).normal(size=(6, 1280))).astype(np.float32)
+        real, copies = np.repeat(own, 8, 0), np.concatenate([own, own[:1] + 50])
+        assert precision_recall(rows(copies), rows(real))[0] == pytest.approx(6 / 7)
+        assert density_coverage(rows(copies), rows(real)) == (pytest.approx(6 / 7 * 8 / 5), 1)
+
+
 def test_precision_recall_density_and_coverage_follow_their_formulas():
     def distances(a, b):
         return np.linalg.norm(a[:, None].astype(np.float64) - b[None], axis=2)

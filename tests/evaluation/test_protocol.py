@@ -10,6 +10,7 @@ from fastdit.cli import main
 from fastdit.data.manifest import Manifest
 from fastdit.likelihood import likelihood
 from fastdit.sampling import sample
+from helpers.data import edit_manifest
 from helpers.evaluation import evaluate, mistake, pictures
 from helpers.runs import train_here
 
@@ -52,9 +53,7 @@ def test_losses_of_latents_on_another_scale_are_not_compared(world, trained, tmp
 
 def test_labels_that_mean_other_classes_are_refused(world, trained, tmp_path, capsys):
     shutil.copytree(world / "latents", tmp_path / "latents")
-    path = tmp_path / "latents" / "manifest.json"
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | {"class_names": stored["class_names"][::-1]}))
+    edit_manifest(tmp_path / "latents", class_names=Manifest.load(world / "latents").class_names[::-1])
     assert Manifest.load(tmp_path / "latents").class_names[0] == "9"
     said = mistake(capsys, trained, "--loss", "--shards", tmp_path / "latents")
     assert "has other classes than the run (9, not 0); extract both with the same classes" in said

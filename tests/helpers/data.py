@@ -1,5 +1,6 @@
 """A small autoencoder, a folder of images and a set of latents."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,18 @@ from PIL import Image
 
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
+from fastdit.files import sealed
 from helpers.shards import write_shards
+
+
+def edit_manifest(folder: Path, *replaced: str, **values) -> None:
+    """Sets entries of manifest.json, or replaces one text by another, and makes its digest right."""
+    path = folder / "manifest.json"
+    text = path.read_text()
+    if replaced:
+        assert replaced[0] in text
+        text = text.replace(*replaced)
+    path.write_text(json.dumps(sealed(json.loads(text) | values)))
 
 
 def tiny_vae(seed: int = 0, **options):

@@ -12,9 +12,12 @@ from PIL import Image
 
 import fastdit.report
 from fastdit.cli import main
+from fastdit.data.extract import extract_features
+from fastdit.data.shards import merge, split
 from fastdit.report import report_at_end, write_report
 from fastdit.report.facts import read_run, reproduce, warnings
 from fastdit.training.log import read_metrics
+from helpers.data import write_digits
 from helpers.pages import PICTURE, checked
 from helpers.runs import losses, train_here
 
@@ -116,6 +119,29 @@ def test_a_page_without_what_is_gone_says_so(world, copied, gone):
     assert headings[-1] == "Not on this page" and f"/gone/{gone}" in page.partition("Not on this page")[2]
     assert "Nearest training images" not in headings and "<figcaption>Real" not in page
     assert ("Samples" in headings) == (gone == "latents") and ('"Loss per timestep"' in page) == (gone == "vae")
+
+
+@pytest.mark.parametrize("action", ["split", "merge", "extract"])
+def test_images_that_the_run_was_not_trained_on_are_not_shown_as_training_images(world, copied, tmp_path, action):
+    """Where data.shards has some of the images by now, further ones, or others."""
+    run, change = copied
+    shards, more = tmp_path / "shards", tmp_path / "more"
+    if action == "split":
+        split(world / "latents", shards, more, count=100)
+    else:
+        write_digits(tmp_path / "images", 60)
+        for path in (tmp_path / "images").rglob("*.png"):
+            Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+        out = shards if action == "extract" else more
+        extract_features(images=tmp_path / "images", out=out, vae=world / "vae", image_size=32)
+        if action == "merge":
+            merge([world / "latents", more], shards)
+    change(world / "latents", shards)
+    page = write_report([run], overrides=["sampling.steps=2"]).read_text()
+    headings = checked(page).headings
+    assert "Samples" in headings and "Nearest training images" not in headings and "<figcaption>Real" not in page
+    assert f"trained on other images than data.shards={shards} has now" in page.partition("Not on this page")[2]
+    assert '"Loss per timestep"' not in page and "1,198 images" not in page
 
 
 def test_a_run_without_labels_and_one_with_a_learned_variance(world, tmp_path):

@@ -29,6 +29,7 @@ from fastdit.training.alignment import (
     spatially_normalized,
 )
 from fastdit.training.log import read_metrics, training_flops
+from helpers.data import edit_manifest
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,8 +235,7 @@ def test_a_resume_with_other_features_is_refused(world, featured, tmp_path):
     train_here(world, tmp_path / "run", *SHORT, featured, *FEATURES)
     other = tmp_path / "other"
     shutil.copytree(Path(featured.partition("=")[2]) / "features", other)
-    text = (other / "manifest.json").read_text()
-    (other / "manifest.json").write_text(text.replace("5" * 64, "6" * 64))
+    edit_manifest(other, weights="6" * 64)
     with pytest.raises(ValueError, match=r"has features=\{'encoder': 'tiny'.*make them equal to resume"):
         train_here(world, tmp_path / "run", *SHORT, featured, *FEATURES, f"data.features={other}", resume=True)
 

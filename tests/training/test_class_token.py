@@ -30,6 +30,7 @@ from fastdit.training.posthoc import rebuild
 from fastdit.training.validation import loss_of_run
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
+from helpers.data import edit_manifest
 from helpers.evaluation import tiny
 from helpers.extraction import TinyEncoder
 from helpers.runs import losses, run, train_here
@@ -220,10 +221,9 @@ def test_validation_needs_features_of_the_same_encoder_and_of_its_images(world, 
     extract_features(images=world / "held_out", out=tmp_path / "held", vae=world / "vae", image_size=32,
                      encoder=TinyEncoder())  # fmt: skip
     last = train_here(world, tmp_path / "run", *options)
-    text = (tmp_path / "held/features/manifest.json").read_text()
     found = loss_of_run(last, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40)
     assert found["values"]["class_token"] > 0
-    (tmp_path / "held/features/manifest.json").write_text(text.replace("5" * 64, "6" * 64))
+    edit_manifest(tmp_path / "held/features", weights="6" * 64)
     with pytest.raises(ValueError, match="held/features have weights=6+, but the run's 5+; extract them with the same"):
         loss_of_run(last, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40)
 

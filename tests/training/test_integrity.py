@@ -19,6 +19,7 @@ from fastdit.training.engine import TorchEngine
 from fastdit.training.loop import train
 from fastdit.training.state import TrainingState
 from fastdit.verify import verify
+from helpers.data import edit_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -198,14 +199,7 @@ def test_files_have_the_permissions_of_the_umask(world, copy):
 def test_classes_in_another_order_are_not_resumed(world, copy, tmp_path):
     shutil.copytree(world / "latents", tmp_path / "latents")
     names = Manifest.load(world / "latents").class_names
-    text = (tmp_path / "latents" / "manifest.json").read_text()
-    swapped = (
-        text.replace(f'"{names[0]}",', '"x",')
-        .replace(f'"{names[1]}",', f'"{names[0]}",')
-        .replace('"x",', f'"{names[1]}",')
-    )
-    assert swapped != text
-    (tmp_path / "latents" / "manifest.json").write_text(swapped)
+    edit_manifest(tmp_path / "latents", class_names=[names[1], names[0], *names[2:]])
     with pytest.raises(ValueError, match="class_names=.* make them equal to resume"):
         run_in(world, copy, "training.steps=6", f"data.shards={tmp_path}/latents", resume=True)
 

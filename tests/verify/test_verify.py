@@ -15,7 +15,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.training import checkpoint
 from fastdit.verify import verify
 from helpers.checkpoints import moved, quiet
-from helpers.data import make_shards
+from helpers.data import edit_manifest, make_shards
 from helpers.runs import train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,13 +185,7 @@ def write_index(folder, change):
     change(index)
     np.save(folder / "index.npy", index)
     digest = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
-    change_manifest(folder, lambda m: m.update(index_sha256=digest))
-
-
-def change_manifest(folder, change):
-    stored = json.loads((folder / "manifest.json").read_text())
-    change(stored)
-    (folder / "manifest.json").write_text(json.dumps(stored))
+    edit_manifest(folder, index_sha256=digest)
 
 
 def flip(path, offset):
@@ -250,11 +244,11 @@ SHARD_FAULTS = {
         ["different numbers of samples per shard"],
     ),
     "a statistic": (
-        lambda folder: change_manifest(folder, lambda m: m.update(channel_std=[1.0] * 4)),
+        lambda folder: edit_manifest(folder, channel_std=[1.0] * 4),
         ["the channel standard deviations are 0.9", "but the manifest says 1.00"],
     ),
     "a shape of as many values": (
-        lambda folder: change_manifest(folder, lambda m: m.update(latent_shape=[4, 4, 16])),
+        lambda folder: edit_manifest(folder, latent_shape=[4, 4, 16]),
         ["sample 000000000 has float16 of shape (2, 8, 8, 8), but the manifest says float16 of (2, 8, 4, 16)"],
     ),
     "no manifest to read": (
@@ -271,6 +265,37 @@ def test_every_fault_of_a_shard_set_is_named(place, tmp_path, name):
     break_it(folder)
     lines = verify(folder, quiet)
     assert lines and all(any(word in line for line in lines) for word in words), lines
+
+
+def raw_edit(folder, **values):
+    """Set entries of manifest.json by hand, without its digest."""
+    stored = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(stored | values))
+
+
+@pytest.mark.parametrize(
+    "entry", [{"image_size": 32}, {"vae": "other"}, {"codec": "1" * 64}, {"class_names": ["b", "a", "c"]}]
+)
+def test_an_edited_manifest_is_refused(place, tmp_path, entry):
+    """No other file of the folder shows these."""
+    folder = copy(place, tmp_path, "latents")
+    raw_edit(folder, **entry)
+    [line] = verify(folder, quiet)
+    assert "manifest.json was changed: its contents do not match its entry sha256; copy it again, or remove" in line
+    with pytest.raises(ValueError, match="manifest.json was changed"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(("entry", "words"), [
+    ({"image_size": 64}, "have shape (4, 8, 8) (autoencoder {world}/vae), but {world}/vae has (4, 16, 16) of 64 px"),
+    ({"codec": "1" * 64}, "have codec 1111"),
+])  # fmt: skip
+def test_an_older_manifest_is_held_against_its_autoencoder(world, tmp_path, entry, words):
+    """One without a digest. Of 32 px images, the autoencoder of the world makes 8 x 8 x 4 latents."""
+    folder = copy(world, tmp_path, "latents")
+    raw_edit(folder, **entry, sha256=None)
+    lines = [line for line in verify(folder, quiet) if "far from the 1" not in line]
+    assert len(lines) == 1 and words.format(world=world) in lines[0], lines
 
 
 def test_latents_far_from_unit_variance_name_the_scale_that_suits(tmp_path):
