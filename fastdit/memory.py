@@ -96,14 +96,23 @@ def moved_bytes(
         step += 0 if model.blocks[0].mlp.kind in FP8_FUSED else 4 * (after + before)  # else by the activation
         step += (2 + cross) * (2 - 1)  # the norm writes a byte instead of two, which is then transposed
         step -= 2 * 3  # the cast also sums the gradient of qkv's bias
+    more, recomputed = 0.0, 0.0  # of options, as counted: of a step, and when it computes norms or blocks again
+    if model.blocks[0].attn.qk_norm != "none":  # with or without the rotation
+        more, recomputed = 16, 10
+    elif model.rope is not None:
+        more, recomputed = 24, 16
+    if model.options.dropout:
+        more, recomputed = more + 41 * (2 + cross), recomputed + 20 * (2 + cross)
+    if model.blocks[0].mlp.kind == "gelu":  # without a kernel of its own
+        more, recomputed = more + 4 * before, recomputed - 2 * before
     again = {
         "none": 0,
         "activation": 2 * after,  # written again by the activation's backward pass
-        "selective": norm + activation,
-        "full": norm + activation + 2 * (3 + 1),  # and attention's forward pass
+        "selective": norm + activation + recomputed,
+        "full": norm + activation + recomputed + 2 * (3 + 1),  # and attention's forward pass
     }[policy]
     decoder = model.options.decoder_blocks * 35 * 2 * model.blocks[-1].modulations  # per vector of a token, as counted
-    return d * tokens * (blocks * (step + again) + decoder)
+    return d * tokens * (blocks * (step + more + again) + decoder)
 
 
 def muon_matrices(model: DiT) -> list[Tensor]:

@@ -141,6 +141,14 @@ def extras(config: Config, model: DiT) -> list[str]:
         later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)
         kept = f"{min(routing.lengths(model))} of {model.tokens} tokens"
         lines += [f"training.route: {kept} in blocks {blocks[0]} to {blocks[-1]}{later}."]
+    measured = [f"training.{key}={value}" for key in ("validate_every", "sample_every", "evaluate_every")
+                if (value := getattr(settings, key))]  # fmt: skip
+    untimed = ["the integer operations of model.dropout's masks"] * bool(config.model.dropout)
+    untimed += ["what training.joint_adaln=true saves in launches"] * settings.joint_adaln
+    untimed += [f"a step with training.compile={str(settings.compile).lower()}"] * (settings.compile is not True)
+    untimed += ["objective.coupling=ot"] * (config.objective.options.get("coupling") == "ot") + measured
+    if untimed:
+        lines.append(f"Not in the hours: {'; '.join(untimed)}.")
     if config.model.class_token or any(ALIGNMENTS[choice.name].uses_features for choice in settings.align):
         width, height = width_height(config.data.image_size)
         tokens, sizes = (height // 16) * (width // 16) + 1, []  # with a class token

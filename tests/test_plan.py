@@ -182,19 +182,35 @@ def test_bytes_follow_the_width_of_the_mlp():
 
 
 COUNTED = [json.loads(line) for line in (ROOT / "bench/results/count.jsonl").read_text().splitlines()]
-COUNTED = [line for line in COUNTED if all(o.startswith("training.") for o in line["overrides"])]
+COUNTED = [line for line in COUNTED if "attention=" not in str(line["overrides"]) and "KERNELS" not in
+           str(line["overrides"])]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", COUNTED, ids=lambda line: " ".join(line["overrides"]) or "defaults")
 def test_bytes_of_the_plan_are_those_counted_on_the_gpus_code(line):
-    settings = load_config(XL_PATH, line["overrides"]).training
+    config = load_config(XL_PATH, line["overrides"])
+    settings = config.training
     with torch.device("meta"):
-        model = DiT()
+        model = DiT(**vars(config.model.options))
     by_kind = line["mb_per_image_by"]
     counted = sum(by_kind.values()) - by_kind["products"]
     policy = settings.activation_checkpointing
     planned = moved_bytes(model, policy, residual=settings.residual_bytes, fp8=settings.fp8) / 1e6
     assert planned == pytest.approx(counted, rel=0.04)
+
+
+def test_options_of_the_network_take_time_and_what_is_not_timed_is_said():
+    """The bytes are those of count.jsonl, at the share of the bandwidth that one H200 reached."""
+    counted = {tuple(line["overrides"]): sum(line["mb_per_image_by"].values()) for line in COUNTED}
+    (plain, *_), card = plan(XL, "H200")[1], GPUS["H200"]
+    for override in ("model.qk_norm=rms", "model.position=rope", "model.mlp=gelu", "model.dropout=0.1"):
+        best = next(p for p in plan(load_config(XL_PATH, [override]), "H200")[1] if p.policy == "none")
+        more = 256 * (counted[(override,)] - counted[()]) * 1e6 / (card.bandwidth * 1e12 * card.efficiency.memory)
+        assert best.step_s - plain.step_s == pytest.approx(more, rel=0.05), override
+    assert "Not in the hours" not in report(XL, "H200")
+    settings = ["model.dropout=0.1", "training.sample_every=100", "training.compile=false"]
+    assert ("Not in the hours: the integer operations of model.dropout's masks; a step with training.compile=false; "
+            "training.sample_every=100.") in report(load_config(XL_PATH, settings), "H200")  # fmt: skip
 
 
 def test_fp8_counts_in_the_plan_and_is_refused_where_there_is_none():
