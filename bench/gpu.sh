@@ -4,7 +4,7 @@
 #   bash bench/gpu.sh OUT [--budget-s 480] [--wheels DIR] [--cache FILE] [--rehearse] [part ...]
 #
 # Parts, the most informative first, which is also their order by default: tests step kernels attention sample smoke
-# extract quickstart engines sizes small-batch ablation. At the start it prints what it will do in which second. A part that ends early
+# extract quickstart engines sizes small-batch epilogue ablation. At the start it prints what it will do in which second. A part that ends early
 # leaves its time to the next ones; one that does not fit into the rest of the budget is left out. Each has its own time
 # limit, so one that hangs or fails takes no time from the others. While the tests run, what the contestants of `step`
 # compile is compiled beside them.
@@ -28,7 +28,7 @@ while (($#)); do
     esac
     shift
 done
-((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke extract quickstart engines sizes small-batch ablation)
+((${#PARTS[@]})) || PARTS=(tests step kernels attention sample smoke extract quickstart engines sizes small-batch epilogue ablation)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 $PYTHON -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' ||
@@ -59,22 +59,24 @@ fi
 
 STEP=(--contestants fastdit-all-on fastdit-fp8 strong fast-dit official fastdit-fp8-attention)
 ON_DEVICE=tests/data/test_shards.py::test_on_a_device_the_batches_are_the_same_and_closing_ends_them_too
+CONTEST=(--contestants fastdit-all-on fastdit-cublaslt fastdit-triton)
 SMALL=(--batch 32 --contestants fastdit-all-on strong fastdit-fp8 --profile)
 KERNELS=(bench.kernels)
 if [[ -n $REHEARSE ]]; then
     TINY=(--size tiny --rounds 1 --steps 2) SIZES=(tiny small)
     STEP+=("${TINY[@]}" --profile) ABLATION=("${TINY[@]}") ENGINES=("${TINY[@]}") SMALL+=("${TINY[@]}" --batch 2)
+    CONTEST+=("${TINY[@]}")
     SAMPLE=(--size tiny --share 0.05 --rounds 1 --batch 2)
     EXTRACT=(--count 48 --rounds 1 --ways fastdit-fp32 fastdit-bf16-compiled loader)
     QUICKSTART=(training.steps=20 sampling.steps=2)
     $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || KERNELS=(bench.static.kernels)
     KERNELS+=(--ops adaln)
     TESTS=(tests/models/test_dit.py $ON_DEVICE) TRAINED=()
-    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 extract 120 quickstart 200 engines 300 sizes 400 small-batch 200 ablation 300)
+    LIMIT=(tests 120 step 300 kernels 90 attention 30 sample 90 smoke 300 extract 120 quickstart 200 engines 300 sizes 400 small-batch 200 epilogue 300 ablation 300)
 else
     STEP+=(--rounds 2 --steps 12 --profile) ABLATION=(--rounds 1 --steps 8) ENGINES=(--rounds 2 --steps 10)
     EXTRACT=(--count 1024 --rounds 2) QUICKSTART=()
-    SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
+    SAMPLE=(--rounds 2) SMALL+=(--rounds 2 --steps 30) CONTEST+=(--rounds 1 --steps 12) KERNELS+=(--budget-s 40) SIZES=(S/2 B/2 L/2 XL/2-512)
     # tests that behave differently on a GPU; the long ones last, in case time runs out. -k: those that never use it
     TESTS=(tests/kernels/test_fp8.py tests/kernels/test_attention.py tests/kernels/test_kernels.py tests/training/test_engine.py
         tests/models/test_attention.py tests/models/test_fp8.py::test_the_kernels_compute_what_the_definitions_do
@@ -84,11 +86,11 @@ else
     TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
         tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
-    LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 extract 60 quickstart 70 engines 150 sizes 170 small-batch 120 ablation 530)
+    LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 extract 60 quickstart 70 engines 150 sizes 170 small-batch 120 epilogue 140 ablation 530)
 fi
 read -ra OTHER <<<"${LIMITS:-}"
 LIMIT=("${OTHER[@]}" "${LIMIT[@]}")
-LEAST=(tests 30 step 60 kernels 20 attention 15 sample 30 smoke 60 extract 40 quickstart 50 engines 60 sizes 60 small-batch 60 ablation 100)
+LEAST=(tests 30 step 60 kernels 20 attention 15 sample 30 smoke 60 extract 40 quickstart 50 engines 60 sizes 60 small-batch 60 epilogue 50 ablation 100)
 
 number() {  # of the part $1 in the list of pairs that follows
     local part=$1
@@ -111,6 +113,11 @@ for size in $sizes; do "$@" --size $size --label size-${size//\//-} --fill-cache
 wait
 for size in $sizes; do "$@" --size $size --label size-${size//\//-} --budget-s $((total - SECONDS)); done'
 
+EPILOGUE='total=$1  # the products alone, then training steps with them
+shift
+"$@" -m bench.epilogue --out "$OUT" || exit
+"$@" -m bench.step $CONTEST --label epilogue --out "$OUT" --turn-s 25 --budget-s $((total - SECONDS))'
+
 command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs stop by themselves, and write what they have
     local inner=$(($2 > 20 ? $2 - 10 : $2))
     local common=(--out "$OUT" --budget-s "$inner")
@@ -122,6 +129,9 @@ command_of() {  # sets COMMAND, for a part that has $2 seconds; the programs sto
         sizes)
             COMMAND=(bash -c "$ALL_SIZES" sizes "$inner" "${SIZES[*]}" "$PYTHON" -m bench.step
                 --contestants fastdit-all-on --rounds 1 --steps 12 --turn-s 15 --out "$OUT")
+            return ;;
+        epilogue)
+            COMMAND=(env OUT="$OUT" CONTEST="${CONTEST[*]}" bash -c "$EPILOGUE" epilogue "$inner" "$PYTHON")
             return ;;
         attention) COMMAND=(-m bench.kernels.attention "${common[@]}") ;;
         sample) COMMAND=(-m bench.sample "${SAMPLE[@]}" "${common[@]}") ;;
@@ -160,7 +170,7 @@ plan() {  # sets KEPT
     for part in "${PARTS[@]}"; do
         share "$part" "$at"
         [[ -z $(number "$part" "${LEAST[@]}") ]] && echo "unknown part $part; use some of tests step kernels attention sample smoke" \
-            "extract quickstart engines sizes small-batch ablation" && exit 2
+            "extract quickstart engines sizes small-batch epilogue ablation" && exit 2
         absent=""
         for needed in $(number "$part" "${NEEDS[@]}"); do
             has "$needed" || absent+=" $needed"
@@ -209,7 +219,7 @@ failed=()
     done
     echo "=== all took $SECONDS s; failed: ${failed[*]:-none}"
 } > >(tee "$OUT/log.txt") 2>&1
-TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,extract,engines,size-*,small-batch,ablation}.md 2>/dev/null)
+TABLES=$(cd "$OUT" && ls -- {step,kernels,sample,extract,engines,size-*,small-batch,epilogue,products,ablation}.md 2>/dev/null)
 (cd "$OUT" && cat $TABLES /dev/null >report.md && rm -f $TABLES)
 [[ " ${KEPT[*]} " == *" attention "* ]] && cp fastdit/models/attention.json "$OUT" 2>/dev/null
 [[ -d $WORK/caches/inductor ]] && tar -czf "$OUT/caches.tgz" -C "$WORK/caches" .

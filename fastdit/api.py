@@ -21,7 +21,6 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
-from fastdit.build import check_sampling
 from fastdit.config import config_from, load_config, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.add_features import check_listed
@@ -70,13 +69,11 @@ class Model:
         """
         pipeline = self.pipeline
         if settings:
-            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
-            config = config_from(to_tree(self.config), "sample()", overrides)
             fixed = [key for key in ("precision", "compile", "weak_checkpoint") if key in settings]
             if fixed:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
-            pipeline = replace(pipeline, config=config)
-            check_sampling(config, pipeline.objective, pipeline.model.null_label)
+            overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
+            pipeline = pipeline.changed(overrides, "sample()")
         if classes is None:
             classes = "balanced"
         chosen = classes if isinstance(classes, str) else [classes] if isinstance(classes, int) else list(classes)
@@ -162,6 +159,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
     """The config with the sections merged into it, and the places that are given."""
     tree = dict(config) if isinstance(config, Mapping) else to_tree(load_config(config, schema=schema))
     for name, section in sections.items():
+        if section is None:
+            raise ValueError(f"{where} got {name}=None; leave it out, or give its keys")
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
     given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
     return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
@@ -186,8 +185,7 @@ def with_latents(
         others = f"name another folder in data.shards for those of {images}" if place else again
         remedy = f"omit --images to train on them, or {others}"
         check_listed(source := open_images(images), latents, remedy)
-        made = (Path(shards) / "manifest.json").stat().st_mtime_ns
-        if later := sum(version[1] > made for version in source.versions if version):
+        if later := source.changed_after(Path(shards) / "manifest.json"):
             say(f"warning: {later} files of {images} were changed after their latents in {shards} were written; remove "
                 f"{shards} to extract again")  # fmt: skip
         known = latents.latents.vae

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
@@ -82,7 +82,7 @@ def routing_of(model: DiT, share: float, ends: tuple[int, int], key: str, full_f
 
 def shards_of(config: Config) -> tuple[Manifest, Manifest | None]:
     """The images to train on, and those of the validation loss, if the config names any; ValueError if they differ."""
-    cache = Cache(config.data.cache, config.data.cache_gib)
+    cache = config.data.remote_cache
     manifest = open_latents(config.data.shards, cache).normalized(config.data.normalize)
     train, held_out = split(replace(manifest, block=config.data.block), config.data.val_fraction)
     if not (path := config.data.val_shards):
@@ -129,7 +129,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def with_steps(settings: LoopConfig, images: int) -> LoopConfig:
     """The settings with the steps of training.epochs, if it is set, for `images` to train on."""
-    steps = math.ceil(settings.epochs * images / settings.global_batch)
+    steps = math.ceil(Fraction(str(settings.epochs)) * images / settings.global_batch)  # 1.1 x 10 is 11, not more
     return replace(settings, steps=steps) if settings.epochs else settings
 
 

@@ -1,7 +1,7 @@
 """The classes of a network: those that it was trained on, and those that a user means."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastdit.distributed import seed_of
@@ -67,8 +67,3 @@ class Classes:
         """Up to `most` of the trained classes, evenly spread."""
         trained, count = self.trained, min(len(self.trained), most)
         return [trained[i * len(trained) // count] for i in range(count)]
-
-
-def without_images(counts: Iterable[int]) -> tuple[int, ...]:
-    """The classes whose number of images is 0."""
-    return tuple(label for label, count in enumerate(counts) if not count)

@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ def config_from(
 ) -> Any:
     """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
     tree = copy.deepcopy(tree)
+    sections = {key.partition(".")[0] for key in all_keys(schema) if "." in key}
     for override in sorted(overrides, key=_depth):  # objective=flow before objective.shift=3, wherever they stand
-        _override(tree, override)
+        _override(tree, override, sections)
     data = tree.get("data")
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
         data["image_size"] = [int(side) for side in str(data["image_size"]).split("x")]
@@ -197,7 +198,8 @@ def _depth(override: str) -> int:
     return override.partition("=")[0].removesuffix(".name").count(".")
 
 
-def _override(tree: dict, override: str) -> None:
+def _override(tree: dict, override: str, known: Collection[str]) -> None:
+    """Set a key, or some keys of one of the `known` sections."""
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
@@ -216,4 +218,8 @@ def _override(tree: dict, override: str) -> None:
     except ValueError:  # such as run_dir=%j or data.shards=@scratch/latents: a plain string
         value = text
     comment = "#" in text and not isinstance(value, dict | list)  # which a command line has not
+    if dotted in known and value is None:
+        raise ValueError(f"override {override!r} has no value; use {dotted}={{key: value}}, or {dotted}.key=value")
+    if dotted in known and isinstance(value, dict) and isinstance(tree.get(dotted), dict):
+        value = tree[dotted] | value  # the section's other keys stay as they are
     tree[last] = text if (isinstance(value, str) or comment) and text[:1] not in ("'", '"', "!") else value

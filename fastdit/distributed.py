@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,14 +41,6 @@ class Ranks:
         value = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
-
-    def all_reduce_any(self, flag: Tensor) -> Tensor:
-        """The same for a 0-dim bool on the device; nothing waits for it."""
-        if self.world == 1:
-            return flag
-        value = flag.float()
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value > 0
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over all processes."""
@@ -89,7 +81,8 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = "cuda" if torch.cuda.is_available() and not _cpu_wanted() else "cpu"
+        on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honored by every command
+        device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
     chosen = named_device(device)
@@ -161,10 +154,6 @@ def under_deepspeed() -> bool:
     return "CROSS_RANK" in os.environ
 
 
-def _cpu_wanted() -> bool:
-    return os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honored by every command
-
-
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
     """Uses a single thread on a CPU: the number of threads changes the last bits of sums, and so the files written."""
@@ -216,14 +205,17 @@ class StepRandom:
 
 
 class ImageRandom:
-    """Standard normals for a batch of images, with one generator per image: image i depends only on its own seed."""
+    """Standard normals for a batch of images, with one generator per image: image i depends only on its own seed.
 
-    def __init__(self, seeds: list[int]):
+    `draw`: of one image's numbers, in place of torch.randn.
+    """
+
+    def __init__(self, seeds: list[int], draw: Callable[..., Tensor] = torch.randn):
         # always on the CPU, so that the numbers do not depend on the device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators, self.draw = [torch.Generator().manual_seed(seed) for seed in seeds], draw
 
     def __call__(self, like: Tensor) -> Tensor:
         """Standard normals in the shape, dtype and device of `like` (N, ...); sample i is from generator i."""
-        noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators])
+        noise = torch.stack([self.draw(like.shape[1:], generator=g) for g in self.generators])
         # the copy from pinned memory is asynchronous: the CPU can launch the next evaluation meanwhile
         return (noise.pin_memory() if like.is_cuda else noise).to(like, non_blocking=True)

@@ -29,7 +29,8 @@ def report() -> str:
     for name in ATTENTION:
         reason = obstacle(name, device=device, head_dim=HEAD_DIM, tokens=TOKENS)
         lines.append(f"{'':14}{name}: {reason or 'works'}")
-    launchers = [name for name in ("torchrun", "deepspeed") if shutil.which(name, path=_path())]
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    launchers = [name for name in ("torchrun", "deepspeed") if shutil.which(name, path=path)]
     return "\n".join([*lines, f"{'launchers':14}{', '.join(launchers) or 'none'}"])
 
 
@@ -42,7 +43,3 @@ def _gpus() -> list[str]:
         size = f"{about.total_memory / 2**30:.0f} GiB"
         lines.append(f"{f'GPU {i}':14}{about.name}, {size}, sm_{about.major}{about.minor}, {bf16}{known}")
     return lines
-
-
-def _path() -> str:
-    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

@@ -165,9 +165,7 @@ def read_array(data: bytes | np.ndarray) -> np.ndarray:
     """
     try:
         file = io.BytesIO(data[:HEADER_BYTES])
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = array_header(file)
         if dtype.hasobject:
             raise ValueError("Object arrays cannot be loaded when allow_pickle=False")  # as NumPy says it
         if min(shape, default=0) < 0:
@@ -176,6 +174,13 @@ def read_array(data: bytes | np.ndarray) -> np.ndarray:
         return array.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # numpy raises all kinds of errors on damaged headers
         raise ValueError(f"it is not an array: {error}") from None
+
+
+def array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order (whether it is Fortran's) and type of the array in a .npy file, whose data follow."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 class TarHeader(tarfile.TarInfo):
@@ -207,19 +212,32 @@ def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
     ValueError for what `read_bytes` and `read_array` refuse.
     """
     check_regular(path, most)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     try:
         return np.lib.format.open_memmap(path, mode="r"), digest
     except Exception as error:
         raise ValueError(f"{path} is not an array: {error}") from None
 
 
+def sha256(path: str | Path) -> str:
+    """That of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Writes what the system still holds of a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def append_to(path: Path) -> TextIO:
     """A regular file, open to append lines; ValueError for a link, which could lead elsewhere, and for a pipe."""
-    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | careful, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
             raise ValueError(f"{path} is not a regular file; remove it") from None

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,14 +27,13 @@ from fastdit.data.latents import PerChannel, per_channel, sample_latents
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
 from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.distributed import ImageRandom, seed_of
 from fastdit.registry import check
 from fastdit.training.state import load_network
-from fastdit.training.validation import check_classes
+from fastdit.training.validation import fitting
 
 ORDER, POSTERIOR, PROBES, BOUND = range(4)  # what the seed is for
 METHODS = ("heun", "euler", "vlb")
@@ -120,23 +120,20 @@ def likelihood(
     device = distributed.init(device).device
     trained = load_network(path, weights, overrides=overrides, device=device)
     data = trained.config.data
-    manifest = open_latents(shards, Cache(data.cache, data.cache_gib))
+    manifest = open_latents(shards, data.remote_cache)
     if num_images > len(manifest):
         raise ValueError(f"--num-images={num_images}, but {shards} holds {len(manifest)}; use at most that")
     if dim := trained.config.model.class_token:
         raise ValueError(f"{trained.folder} has model.class_token={dim}, so a likelihood would be that of latent and "
                          "token together, which is not measured; use a run with class_token=0")  # fmt: skip
-    objective, model, latents = trained.objective, trained.model, manifest.latents
-    if data.normalize != "none":
-        latents = manifest.scaled_as(trained.latents).latents
+    objective, model = trained.objective, trained.model
     if method == "vlb" and not hasattr(objective, "vlb"):
         raise ValueError(
             f"--method=vlb needs a DDPM checkpoint, not objective={trained.config.objective.name}; use heun"
         )
     times = objective.timesteps(steps).flip(0)  # from data to noise
-    manifest.check(num_classes=data.num_classes)
-    check_classes(trained.classes.names, manifest)
-    trained.latents.check(latents, str(trained.folder), str(shards))
+    manifest = fitting(manifest, trained, str(shards))
+    latents = manifest.latents
 
     values: dict[str, list[float]] = {}
     dimensions = math.prod(latents.shape)
@@ -153,7 +150,7 @@ def likelihood(
                 found["mse"] = found["mse"].mean(1)
             else:
                 density = log_likelihood(guided(objective, model, y), x_0, times, objective.path, probes=probes,
-                                         probe=Signs(seeds[PROBES]), method=method)  # fmt: skip
+                                         probe=ImageRandom(seeds[PROBES], signs), method=method)  # fmt: skip
                 found = {"nats": density.nats, "probe_error": density.standard_error}
                 found["posterior"] = log_posterior(moments, noise, latents.scale)
             for key in found.keys() - {"vlb"}:
@@ -200,23 +197,15 @@ def batches(manifest: Manifest, count: int, batch_size: int, seed: int) -> Itera
     """(position of the first, moments (n, 2C, h, w), labels (n,)) until `count` images have come, none mirrored."""
     size = min(batch_size, count)
     source = latent_batches(manifest, global_batch=size, seed=seed_of(seed, ORDER), hflip=False, prefetch=1)
-    try:
+    with closing(source):
         for start in range(0, count, size):
             batch, left = next(source), count - start
             yield start, batch.moments[:left], batch.y[:left]
-    finally:
-        source.close()
 
 
-class Signs:
-    """+1 or -1 like x (N, ...), sample i from generator i; each call draws new ones."""
-
-    def __init__(self, seeds: list[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = [torch.randint(0, 2, x.shape[1:], generator=g) * 2 - 1 for g in self.generators]
-        return torch.stack(rows).to(x)
+def signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """+1 or -1, as `ImageRandom` draws them."""
+    return torch.randint(0, 2, shape, generator=generator) * 2 - 1
 
 
 def log_posterior(moments: Tensor, noise: Tensor, scale: PerChannel) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdit import distributed
 from fastdit.build import build_routing, uses_zero
 from fastdit.cards import GIB, GPU, GPUS, card_of
+from fastdit.models.blocks import RECOMPUTE
 from fastdit.models.dit import DiT
 from fastdit.models.fp8_linears import ACTIVATIONS as FP8_FUSED
 from fastdit.models.layers import Linear
@@ -24,7 +25,7 @@ AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are r
 CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32, unless AdamW's pass writes and reads bf16
 ADD_BYTES = 12  # per parameter and further micro-batch: its gradient is added; its weight is also cast again
 
-POLICIES = ("none", "activation", "selective", "full")  # of activation checkpointing, from fastest to smallest
+POLICIES = tuple(RECOMPUTE)  # of activation checkpointing, from fastest to smallest
 
 
 def activation_bytes(

@@ -1,8 +1,9 @@
 """A trained network that makes images: its evaluation and its sampler."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import __version__
-from fastdit.build import routing_of
+from fastdit.build import check_sampling, routing_of
 from fastdit.classes import Classes
-from fastdit.config import to_tree
+from fastdit.config import config_from, to_tree
 from fastdit.data.images import to_uint8
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.diffusion.guidance import CLIPS, guided, processed, watched
@@ -112,6 +113,12 @@ class ImagePipeline:
     weights: str = "ema"
     weak_identity: str = ""
 
+    def changed(self, overrides: Iterable[str], where: str) -> "ImagePipeline":
+        """The same with overrides of its config; ValueError, which says `where` they are, for what does not fit it."""
+        config = config_from(to_tree(self.config), where, overrides)
+        check_sampling(config, self.objective, self.model.null_label)
+        return replace(self, config=config)
+
     @torch.no_grad()
     def latents(self, indices: list[int], labels: Tensor, seed: int, *, on_step=None, denoised_fn=None) -> Tensor:
         """x_0 (N, C, h, w) of the images `indices` with labels (N,).
@@ -203,9 +210,16 @@ class ImagePipeline:
         size, count = self.config.sampling.batch_size, len(classes)
         indices = list(range(b * size, (b + 1) * size))
         y = torch.tensor([classes[i % count] for i in indices], device=self.device)
+        with self.working():
+            return self.images(indices, y, seed)[: count - b * size]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """One thread, and a remedy where memory is too small."""
+        size = self.config.sampling.batch_size
         remedy = f"sampling.batch_size={size} is too much for {self.device}: use a smaller one"
         with one_thread(self.device), out_of_memory_says(remedy):
-            return self.images(indices, y, seed)[: count - b * size]
+            yield
 
     def record(self, num_samples: int, seed: int, labels: str) -> dict[str, Any]:
         """What determines the images, and which weights and code made them: the contents of sampling.json."""

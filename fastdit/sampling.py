@@ -22,10 +22,11 @@ from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline
-from fastdit.sheets import tiled
+from fastdit.sheets import save, tiled
 from fastdit.training import checkpoint
 from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
+from fastdit.training.sheets import write_png
 from fastdit.training.state import load_network
 
 USED = ("sampling", "objective", "data.vae", "model.attention", "model.learn_sigma")  # keys that change samples
@@ -94,14 +95,11 @@ def sample(
         if all(_png(out, i).is_file() for i in wanted):
             continue
         for i, image in zip(wanted, pipeline.batch(b, classes, seed), strict=True):
-            with replacing(_png(out, i)) as file:
-                Image.fromarray(image).save(file, format="PNG")
+            write_png(image, _png(out, i))
     ranks.barrier()
     if ranks.is_main:
         write_npz([_png(out, i) for i in range(num_samples)], out / "samples.npz")
-        sheet = grid(out, classes)
-        with replacing(out / "grid.png") as file:
-            sheet.save(file, format="PNG")
+        save([grid(out, classes)], out / "grid.png")
     ranks.barrier()
     return out
 

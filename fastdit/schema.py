@@ -1,8 +1,10 @@
 """The keys of a config: frozen dataclasses with their defaults, meaning and limits; config.py reads them from YAML."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fastdit.registry import Choice, check_literals
@@ -33,6 +35,19 @@ class ShardSet:
 def shards_text(shards: str | tuple[ShardSet, ...]) -> str:
     """data.shards in words: `a`, or `0.7 x a + 0.3 x b`."""
     return shards if isinstance(shards, str) else " + ".join(f"{each.weight:g} x {each.path}" for each in shards)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folder for the files of remote shards, and its size in GiB; 0: no limit."""
+
+    folder: str | Path = ""
+    gib: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """Bytes."""
+        return self.gib * 2**30 or math.inf
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,10 @@ class DataConfig:
         require(0 <= self.block < 1 << 24, "data.block", self.block, "use 0 for a full shuffle, or for example 4096")
         known = classes is None or 0 <= classes < 1 << 31
         require(known, "data.num_classes", classes, "use 0 for an unconditional network")
+
+    @property
+    def remote_cache(self) -> Cache:
+        return Cache(self.cache, self.cache_gib)
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,7 @@ class LoopConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "use 1 or more")
         for key in ("epochs", "weight_decay", "warmup_steps", "grad_clip", "keep_checkpoints", "keep_every"):
-            require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "use 0 or more")
+            require(0 <= getattr(self, key) < float("inf"), f"training.{key}", getattr(self, key), "use 0 or more")
         require(self.timeout_s > 0, "training.timeout_s", self.timeout_s, "use a positive number of seconds")
         require(self.max_skipped >= 1, "training.max_skipped", self.max_skipped, "use 1 or more, 3 by default")
         require(

@@ -5,13 +5,12 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdit.build import check_sampling
 from fastdit.config import check_alone, config_from, to_tree
 from fastdit.distributed import Ranks
 from fastdit.evaluation.evaluate import check_options, load_reference, measure
@@ -68,10 +67,7 @@ def samples_of(
         if loaded not in pipelines:
             kind = point.get("weights") or weights or "ema"
             pipelines[loaded] = load_pipeline(run, settings, weights=kind, device=device)
-        pipeline = pipelines[loaded]
-        config = config_from(to_tree(pipeline.config), "--sweep", settings)
-        check_sampling(config, pipeline.objective, pipeline.model.null_label)
-        pipeline = replace(pipeline, config=config)
+        pipeline = pipelines[loaded].changed(settings, "--sweep")
         lines |= dict.fromkeys(pipeline.remarks())
         found.append(generated(pipeline, num_samples, seed, labels or "balanced"))
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
@@ -141,7 +137,6 @@ def table(chosen: Sequence[Point], results: Sequence[dict[str, Any]]) -> str:
 
 def plot(chosen: Sequence[Point], results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG of the first value over the first key with several values, with a line for each choice of the others."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     x_key = next((key for key in chosen[0] if len({point[key] for point in chosen}) > 1), next(iter(chosen[0])))
@@ -151,7 +146,7 @@ def plot(chosen: Sequence[Point], results: Sequence[dict[str, Any]], path: Path)
         lines.setdefault(others, []).append((point[x_key], result["values"][y_key]))
     numeric = all(re.fullmatch(r"[-+.\de]+", point[x_key]) for point in chosen)
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
+    axes = figure.subplots()
     for label, pairs in lines.items():
         x, y = zip(*sorted((float(x), y) for x, y in pairs) if numeric else pairs, strict=True)
         axes.plot(x, y, "o-", label=label or None)

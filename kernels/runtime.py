@@ -164,7 +164,7 @@ class wrap_triton:  # torch.library looks for this name in the source of an op t
             kernel[grid](*args, **kwargs)
 
 
-def triton_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
+def triton_op(name: str) -> Callable[[Callable], Any]:
     """torch.library.triton_op whose fake implementation is the same body with its launches left out.
 
     torch.compile traces into such an op and sees its kernels. It cannot see interpreted kernels, so under the
@@ -174,7 +174,7 @@ def triton_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
     def register(body: Callable) -> Any:
         if not HAS_TRITON:
             return types.SimpleNamespace(register_autograd=lambda *_, **__: None)  # never called
-        op = (torch.library.custom_op if INTERPRET else torch.library.triton_op)(name, mutates_args=mutates_args)(body)
+        op = (torch.library.custom_op if INTERPRET else torch.library.triton_op)(name, mutates_args=())(body)
 
         def fake(*args: Any, **kwargs: Any) -> Any:
             _state.dry = True

@@ -8,13 +8,13 @@ import yaml
 
 from fastdit.api import _settings
 from fastdit.autoencoder.config import AutoencoderConfig
-from fastdit.build import resolved
+from fastdit.build import resolved, with_steps
 from fastdit.config import assumed, config_from, load_config, save_config, to_tree
 from fastdit.convert.settings import Stated
 from fastdit.data.manifest import Manifest
 from fastdit.files import parse_yaml, yaml_line
 from fastdit.registry import Choice, bind, build
-from fastdit.schema import Config
+from fastdit.schema import Config, LoopConfig
 from helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -72,6 +72,22 @@ def test_a_choice_and_its_options_come_in_any_order_and_the_last_of_one_key_coun
 
 
 # text: as a number of steps, if it is one
+def test_a_section_on_the_command_line_changes_only_the_keys_that_it_names(write):
+    path = write("objective: {name: flow, prediction: noise}\ntraining: {steps: 20, lr: 1e-3}\nsampling: {steps: 9}")
+    given = ["training={lr: 2e-4}", "training={grad_clip: 1}", "training.ema_decay=0.9", "sampling={cfg_scale: 4}"]
+    config = load_config(path, given)
+    wanted = {"steps": 20, "lr": 2e-4, "grad_clip": 1.0, "ema_decay": 0.9}
+    assert {key: getattr(config.training, key) for key in wanted} == wanted
+    assert (config.sampling.steps, config.sampling.cfg_scale) == ("9", 4.0)
+    assert load_config(path, ["objective={name: flow}"]).objective == Choice("flow")  # a choice with its options
+    for empty in ("training=", "training=null"):
+        with pytest.raises(ValueError, match=f"override '{empty}' has no value; use training={{key: value}}, or "):
+            load_config(path, [empty])
+    with pytest.raises(ValueError, match=r"train\(\) got training=None; leave it out, or give its keys"):
+        _settings(path, {"training": None}, {}, "train()", Config)
+    assert Stated(write("training:\nobjective: flow")).lines == ("objective.name=flow",)
+
+
 WRITTEN = {"2026_11_27": 20261127, "010": 10, "08": 8, "1.10": 1.1, "0100": 100, "1e5": 100_000, "1e-4": 0.0001,
            "1_000": 1000, "0x1F": 31, "0o17": 15, "+5": 5, ".5": 0.5, "50": 50, "0.5": 0.5,
            **dict.fromkeys(["1:30:00", "2026-11-27", "on", "a #b", "#b", "5 #b", "&a b", "=", "<<", "it's"])}
@@ -188,6 +204,8 @@ def test_a_config_takes_from_the_shards_what_only_they_tell(world):
     data, settings = (c := resolved(load_config("sit_s_2", few), manifest)).data, c.training
     assert (data.image_size, data.num_classes, data.vae) == (32, 10, str((world / "vae").resolve()))
     assert settings.steps == 250  # 2.5 x 1198 / 12
+    for epochs, images, steps in ((1.1, 10, 11), (1.1, 11, 13), (0.07, 100, 7), (3.0, 10, 30)):  # 1.1 x 10 > 11 in fp64
+        assert with_steps(LoopConfig(epochs=epochs, global_batch=1), images).steps == steps
     assert resolved(load_config("sit_s_2", [*few, "data.num_classes=0"]), manifest).data.num_classes == 0
     for override, words in [
         ("data.image_size=64", "image_size=64, but the latents in .* are from 32 px images; set 32"),

@@ -74,9 +74,26 @@ def test_every_table_of_make_chaos_can_be_imported_and_run(monkeypatch):
         assert callable(importlib.import_module(f"chaos.{name}").run), name
 
 
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line[0] != "#")
+
+
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}  # what the release on PyPI requires on Linux; CPU builds require none
+
+
+def test_the_constraints_can_be_installed_with_pypis_torch():
+    """Its Linux release requires one exact Triton; beside another one, the README's first command would fail."""
+    versions = constraints()
+    assert versions["triton"] == TRITON_OF_TORCH[versions["torch"]]
+    required = [line for line in importlib.metadata.requires("torch") or [] if line.startswith("triton==")]
+    if importlib.metadata.version("torch") == versions["torch"] and required:
+        assert required[0].startswith(f"triton=={versions['triton']}")
+
+
 def test_the_tests_import_only_what_make_test_installs():
     """A package that happens to be there would hide that it is missing everywhere else."""
-    listed = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"}
+    listed = constraints()
     own = {path.stem for path in (ROOT / "tests").iterdir()} | {"fastdit", "bench", "attention", "setup"}
     sources = importlib.metadata.packages_distributions()
     for path in (ROOT / "tests").rglob("*.py"):

@@ -36,7 +36,7 @@ from fastdit.data.latents import LatentSpec
 from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import Order
-from fastdit.data.writer import write_shards
+from fastdit.data.writer import write_keyed
 
 WIDTH, FEATURE_SAMPLES = 768, 512
 CASES = {"quickstart": (8, 8, 8), "256px": (8, 32, 32)}  # name: moments of one orientation (2C, h, w)
@@ -48,8 +48,8 @@ def make(folder: Path, shape: tuple[int, int, int], samples: int = SAMPLES) -> M
     rng = np.random.default_rng(0)
     spec = LatentSpec((shape[0] // 2, *shape[1:]), 1.0, shift=0.0, vae="bench", codec="", image_size=8 * shape[1])
     about = Manifest(spec, dtype="float16", class_names=tuple(map(str, range(10))), images=samples)
-    latents = ((rng.random((2, *shape), dtype=np.float32), i % 10) for i in range(samples))
-    write_shards(latents, folder, about, shard_size=1024)
+    latents = ((i, rng.random((2, *shape), dtype=np.float32), i % 10) for i in range(samples))
+    write_keyed(latents, folder, about, shard_size=1024)
     return Manifest.load(folder)
 
 

@@ -60,6 +60,8 @@ CONTESTANTS = {  # name: description in the table
     "fast-dit": "fast-DiT's recipe: checkpointing, fp16 AMP, loss read each step",
     "official": "official design: eager, TF32 on a GPU, EMA in a loop",
     "fastdit-fp8-attention": "fastdit, all on, FP8 linears, and attention that rounds for them",
+    "fastdit-cublaslt": "fastdit, all on, GELU in the epilogues of cuBLASLt's products",
+    "fastdit-triton": "fastdit, all on, GELU in the epilogues of products in Triton",
 }
 REFERENCES = ("official", "fast-dit", "strong")
 ALL_ON = ["training.residual=bf16", "training.cuda_graph=true", "training.joint_adaln=true"]
@@ -90,7 +92,7 @@ ENGINES = {  # the same step in a process group of one: the cost of an engine be
     "no compile": ["training.compile=false"],
 }
 GPU_ONLY = {"no Triton kernels", "CUDA graph", "attention triton", "attention sdpa-flash", "attention sdpa-cudnn",
-            "FP8 linears", "fastdit-fp8", "fastdit-fp8-attention"}  # fmt: skip
+            "FP8 linears", "fastdit-fp8", "fastdit-fp8-attention", "fastdit-cublaslt", "fastdit-triton"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     all_on = [override for override in ALL_ON if on_gpu or override not in GPU_OPTIONS]
     changes = dict.fromkeys(CONTESTANTS, []) | {"fastdit-all-on": all_on, "fastdit-fp8": all_on + FP8}
     changes["fastdit-fp8-attention"] = [*all_on, *FP8, "training.fp8_attention=true"]
+    changes |= {f"fastdit-{way}": [*all_on, f"EPILOGUE={way}"] for way in ("cublaslt", "triton")}
     if varied := ABLATION if arguments.ablation else ENGINES if arguments.engines else {}:
         changes = {"fastdit": [], **varied}
     chosen = [name for name in arguments.contestants or changes if on_gpu or name not in GPU_ONLY]

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.epilogue.mlp import use_epilogues
 from bench.step.cases import EMA_DECAY, LR, SCALE, SIZES, Case, Size, config_of, is_variable, models_of_repo
 from bench.step.gate import RATES, Verdict, check_drawn
 from bench.step.reference import Inputs, PlainDDPM, PlainDiT
@@ -228,6 +229,8 @@ class Fastdit(Contestant):
             model = build_network(config, self.size.latent_shape, objective, device)
         self.model = model.to(device).train()
         self.shapes = fill(self.model)
+        if way := os.environ.get("EPILOGUE"):
+            use_epilogues(self.model, way)
         policy = settings.activation_checkpointing
         self.objective = Recorder(prepare_for_training(self.model, objective, settings, policy))
         self.engine = engine = build_engine(self.model, settings, ranks, case.batch, 1)

@@ -18,7 +18,6 @@ PANELS = {
 
 def write_curves(run_dir: Path) -> None:
     """Write run_dir/curves.png from metrics.jsonl, with a panel for each of PANELS that has values."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read_records(run_dir / "metrics.jsonl")
@@ -30,7 +29,7 @@ def write_curves(run_dir: Path) -> None:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for one, (title, keys) in zip(axes, shown.items(), strict=False):
         for key in keys:
             one.plot(*zip(*points[key], strict=True), ".-" if len(points[key]) < 30 else "-", label=key, lw=1)

@@ -1,9 +1,8 @@
 """The training of an autoencoder, from config to run_dir/vae, as one flat function."""
 
 import copy
-import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig, NetworkConfig
 from fastdit.autoencoder.monitor import VaeMonitor
 from fastdit.autoencoder.network import (
@@ -43,20 +41,20 @@ from fastdit.data.loader import on_device
 from fastdit.data.order import Order
 from fastdit.data.pixels import PixelReader, pixel_batches, split_rows
 from fastdit.data.sources import ImageSource, remarks
-from fastdit.distributed import seed_of
+from fastdit.distributed import Ranks, seed_of
 from fastdit.environment import write_environment
 from fastdit.errors import out_of_memory_says
-from fastdit.lock import FolderLock
 from fastdit.memory import micro_batches
 from fastdit.training import checkpoint
 from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, too_young
 from fastdit.training.engine import MOMENTS, TorchEngine, set_moments
-from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
-from fastdit.training.log import Log, LossWindow, say
+from fastdit.training.guard import Requests
+from fastdit.training.log import Log, LossWindow
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, VAE
-from fastdit.training.watchdog import COMPUTES, LOGS, READS, Watchdog
+from fastdit.training.upkeep import Upkeep, run_folder
+from fastdit.training.watchdog import COMPUTES, READS
 from fastdit.training.weights import read_weights
 from fastdit.unused import unused
 
@@ -71,17 +69,13 @@ def train_autoencoder(
     `resume` continues from the newest checkpoint in `run_dir`. `report(run_dir, device)` writes the report of a run
     that has ended, as for training.loop.train.
     """
-    ranks, run_dir = distributed.init(device, 2 * config.training.timeout_s), Path(config.run_dir)  # watchdog first
-    checkpoint.check_run_dir(run_dir, resume)
-    with FolderLock(run_dir, "run_dir") if ranks.is_main else nullcontext():
-        out = _train(config, run_dir, ranks, resume)
-        if report and config.training.report and ranks.is_main:
-            say(run_dir, report(run_dir, ranks.device))
-    return out
+    with run_folder(config, resume, device, report) as (run_dir, ranks):
+        return _train(config, run_dir, ranks, resume)
 
 
-def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, resume: bool) -> Path:
+def _train(config: AutoencoderConfig, run_dir: Path, ranks: Ranks, resume: bool) -> Path:
     device = ranks.device
+    requests = Requests(run_dir, config.training.time_limit_s, 60 * config.training.checkpoint_minutes)
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data
     check_device(config.training, device)
@@ -134,7 +128,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         save_config(config, run_dir / CONFIG)
         write_environment(run_dir, ranks, start)
     log = Log(run_dir, ranks, start, config, images=images, flops_per_image=flops)
-    reader.say = log.say
+    reader.say = log.say_own
     origin = f"resumed at step {start}" if start else origin
     warnings = (f"warning: {line}" for line in (*unused(given), *not_taken(given.model, network)))
     about = _start_line(config, vae, critic, ranks, images, (micro, accumulation), origin)
@@ -142,6 +136,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         log.say(line)
     if last and (changed := changes(load_config(last / CONFIG, schema=AutoencoderConfig), config)):
         log.say(f"changed since step {start}: {changed}")
+    if last and (later := source.changed_after(last / checkpoint.META)):
+        log.say(f"warning: {later} files of {config.data.images} were changed after step {start} was saved")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,
@@ -153,50 +149,25 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: distributed.Ranks, r
         chosen, _ = Order(order, [images])(np.arange((done - 1) * settings.global_batch, done * settings.global_batch))
         log.skip(done, reader.rows[chosen].tolist(), [])
 
-    guard, facts = Guard(settings.max_skipped, ranks, on_skip), describe(config, images, source.contents)
     with (
-        Watchdog(run_dir, ranks, settings.timeout_s) as watchdog,
-        checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every) as writer,
+        Upkeep(
+            run_dir, ranks, settings, log, window, requests, on_skip=on_skip,
+            facts=describe(config, images, source.contents),
+            snapshot=lambda: partial(write_snapshot, state.snapshot() if ranks.is_main else {}, config, vae),
+        ) as upkeep,
         closing(on_device(batches, device)) as batches,
-        Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes) as requests,
         out_of_memory_says(f"{device} has too little memory for training.micro_batch={micro}; use a smaller one"),
-    ):
-        monitor.begin(engine, ema, log, watchdog, start)
-        clock, clock_step = time.perf_counter(), start
+    ):  # fmt: skip
+        monitor.begin(engine, ema, log, upkeep.watchdog, start)
+        upkeep.begin(start)
         for step in range(start, settings.steps):
-            watchdog.at(step + 1, READS)
+            upkeep.watchdog.at(step + 1, READS)
             pixels = to_pixels(next(batches).images)  # (n, 3, H, W), channels last
-            watchdog.at(step + 1, COMPUTES)
+            upkeep.watchdog.at(step + 1, COMPUTES)
             lr = learning_rate(step)
-            losses, grad_norm, skipped = train_step(pixels, step, lr, critic_rate(step))
-            window.add(losses, skipped)
-
-            done = step + 1
-            guard.add(done, skipped, *requests.poll(), writer.failed)
-            log_due = done % settings.log_every == 0 or done == settings.steps
-            save_due = done % settings.checkpoint_every == 0 or done == settings.steps
-            log.step()
-            watchdog.at(done, LOGS)
-            if log_due or save_due:
-                guard.flush()
-                means = window.means()  # the only wait for the device
-            if log_due:
-                seconds, steps = time.perf_counter() - clock, done - clock_step
-                clock, clock_step = time.perf_counter(), done
-                window.clear()
-                log.write(done, means, grad_norm=grad_norm.item(), lr=lr, seconds=seconds, steps=steps,
-                          images=steps * settings.global_batch)  # fmt: skip
-            if save_due or guard.save or guard.stop or guard.failed:
-                writer.wait()  # raises the error of a failed write
-                snapshot = state.snapshot() if ranks.is_main else {}
-                last = writer.start(done, partial(write_snapshot, snapshot, config, vae), facts)
-                guard.save, requests.saved = False, time.monotonic()
-            if guard.stop and done < settings.steps:
-                writer.wait()
-                log.say(f"stopped at step {done} by {requests.reason or 'another process'}: continue with --resume")
-                raise SystemExit(EXIT_STOPPED)
-            clock += monitor(done)
-        writer.wait()
+            upkeep.after(step + 1, train_step(pixels, step, lr, critic_rate(step)), lr)
+            upkeep.clock += monitor(step + 1)
+        last = upkeep.end() or last
     size = "x".join(map(str, dict.fromkeys(config.data.sides)))
     log.say(too_young(settings, settings.steps))
     log.say(f"checkpoint {last}; next: fastdit extract --images {config.data.images} --vae {run_dir / VAE} "

@@ -18,7 +18,7 @@ from fastdit.autoencoder.curves import write_curves
 from fastdit.autoencoder.perceptual import Perceptual
 from fastdit.autoencoder.quality import Quality, own_blocks
 from fastdit.autoencoder.state import PREFIX
-from fastdit.data.latents import in_words, scale_and_shift, scale_remarks
+from fastdit.data.latents import in_words, rounded, scale_and_shift, scale_remarks
 from fastdit.data.order import permutation
 from fastdit.data.pixels import PixelReader
 from fastdit.distributed import Ranks
@@ -108,8 +108,8 @@ class VaeMonitor:
         names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}", "frechet": "FD {:.3f}"}
         told = ", ".join(text.format(found[name]) for name, text in names.items() if name in found)
         where = "held-out images" if self.held_out else "training images"
-        self.log.say(f"step {step}  {self.quality.count} {where}: {told}; latents: mean {_rounded(mean)}, std "
-                     f"{_rounded(std)}, scaling_factor {in_words(scale)}")  # fmt: skip
+        self.log.say(f"step {step}  {self.quality.count} {where}: {told}; latents: mean {rounded(mean)}, std "
+                     f"{rounded(std)}, scaling_factor {in_words(scale)}")  # fmt: skip
         for line in remarks:
             self.log.say(f"warning: {line}")
 
@@ -134,7 +134,3 @@ class VaeMonitor:
         (partial / ABOUT).write_text(json.dumps(about, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-
-
-def _rounded(values: np.ndarray) -> str:
-    return " ".join(f"{value:.2f}" for value in values)

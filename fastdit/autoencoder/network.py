@@ -1,9 +1,7 @@
 """The AutoencoderKL of a run: built from its config, loaded from another folder, or as a checkpoint describes it."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +83,8 @@ def from_checkpoint(folder: Path) -> nn.Module:
 
 
 def write_architecture(vae: nn.Module, folder: Path) -> None:
-    (folder / ARCHITECTURE).write_text(json.dumps(plain(vae.config), indent=1))
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a diffusers config that describe the network."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    described = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    (folder / ARCHITECTURE).write_text(json.dumps(described, indent=1))
 
 
 class Reconstruction(nn.Module):

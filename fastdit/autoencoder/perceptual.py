@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdit.evaluation.features import checked_weights, load_features
+from fastdit.evaluation.features import IMAGENET, checked_weights, frozen, load_features
 from fastdit.evaluation.networks import EfficientNetLite0
 
 VGG = "vgg16-397923af.pth"
@@ -21,7 +21,6 @@ VGG_HASH = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 VGG_URL = f"https://download.pytorch.org/models/{VGG}"
 LPIPS_HASH = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of VGG-16's convolutions
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
 
 class Perceptual(nn.Module, ABC):
@@ -66,7 +65,7 @@ class LPIPS(Perceptual):
             self.taps.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
         self.load_state_dict({name: tensor for name, tensor in vgg.items() if name.startswith("features.")})
-        for name, values in (("mean", MEAN), ("std", STD)):
+        for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         for i, stage in enumerate(STAGES):
             weight = channels[f"lin{i}.model.1.weight"].reshape(stage[-1])
@@ -134,7 +133,3 @@ def load_perceptual(name: str, vgg: str, device: torch.device) -> Perceptual | N
     if name == "none":
         return None
     return load_lpips(vgg, device) if name == "lpips" else load_efficientnet(device)
-
-
-def frozen(network: nn.Module, device: torch.device) -> nn.Module:
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -28,8 +28,8 @@ from fastdit.training import checkpoint
 from fastdit.training.ema import EMA
 from fastdit.training.engine import MOMENTS, TorchEngine, moments_of, set_moments
 from fastdit.training.log import LossWindow
-from fastdit.training.state import AUTOENCODER, CONFIG, below
-from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
+from fastdit.training.state import AUTOENCODER, CONFIG, below, check_files, check_steps
+from fastdit.training.weights import read_weights, write_weights
 
 CRITIC, PREFIX = "discriminator", "vae."  # the prefix of names in Reconstruction
 MUST_STAY = {
@@ -74,10 +74,11 @@ class AutoencoderState:
     def load(self, folder: Path) -> int:
         """Restore all but the weights from a checkpoint, and return its step."""
         progress = read_weights(folder / "progress.safetensors")
-        read = {name: with_prefix(read_weights(folder / f"{name}.safetensors")) for name in (*MOMENTS, "ema")}
-        moments = {name: self.engine.partition(read[name]) for name in MOMENTS}
+        files = {name: read_weights(folder / f"{name}.safetensors") for name in (*MOMENTS, "ema")}
+        moments = {name: self.engine.partition({f"{PREFIX}{key}": tensor for key, tensor in state.items()})
+                   for name, state in files.items()}  # fmt: skip
+        self.ema.load(moments.pop("ema"))
         set_moments(self.engine, moments, int(progress["updates"]))
-        self.ema.load(self.engine.partition(read["ema"]))
         self.weight.copy_(progress["adversarial_weight"])
         self.window.load(below(progress, "window."))
         if self.critic:
@@ -85,10 +86,6 @@ class AutoencoderState:
             moments = {name: self.critic.partition(state) for name, state in files.items()}
             set_moments(self.critic, moments, int(progress["discriminator_updates"]))
         return checkpoint.read_meta(folder)["step"]
-
-
-def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
 def write_snapshot(snapshot: Mapping[str, Mapping[str, Tensor]], config: AutoencoderConfig, vae: nn.Module,
@@ -127,6 +124,7 @@ def check_resume(
     meta = checkpoint.read_meta(folder)
     if meta.get("kind") != AUTOENCODER:
         raise ValueError(f"{folder} is no checkpoint of fastdit train-vae; choose another run_dir")
+    check_steps(folder, config.training)
     before = load_config(folder / CONFIG, schema=AutoencoderConfig)
     found = {"images": (meta["images"], images)}
     for section, keys in MUST_STAY.items():
@@ -143,7 +141,4 @@ def check_resume(
         old, new = before.discriminator.weight, config.discriminator.weight
         raise ValueError(f"{folder} has discriminator.weight={old}, this run {new}; a resume can change it, but "
                          "neither to 0 nor from 0")  # fmt: skip
-    for name, own in expected_files(vae, critic, config.training.decoder_only).items():
-        path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
-        for line in mismatches(own, stored) + other_types(own, stored):
-            raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
+    check_files(folder, expected_files(vae, critic, config.training.decoder_only))

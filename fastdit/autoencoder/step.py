@@ -88,14 +88,15 @@ class AutoencoderStep:
             self.engine.backward(surrogate if module.frozen else surrogate + settings.kl_weight * kl.mean())
         means = dict(zip(parts, self.ranks.mean(torch.stack([*parts.values()]) / own), strict=True))
         bad = ~torch.stack([*means.values()]).isfinite().all()
+        if judged:  # one of the two alone must not take the step
+            bad = bad | ~self.critic.gradient_norm().isfinite()
         grad_norm, skipped = self.engine.step(lr, bad, self.ema, step + 1)
         if judged:
-            _, missed = self.critic.step(critic_lr, skipped, self.critic_ema, step + 1)
+            self.critic.step(critic_lr, skipped, self.critic_ema, step + 1)
             last = self.ranks.mean(torch.stack(last))
             weight = self.config.discriminator.weight * adaptive_weight(*last)
             means["adversarial_weight"] = self.weight.clone()
             self.weight.copy_(torch.where(skipped | ~weight.isfinite(), self.weight, weight))
-            skipped = skipped | missed
         return StepResult({"loss": means.pop("loss"), **means}, grad_norm, skipped)
 
     def _fool(self, output: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 import argparse
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 DEVICE = "cpu, cuda:0, ... (default: this process's GPU if there is one)"
 RUN = "a run folder, or one of its checkpoints/step-*"
@@ -14,6 +17,28 @@ def take_words(parser: ArgumentParser, name: str | None, overrides: bool = True)
     metavar = f"[{name}] section.key=value" if name and overrides else name or "section.key=value"
     parser.add_argument("words", nargs="*", metavar=metavar, help=argparse.SUPPRESS if not name else None)
     parser.set_defaults(max_names=1 if name else 0, **({"takes_overrides": True} if overrides else {}))
+
+
+def values(arguments: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+@contextmanager
+def processes(arguments: Namespace) -> Iterator[Any]:
+    """The `Ranks` of a command that several processes may share; their group ends with the block."""
+    from fastdit.distributed import close, init
+
+    ranks = init(arguments.device)
+    try:
+        yield ranks
+    finally:
+        close()
+
+
+def check_folder(option: str, file: str | Path) -> None:
+    """ValueError unless the folder exists in which a file will be written."""
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{option}={file}: there is no folder {Path(file).parent}; create it")
 
 
 def one_name(arguments: Namespace, option: str, what: str) -> str:

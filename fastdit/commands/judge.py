@@ -7,7 +7,7 @@ import argparse
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastdit.commands.arguments import DEVICE, RUN, Command, one_name, take_words
+from fastdit.commands.arguments import DEVICE, RUN, Command, check_folder, one_name, processes, take_words, values
 from fastdit.errors import EXIT_CODE
 
 
@@ -70,15 +70,14 @@ def evaluate(parser: ArgumentParser) -> Command:
             arguments.parser.error("--shards is for --loss")
         if not (arguments.reference or arguments.loss):
             arguments.parser.error("give real images with --reference")
-        if arguments.out and not Path(arguments.out).parent.is_dir():
-            raise ValueError(f"--out={arguments.out}: there is no folder {Path(arguments.out).parent}; create it")
+        if arguments.out:
+            check_folder("--out", arguments.out)
         _loss(arguments, samples) if arguments.loss else _measure(arguments, samples)
 
     return run
 
 
 def _loss(arguments: Namespace, run: str) -> None:
-    from fastdit.distributed import close, init
     from fastdit.evaluation.images import is_run
     from fastdit.evaluation.loss import loss_table
     from fastdit.files import append_to
@@ -87,12 +86,8 @@ def _loss(arguments: Namespace, run: str) -> None:
 
     if not is_run(run):
         raise ValueError(f"--loss: {run} is not a run; name one")
-    of_run = {key: getattr(arguments, key) for key in ("shards", "num_samples", "weights", "overrides")}
-    ranks = init(arguments.device)
-    try:
-        result = loss_of_run(run, ranks, **of_run)
-    finally:
-        close()
+    with processes(arguments) as ranks:
+        result = loss_of_run(run, ranks, **values(arguments, ("shards", "num_samples", "weights", "overrides")))
     if ranks.is_main:
         print(loss_table(result))
         if arguments.out:
@@ -101,30 +96,26 @@ def _loss(arguments: Namespace, run: str) -> None:
 
 
 def _measure(arguments: Namespace, samples: str) -> None:
-    from fastdit.distributed import close, init
     from fastdit.evaluation.evaluate import evaluate
     from fastdit.evaluation.images import check_crop, is_run
     from fastdit.evaluation.protocol import append_result, summary
     from fastdit.sweep import plot, points, samples_of, sweep, table
 
-    of_run = {key: getattr(arguments, key) for key in ("num_samples", "labels", "weights", "overrides")}
+    of_run = values(arguments, ("num_samples", "labels", "weights", "overrides"))
     given = [f"--{key.replace('_', '-')}" for key in of_run if of_run[key] and key != "overrides"]
     given += ["--sweep"] * bool(arguments.sweep) + arguments.overrides
     if given and not is_run(samples):
         raise ValueError(f"{', '.join(given)}: SAMPLES={samples} is not a run")
     check_crop(arguments.image_size, samples, arguments.reference)
     chosen = points(arguments.sweep or ())
-    options = {key: getattr(arguments, key) for key in ("features", "image_size", "seed", "save_reference")}
+    options = values(arguments, ("features", "image_size", "seed", "save_reference"))
     options["metrics"] = arguments.metrics.split(",") if arguments.metrics else None
-    ranks = init(arguments.device)
-    try:
+    with processes(arguments) as ranks:
         images = samples_of(samples, ranks.device, chosen, seed=arguments.seed, **of_run) if is_run(samples) else []
         if arguments.sweep:
             results = sweep(chosen, images, arguments.reference, ranks, out=arguments.out, **options)
         else:
             result = evaluate(images[0] if images else samples, arguments.reference, ranks, **options)
-    finally:
-        close()
     if ranks.is_main and arguments.sweep:
         print(table(chosen, results))
         if arguments.out:
@@ -179,8 +170,8 @@ def likelihood(parser: ArgumentParser) -> Command:
     def run(arguments: Namespace) -> None:
         from fastdit.likelihood import likelihood, write_report
 
-        chosen = {key: getattr(arguments, key) for key in options}
-        report = likelihood(arguments.checkpoint, arguments.shards, overrides=arguments.overrides, **chosen)
+        chosen = values(arguments, [*options, "overrides"])
+        report = likelihood(arguments.checkpoint, arguments.shards, **chosen)
         if arguments.out:
             write_report(report, arguments.out)
 

@@ -5,7 +5,7 @@ Each function adds its arguments to a parser and returns what runs it.
 
 from argparse import ArgumentParser, Namespace
 
-from fastdit.commands.arguments import Command
+from fastdit.commands.arguments import Command, values
 
 
 def import_(parser: ArgumentParser) -> Command:
@@ -39,8 +39,7 @@ def import_(parser: ArgumentParser) -> Command:
     def run(arguments: Namespace) -> None:
         from fastdit.data.import_latents import import_latents
 
-        given = {key: getattr(arguments, key) for key in options}
-        import_latents(arguments.layout, arguments.src, arguments.out, **given)
+        import_latents(arguments.layout, arguments.src, arguments.out, **values(arguments, options))
 
     return run
 
@@ -72,24 +71,21 @@ def shards(parser: ArgumentParser) -> Command:
         from fastdit.data.shards import merge
 
         *folders, out = arguments.folders
-        options = {key: getattr(arguments, key) for key in ("features", "overwrite", "cache")}
-        merged = merge(folders, out, **options)
+        merged = merge(folders, out, **values(arguments, ("features", "overwrite", "cache")))
         print(f"{out}: {len(merged)} images")
 
     def split(arguments: Namespace) -> None:
         from fastdit.data.shards import split
 
-        names = ("fraction", "count", "per_class", "features", "overwrite", "cache")
-        options = {key: getattr(arguments, key) for key in names}
-        for part in split(arguments.folder, arguments.train, arguments.val, **options):
+        options = ("fraction", "count", "per_class", "features", "overwrite", "cache")
+        for part in split(arguments.folder, arguments.train, arguments.val, **values(arguments, options)):
             print(f"{part.folder}: {len(part)} images")
 
     def sample(arguments: Namespace) -> None:
         from fastdit.data.shards import sample
 
-        names = ("count", "per_class", "seed", "vae", "features", "overwrite", "cache")
-        options = {key: getattr(arguments, key) for key in names}
-        print(sample(arguments.folder, arguments.out, **options))
+        options = ("count", "per_class", "seed", "vae", "features", "overwrite", "cache")
+        print(sample(arguments.folder, arguments.out, **values(arguments, options)))
 
     def repair(arguments: Namespace) -> None:
         from fastdit.data.shards import repair

@@ -4,15 +4,14 @@ Each command's function adds its arguments to a parser and returns what runs it.
 """
 
 import argparse
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
+from fastdit.commands.arguments import DEVICE, Command, check_folder, one_name, processes, take_words, values
 from fastdit.config import check_alone
+from fastdit.gallery import KEYS, OPTIONS
 
-SETTINGS = {"cfg_scale": "sampling.cfg_scale", "steps": "sampling.steps", "samplers": "sampling.sampler"}
-AXES = ("classes", "seeds", *SETTINGS, "checkpoints")
+AXES, SETTINGS = tuple(OPTIONS.values()), {OPTIONS[axis]: key for axis, key in KEYS.items()}  # of fastdit sample
 
 
 def take_pictures(parser: ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def take_pictures(parser: ArgumentParser) -> None:
 
 def wants_picture(arguments: Namespace) -> bool:
     """Whether the options ask for a picture; where they do not, single settings become overrides."""
-    texts = {key: getattr(arguments, key) for key in AXES}
+    texts = values(arguments, AXES)
     names = ("rows", "columns", "trajectory", "interpolate", "points")
     chosen = [key for key in AXES if texts[key] and (key not in SETTINGS or "," in texts[key])]
     if chosen or any(getattr(arguments, name) is not None for name in names):
@@ -65,23 +64,19 @@ def make_picture(path: str, arguments: Namespace) -> None:
     name = "trajectory" if arguments.trajectory else "interpolation" if arguments.interpolate else "sheet"
     out = checked_out(arguments.out, kind) if arguments.out else default_out(path, f"{name}.{kind}")
 
-    from fastdit.distributed import close, init
     from fastdit.gallery.axes import read_axes
     from fastdit.gallery.pages import interpolation, sheet, trajectory
     from fastdit.sheets import save
 
-    ranks, points = init(arguments.device), () if arguments.points is None else (arguments.points,)
-    try:
-        given = {key: getattr(arguments, key) for key in (*AXES, "overrides", "seed", "weights")}
-        axes = read_axes(path, device=ranks.device, **given)
+    points = () if arguments.points is None else (arguments.points,)
+    with processes(arguments) as ranks:
+        axes = read_axes(path, device=ranks.device, **values(arguments, (*AXES, "overrides", "seed", "weights")))
         if arguments.trajectory:
             images = trajectory(axes, kind) if ranks.is_main else []
         elif arguments.interpolate:
             images = [interpolation(axes, ranks, arguments.interpolate, *points)]
         else:
             images = [sheet(axes, ranks, arguments.rows, arguments.columns)]
-    finally:
-        close()
     if ranks.is_main:
         save(images, out)
         print(out)
@@ -100,8 +95,7 @@ def checked_out(out: str | Path, kind: str) -> Path:
     out = Path(out)
     if out.suffix.lower() != f".{kind}" or out.is_dir():
         raise ValueError(f"--out={out} must be a file that ends in .{kind}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; create it")
+    check_folder("--out", out)
     return out
 
 
@@ -162,26 +156,20 @@ def neighbors(parser: ArgumentParser) -> Command:
         out, results = checked_out(arguments.out, "png"), arguments.results
         if not arguments.reference:
             arguments.parser.error("give the training images with --reference")
-        if results and not Path(results).parent.is_dir():
-            raise ValueError(f"--results={results}: there is no folder {Path(results).parent}; create it")
-        from fastdit.distributed import close, init
+        if results:
+            check_folder("--results", results)
         from fastdit.evaluation.memorization import neighbors, summary
-        from fastdit.files import append_to
+        from fastdit.evaluation.protocol import append_result
         from fastdit.sheets import save
 
-        ranks = init(arguments.device)
-        try:
-            chosen = {key: getattr(arguments, key)
-                      for key in ("held_out", "features", "k", "rows", "seed", "image_size", "vae")}  # fmt: skip
-            result, sheet = neighbors(samples, arguments.reference, ranks, **chosen)
-        finally:
-            close()
+        options = ("held_out", "features", "k", "rows", "seed", "image_size", "vae")
+        with processes(arguments) as ranks:
+            result, sheet = neighbors(samples, arguments.reference, ranks, **values(arguments, options))
         if ranks.is_main:
             save([sheet], out)
             print(summary(result))
             print(out)
             if results:
-                with append_to(Path(results)) as file:
-                    file.write(json.dumps(result) + "\n")
+                append_result(results, result)
 
     return run

@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from fastdit.autoencoder.config import AutoencoderConfig
-from fastdit.commands.arguments import DEVICE, Command, one_name, take_words
+from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
 from fastdit.commands.look import default_out, make_picture, take_pictures, wants_picture
 from fastdit.config import check_alone, is_shipped, load_config
 
@@ -60,17 +60,14 @@ def extract(parser: ArgumentParser) -> Command:
             raise ValueError(f"--feature-dtype={arguments.feature_dtype} is for the features of --encoder; give that")
         arguments.feature_dtype = arguments.feature_dtype or "float16"
         from fastdit.data.extract import extract_features
-        from fastdit.distributed import close, init
 
-        ranks, encoder = init(arguments.device), None
-        try:
+        with processes(arguments) as ranks:
+            encoder = None
             if arguments.encoder:
                 from fastdit.evaluation.encoders import load_encoder
 
                 encoder = load_encoder(arguments.encoder, ranks.device)
-            extract_features(**{key: getattr(arguments, key) for key in options}, encoder=encoder, ranks=ranks)
-        finally:
-            close()
+            extract_features(**values(arguments, options), encoder=encoder, ranks=ranks)
 
     return run
 

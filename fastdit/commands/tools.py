@@ -5,7 +5,7 @@ Each function adds its arguments to a parser and returns what runs it.
 
 from argparse import ArgumentParser, Namespace
 
-from fastdit.commands.arguments import Command, one_name, take_words
+from fastdit.commands.arguments import Command, one_name, take_words, values
 from fastdit.config import load_config
 
 
@@ -52,8 +52,8 @@ def convert(parser: ArgumentParser) -> Command:
     def run(arguments: Namespace) -> None:
         from fastdit.convert import convert
 
-        options = {key: getattr(arguments, key) for key in ("config", "heads", "weights", "from_official", "scale")}
-        convert(arguments.src, arguments.to, arguments.out, overrides=arguments.overrides, **options)
+        options = ("config", "heads", "weights", "from_official", "scale", "overrides")
+        convert(arguments.src, arguments.to, arguments.out, **values(arguments, options))
 
     return run
 

@@ -21,6 +21,7 @@ from fastdit.convert import ldm, official, pipeline
 from fastdit.convert.diffusers import SLOTS
 from fastdit.convert.loaded import Loaded, differences, from_facts
 from fastdit.convert.settings import Stated, foreign_config, own_config, read_tree
+from fastdit.data.latents import in_words
 from fastdit.diffusion.objectives import FlowMatching
 from fastdit.files import staged
 from fastdit.models.dit import variant_shape
@@ -28,7 +29,7 @@ from fastdit.registry import lookup
 from fastdit.schema import Config, ModelConfig
 from fastdit.training import checkpoint
 from fastdit.training.initial import LABELS, Initial
-from fastdit.training.state import AUTOENCODER, CONFIG, GOLDEN, describe, latents_of
+from fastdit.training.state import AUTOENCODER, CONFIG, GOLDEN, classes_of, describe, latents_of
 from fastdit.training.weights import read_weights, write_weights
 
 FREE = {"variant", "class_dropout", "attention", "learn_sigma", "dropout"}  # options that all formats support
@@ -139,8 +140,9 @@ def read_fastdit(path: Path, stated: Stated) -> Loaded:
         raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
-    names, empty = (tuple(meta.get(key, ())) for key in ("class_names", "empty_classes"))
-    return Loaded(model, ema, config, latents_of(meta), meta["step"], names, None, empty, meta.get("features"))
+    known = classes_of(meta, config)
+    return Loaded(model, ema, config, latents_of(meta), meta["step"], known.names, None, known.empty,
+                  meta.get("features"))  # fmt: skip
 
 
 def read_initial(source: str, config: Config, say: Callable[[str], None] = print) -> Initial:
@@ -248,9 +250,9 @@ def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) ->
     if latents.are_pixels:
         lines.append("IMPORTANT: the official scripts decode with an autoencoder, and this network makes pixels")
     elif not vae.startswith(official.VAES.format("")) or (latents.scale, latents.shift) != (0.18215, 0):
+        own = f"scale {latents.scaling} and shift {in_words(latents.shift)}"
         lines.append("IMPORTANT: the official scripts decode with Stable Diffusion's autoencoder, scale 0.18215 and no "
-                     f"shift; use {vae} with scale {latents.scaling} and shift {latents.shifting}, where latents are "
-                     "x_0 / scale + shift")  # fmt: skip
+                     f"shift; use {vae} with {own}, where latents are x_0 / scale + shift")  # fmt: skip
     return lines
 
 

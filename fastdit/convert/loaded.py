@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdit.build import build_objective
-from fastdit.config import to_tree
+from fastdit.config import leaves, to_tree
 from fastdit.convert.official import Architecture, architecture
 from fastdit.data.latents import LatentSpec
 from fastdit.diffusion.objectives import Objective
@@ -113,7 +113,7 @@ def differences(source: Loaded, written: Loaded, weights: tuple[str, str], folde
     `weights`: the sets of the source that the written `model` and `ema` must equal, bit for bit. `folded`: a weight of
     which this does not hold, because it was converted to another one that gives the same time embedding.
     """
-    ours, theirs = dict(_flat(source)), dict(_flat(written))
+    ours, theirs = (dict(leaves(to_tree(each.config) | each.facts())) for each in (source, written))
     places = {"run_dir"} | ({"data.vae"} if Path(written.config.data.vae).is_dir() else set())  # a copy of it
     for key in (ours.keys() | theirs.keys()) - places:
         if ours.get(key) != theirs.get(key):
@@ -130,10 +130,3 @@ def differences(source: Loaded, written: Loaded, weights: tuple[str, str], folde
         gap, largest = (a - b).abs().max().item(), a.abs().max().item()
         if not gap <= CLOSE * largest:
             yield f"a time embedding that is off by {gap:.1e} of {largest:.2g}"
-
-
-def _flat(loaded: Loaded) -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted key, value)."""
-    for section, values in (to_tree(loaded.config) | loaded.facts()).items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            yield f"{section}.{key}" if key else section, list(value) if isinstance(value, tuple) else value

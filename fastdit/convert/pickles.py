@@ -5,7 +5,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def read_pickle(path: Path, stand_ins: bool = False) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a .pt file or a folder")
-    names: list[str] = []
+    damaged, names = f"{path} is not a PyTorch checkpoint, or is damaged; download it again", []
     while True:
         try:
             with torch.serialization.safe_globals([argparse.Namespace, *((StandIn, name) for name in names)]):
@@ -38,21 +38,16 @@ def read_pickle(path: Path, stand_ins: bool = False) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
-            if not (stand_ins and found and found[1] not in names and len(names) < MOST_STAND_INS):
-                _refuse(path, error)
+            if not found:
+                raise ValueError(damaged) from error
+            if not stand_ins or found[1] in names or len(names) == MOST_STAND_INS:
+                raise ValueError(
+                    f"{path} needs {found[1]}, which could execute code and was not loaded; "
+                    "if you trust the file, save it again as a plain state dict"
+                ) from error
             names.append(found[1])
         except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
-
-
-def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    if name is None:
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from error
-    raise ValueError(
-        f"{path} needs {name[1]}, which could execute code and was not loaded; "
-        "if you trust the file, save it again as a plain state dict"
-    ) from error
+            raise ValueError(damaged) from error
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from fastdit.config import assumed, config_from, load_config, shipped_config, to
 from fastdit.convert.official import HEADS, Architecture, architecture
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec, LatentSpec
+from fastdit.data.synthetic import SD_DOWNSAMPLE, SD_SCALE
 from fastdit.diffusion.objectives import OBJECTIVES
 from fastdit.files import parse_yaml, read_yaml, yaml_line
 from fastdit.models.dit import variant_shape
@@ -26,7 +27,6 @@ from fastdit.registry import lookup
 from fastdit.schema import Config
 from fastdit.training.state import MAY_CHANGE
 
-SD_SCALE, SD_DOWNSAMPLE = 0.18215, 8  # the Stable Diffusion autoencoder, used by the released DiT and SiT
 SECTIONS = {f.name for f in dataclasses.fields(Config)} - {"run_dir", "seed"}
 
 
@@ -73,7 +73,7 @@ class Stated:
         if self.config is not None:
             load_config(self.config, self.overrides)  # reports mistakes, with the name of the file
         tree = read_yaml(Path(self.config)) if self.config is not None else {}
-        lines = [f"{key}={yaml_line(value)}" for key, value in (tree or {}).items()]
+        lines = [f"{key}={yaml_line(value)}" for key, value in (tree or {}).items() if value is not None]
         return tuple(line for given in (*lines, *self.overrides) for line in _flat(given))
 
     @property

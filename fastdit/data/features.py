@@ -10,7 +10,7 @@ values * scale.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -148,11 +148,6 @@ class FeatureManifest(ShardFolder):
     precision: str  # in which the encoder computed
     mean: float = 0.0  # of all values
     std: float = 0.0
-    shards: tuple[Shard, ...] = ()
-    index_sha256: str = ""
-    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
-    url: str = field(default="", compare=False)  # of a remote folder; not written
-    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files; not written
 
     @property
     def tokens(self) -> int:
@@ -173,7 +168,7 @@ class FeatureManifest(ShardFolder):
             raise ValueError(f"{folder} holds latents, not features; set data.features to a folder of features")
         try:
             del stored["samples"]
-            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, url=url,
+            manifest = cls(**convert_all(get_type_hints(cls), stored, ""), folder=folder, rows=None, block=0, url=url,
                            cache=cache)  # fmt: skip
             check(manifest.dtype, FEATURE_DTYPES, "dtype")
             if not (all(0 < side <= MAX_SIDE for side in manifest.grid) and 0 < manifest.dim <= MAX_DIM):
@@ -186,9 +181,7 @@ class FeatureManifest(ShardFolder):
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        stored = {"samples": len(self), **asdict(self)}
-        del stored["folder"], stored["url"], stored["cache"]
-        return manifest_text(stored)
+        return manifest_text(self.stored())
 
     def check(self, latents: Manifest) -> np.ndarray:
         """The SAMPLE rows (n,) of the latents' images, in their order.

@@ -14,7 +14,7 @@ from fastdit.data.add_features import check_space
 from fastdit.data.autoencoders import from_unit_range
 from fastdit.data.images import Size, parse_size, size_text, to_uint8, width_height
 from fastdit.data.jobs import write_folder
-from fastdit.data.latents import LatentCodec, LatentSpec, sample_latents
+from fastdit.data.latents import LatentCodec, LatentSpec, mean_latents
 from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.data.others import LAYOUTS, STATS, OtherLatents, Sample, check_label
 from fastdit.data.progress import Progress
@@ -193,8 +193,7 @@ def _preview(source: OtherLatents, codec: LatentCodec, spec: LatentSpec):
     codec.take_scale_of(spec)
     rows = []
     for row in torch.from_numpy(moments).float():  # (n, 2C, h, w) of an orientation
-        x_0 = sample_latents(row, torch.zeros_like(row[:, : spec.shape[0]]), spec.scale, spec.shift)  # (n, C, h, w)
-        rows.append([to_uint8(codec.decode(one[None]))[0].numpy() for one in x_0])
+        rows.append([to_uint8(codec.decode(one[None]))[0].numpy() for one in mean_latents(row, spec)])
     return tiled(rows)
 
 

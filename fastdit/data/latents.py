@@ -66,11 +66,6 @@ class LatentSpec:
         """The scale in words: `0.18215`, or `0.31 to 0.52 by channel`."""
         return in_words(self.scale)
 
-    @property
-    def shifting(self) -> str:
-        """The shift in words, likewise."""
-        return in_words(self.shift)
-
     @classmethod
     def names(cls) -> list[str]:
         return [f.name for f in fields(cls)]
@@ -106,6 +101,11 @@ def sample_latents(moments: Tensor, noise: Tensor, scale: PerChannel, shift: Per
     return torch.addcmul(mean - per_channel(shift, mean) if shift else mean, std, noise) * per_channel(scale, mean)
 
 
+def mean_latents(moments: Tensor, of: "LatentSpec | LatentCodec") -> Tensor:
+    """x_0 (N, C, h, w) of the posterior's means, from moments (N, 2C, h, w)."""
+    return sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]), of.scale, of.shift)
+
+
 def per_channel(value: PerChannel, like: Tensor) -> float | Tensor:
     """A scale or shift as a factor or term of latents (N, C, h, w): the number, or a tensor (C, 1, 1) like `like`."""
     return _constant(value, like.dtype, like.device) if isinstance(value, tuple) else value
@@ -114,6 +114,19 @@ def per_channel(value: PerChannel, like: Tensor) -> float | Tensor:
 @lru_cache(64)  # a copy to a GPU would wait for it, and a CUDA graph cannot hold one
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def channel_sums(moments: np.ndarray) -> np.ndarray:
+    """Of an image's moments (n, 2C, h, w): the means of mean, mean^2 and variance in each channel, (3, C) float64."""
+    mean, std = np.split(moments.astype(np.float64), 2, axis=1)
+    return np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
+
+
+def channel_statistics(average: np.ndarray, of: "LatentSpec | LatentCodec") -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) of scaled latents, from the average of `channel_sums` over images."""
+    mean, square, variance = average
+    scale, shift = np.array(of.scale), np.array(of.shift)  # of all channels, or (C,)
+    return (mean - shift) * scale, np.sqrt(square - mean**2 + variance) * abs(scale)
 
 
 def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel, vae: str = "") -> list[str]:
@@ -128,19 +141,19 @@ def scale_remarks(mean: np.ndarray, std: np.ndarray, scale: PerChannel, vae: str
         one = not isinstance(scale, tuple)
         remedy = f"scaling_factor={scale / overall:.3g}" if one else "the right latents_mean and latents_std"
         lines.append(
-            f"the standard deviations of the scaled latents are {_rounded(std)}, far from the 1 that diffusion "
+            f"the standard deviations of the scaled latents are {rounded(std)}, far from the 1 that diffusion "
             f"assumes: scale={f'{scale:g}' if one else scale} is wrong; train with data.normalize=channel, or write "
             f"{remedy} to the autoencoder's config.json and extract again"
         )
     if (np.abs(mean) > 3).any():
         lines.append(
-            f"the means of the scaled latents are {_rounded(mean)}, far from 0: a shift is missing; train with "
+            f"the means of the scaled latents are {rounded(mean)}, far from 0: a shift is missing; train with "
             "data.normalize=channel"
         )
     return lines
 
 
-def _rounded(values: np.ndarray) -> str:
+def rounded(values: np.ndarray) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
 
@@ -196,6 +209,19 @@ class LatentCodec:
         if not fits:
             raise ValueError(f"vae={name} cannot encode and decode images with the settings in config.json: {reason}")
         return codec.to(dtype=dtype, device=device)
+
+    @classmethod
+    def of(
+        cls, latents: LatentSpec, where: str, name: str = "", device: torch.device | str = "cpu"
+    ) -> "LatentCodec":
+        """The codec of latents, with their scale; ValueError, which says `where` they are, if it is another one.
+
+        `name`: of the autoencoder, if it is not where it was.
+        """
+        codec = cls.load(name or latents.vae, device=device)
+        codec.take_scale_of(latents)
+        latents.check(codec.spec(latents.image_size, latents.shape), where, f"vae={codec.name}")
+        return codec
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LatentCodec":
         """Moves or converts the autoencoder in place; the fingerprint does not change."""

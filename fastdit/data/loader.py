@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -126,8 +127,9 @@ def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         while True:
             batch, current = ahead, torch.cuda.current_stream(device)
             current.wait_stream(stream)  # before the next copy starts, so that it waits for this batch only
-            for tensor in filter(lambda t: t is not None, batch[1:]):
-                tensor.record_stream(current)
+            for tensor in batch[1:]:
+                if tensor is not None:
+                    tensor.record_stream(current)
             ahead = moved()
             yield batch
     finally:
@@ -175,7 +177,7 @@ class _Reader:
                     raise ValueError(f"{fault}; {AGAIN}, or set data.skip_damaged=true")
                 if images[i] not in self.damaged:
                     self.damaged.add(images[i])
-                    self.skip_damaged(f"{fault}; it is left out, {len(self.damaged)} so far")
+                    self.skip_damaged(f"{fault}; it is left out")
                 images[i] = (images[i] + 1) % len(self.index)  # the same one in every epoch and on any process
                 one = slice(i, i + 1)
                 own = None if features is None else features[one]
@@ -222,13 +224,11 @@ def read_moments(manifest: Manifest, rows: np.ndarray, mirrored: bool = False) -
     """
     if isinstance(manifest, Synthetic):
         return torch.from_numpy(manifest.moments(rows["key"], mirrored))
-    reader, mirrored = ShardReader(manifest), mirrored and manifest.orientations == 2
+    views = np.full(len(rows), int(mirrored and manifest.orientations == 2))
     array = np.empty((len(rows), *moments_shape(manifest)), DTYPES[manifest.dtype])
-    try:
-        good = [i for i, row in enumerate(rows) if not reader.read(row, int(mirrored), array[i : i + 1])]
-    finally:
-        reader.close()
-    return torch.from_numpy(array[good]).float()
+    with closing(ShardReader(manifest)) as reader:
+        faults = reader.fill(rows, views, array)
+    return torch.from_numpy(np.delete(array, [*faults], axis=0)).float()
 
 
 def parts_of(array: np.ndarray, manifest: FeatureManifest) -> list[Tensor]:
@@ -243,13 +243,11 @@ def read_class_tokens(features: FeatureManifest, keys: np.ndarray) -> Tensor:
     index = features.index()
     order = np.argsort(index["key"], kind="stable")
     rows = index[order[np.searchsorted(index["key"], keys, sorter=order)]]
-    reader, array = ShardReader(features), np.empty(len(rows), features.record)
-    try:
-        faults = [fault for i, row in enumerate(rows) if (fault := reader.read(row, 0, array[i : i + 1]))]
-    finally:
-        reader.close()
+    array = np.empty(len(rows), features.record)
+    with closing(ShardReader(features)) as reader:
+        faults = reader.fill(rows, np.zeros(len(rows), int), array)
     if faults:
-        raise ValueError(f"{faults[0]}; {AGAIN}")
+        raise ValueError(f"{faults[min(faults)]}; {AGAIN}")
     return class_token_of(*parts_of(array, features))
 
 

@@ -15,13 +15,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 
-from fastdit.classes import Classes, without_images
+from fastdit.classes import Classes
 from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
@@ -83,19 +83,28 @@ def damaged_manifest(folder: str | Path, error: Exception) -> str:
     return f"{Path(folder) / 'manifest.json'} is damaged ({type(error).__name__}: {error}); extract again"
 
 
+@dataclass(frozen=True, kw_only=True)
 class ShardFolder:
-    """What the manifests of latents and of features share: shards with an index, in the folder they were read from."""
+    """What the manifests of latents and of features share: shards with an index, in the folder they were read from.
 
-    shards: tuple[Shard, ...]
-    index_sha256: str
-    folder: Path
-    rows: np.ndarray | None = None  # of the index, where some are held out
-    block: int = 0  # images that are read in a row, see Order
-    url: str = ""  # of a remote folder
-    cache: Cache = NO_CACHE  # of its files
+    manifest.json has the fields that count in a comparison.
+    """
+
+    shards: tuple[Shard, ...] = ()
+    index_sha256: str = ""
+    folder: Path = field(default=Path(), compare=False)  # where it was read from
+    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index, where some are held out
+    block: int = field(default=0, compare=False)  # images that are read in a row, see Order
+    url: str = field(default="", compare=False)  # of a remote folder
+    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
+
+    def stored(self) -> dict[str, Any]:
+        """What manifest.json contains."""
+        known, values = [f.name for f in fields(self) if f.compare], asdict(self)
+        return {"format": FORMAT, "samples": len(self), **{name: values[name] for name in known}}
 
     def check_names(self) -> None:
         """Raises a ValueError for a shard that is not a file of this folder, or whose sizes cannot be true."""
@@ -196,13 +205,6 @@ class Manifest(ShardFolder):
     class_counts: tuple[int, ...] = ()
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
-    shards: tuple[Shard, ...] = ()
-    index_sha256: str = ""
-    folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
-    rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index; None: all; not written
-    block: int = field(default=0, compare=False)  # data.block; not written
-    url: str = field(default="", compare=False)  # of a remote folder; not written
-    cache: Cache = field(default=NO_CACHE, compare=False)  # of its files; not written
 
     @property
     def num_classes(self) -> int:
@@ -215,7 +217,7 @@ class Manifest(ShardFolder):
 
     def classes_of(self, count: int) -> Classes:
         """Of a network with `count` classes that is trained on these latents."""
-        return Classes(count, self.class_names, without_images(self.class_counts))
+        return Classes(count, self.class_names, tuple(c for c, images in enumerate(self.class_counts) if not images))
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache = NO_CACHE) -> "Manifest":
@@ -265,11 +267,9 @@ class Manifest(ShardFolder):
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        stored = {"samples": len(self), "num_classes": self.num_classes, **asdict(self)}
+        stored = self.stored() | {"num_classes": self.num_classes}
         stored |= stored.pop("latents")
         stored["latent_shape"] = stored.pop("shape")
-        for name in ("folder", "rows", "block", "url", "cache"):
-            del stored[name]
         return manifest_text(stored)
 
     def check(

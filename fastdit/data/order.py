@@ -104,9 +104,9 @@ def shares(weights: Sequence[float]) -> np.ndarray:
     return counts
 
 
-def permutation(seed: int, epoch: int, n: int, part: int = 0) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order (n,) of an epoch's images."""
-    return Listed(n, *words_of(seed, epoch, part))[np.arange(n)]
+    return Listed(n, *words_of(seed, epoch, 0))[np.arange(n)]
 
 
 def words_of(seed: int, epoch: int, part: int) -> tuple[int, ...]:

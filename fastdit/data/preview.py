@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastdit.data.images import Size, load_crop, to_pixels, to_uint8
-from fastdit.data.latents import LatentCodec, per_channel, sample_latents, scale_remarks
+from fastdit.data.latents import LatentCodec, channel_statistics, channel_sums, mean_latents, scale_remarks
 from fastdit.data.sources import ImageSource
 from fastdit.distributed import one_thread
 
@@ -62,7 +62,7 @@ def look(
 
 def preview(exact: LatentCodec, codec: LatentCodec, crops: Sequence[np.ndarray], device: torch.device) -> Preview:
     """Encodes crops (H, W, 3) uint8 with `codec` and with `exact`, its float32 original, which decodes both."""
-    originals, images, means, stds, references = [], [], [], [], []
+    originals, images, references, sums = [], [], [], 0
     for crop in crops:  # one by one: a decoder needs gigabytes for each
         pixels = to_pixels(torch.from_numpy(crop).to(device))[None]
         with one_thread(device):
@@ -71,24 +71,19 @@ def preview(exact: LatentCodec, codec: LatentCodec, crops: Sequence[np.ndarray],
             if codec is not exact:
                 references.append(reconstruct(exact, exact.encode(pixels)))
         originals.append(pixels)
-        mean, std = moments.double().chunk(2, dim=1)  # (1, C, h, w)
-        means.append((mean - per_channel(exact.shift, mean)) * per_channel(exact.scale, mean))
-        stds.append(std * per_channel(exact.scale, std))
-    mean, std = torch.cat(means), torch.cat(stds)
-    variance = mean.var(dim=(0, 2, 3), correction=0) + std.square().mean(dim=(0, 2, 3))  # (C,)
+        sums = sums + channel_sums(moments.cpu().numpy())
+    found = [psnr(a, b) for a, b in zip(originals, images, strict=True)]
     return Preview(
-        sheet(crops, images, found := [psnr(a, b) for a, b in zip(originals, images, strict=True)]),
+        sheet(crops, images, found),
         tuple(found),
         psnr(torch.cat(images), torch.cat(references)) if references else None,
-        scale_remarks(mean.mean(dim=(0, 2, 3)).cpu().numpy(), variance.sqrt().cpu().numpy(), exact.scale,
-                      exact.name),  # fmt: skip
+        scale_remarks(*channel_statistics(sums / len(crops), exact), exact.scale, exact.name),
     )
 
 
 def reconstruct(codec: LatentCodec, moments: Tensor) -> Tensor:
     """Pixels (N, 3, H, W) in [-1, 1] from the posterior's mean."""
-    mean = moments.chunk(2, dim=1)[0]
-    return codec.decode(sample_latents(moments, torch.zeros_like(mean), codec.scale, codec.shift)).clamp(-1, 1)
+    return codec.decode(mean_latents(moments, codec)).clamp(-1, 1)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

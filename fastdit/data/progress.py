@@ -1,6 +1,5 @@
 """What an extraction has finished: after it was killed, the same command continues with the shards that are missing."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.data.writer import partial_folder, prepare, write_synced
-from fastdit.files import read_json
+from fastdit.files import read_json, sha256
 
 OTHER_FAILED = "another process of this extraction has failed; see its message"
 SAYS = {"images": "the images", "vae": "the weights of the autoencoder", "weights": "the weights of the encoder",
@@ -113,8 +112,7 @@ class Progress:
         """Whether a finished shard is still as it was written."""
         shard = self._read(self._part(number)).get("shard", {})
         try:
-            with (self.partial / shard["name"]).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                return digest == shard["sha256"] and file.tell() == shard["bytes"]
+            path = self.partial / shard["name"]
+            return sha256(path) == shard["sha256"] and path.stat().st_size == shard["bytes"]
         except (OSError, LookupError, TypeError, ValueError):
             return False

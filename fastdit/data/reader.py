@@ -27,10 +27,6 @@ class ShardReader:
         largest = max((shard.bytes for shard in manifest.shards), default=1)
         self.most = max(1, min(OPEN_FILES, manifest.cache.most // (4 * largest)))  # open ones stay in the cache
 
-    def read(self, sample: np.void, mirrored: int, out: np.ndarray) -> str | None:
-        """Fill out (1, ...) with one orientation of a sample; returns what is wrong with it, if anything is."""
-        return self.fill(sample[None], np.array([mirrored]), out).get(0)
-
     def fill(self, samples: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> dict[int, str]:
         """Fill out (n, ...) with one orientation of each sample (n,); returns what is wrong with those that are bad."""
         faults, data, size = {}, memoryview(out.reshape(-1).view(np.uint8)), out[:1].nbytes

@@ -11,19 +11,18 @@ that it has open, and these are not deleted: as long as they do not fit, the cac
 
 import fcntl
 import hashlib
-import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from fastdit.errors import is_no_space, make_folder
 from fastdit.files import JSON_BYTES, replacing
+from fastdit.schema import Cache
 
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "https": "aiohttp", "http": "aiohttp",
              "file": "", "memory": ""}  # and the packages that they need  # fmt: skip
@@ -32,19 +31,6 @@ WAITS_S = (1, 4)  # before a store that failed is asked again
 TIMEOUT_S = 60  # of a web server that sends nothing; the packages of object stores have their own
 STORED = re.compile(r"[0-9a-f]{64}(\.partial)?")  # the only files that are deleted
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Cache:
-    """data.cache and data.cache_gib; 0: no limit."""
-
-    folder: str | Path = ""
-    gib: float = 0.0
-
-    @property
-    def most(self) -> float:
-        """Bytes."""
-        return self.gib * 2**30 or math.inf
 
 
 NO_CACHE = Cache()

@@ -6,6 +6,7 @@ Nothing is changed in place: each result is a new folder, which appears once it 
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from fastdit.data.features import FOLDER, FeatureManifest, StoredFeatureWriter, beside_latents, publish_features
 from fastdit.data.images import size_text, to_uint8
-from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import moments_shape
 from fastdit.data.manifest import DTYPES, HEADER, Manifest, ShardFolder
 from fastdit.data.opening import open_latents
@@ -24,7 +25,7 @@ from fastdit.data.reader import ShardReader
 from fastdit.data.remote import Cache, check_local
 from fastdit.data.writer import prepare, write_keyed, write_tars
 from fastdit.files import read_array
-from fastdit.sheets import tiled
+from fastdit.sheets import in_rows, tiled
 
 COLUMNS, SHOWN = 8, 5  # of a sheet; classes in the statistics at each end
 Sample = tuple[int, np.ndarray, int]  # key, moments (orientations, 2C, h, w) or stored features (2, ...), label
@@ -141,16 +142,12 @@ def sample(
         _write([(manifest, np.flatnonzero(chosen), 0)], out, manifest, features, overwrite)
         return out
     spec = manifest.latents
-    codec = LatentCodec.load(vae or spec.vae)
-    codec.take_scale_of(spec)
-    spec.check(codec.spec(spec.image_size, spec.shape), str(folder), f"vae={codec.name}")
-    rows = index[chosen]
+    codec, rows = LatentCodec.of(spec, str(folder), vae or ""), index[chosen]
     pictures = []
     for _, moments, _ in _read([(manifest, rows[np.argsort(rows["label"], kind="stable")], 0)]):  # class by class
-        first = torch.from_numpy(moments[:1].astype(np.float32))  # (1, 2C, h, w)
-        mean = sample_latents(first, torch.zeros_like(first[:, : spec.shape[0]]), spec.scale, spec.shift)
+        mean = mean_latents(torch.from_numpy(moments[:1].astype(np.float32)), spec)  # (1, C, h, w)
         pictures.append(to_uint8(codec.decode(mean))[0].numpy())
-    tiled([pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]).save(out)
+    tiled(in_rows(pictures, COLUMNS)).save(out)
     return out
 
 
@@ -252,23 +249,21 @@ def _read(
     """The samples of rows of indices, with a number added to their keys; ValueError for a damaged one, or `dropped`."""
     with tqdm(total=sum(len(rows) for _, rows, _ in parts), unit="sample", disable=None) as bar:
         for manifest, rows, start in parts:
-            reader, remedy = ShardReader(manifest), "save the others with fastdit shards repair"
+            remedy = "save the others with fastdit shards repair"
             if isinstance(manifest, FeatureManifest):
                 array, remedy = np.empty(2, manifest.record), "extract the features again, or use --no-features"
             else:
                 array = np.empty((manifest.orientations, *moments_shape(manifest)), DTYPES[manifest.dtype])
-            try:
+            with closing(ShardReader(manifest)) as reader:
                 for row in rows:
                     bar.update()
-                    faults = [reader.read(row, view, array[view : view + 1]) for view in range(len(array))]
-                    if fault := next(filter(None, faults), None):
+                    if faults := reader.fill(np.repeat(row, len(array)), np.arange(len(array)), array):
+                        fault = faults[min(faults)]
                         if not dropped:
                             raise ValueError(f"{fault}; {remedy}")
                         dropped(fault)
                         continue
                     yield int(row["key"]) + start, array.copy(), int(row["label"])
-            finally:
-                reader.close()
 
 
 def _scan(manifest: Manifest, say: Callable[[str], None]) -> Iterator[Sample]:

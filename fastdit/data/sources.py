@@ -68,6 +68,11 @@ class ImageSource:
         listed = "\n".join(f"{label} {path}" for path, label in zip(self.paths, self.labels, strict=True))
         return hashlib.sha256(listed.encode(errors="backslashreplace")).hexdigest()
 
+    def changed_after(self, file: Path) -> int:
+        """The number of its files that were changed after another one was."""
+        made = file.stat().st_mtime_ns
+        return sum(version[1] > made for version in self.versions if version)
+
 
 def list_images(root: str | Path) -> ImageSource:
     """root/<class>/**/<image>, with classes and paths sorted, or the images of a folder without subfolders.

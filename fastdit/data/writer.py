@@ -6,7 +6,6 @@ tar files contain no times and no owners. A shard has its name only once it is c
 
 import hashlib
 import io
-import os
 import secrets
 import shutil
 import tarfile
@@ -20,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from fastdit.data.images import Skipped, Unusable
+from fastdit.data.latents import channel_statistics, channel_sums
 from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard, class_counts
+from fastdit.files import sha256, sync
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16, 626 files for ImageNet
 TAR_OVERHEAD = 2304  # bytes per sample in addition to its array: two tar headers, the npy header, the label, padding
@@ -90,8 +91,8 @@ class TarWriter:
     def close(self, skipped: Iterable[str] = (), counts: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Completes the tar file; the part's JSON contents: shard, rows, sums, skipped images, counts of treatments."""
         self.tar.close()
-        digest = _sync(self.writing)
-        shard = Shard(self.path.name, len(self.rows), self.writing.stat().st_size, digest)
+        sync(self.writing)
+        shard = Shard(self.path.name, len(self.rows), self.writing.stat().st_size, sha256(self.writing))
         self.writing.rename(self.path)
         sums = np.asarray(self.sums).tolist()  # JSON keeps Python floats exactly
         about = {"skipped": [*skipped], "counts": {**(counts or {})}}
@@ -117,9 +118,7 @@ class ShardWriter(TarWriter):
                 "extract with --dtype float32 and --precision float32"
             )
         self.store(key, array, label)
-        mean, std = np.split(array.astype(np.float64), 2, axis=1)  # (2 or 1, C, h, w) each
-        # (3, C): mean, mean^2 and variance
-        self.sums = self.sums + np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
+        self.sums = self.sums + channel_sums(array)
 
 
 def write_index(partial: Path, parts: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, str]:
@@ -134,14 +133,14 @@ def write_index(partial: Path, parts: Sequence[Mapping[str, Any]]) -> tuple[np.n
 def move_into_place(partial: Path, out: Path, manifest: str, overwrite: bool = False) -> None:
     """Completes `partial` with the text of its manifest and renames it to `out`."""
     _write(partial / "manifest.json", manifest.encode())
-    _sync_folder(partial)
+    sync(partial)
     check_out(out, overwrite)
     old = out.with_name(out.name + ".replaced")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     partial.rename(out)
-    _sync_folder(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -160,45 +159,28 @@ def publish(
     index, digest = write_index(partial, parts)
     if not len(index):
         raise Unusable(f"none of the {about.images} images could be read; repair them or choose another folder")
-    mean, square, variance = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
+    average = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
+    mean, std = channel_statistics(average, about.latents)
     skipped = Skipped(about.images)  # each process counted its own; this is the total
     for line in (line for part in parts for line in part["skipped"]):
         skipped.add(*line.split("\t", 1))
     if skipped.lines or ignored:
         text = "".join(f"{line}\n" for line in [*skipped.lines, *ignored])
         _write(partial / "skipped.txt", text.encode(errors="backslashreplace"))
-    latents = about.latents
-    scale, shift = np.array(latents.scale), np.array(latents.shift)  # of all channels, or (C,)
     counts = sum((Counter(part["counts"]) for part in parts), Counter())
     manifest = replace(
         about,
         skipped=len(skipped.lines),
         counts=dict(sorted(counts.items())),
         class_counts=class_counts(index["label"], about.num_classes),
-        channel_mean=tuple(((mean - shift) * scale).tolist()),
-        channel_std=tuple((np.sqrt(square - mean**2 + variance) * abs(scale)).tolist()),
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple(std.tolist()),
         shards=tuple(Shard(**part["shard"]) for part in parts),
         index_sha256=digest,
         folder=out,
     )
     move_into_place(partial, out, manifest.to_json(), overwrite)
     return manifest
-
-
-def write_shards(
-    samples: Iterable[tuple[np.ndarray, int]],
-    out: str | Path,
-    about: Manifest,
-    *,
-    shard_size: int = SHARD_SIZE,
-    overwrite: bool = False,
-) -> Manifest:
-    """Writes pairs of moments (orientations, 2C, h, w) and label, in a single process; `about` describes them.
-
-    See `check_out`.
-    """
-    keyed = ((key, *sample) for key, sample in enumerate(samples))
-    return write_keyed(keyed, out, replace(about, images=0), shard_size=shard_size, overwrite=overwrite)
 
 
 def write_keyed(
@@ -210,9 +192,10 @@ def write_keyed(
     overwrite: bool = False,
     write_more: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Like `write_shards`, of samples with keys that differ; `about.images` is kept, and 0 is their number.
+    """Writes samples of key, moments (orientations, 2C, h, w) and label, in a single process; `about` describes them.
 
-    `write_more` gets the folder after its shards, and before it appears.
+    Keys must differ. `about.images` is kept, and 0 is their number. `overwrite`: see `check_out`. `write_more` gets the
+    folder after its shards, and before it appears.
     """
     out = check_out(out, overwrite)
     partial = prepare(out)
@@ -248,27 +231,11 @@ def write_tars(
 def write_synced(path: Path, data: bytes) -> None:
     """Writes a file that is there in full or not at all, also after a power failure."""
     new = path.with_suffix(".new")
-    new.write_bytes(data)
-    _sync(new)
+    _write(new, data)
     new.rename(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    _sync(path)
-
-
-def _sync(path: Path) -> str:
-    """Syncs a file to disk; returns its SHA-256."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

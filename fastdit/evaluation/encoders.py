@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fastdit.data.add_features import PRECISIONS
 from fastdit.data.features import resample
-from fastdit.evaluation.features import efficientnet_lite0
+from fastdit.evaluation.features import IMAGENET, efficientnet_lite0
 from fastdit.files import read_json
 from fastdit.registry import lookup
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the channels, of values in [0, 1]
 VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # model_type of transformers
 
 
@@ -47,19 +46,6 @@ class FrozenEncoder:
         values, dtype = (pixels.float() + 1) * 127.5, PRECISIONS[self.precision]
         with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
             return self.tokens(values, self.grid).float()
-
-
-def resized(values: Tensor, height: int, width: int) -> Tensor:
-    """(N, 3, H, W) in [0, 255] -> (N, 3, height, width), bicubic with antialiasing."""
-    if values.shape[2:] == (height, width):
-        return values
-    return F.interpolate(values, (height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
-
-
-def normalized(values: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Values in [0, 255], scaled to [0, 1] and then by channel."""
-    mean, std = (torch.tensor(v, device=values.device).view(3, 1, 1) for v in (mean, std))
-    return (values / 255 - mean) / std
 
 
 def vision_transformer(path: str | None, device: torch.device) -> FrozenEncoder:
@@ -94,10 +80,13 @@ def vision_transformer(path: str | None, device: torch.device) -> FrozenEncoder:
         mean_std = tuple(tuple(stored.get(key, usual)) for key, usual in zip(("image_mean", "image_std"), IMAGENET,
                                                                              strict=True))  # fmt: skip
     patch = network.config.patch_size
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std)
 
     def tokens(values: Tensor, grid: tuple[int, int]) -> Tensor:
-        pixels = normalized(resized(values, grid[0] * patch, grid[1] * patch), *mean_std)
-        hidden = network(pixel_values=pixels).last_hidden_state  # (N, 1 + registers + patches, D)
+        sides = grid[0] * patch, grid[1] * patch
+        if values.shape[2:] != sides:
+            values = F.interpolate(values, sides, mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+        hidden = network(pixel_values=(values / 255 - mean) / std).last_hidden_state  # (N, 1 + registers + patches, D)
         return torch.cat([hidden[:, -grid[0] * grid[1] :], hidden[:, :1]], dim=1)
 
     return FrozenEncoder(kind, digest_of(files), network.config.hidden_size, True, tokens)

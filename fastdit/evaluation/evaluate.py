@@ -18,6 +18,7 @@ from fastdit.evaluation.features import Extractor, load_features
 from fastdit.evaluation.images import ImageSet, open_set, read_statistics, save_statistics
 from fastdit.evaluation.metrics import METRICS, Features, frechet_distance
 from fastdit.evaluation.protocol import defaults, made_on, remarks, stamp, subject
+from fastdit.files import sha256
 from fastdit.registry import check
 
 
@@ -137,12 +138,9 @@ def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.nd
         values[slot, : len(block)] = extractor(block)
         for i, image in enumerate(block):
             digests[slot, i] = np.frombuffer(digest_of(image), np.uint8)
-    ordered = []
-    for mine in (values, digests):
-        every = ranks.gather(torch.from_numpy(mine).to(ranks.device)).cpu().numpy()  # (world share, block, ...)
-        every = every.reshape(ranks.world, share, *mine.shape[1:]).swapaxes(0, 1)  # block b at [b // world, b % world]
-        ordered.append(every.reshape(-1, mine.shape[2])[: images.count])  # the last block alone is shorter
-    return ordered[0], hashlib.sha256(ordered[1].tobytes()).hexdigest()
+    # the last block alone is shorter
+    values, digests = (ranks.blocks(torch.from_numpy(own)).cpu().numpy()[: images.count] for own in (values, digests))
+    return values, hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def digest_of(image: np.ndarray) -> bytes:
@@ -171,18 +169,18 @@ def load_reference(
 def _read_reference(
     path: str | Path, size: Sequence[int], extractor: Extractor, ranks: Ranks, image_size: str | None
 ) -> Reference:
-    stated = read_statistics(path, "--reference")
-    if stated and stated.about:
-        made_with = stated.about.get("extractor"), stated.about.get("extractor_sha256")
+    stated, known = read_statistics(path, "--reference") or (None, {})
+    if known:
+        made_with = known.get("extractor"), known.get("extractor_sha256")
         if made_with != (extractor.name, extractor.hash):
             raise ValueError(f"--reference={path} holds features of {made_with[0]}; use --features {made_with[0]}, or "
                              f"give images for {extractor.name}")  # fmt: skip
-        _same_size(size, stated.about["size"], path)
-        return Reference(stated.features, stated.about)
+        _same_size(size, known["size"], path)
+        return Reference(stated, known)
     about = {"extractor": extractor.name, "extractor_sha256": extractor.hash}
     use = stated and extractor.name == "inception-v3"
-    if use and stated.features.moments.mu.shape != (extractor.dim,):
-        raise ValueError(f"--reference={path} has mu {stated.features.moments.mu.shape}, not ({extractor.dim},)")
+    if use and stated.moments.mu.shape != (extractor.dim,):
+        raise ValueError(f"--reference={path} has mu {stated.moments.mu.shape}, not ({extractor.dim},)")
     try:
         real = open_set(path, "--reference", image_size, ranks.device)
     except ValueError:
@@ -191,18 +189,16 @@ def _read_reference(
         if not use:
             raise ValueError(f"--reference={path} holds Inception's mu and sigma only; use --features inception-v3, or "
                              f"give images for {extractor.name}") from None  # fmt: skip
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Reference(stated.features, about | {"sha256": digest, "images": 0, "size": None})
+        return Reference(stated, about | {"sha256": sha256(path), "images": 0, "size": None})
     _same_size(size, real.size, path)
     values, digest = extract(real, extractor, ranks)
     about |= {"sha256": digest, "images": real.count, "size": list(real.size)}
     if real.sampling and "latents" in real.sampling:
         about["decoded_by"] = real.sampling["vae_fingerprint"]
     if use:  # ADM's: moments of all images, and some of these images
-        known = replace(stated.features, values=values[:, : extractor.dim])
-        parts = [part for m in (known.stated, known.spatial) if m for part in (m.mu.tobytes(), m.sigma.tobytes())]
-        return Reference(known, about | {"sha256": hashlib.sha256(digest.encode() + b"".join(parts)).hexdigest()})
+        stated = replace(stated, values=values[:, : extractor.dim])
+        parts = [part for m in (stated.stated, stated.spatial) if m for part in (m.mu.tobytes(), m.sigma.tobytes())]
+        return Reference(stated, about | {"sha256": hashlib.sha256(digest.encode() + b"".join(parts)).hexdigest()})
     return Reference(as_features(values, extractor), about)
 
 

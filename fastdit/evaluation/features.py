@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdit.distributed import one_thread
 from fastdit.evaluation.networks import EfficientNetLite0, InceptionV3
-from fastdit.files import read_bytes, replacing
+from fastdit.files import read_bytes, replacing, sha256
 from fastdit.registry import lookup
 
 BLOCK = 32  # images that a network sees at once; the last bits depend on it
@@ -30,6 +30,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 DINO_URL = "https://huggingface.co/facebook/dinov2-large"
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the channels, of values in [0, 1]
 CLASSIFIER = ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
 
 
@@ -125,7 +126,7 @@ def efficientnet_lite0(path: str | None, device: torch.device) -> Extractor:
     network = EfficientNetLite0()
     network.load_state_dict(checked_weights(file, LITE0_HASH, install))
     return Extractor(
-        "efficientnet-lite0", "FD (EfficientNet-Lite0)", LITE0_HASH, 1280, _ready(network, device),
+        "efficientnet-lite0", "FD (EfficientNet-Lite0)", LITE0_HASH, 1280, frozen(network, device),
         lambda x: (resize_bicubic(x, 224) - 127) / 128, (network._fc.weight.cpu(), network._fc.bias.cpu()), device,
     )  # fmt: skip
 
@@ -142,7 +143,7 @@ def inception_v3(path: str | None, device: torch.device) -> Extractor:
     network = InceptionV3()
     network.load_state_dict(checked_weights(file, INCEPTION_HASH, where))
     return Extractor(
-        "inception-v3", "FID", INCEPTION_HASH, 2048, _ready(network, device),
+        "inception-v3", "FID", INCEPTION_HASH, 2048, frozen(network, device),
         lambda x: (resize_tensorflow(x, 299) - 128) / 128, (network.fc.weight.cpu(), 0.0), device, 2023,
     )  # fmt: skip
 
@@ -158,11 +159,9 @@ def dinov2_vit_l14(path: str | None, device: torch.device) -> Extractor:
         network = Dinov2Model.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a DINOv2 folder ({str(error).splitlines()[0]}); download {DINO_URL}") from None
-    with open(Path(path) / "model.safetensors", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    mean, std = (torch.tensor(v, device=device).reshape(3, 1, 1) * 255
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # fmt: skip
-    ready = _ready(network, device)
+    digest = sha256(Path(path) / "model.safetensors")
+    mean, std = (torch.tensor(v, device=device).reshape(3, 1, 1) * 255 for v in IMAGENET)
+    ready = frozen(network, device)
     return Extractor(
         "dinov2-vit-l14", "FD (DINOv2 ViT-L/14)", digest, network.config.hidden_size,
         lambda x: ready(pixel_values=x).pooler_output, lambda x: (resize_bicubic(x, 224) - mean) / std, None, device,
@@ -201,7 +200,7 @@ def save_classifier(path: Path, *arrays: np.ndarray) -> None:
         np.savez(file, **dict(zip(CLASSIFIER, arrays, strict=True)))
 
 
-def _ready(network: nn.Module, device: torch.device) -> nn.Module:
+def frozen(network: nn.Module, device: torch.device) -> nn.Module:
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
 

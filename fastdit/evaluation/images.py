@@ -5,7 +5,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 from fastdit.data.archives import is_there, open_images
 from fastdit.data.images import Size, parse_size, read_image, size_text, to_uint8, width_height
-from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.data.remote import check_local
@@ -22,7 +22,7 @@ from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
 from fastdit.evaluation.metrics import Features
 from fastdit.evaluation.moments import LARGEST, Moments
-from fastdit.files import SAMPLING, read_json, replacing
+from fastdit.files import SAMPLING, array_header, read_json, replacing
 
 ABOUT = {"extractor", "extractor_sha256", "sha256", "images", "size"}  # and decoded_by, of latents
 DECODED = 8  # latents that an autoencoder decodes at once
@@ -45,14 +45,6 @@ class ImageSet:
     block: int = BLOCK
     names: Sequence[str] = ()  # of the images, where they are files
     by_class: bool = False  # whether they may be sorted by their classes
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What an npz file without images holds: moments, perhaps the features themselves, and what is known about them."""
-
-    features: Features
-    about: dict = field(default_factory=dict)  # the keys of ABOUT; empty: ADM's
 
 
 def open_set(
@@ -145,9 +137,7 @@ def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
     manifest = Manifest.load(path)
     manifest.check()
     index, spec = manifest.index(), manifest.latents
-    codec = LatentCodec.load(spec.vae, device=device)
-    codec.take_scale_of(spec)
-    spec.check(codec.spec(spec.image_size, spec.shape), f"{key}={path}", f"vae={spec.vae}")
+    codec = LatentCodec.of(spec, f"{key}={path}", device=device)
 
     def blocks(numbers: Iterable[int]) -> Iterator[np.ndarray]:
         for b in numbers:
@@ -155,8 +145,7 @@ def _latents(path: Path, key: str, device: torch.device | str) -> ImageSet:
             moments = read_moments(manifest, rows)
             if len(moments) < len(rows):
                 raise ValueError(f"{key}={path} has damaged samples; name them with fastdit verify {path}")
-            mean = moments[:, : spec.shape[0]].to(device)
-            z = sample_latents(moments.to(device), torch.zeros_like(mean), spec.scale, spec.shift)  # (n, C, h, w)
+            z = mean_latents(moments.to(device), spec)  # (n, C, h, w)
             with one_thread(torch.device(device)):
                 padded = torch.cat([z, z.new_zeros(-len(z) % DECODED, *z.shape[1:])]).split(DECODED)
                 images = torch.cat([to_uint8(codec.decode(part)) for part in padded])
@@ -177,19 +166,13 @@ def _array(path: Path, key: str) -> ImageSet:
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(f"it has no arr_0, only {', '.join(archive.namelist())[:200]}")
             with archive.open("arr_0.npy") as file:
-                shape, fortran, dtype = _header(file)
+                shape, fortran, dtype = array_header(file)
                 start = file.tell()
     except Exception as error:  # zipfile, zlib and numpy raise all kinds of errors on damaged files
         raise ValueError(f"{key}={path} cannot be read ({error}); give an npz with arr_0, uint8 (N, H, W, 3)") from None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(f"{key}={path} holds {dtype} {shape}; arr_0 must be uint8 (N, H, W, 3) in C order")
     return ImageSet(path, shape[0], (shape[2], shape[1]), partial(_array_blocks, path, key, shape, start))
-
-
-def _header(file) -> tuple[tuple, bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
@@ -207,8 +190,11 @@ def _array_blocks(path: Path, key: str, shape: tuple, start: int, numbers: Itera
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
-def read_statistics(path: str | Path, key: str) -> Statistics | None:
-    """mu, sigma, perhaps mu_s and sigma_s, and from `save_statistics` features of an npz; None if it has no mu."""
+def read_statistics(path: str | Path, key: str) -> tuple[Features, dict] | None:
+    """mu, sigma, perhaps mu_s and sigma_s, and from `save_statistics` features of an npz; None if it has no mu.
+
+    And what is known about them: the keys of ABOUT, or none for ADM's files.
+    """
     if Path(path).suffix != ".npz" or not Path(path).is_file():
         return None
     try:
@@ -235,7 +221,7 @@ def read_statistics(path: str | Path, key: str) -> Statistics | None:
         raise ValueError(f"{key}={path} is damaged: mu and sigma must be finite, and about complete; write it again "
                          "with --save-reference")  # fmt: skip
     moments = [Moments(mu, sigma, about.get("images", 0)) for mu, sigma in pairs]
-    return Statistics(Features(values, None, *moments), about)
+    return Features(values, None, *moments), about
 
 
 def _is_size(value: object) -> bool:

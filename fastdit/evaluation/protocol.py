@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastdit import __version__
+from fastdit.config import leaves
 from fastdit.environment import commit, hardware
 from fastdit.evaluation import metrics as formulas
 from fastdit.evaluation.features import Extractor
@@ -218,16 +219,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 def settings_of(protocol: dict) -> dict[str, Any]:
     """By dotted key, without the path of weak weights, whose hash is there as well."""
-    settings = dict(_flat(protocol))
+    settings = dict(leaves(protocol))
     if "samples.weak_sha256" in settings:
         settings.pop("samples.sampling.weak_checkpoint", None)
     return settings
-
-
-def _flat(tree: dict, prefix: str = ""):
-    """(dotted key, value) of every leaf."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdit.data.encode import encode_both
 from fastdit.data.images import size_text, to_uint8, width_height
-from fastdit.data.latents import LatentCodec, sample_latents
+from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import DTYPES, Manifest
 from fastdit.distributed import Ranks, one_thread
@@ -72,10 +72,7 @@ class LatentSpace:
     def __init__(self, reference: str | Path, size: tuple[int, int], ranks: Ranks, vae: str | None = None):
         self.ranks, self.size, self.manifest = ranks, size, load_shards(reference, "--reference", size)
         self.index, self.spec = self.manifest.index(), self.manifest.latents
-        self.codec = LatentCodec.load(vae or self.spec.vae, device=ranks.device)
-        self.codec.take_scale_of(self.spec)
-        made = self.codec.spec(self.spec.image_size, self.spec.shape)
-        self.spec.check(made, f"--reference={reference}", f"vae={self.codec.name}")
+        self.codec = LatentCodec.of(self.spec, f"--reference={reference}", vae or "", ranks.device)
         self.hash, self.about = self.codec.fingerprint, about_shards(self.manifest)
         self.dim = math.prod(self.spec.shape)
 
@@ -106,8 +103,7 @@ class LatentSpace:
         return self.means(moments).flatten(1) / self.dim**0.5
 
     def means(self, moments: Tensor) -> Tensor:
-        moments = moments.to(self.ranks.device)
-        return sample_latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]), self.spec.scale, self.spec.shift)
+        return mean_latents(moments.to(self.ranks.device), self.spec)
 
     def blocks(self) -> Iterator[Tensor]:
         for i in range(0, len(self.index), PART):

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import torch
 
-from fastdit.build import check_sampling
-from fastdit.config import check_alone, config_from, to_tree
+from fastdit.config import check_alone
+from fastdit.gallery import KEYS, OPTIONS
 from fastdit.pipeline import ImagePipeline
 from fastdit.sampling import load_pipeline
 from fastdit.sheets import in_letters, told_apart
 from fastdit.training import checkpoint
 
-OPTIONS = {"class": "classes", "seed": "seeds", "guidance": "cfg_scale", "steps": "steps", "sampler": "samplers",
-           "checkpoint": "checkpoints"}  # of each axis; the first axis that varies becomes the rows  # fmt: skip
-KEYS = {"guidance": "sampling.cfg_scale", "steps": "sampling.steps", "sampler": "sampling.sampler"}
 FEW, MOST = 8, 1024  # classes, and seeds, where none are given; images of a picture
 
 
@@ -58,9 +55,7 @@ class Axes:
         found = []
         for chosen in product(*(self.values[axis] for axis in KEYS)):
             changes = settings_of(dict(zip(KEYS, chosen, strict=True)))  # options of a sampler follow the sampler
-            config = config_from(to_tree(pipeline.config), "fastdit sample", [*self.overrides, *changes])
-            check_sampling(config, pipeline.objective, pipeline.model.null_label)
-            found.append(replace(pipeline, config=config))
+            found.append(pipeline.changed([*self.overrides, *changes], "fastdit sample"))
         return found
 
     def text(self, axis: str, value) -> str:

@@ -5,8 +5,7 @@ It is sampled in a batch of the same size, but not always in the first place of 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.data.images import width_height
-from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
-from fastdit.errors import out_of_memory_says
+from fastdit.distributed import ImageRandom, Ranks, seed_of
 from fastdit.pipeline import ImagePipeline
 
 
@@ -64,7 +62,7 @@ def drawn(pipeline: ImagePipeline, cells: Sequence[Cell], ranks: Ranks) -> np.nd
     images = np.zeros((len(cells), height, width, 3), np.uint8)
     for b in range(ranks.rank, math.ceil(len(cells) / size), ranks.world):
         taken = cells[b * size : (b + 1) * size]
-        with working(pipeline):
+        with pipeline.working():
             made = pipeline.decode(pipeline.latents_from(*batch_of(pipeline, taken)))
         images[b * size : b * size + len(taken)] = made[: len(taken)]
     return ranks.max(torch.from_numpy(images).to(ranks.device)).cpu().numpy()
@@ -75,20 +73,11 @@ def path_of(pipeline: ImagePipeline, cells: Sequence[Cell], frames: int) -> tupl
 
     The cells must fit in one batch.
     """
-    with working(pipeline):
+    with pipeline.working():
         times, *tensors = pipeline.trajectory(*batch_of(pipeline, cells), frames)
         shown = [[pipeline.decode(x[: len(cells)]) for x in pair] for pair in zip(*tensors, strict=True)]
         last = pipeline.decode(tensors[0][-1])[: len(cells)]  # of a full batch, which decides the last bits
     return times, np.stack([*map(np.stack, shown[:-1]), np.stack([last, last])])
-
-
-@contextmanager
-def working(pipeline: ImagePipeline) -> Iterator[None]:
-    """One thread, and a remedy where memory is too small."""
-    size = pipeline.config.sampling.batch_size
-    remedy = f"sampling.batch_size={size} is too much for {pipeline.device}: use a smaller one"
-    with one_thread(pipeline.device), out_of_memory_says(remedy):
-        yield
 
 
 def mix_classes(pipeline: ImagePipeline, mixes: Sequence[tuple[int, int, float]]) -> list[int]:

@@ -9,7 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastdit.distributed import Ranks
-from fastdit.gallery.axes import KEYS, OPTIONS, Axes
+from fastdit.gallery import KEYS, OPTIONS
+from fastdit.gallery.axes import Axes
 from fastdit.gallery.cells import Cell, drawn, mix_classes, path_of
 from fastdit.pipeline import ImagePipeline
 from fastdit.registry import check

@@ -15,7 +15,6 @@ from fastdit.data.latents import PerChannel, scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.files import read_bytes, read_json, read_yaml
 from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
@@ -28,7 +27,7 @@ QUALITY = "quality.json"  # [{"name": ..., "value": ..., "protocol": how it was 
 STARTED = {"step": int, "processes": int, "nodes": int, "hardware": str, "date": str, "versions": dict, "platform": str,
            "command": str, "commit": str | None}  # of environment.jsonl  # fmt: skip
 RESUMED = re.compile(r"resumed at step (\d{1,18})\b|^changed since step (\d{1,18}): (.*)$", re.MULTILINE)  # train.log
-LEFT_OUT = re.compile(r"it is left out, (\d{1,18}) so far")  # data/loader.py, in train.log
+LEFT_OUT = re.compile(r"^sample (\d+) of .*; it is left out", re.MULTILINE)  # data/loader.py, in train.log
 
 
 @dataclass
@@ -104,7 +103,7 @@ def read_run(folder: str | Path) -> Run:
         run.quality = [figure for figure in found if isinstance(figure, dict) and {"name", "value"} <= figure.keys()]
     if (folder / "train.log").is_file():
         told = read_bytes(folder / "train.log", RECORDS).decode(errors="replace")
-        run.damaged = max(map(int, LEFT_OUT.findall(told)), default=0)
+        run.damaged = len(set(LEFT_OUT.findall(told)))  # each process, and each start, names those that it met
         for resumed, since, changed in RESUMED.findall(told):
             if resumed:  # what came after that step was repeated
                 run.changes = [change for change in run.changes if change[0] < int(resumed)]
@@ -116,7 +115,7 @@ def read_run(folder: str | Path) -> Run:
         return run
     try:
         data = run.config.data
-        manifest = open_latents(data.shards, Cache(data.cache, data.cache_gib)).normalized(data.normalize)
+        manifest = open_latents(data.shards, data.remote_cache).normalized(data.normalize)
         if not same_contents(meta, manifest):
             raise ValueError(f"the run was trained on other images than data.shards={shards_text(data.shards)} has now")
         run.manifest, _ = split(manifest, data.val_fraction)

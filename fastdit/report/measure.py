@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.images import to_uint8
-from fastdit.data.latents import sample_latents
+from fastdit.data.latents import mean_latents
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import ImageRandom, Ranks, seed_of
@@ -188,7 +188,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
     The distance is the root mean square over the latent's elements, to the posterior means of images of the same class;
     a sample counts as it is and mirrored.
     """
-    index, spec, random = manifest.index(), manifest.latents, np.random.default_rng(SEED)
+    index, random = manifest.index(), np.random.default_rng(SEED)
     real: list[Tensor | None] = [None] * SAMPLES
     entries, between = [], []
     for label in dict.fromkeys(found.labels):
@@ -197,7 +197,7 @@ def compare(found: Measured, pipeline: ImagePipeline, manifest: Manifest, x_0: T
         moments = read_moments(manifest, rows).to(x_0.device)
         if not len(moments):
             continue
-        known = sample_latents(moments, torch.zeros_like(moments[:, : spec.shape[0]]), spec.scale, spec.shift)
+        known = mean_latents(moments, manifest.latents)
         found.searched = max(found.searched, len(known))
         places = [i for i, other in enumerate(found.labels) if other == label]
         shown = known[random.permutation(len(known))[np.arange(len(places)) % len(known)]]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastdit.data.features import FeatureManifest, resample
 from fastdit.data.opening import open_features
-from fastdit.data.remote import Cache
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.models.taps import Tap, Tapped
@@ -230,8 +229,7 @@ def features_for(config: Config) -> FeatureManifest | None:
     """The features that training.align and model.class_token use; None without use, ValueError if they are missing."""
     names, data = [choice.name for choice in config.training.align], config.data
     used = any(lookup(ALIGNMENTS, name, "training.align.name").uses_features for name in names)
-    cache = Cache(data.cache, data.cache_gib)
-    return token_features(config) or (open_features(data.shards, data.features, cache) if used else None)
+    return token_features(config) or (open_features(data.shards, data.features, data.remote_cache) if used else None)
 
 
 def token_features(config: Config, shards: str = "", like: dict | None = None) -> FeatureManifest | None:
@@ -242,8 +240,7 @@ def token_features(config: Config, shards: str = "", like: dict | None = None) -
     if not (width := config.model.class_token):
         return None
     data = config.data
-    cache = Cache(data.cache, data.cache_gib)
-    features = open_features(shards or data.shards, "" if shards else data.features, cache)
+    features = open_features(shards or data.shards, "" if shards else data.features, data.remote_cache)
     if width != features.dim:
         raise ValueError(f"model.class_token={width}, but the features in {features.folder} have {features.dim} "
                          f"values; use {features.dim}")  # fmt: skip

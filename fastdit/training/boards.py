@@ -54,7 +54,10 @@ def check_wandb(project: str) -> None:
 
 
 def start_wandb(project: str, run_dir: Path, settings: dict[str, Any], say: Callable[[str], None]):
-    """The W&B run of this run, the same after a resume. Offline where there is neither an API key nor WANDB_MODE."""
+    """The W&B run of this run, the same after a resume. Offline where there is neither an API key nor WANDB_MODE.
+
+    It is never another one of this process, such as that of a training that failed before.
+    """
     import wandb
 
     path = run_dir / WANDB_ID
@@ -65,7 +68,7 @@ def start_wandb(project: str, run_dir: Path, settings: dict[str, Any], say: Call
     chosen = {"mode": "offline"} if offline else {}
     try:
         run = wandb.init(project=project, dir=str(run_dir), name=run_dir.name, config=settings, id=before or None,
-                         resume="allow" if before else None, **chosen)  # fmt: skip
+                         resume="allow" if before else None, reinit="create_new", **chosen)  # fmt: skip
     except Exception as error:  # of many kinds: wandb's own, and those of the network
         reason = " ".join(str(error).split())
         raise ValueError(f"training.wandb={project} cannot be used ({reason}); set WANDB_MODE=offline") from error

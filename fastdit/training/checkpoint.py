@@ -5,9 +5,7 @@ checkpoint.json lists the size and the SHA-256 of every file, and its own; whoev
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from fastdit.distributed import Ranks
-from fastdit.files import read_json, sealed
+from fastdit.files import read_json, sealed, sha256, sync
 
 META = "checkpoint.json"
 NAME = re.compile(r"step-(\d{7,})")  # anything else in the folder is the user's own and is left alone
@@ -97,15 +95,15 @@ def save(
 def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
     """Flush a folder to disk, add checkpoint.json, and rename it to its final name."""
     for path in partial.rglob("*"):
-        _flush(path)
+        sync(path)
     write_meta(partial, meta)
-    _flush(partial / META)
-    _flush(partial)
+    sync(partial / META)
+    sync(partial)
     replaced = final.with_suffix(".replaced.partial")
     if final.exists():  # the same step again: the old one is removed only when the new one is complete
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -119,9 +117,6 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     (folder / META).write_text(json.dumps(sealed({**meta, "files": files}), indent=1))
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -239,11 +234,3 @@ def find(path: Path) -> Path:
 def run_of(folder: Path) -> Path:
     """The run that a checkpoint belongs to; a folder elsewhere, such as one of `fastdit ema`, is a run of its own."""
     return folder.parents[1] if folder.parent.name == "checkpoints" else folder
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

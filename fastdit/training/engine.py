@@ -160,9 +160,12 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
+    def gradient_norm(self) -> Tensor:
+        """The norm before clipping, 0-dim: the same on all processes, as the gradients are."""
+        return total_norm([p.grad for p in self.parameters])
+
     def step(self, lr: float, bad: Tensor, ema: EMA, number: int) -> tuple[Tensor, Tensor]:
-        gradients = [p.grad for p in self.parameters]
-        norm = total_norm(gradients)  # the same on all processes, as the gradients are
+        gradients, norm = [p.grad for p in self.parameters], self.gradient_norm()
         skipped = bad | ~norm.isfinite()
         self.set_lr(lr)
         if self.one_pass:

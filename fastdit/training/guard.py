@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastdit.distributed import Ranks, under_deepspeed
@@ -40,7 +39,7 @@ class Requests:
 
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGUSR1
+            numbers = [getattr(signal, name) for name in SIGNALS]
             self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -96,8 +95,7 @@ class Guard:
         `stop`, `save`: see `Requests.poll`; `failed`: this process could not write a checkpoint.
         """
         flags = torch.stack([skipped.float()] + [skipped.new_full((), flag).float() for flag in (stop, save, failed)])
-        if self.ranks.world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        flags = self.ranks.max(flags)
         event = None
         if flags.is_cuda:
             flags = flags.to("cpu", non_blocking=True)

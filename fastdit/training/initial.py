@@ -47,7 +47,8 @@ def take_over(
             if name == LABELS and other is not None and other.shape[1:] == tensor.shape[1:]:
                 rows = rows_of(classes, null_label, source, len(other))
                 state[name][[*rows]] = other[[*rows.values()]].to(tensor)
-                kept += [f"{name}{_of(anew, classes, null_label)}"] if (anew := missing(rows, len(tensor))) else []
+                if anew := [row for row in range(len(tensor)) if row not in rows]:
+                    kept.append(f"{name}{_of(anew, classes, null_label)}")
             elif other is not None and other.shape == tensor.shape and name not in COMPUTED:
                 state[name] = other.to(tensor)
             elif other is None or other.shape != tensor.shape:
@@ -75,10 +76,6 @@ def rows_of(classes: Classes, null_label: int | None, source: Initial, count: in
 def numbered(names: Sequence[str]) -> bool:
     """Whether classes are named 0, 1, ... for want of names."""
     return tuple(names) == tuple(map(str, range(len(names))))
-
-
-def missing(rows: Mapping[int, int], count: int) -> list[int]:
-    return [row for row in range(count) if row not in rows]
 
 
 def _of(anew: Sequence[int], classes: Classes, null_label: int | None) -> str:

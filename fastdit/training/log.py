@@ -54,7 +54,7 @@ class LossWindow:
 
 
 class Log:
-    """Writes records on the main process, nothing elsewhere.
+    """Writes records on the main process; elsewhere nothing but `say_own`.
 
     `images` to train on; `flops_per_image(step)` of a whole training step.
     """
@@ -63,12 +63,12 @@ class Log:
         self, run_dir: Path, ranks: Ranks, start: int, config: Config, *, images: int,
         flops_per_image: Callable[[int], float],
     ):
-        self.ranks, self.device, steps = ranks, ranks.device, config.training.steps
+        self.ranks, self.device, self.run_dir, steps = ranks, ranks.device, run_dir, config.training.steps
         if not ranks.is_main:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.steps, self.steps_per_epoch, self.run_dir = steps, images / config.training.global_batch, run_dir
+        self.steps, self.steps_per_epoch = steps, images / config.training.global_batch
         rewind(run_dir / "metrics.jsonl", start)
         rewind(run_dir / "skipped.jsonl", start)
         self.skipped_path = run_dir / "skipped.jsonl"
@@ -127,6 +127,10 @@ class Log:
         if not self.ranks.is_main or not line:
             return
         say(self.run_dir, line, print if self.bar.disable else tqdm.write)
+
+    def say_own(self, line: str) -> None:
+        """The same for what only this process knows, whichever it is."""
+        self.say(line) if self.ranks.is_main else say(self.run_dir, line)
 
     def close(self) -> None:
         if not self.ranks.is_main:

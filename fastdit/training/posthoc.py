@@ -96,8 +96,9 @@ def rebuild(
     """Write out/std-0.050/ and so on: one checkpoint for each of `stds`, with the EMA of this relative width at `step`.
 
     `step`: one that has stored averages, by default the newest. model.safetensors is that of the same step, or, where
-    its checkpoint has been deleted, of the newest one. ValueError for a run without averages, a width that is out of
-    range, or an `out` that exists; then nothing is written.
+    its checkpoint has been deleted, of the newest one, which `load_network` then refuses to take for that step's.
+    ValueError for a run without averages, a width that is out of range, or an `out` that exists; then nothing is
+    written.
     """
     run_dir, out, stds = Path(run_dir), Path(out), list(dict.fromkeys(stds))
     if out.exists():
@@ -113,14 +114,15 @@ def rebuild(
         near = min(steps, key=lambda other: abs(other - step))
         raise ValueError(f"--step={step} has no averages; the nearest is {near}, of {len(steps)} from {steps[0]} on")
     found = [snapshot for snapshot in found if snapshot.step <= step]
+    in_steps = len({snapshot.step for snapshot in found})
     source = next((p for p in checkpoint.checkpoints(run_dir) if checkpoint.step_of(p) == step), None)
     if source is None:
         source = checkpoint.find(run_dir)
-        say(f"the checkpoint of step {step} is gone: model.safetensors is from {source.name}")
+        say(f"the checkpoint of step {step} is gone: model.safetensors is from {source.name}, only the EMA can be used")
     meta = checkpoint.read_meta(source, contents=[CONFIG, "model.safetensors"])
     config = load_config(source / CONFIG)
     facts = latents_of(meta), classes_of(meta, config)
-    kept = {key: meta[key] for key in ("features", "contents") if key in meta}
+    kept = {key: meta[key] for key in ("features", "contents") if key in meta} | {"model_step": meta["step"]}
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +143,7 @@ def rebuild(
             say(f"{out / folder.name}: step {step}, from {used.sum()} averages, profile within {error:.2%}")
             if error > FAR:
                 say(
-                    f"warning: std={std:g} is not well represented by the averages of {len(steps)} steps (the relative "
+                    f"warning: std={std:g} is not well represented by the averages of {in_steps} steps (the relative "
                     f"error of its profile is {error:.0%}): choose a width nearer to {nearest(found, std):g}, or train "
                     "with a smaller training.checkpoint_every"
                 )

@@ -38,7 +38,7 @@ from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
-from fastdit.schema import Config
+from fastdit.schema import Config, LoopConfig
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
@@ -176,6 +176,7 @@ def resumed_weights(
 ) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
+    check_steps(folder, config.training)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
     classes = manifest.classes_of(config.data.num_classes)
     for key, value in describe(config, manifest.latents, classes, features).items():
@@ -217,11 +218,25 @@ def resumed_weights(
             if name.startswith(TAPS)}  # fmt: skip
     expected = {file: {name: own[name] for name in own if not name.startswith(TAPS)} for file, own in expected.items()}
     expected |= {ALIGNMENT: taps} if taps else {}
-    for name, own in {**expected, "progress": progress}.items():
-        path, stored = folder / f"{name}.safetensors", header(folder / f"{name}.safetensors")
-        for line in mismatches(own, stored) + other_types(own, stored):
-            raise ValueError(f"{path} is not of this run: {line}; use the run_dir and the settings of one run")
+    check_files(folder, {**expected, "progress": progress})
     return read_all(folder, "model")
+
+
+def check_steps(folder: Path, settings: LoopConfig) -> None:
+    """ValueError where a run would end before the checkpoint that it continues from."""
+    if (done := checkpoint.step_of(folder)) > settings.steps:
+        epochs = f" (training.epochs={settings.epochs:g})" * bool(settings.epochs)
+        raise ValueError(f"training.steps={settings.steps}{epochs} is less than the {done} steps of {folder}; use more "
+                         "to resume")  # fmt: skip
+
+
+def check_files(folder: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """ValueError where a file of a checkpoint does not hold the expected tensors, by file and name."""
+    for name, own in expected.items():
+        path = folder / f"{name}.safetensors"
+        stored = header(path)
+        if wrong := mismatches(own, stored) + other_types(own, stored):
+            raise ValueError(f"{path} is not of this run: {wrong[0]}; use the run_dir and the settings of one run")
 
 
 def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:
@@ -300,6 +315,9 @@ def load_network(
     meta = checkpoint.read_meta(folder, contents=[CONFIG, f"{weights}.safetensors"])
     if meta.get("kind") == AUTOENCODER:
         raise ValueError(f"{folder} is of an autoencoder, not of a network; its run's folder {VAE} is for --vae")
+    if weights == "model" and meta.get("model_step", meta["step"]) != meta["step"]:  # of `fastdit ema`
+        raise ValueError(f"{folder} has the EMA of step {meta['step']}, but the weights of step {meta['model_step']}: "
+                         "the checkpoint of its step was deleted; use --weights ema")  # fmt: skip
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
     state = read_weights(folder / f"{weights}.safetensors")

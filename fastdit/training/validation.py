@@ -1,26 +1,21 @@
 """`fastdit evaluate RUN --loss`: the validation loss of a checkpoint, as training computes it."""
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastdit import __version__
 from fastdit.build import shards_of
 from fastdit.config import check_used, to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache
 from fastdit.diffusion.objectives import OF_SAMPLES
 from fastdit.distributed import Ranks
-from fastdit.environment import commit, hardware
 from fastdit.evaluation.loss import IMAGES, validation_loss
+from fastdit.evaluation.protocol import made_on
 from fastdit.pipeline import Inference
 from fastdit.training import checkpoint
 from fastdit.training.alignment import token_features
-from fastdit.training.state import load_network, same_contents
+from fastdit.training.state import Trained, load_network, same_contents
 
 USED = ("objective", "model.attention", "model.learn_sigma", "sampling.precision", "data.cache", "data.cache_gib",
         "data.normalize")  # keys that change the loss  # fmt: skip
@@ -28,13 +23,19 @@ HELD_OUT = ("data.shards", "data.val_shards", "data.val_fraction", "data.feature
 PROTOCOL = 1  # increases when the same files and settings give other digits
 
 
-def check_classes(names: Sequence[str], manifest: Manifest) -> None:
-    """ValueError where the labels of the shards mean other classes than those of a checkpoint."""
+def fitting(manifest: Manifest, trained: Trained, where: str) -> Manifest:
+    """Shards for a checkpoint, with the scale of its latents; ValueError where they are of other latents or classes."""
+    data, names = trained.config.data, trained.classes.names
+    if data.normalize != "none":
+        manifest = manifest.scaled_as(trained.latents)
+    manifest.check(num_classes=data.num_classes)
     if names and manifest.class_names and tuple(names) != manifest.class_names:
         other = next(((a, b) for a, b in zip(names, manifest.class_names, strict=False) if a != b), (len(names), len(
             manifest.class_names)))  # fmt: skip
         raise ValueError(f"--shards={manifest.folder} has other classes than the run ({other[1]}, not {other[0]}); "
                          "extract both with the same classes")  # fmt: skip
+    trained.latents.check(manifest.latents, str(trained.folder), where)
+    return manifest
 
 
 def loss_of_run(
@@ -61,7 +62,7 @@ def loss_of_run(
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
     data = trained.config.data
     if shards:
-        manifest = open_latents(shards, Cache(data.cache, data.cache_gib))
+        manifest = open_latents(shards, data.remote_cache)
     elif data.val_shards or data.val_fraction:
         trains, manifest = shards_of(trained.config)
         if data.val_fraction and not same_contents(checkpoint.read_meta(trained.folder), trains):
@@ -69,11 +70,7 @@ def loss_of_run(
                              "restore them, or give --shards")  # fmt: skip
     else:
         raise ValueError(f"--loss: {path} has neither data.val_shards nor data.val_fraction; give --shards")
-    if data.normalize != "none":
-        manifest = manifest.scaled_as(trained.latents)
-    manifest.check(num_classes=data.num_classes)
-    check_classes(trained.classes.names, manifest)
-    trained.latents.check(manifest.latents, str(trained.folder), str(manifest.folder))
+    manifest = fitting(manifest, trained, str(manifest.folder))
     network = Inference(trained.model, trained.config.sampling.precision, compile=False)
     like, count = checkpoint.read_meta(trained.folder).get("features"), num_samples or IMAGES
     if trained.config.model.class_token and not like:
@@ -98,11 +95,5 @@ def loss_of_run(
         "values": {"loss": found["loss"], "loss_error": found["loss_error"], **found["parts"]},
         "bins": found["bins"],
         "real": None,
-        "environment": {
-            "fastdit": __version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "hardware": hardware(ranks.device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
+        "environment": made_on(ranks.device),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from fastdit.config import load_config
 from fastdit.data.images import size_text
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.opening import open_latents
-from fastdit.data.remote import Cache, is_remote
+from fastdit.data.remote import is_remote
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
 from fastdit.schema import Config, shards_text
@@ -120,8 +120,7 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     check_autoencoder(latents, vae, "the checkpoint", known, found, say)
     if stored:
         try:
-            cache = Cache(config.data.cache, config.data.cache_gib)
-            manifest = open_latents(shards, cache).normalized(config.data.normalize)
+            manifest = open_latents(shards, config.data.remote_cache).normalized(config.data.normalize)
         except ValueError as error:
             return say(f"not checked: {error}") if remote else found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):

@@ -7,8 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.features import FOLDER, FeatureManifest, is_finite, moments, same_images
+from fastdit.data.latents import rounded
 from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
-from fastdit.verify.findings import Findings, rounded
+from fastdit.verify.findings import Findings
 
 
 def verify_features(

@@ -24,7 +24,3 @@ class Findings:
             more = self.counts[kind] - len(lines)
             out += lines + ([f"... and {more} more: {kind}"] if more else [])
         return out
-
-
-def rounded(values) -> str:
-    return " ".join(f"{value:.2f}" for value in values)

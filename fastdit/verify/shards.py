@@ -2,54 +2,20 @@
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.features import FOLDER
-from fastdit.data.latents import scale_remarks
+from fastdit.data.latents import channel_statistics, channel_sums, rounded, scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
 from fastdit.files import TarHeader, tar_members
 from fastdit.verify.checkpoints import check_autoencoder
 from fastdit.verify.features import verify_features
 from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
-from fastdit.verify.findings import Findings, rounded
-
-
-class ChannelStatistics:
-    """Mean and standard deviation of the scaled latents per channel, as the manifest stores them."""
-
-    def __init__(self, manifest: Manifest):
-        self.manifest, self.images, self.sums = manifest, 0, np.zeros((3, manifest.latents.shape[0]))
-
-    def add(self, array: np.ndarray) -> None:
-        mean, std = np.split(array, 2, axis=1)  # (2 or 1, C, h, w) each
-        self.sums += np.stack([m.mean(axis=(0, 2, 3)) for m in (mean, mean**2, std**2)])
-        self.images += 1
-
-    @property
-    def mean(self) -> np.ndarray:
-        latents = self.manifest.latents
-        return (self.sums[0] / self.images - np.array(latents.shift)) * np.array(latents.scale)
-
-    @property
-    def std(self) -> np.ndarray:
-        mean, square, variance = self.sums / self.images
-        return np.sqrt(square - mean**2 + variance) * abs(np.array(self.manifest.latents.scale))
-
-    def compare(self, found: Findings) -> None:
-        for name, own, stored in (
-            ("means", self.mean, "channel_mean"),
-            ("standard deviations", self.std, "channel_std"),
-        ):
-            said = np.array(getattr(self.manifest, stored))
-            if own.shape != said.shape or not np.allclose(own, said, rtol=1e-5, atol=1e-6):
-                said = rounded(said)
-                found.add("statistics", f"the channel {name} are {rounded(own)}, but the manifest says {said}")
-        for line in scale_remarks(self.mean, self.std, self.manifest.latents.scale, self.manifest.latents.vae):
-            found.add("scale", line)
+from fastdit.verify.findings import Findings
 
 
 def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> None:
@@ -62,18 +28,28 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
     index = read_index(manifest, found)
     if index is not None and check_index(manifest, index, found):
         index = None  # its offsets cannot be trusted
-    statistics = ChannelStatistics(manifest)
+    sums, images, spec = np.zeros((3, manifest.latents.shape[0])), 0, manifest.latents
     for number, shard in enumerate(tqdm(manifest.shards, unit="shard", disable=None)):
         data = check_shard(folder, shard, found)
         if data is not None and index is not None:
-            check_samples(manifest, index[index["shard"] == number], data, shard, found, statistics)
-    if statistics.images == len(manifest) and not found.counts["sample"]:
-        statistics.compare(found)
+            for own in check_samples(manifest, index[index["shard"] == number], data, shard, found):
+                sums, images = sums + own, images + 1
+    if images == len(manifest) and not found.counts["sample"]:
+        mean, std = channel_statistics(sums / images, spec)
+        for name, own, said in (
+            ("means", mean, np.array(manifest.channel_mean)),
+            ("standard deviations", std, np.array(manifest.channel_std)),
+        ):
+            if own.shape != said.shape or not np.allclose(own, said, rtol=1e-5, atol=1e-6):
+                line = f"the channel {name} are {rounded(own)}, but the manifest says {rounded(said)}"
+                found.add("statistics", line)
+        for line in scale_remarks(mean, std, spec.scale, spec.vae):
+            found.add("scale", line)
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
         say(
             f"{folder}: {len(manifest)} images of {manifest.num_classes} classes in {len(manifest.shards)} shards, "
-            f"{size:.1f} MiB, latents {'x'.join(map(str, manifest.latents.shape))}, mean "
-            f"{rounded(statistics.mean)}, standard deviation {rounded(statistics.std)}"
+            f"{size:.1f} MiB, latents {'x'.join(map(str, spec.shape))}, mean {rounded(mean)}, standard deviation "
+            f"{rounded(std)}"
         )
     if (folder / FOLDER).exists():
         verify_features(folder / FOLDER, found, say, index)
@@ -92,9 +68,12 @@ def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:
 
 
 def check_samples(
-    manifest: Manifest, rows: np.ndarray, data: np.ndarray, shard: Shard, found: Findings, statistics: ChannelStatistics
-) -> None:
-    """Check all samples of a shard: the tar structure, checksums, finite values, standard deviations >= 0."""
+    manifest: Manifest, rows: np.ndarray, data: np.ndarray, shard: Shard, found: Findings
+) -> Iterator[np.ndarray]:
+    """Check all samples of a shard: the tar structure, checksums, finite values, standard deviations >= 0.
+
+    Yields the `channel_sums` of each good one.
+    """
     labels = tar_labels(data, shard, found)
     dtype, (channels, height, width) = DTYPES[manifest.dtype], manifest.latents.shape
     size = dtype.itemsize * 2 * channels * height * width
@@ -115,7 +94,7 @@ def check_samples(
         elif (array[:, channels:] < 0).any():
             found.add("sample", f"{shard.name}: sample {key} has negative standard deviations")
         else:
-            statistics.add(array)
+            yield channel_sums(array)
 
 
 def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int] | None:

@@ -1,6 +1,7 @@
 """fastdit train-vae: the same training on any number of processes and after any stop, and what it leaves."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -201,14 +202,27 @@ def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(ima
         assert codec.scale == pytest.approx(1 / measured) and codec.shift == 0
 
 
-def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
-    loss, calls = step_module.reconstruction_loss, []
+def nan_loss(loss, *arguments):
+    return loss(*arguments) * float("nan")
 
-    def failing(*arguments):
+
+def nan_gradient(loss, output, other):
+    output.register_hook(lambda gradient: gradient * float("nan"))
+    return loss(output, other)
+
+
+@pytest.mark.parametrize(("name", "at_call", "failing"), [
+    ("reconstruction_loss", 4, nan_loss),
+    ("discriminator_loss", 2, nan_gradient),  # the discriminator starts at step 3; its loss is finite
+])  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch, name, at_call, failing):
+    loss, calls = getattr(step_module, name), []
+
+    def called(*arguments):
         calls.append(1)
-        return loss(*arguments) * (float("nan") if len(calls) == 4 else 1)
+        return failing(loss, *arguments) if len(calls) == at_call else loss(*arguments)
 
-    monkeypatch.setattr(step_module, "reconstruction_loss", failing)
+    monkeypatch.setattr(step_module, name, called)
     config = small(images, tmp_path / "run", "training.steps=4", "training.checkpoint_every=1")
     train_autoencoder(config, device="cpu")
     third, fourth = (states(tmp_path / "run", f"checkpoints/step-{n:07d}") for n in (3, 4))
@@ -277,12 +291,27 @@ def test_a_resume_refuses_other_images_of_the_same_number(images, whole, tmp_pat
         train_autoencoder(small(tmp_path / "images", tmp_path / "run", "training.steps=10"), resume=True, device="cpu")
 
 
+def test_a_resume_counts_images_that_were_replaced_in_place(images, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(images, tmp_path / "images")
+    later = (tmp_path / "run" / LAST / "checkpoint.json").stat().st_mtime_ns + 1
+    for path in sorted(tmp_path.glob("images/*/*.png"))[:3]:
+        os.utime(path, ns=(later, later))
+    for step in (9, 10):  # the checkpoint of step 9 is younger than they are
+        config = small(tmp_path / "images", tmp_path / "run", f"training.steps={step}")
+        train_autoencoder(config, resume=True, device="cpu")
+        told = f"warning: 3 files of {tmp_path}/images were changed after step 8 was saved\n"
+        assert (tmp_path / "run" / "train.log").read_text().count("were changed") == 1
+        assert told in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_a_resume_refuses_other_settings(images, whole, tmp_path):
     for change, message in (
         ("training.global_batch=4", "has training.global_batch=8, this run 4; make them equal to resume"),
         ("model.layers=2", "has model.layers=1, this run 2; make them equal to resume"),
         ("data.val_fraction=0.2", "has images="),
         ("seed=1", "has seed=0, this run 1"),
+        ("training.steps=7", "training.steps=7 is less than the 8 steps of .*; use more to resume"),
         ("discriminator.weight=0", "has discriminator.weight=0.5, this run 0.0; a resume can change it, but neither"),
     ):
         with pytest.raises(ValueError, match=message):

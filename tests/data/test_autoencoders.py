@@ -181,7 +181,13 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(tmp_path, monkeypatch
                                Manifest.load(tmp_path / "plain").channel_mean, rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-def test_the_report_says_what_a_precision_costs(tmp_path, capfd):
+@pytest.fixture
+def any_cpu(monkeypatch):
+    """bf16 also where extraction refuses it: without the processor's instructions it is slow, with the same results."""
+    monkeypatch.setattr("fastdit.data.extract.check_precision", lambda precision, device: None)
+
+
+def test_the_report_says_what_a_precision_costs(tmp_path, capfd, any_cpu):
     write_digits(tmp_path / "images", 20)
     tiny_vae().save_pretrained(tmp_path / "vae")
     exact = run(tmp_path, tmp_path / "exact")
@@ -223,7 +229,7 @@ def test_a_device_without_a_precision_is_one_line(tmp_path, monkeypatch, on, pre
         run(tmp_path, tmp_path / "out", ranks=ranks)
 
 
-def test_a_run_continues_only_on_latents_of_the_precision_that_it_began_with(world, tmp_path):
+def test_a_run_continues_only_on_latents_of_the_precision_that_it_began_with(world, tmp_path, any_cpu):
     """The fingerprint is the autoencoder's and the same for both; samples and other uses do not depend on it."""
     for precision in ("float32", "bfloat16"):
         run(world, tmp_path / precision, precision=precision)

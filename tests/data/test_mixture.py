@@ -13,7 +13,6 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.mixture import APART
 from fastdit.data.opening import open_features, open_latents
 from fastdit.data.order import ROUND, Order, shares
-from fastdit.data.writer import write_shards
 from fastdit.report.facts import read_run
 from fastdit.report.measure import Measured
 from fastdit.report.page import about
@@ -21,6 +20,7 @@ from fastdit.schema import ShardSet
 from fastdit.verify import verify
 from helpers.runs import losses, train_here
 from helpers.sets import SIZES, SPEC, write, write_all
+from helpers.shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,10 @@ from fastdit.data.loader import latent_batches, read_moments
 from fastdit.data.loader import split as held_out
 from fastdit.data.manifest import Manifest
 from fastdit.data.shards import merge, repair, sample, split, stats
-from fastdit.data.writer import write_keyed, write_shards
+from fastdit.data.writer import write_keyed
 from fastdit.verify import verify
 from helpers.data import make_shards, tiny_vae
+from helpers.shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,9 @@ from fastdit.data.latents import LatentSpec
 from fastdit.data.loader import latent_batches, on_device
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
-from fastdit.data.writer import write_shards
 from fastdit.verify import verify
 from helpers.data import edit_manifest
+from helpers.shards import write_shards
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
 LATENTS = LatentSpec(SHAPE, scale=0.3, shift=0.7, vae="toy", codec="f" * 64, image_size=40)

@@ -13,11 +13,11 @@ from fastdit.data.images import to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import read_moments
 from fastdit.data.manifest import Manifest
-from fastdit.data.writer import write_shards
 from fastdit.distributed import Ranks
 from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.neighbors import memorized, nearest
 from helpers.evaluation import pictures, write_pngs
+from helpers.shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))

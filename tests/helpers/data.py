@@ -9,8 +9,8 @@ from PIL import Image
 
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
-from fastdit.data.writer import write_shards
 from fastdit.files import sealed
+from helpers.shards import write_shards
 
 
 def edit_manifest(folder: Path, *replaced: str, **values) -> None:

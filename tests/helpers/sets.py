@@ -6,7 +6,7 @@ import numpy as np
 
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
-from fastdit.data.writer import write_shards
+from helpers.shards import write_shards
 
 SIZES = {"a": 7, "b": 40, "c": 23, "d": 12}
 SPEC = LatentSpec((1, 1, 2), 0.5, 0.0, vae="vae", codec="0" * 64, image_size=2)

@@ -88,7 +88,8 @@ def test_another_host_needs_its_own_key_and_an_error_says_how_to_go_on(world, tm
         train_here(world, tmp_path / "run", *SHORT, "training.steps=1")
 
 
-def test_the_files_of_the_real_package_hold_the_values_of_metrics_jsonl(world, tmp_path, monkeypatch):
+@pytest.fixture
+def real(monkeypatch, tmp_path):
     import wandb
 
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
@@ -96,12 +97,26 @@ def test_the_files_of_the_real_package_hold_the_values_of_metrics_jsonl(world, t
     for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    yield wandb
+    wandb.teardown()
+
+
+def test_a_run_after_one_that_failed_has_its_own_values(world, tmp_path, real):
+    with pytest.raises(ValueError, match="not finite in 1 steps in a row"):
+        train_here(world, tmp_path / "one", *SHORT, "training.steps=3", "training.lr=1e30", "training.max_skipped=1")
+    train_here(world, tmp_path / "two", *SHORT, "training.steps=3")
+    real.teardown()
+    one, two = ((tmp_path / name / "wandb_id").read_text() for name in ("one", "two"))
+    [file] = (tmp_path / "two" / "wandb").glob("offline-run-*/*.wandb")
+    assert one != two and file.stem == f"run-{two}"
+    assert [entry["step"] for entry in history(file)] == [1, 2, 2, 3, 3]
+
+
+def test_the_files_of_the_real_package_hold_the_values_of_metrics_jsonl(world, tmp_path, real):
     run = tmp_path / "run"
-    try:
-        train_here(world, run, *SHORT, "training.steps=3")
-        train_here(world, run, *SHORT, "training.steps=4", resume=True)
-    finally:
-        wandb.teardown()
+    train_here(world, run, *SHORT, "training.steps=3")
+    train_here(world, run, *SHORT, "training.steps=4", resume=True)
+    real.teardown()
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     assert {path.stem.removeprefix("run-") for path in files} == {(run / "wandb_id").read_text()} and len(files) == 2
     logged, records = [entry for path in files for entry in history(path)], read_records(run / "metrics.jsonl")

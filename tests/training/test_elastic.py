@@ -1,11 +1,16 @@
 """A run continues on another number of processes, ZeRO stage or engine with its moments, batches and losses."""
 
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastdit.data.manifest import Manifest
+from fastdit.data.order import permutation
+from fastdit.distributed import seed_of
+from fastdit.report.facts import read_run
 from fastdit.training import checkpoint
 from helpers.runs import losses, run
 
@@ -71,3 +76,22 @@ def test_what_another_engine_loads_is_what_was_saved(world, whole, tmp_path, opt
     arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", "training.steps=21", "--resume"]
     said = run(str(tmp_path / "script.py"), *arguments, *options, processes=processes)
     assert said.count("equal:") == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_samples_are_named_and_counted_whichever_process_reads_them(world, tmp_path, processes):
+    shutil.copytree(world / "latents", tmp_path / "latents")
+    manifest = Manifest.load(tmp_path / "latents")
+    index = manifest.index()
+    damaged = permutation(seed_of(0, 1), 0, len(index))[:48:3]  # of the first four steps
+    with open(tmp_path / "latents" / manifest.shards[0].name, "r+b") as file:
+        for start in index["offset"][damaged].tolist():
+            for view in (0, 8 * 8 * 8 * 2):  # both orientations: (8, 8, 8) values of 2 bytes
+                file.seek(start + view + 100)
+                file.write(b"damage")
+    arguments = ["--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run", f"data.shards={manifest.folder}"]
+    for more in (["training.steps=2"], ["training.steps=4", "--resume"]):
+        run("train.py", *arguments, "data.skip_damaged=true", "data.prefetch=0", *more, processes=processes)
+    named = re.findall(r"^sample (\d{9}) of .* is damaged", (tmp_path / "run" / "train.log").read_text(), re.MULTILINE)
+    assert {int(key) for key in named} == set(index["key"][damaged].tolist())
+    assert read_run(tmp_path / "run").damaged == 16

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastdit.training.guard
+import fastdit.training.loop
 import fastdit.training.step
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
@@ -199,7 +200,7 @@ def test_a_signal_that_the_launcher_passes_on_as_well_is_one_request_and_a_later
 def test_checkpoints_are_also_saved_by_the_clock(world, tmp_path, monkeypatch):
     clock = iter(range(0, 100_000, 31))  # seconds: half a minute passes between any two looks
     fake = SimpleNamespace(monotonic=lambda: float(next(clock)), perf_counter=time.perf_counter)
-    for module in ("guard", "loop"):
+    for module in ("guard", "upkeep"):
         monkeypatch.setattr(f"fastdit.training.{module}.time", fake)
     overrides = ["training.checkpoint_every=100", "training.checkpoint_minutes=1"]
     train(config_of(world, tmp_path / "run", *overrides), device="cpu")
@@ -216,3 +217,11 @@ def test_a_time_limit_is_hours_and_minutes(world, tmp_path, value):
         ("1:30:00", 5400), ("01:30:00", 5400), ("12:00:00", 43_200), ("0:00:30", 30), ("120:00", 432_000),
     ):  # fmt: skip
         assert config_of(world, tmp_path, f"training.time_limit={text}").training.time_limit_s == seconds
+
+
+def test_the_time_limit_includes_the_preparation_of_the_run(world, tmp_path, monkeypatch):
+    build = fastdit.training.loop.build_network
+    monkeypatch.setattr(fastdit.training.loop, "build_network", lambda *given: [time.sleep(1), build(*given)][1])
+    with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+        train(config_of(world, tmp_path / "run", "training.time_limit=0:00:01"), device="cpu")
+    assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-0000001"]

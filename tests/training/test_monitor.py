@@ -17,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastdit.classes import Classes
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
-from fastdit.data.writer import write_shards
 from fastdit.distributed import Ranks
 from fastdit.evaluation.features import FEATURES
 from fastdit.pipeline import ImagePipeline
@@ -31,6 +30,7 @@ from fastdit.training.watchdog import MONITORS, Watchdog
 from helpers.data import make_shards
 from helpers.evaluation import evaluate, pictures, tiny, use_tiny
 from helpers.runs import Forks, losses, train_here
+from helpers.shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.steps=10", "training.checkpoint_every=4", "training.ema_decay=0.9", "training.keep_checkpoints=0",

@@ -17,6 +17,7 @@ from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, EMA, PowerAverage, exponent, power_decay, width_name
 from fastdit.training.posthoc import coefficients, rebuild
+from fastdit.training.state import load_network
 from fastdit.verify import verify
 from helpers import GOLDEN
 from helpers.networks import small
@@ -206,6 +207,10 @@ def test_an_earlier_step_uses_nothing_later(walked, tmp_path, capsys):
     assert checkpoint.read_meta(tmp_path / "long" / "std-0.070")["step"] == 100
     said = capsys.readouterr().out
     assert said.count("the checkpoint of step 100 is gone: model.safetensors is from step-0000200") == 2
+    made = tmp_path / "long" / "std-0.070"
+    assert load_network(made, "ema").step == 100
+    with pytest.raises(ValueError, match="has the EMA of step 100, but the weights of step 200: .*; use --weights ema"):
+        load_network(made, "model")
 
 
 def test_a_width_far_from_the_stored_ones_is_warned_of(walked, tmp_path):

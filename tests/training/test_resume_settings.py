@@ -319,3 +319,11 @@ def test_under_zero(world, tmp_path):
         assert zero(name, "steps=3", change).checkpoints == [1, 2, 3]
     with pytest.raises(AssertionError, match="training.deepspeed.clip=1 is not a key that DeepSpeed knows"):
         zero("deepspeed", "steps=3", "deepspeed={clip: 1}")
+
+
+@pytest.mark.parametrize("change, words", [("steps=1", ""), ("epochs=0.003", " (training.epochs=0.003)")])
+def test_a_run_does_not_end_before_its_checkpoint(world, begun, tmp_path, capsys, monkeypatch, change, words):
+    before = (begun / "flow" / "config.yaml").read_bytes()
+    resumed = resume(world, begun, tmp_path / "run", capsys, monkeypatch, "flow", [change])
+    assert f"training.steps=1{words} is less than the 2 steps of {resumed.folder}" in resumed.error
+    assert (resumed.folder / "config.yaml").read_bytes() == before
