@@ -56,3 +56,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def any_cpu(monkeypatch):
+    """bf16 also where extraction refuses it: without the processor's instructions it is slow, with the same results."""
+    monkeypatch.setattr("fastdit.data.extract.check_precision", lambda precision, device: None)

@@ -8,7 +8,7 @@ import pytest
 from bench.io import extract
 from fastdit.data.latents import LatentCodec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_cpu")
 
 
 def measured(monkeypatch, out, *arguments: str) -> dict[str, dict]:

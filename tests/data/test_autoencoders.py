@@ -181,12 +181,6 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(tmp_path, monkeypatch
                                Manifest.load(tmp_path / "plain").channel_mean, rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-@pytest.fixture
-def any_cpu(monkeypatch):
-    """bf16 also where extraction refuses it: without the processor's instructions it is slow, with the same results."""
-    monkeypatch.setattr("fastdit.data.extract.check_precision", lambda precision, device: None)
-
-
 def test_the_report_says_what_a_precision_costs(tmp_path, capfd, any_cpu):
     write_digits(tmp_path / "images", 20)
     tiny_vae().save_pretrained(tmp_path / "vae")
