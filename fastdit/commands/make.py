@@ -75,7 +75,7 @@ def extract(parser: ArgumentParser) -> Command:
 def train(parser: ArgumentParser) -> Command:
     """Train a network on latents.
 
-    fastdit train sit_s_2 data.shards=latents run_dir=runs/mine
+    fastdit train sit_s_2 data.shards=latents run_dir=runs/mine training.epochs=100 training.ema_warmup=true
     CONFIG is a YAML file, or the name of an included config (fastdit configs). Repeat the command with --resume to
     continue; if the run folder does not exist, training starts from the beginning.
     """

@@ -207,5 +207,5 @@ report               {out / "report.html"}   (also there: neighbors.png, sweep.p
 
 Next, with your own images in my_images/<class>/*.jpg:
   fastdit extract --images my_images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256
-  fastdit train sit_s_2 data.shards=latents run_dir=runs/mine
+  fastdit train sit_s_2 data.shards=latents run_dir=runs/mine training.epochs=100 training.ema_warmup=true
   fastdit sample runs/mine --num-samples 64 sampling.cfg_scale=4"""
