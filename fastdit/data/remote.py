@@ -57,10 +57,14 @@ def check_local(path: object, what: str) -> None:
 
 def fetch_manifest(url: str, cache: Cache) -> Path:
     """Fetch <url>/manifest.json; returns the folder that it is in. ValueError that names the key."""
-    protocol, found, _ = str(url).partition("://")
+    protocol, found, rest = str(url).partition("://")
     if not found or "::" in url or protocol not in PROTOCOLS:
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise ValueError(f"data.shards={url} cannot be read; use a local folder, or one of {known}")
+    login, _, _ = rest.partition("/")[0].rpartition("@")
+    if ":" in login:
+        raise ValueError(f"data.shards={url.replace(login, '***')} has a password, which config.yaml and the report "
+                         "would show; leave it out and put it into ~/.netrc")  # fmt: skip
     if "?" in url or "#" in url:
         raise ValueError(f"data.shards={url} has a query, which the names of its files cannot follow; leave it out")
     if not cache.folder:
@@ -230,8 +234,9 @@ def _opened(url: str, name: str) -> BinaryIO:
             return system.open(path, "rb")
         import aiohttp
 
+        # trust_env: passwords of ~/.netrc, and the proxies of HTTP_PROXY and HTTPS_PROXY
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
-        system, path = fsspec.core.url_to_fs(f"{url}/{name}", client_kwargs={"timeout": timeout})
+        system, path = fsspec.core.url_to_fs(f"{url}/{name}", client_kwargs={"timeout": timeout, "trust_env": True})
         return system.open(path, "rb", block_size=0, size=1)  # one request: nothing asks for the size first
     except ImportError as error:
         package = PROTOCOLS[protocol]

@@ -1,5 +1,6 @@
 """Shards on a web server: read as local ones; whatever the server does, there is one line or the right bytes."""
 
+import base64
 import shutil
 import sys
 import threading
@@ -26,7 +27,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        self.folder, self.faults, self.asked, self.over = folder, [], [], threading.Event()
+        self.folder, self.faults, self.asked, self.over, self.login = folder, [], [], threading.Event(), ""
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/b"
 
@@ -40,6 +41,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append((self.command, self.path))
+        if self.server.login and self.headers.get("Authorization") != self.server.login:
+            return self.send_error(401)
         fault = self.server.faults.pop(0) if self.path.endswith("00001.tar") and self.server.faults else None
         if isinstance(fault, int):
             return self.send_error(fault)
@@ -67,6 +70,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def server(folder, monkeypatch) -> Server:
     monkeypatch.setattr(remote, "WAITS_S", (0, 0))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server(folder) as made:
         threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
         yield made
@@ -115,6 +119,18 @@ def test_a_server_that_fails_is_asked_three_times(server, tmp_path, fault):
         content(manifest, 1)
     assert len(server.asked) == 3 and "\n" not in str(error.value) and len(str(error.value)) < 300
     assert [path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".partial"] == [".lock"]
+
+
+def test_a_password_comes_from_netrc(server, tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret")
+    server.login = "Basic " + base64.b64encode(b"me:secret").decode()
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read \(.*401"):
+        Manifest.load(server.url, Cache(tmp_path))
+    monkeypatch.setenv("NETRC", str(netrc))
+    local = (server.folder / "b/shard-00001.tar").read_bytes()
+    assert content(Manifest.load(server.url, Cache(tmp_path)), 1) == local
 
 
 @pytest.mark.parametrize("status", [404, 410, 403])

@@ -175,6 +175,7 @@ def test_processes_share_a_cache(sets, tmp_path):
         ("simplecache::memory://bucket/b", "cannot be read; use a local folder"),
         ("memory://x::s3://bucket/b", "cannot be read; use a local folder"),
         ("memory://bucket/b?sig=1", "has a query, which the names of its files cannot follow; leave it out"),
+        ("https://me:secret@host/b", r"data.shards=https://\*\*\*@host/b has a password, .*; leave it out and put it"),
         ("memory://bucket/none", "none/manifest.json cannot be read .*check data.shards"),
     ],
 )
