@@ -246,6 +246,9 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
 def official_remarks(loaded: Loaded, written: Loaded, place: Path, out: Path) -> list[str]:
     _, call = official.args_for(loaded.config, loaded.latents.image_size)
     lines = [f"IMPORTANT: the official scripts sample with another objective by default; use {call}"] if call else []
+    if not loaded.config.model.class_dropout:
+        lines.append("IMPORTANT: the network has no null label, which the official scripts expect; build it with "
+                     "class_dropout_prob=0 there, and sample with --cfg-scale 1")  # fmt: skip
     vae, latents = loaded.config.data.vae, loaded.latents
     if latents.are_pixels:
         lines.append("IMPORTANT: the official scripts decode with an autoencoder, and this network makes pixels")

@@ -325,6 +325,10 @@ def test_an_export_says_what_the_official_scripts_and_the_pipeline_do_otherwise(
     latents = loaded.replace(other.latents, scale=(1.0, 2.0, 3.0, 4.0), shift=(0.0, 0.5, -0.5, 1.0))
     (said,) = command.official_remarks(loaded.replace(other, latents=latents), other, tmp_path, tmp_path)
     assert "with scale 1 to 4 by channel and shift -0.5 to 1 by channel" in said
+    model = loaded.replace(other.config.model, class_dropout=0.0)
+    other = loaded.replace(other, config=loaded.replace(other.config, model=model))
+    said = command.official_remarks(other, other, tmp_path, tmp_path)[0]
+    assert "has no null label, which the official scripts expect; build it with class_dropout_prob=0" in said
     source = make_checkpoint(place, tmp_path / "b", {"name": "flow", "interpolant": "gvp", "prediction": "score"})
     convert(source, "official", tmp_path / "b.pt", say=heard.append)
     assert any("--path-type GVP --prediction score" in line for line in heard)
