@@ -193,7 +193,7 @@ def with_latents(
             raise ValueError(f"the latents in {shards} are of vae={known}, and the default is {SD_VAE}; set data.vae="
                              f"{known}, or {again}")  # fmt: skip
         check = data.vae and (data.vae != known or Path(data.vae).is_dir())  # a folder may hold another one by now
-        codec = LatentCodec.load(data.vae).fingerprint if check else None
+        codec = LatentCodec.load(data.vae) if check else None
         latents.check(image_size=data.image_size, codec=codec)
     else:
         say(f"extracting the latents of {images} to {shards}")

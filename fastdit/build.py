@@ -113,7 +113,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         global_batch=settings.global_batch,
         hflip=data.hflip,
         # loading an autoencoder takes seconds: only where the name leaves a doubt
-        codec=LatentCodec.load(data.vae).fingerprint if data.vae not in ("", manifest.latents.vae) else None,
+        codec=LatentCodec.load(data.vae) if data.vae not in ("", manifest.latents.vae) else None,
     )
     vae = data.vae or manifest.latents.vae
     data = replace(

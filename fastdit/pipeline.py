@@ -189,8 +189,11 @@ class ImagePipeline:
         return times, [seen[t][0] for t in times], [seen[t][1] for t in times]
 
     def remarks(self) -> list[str]:
-        """What a user should know about the guidance before images are made."""
+        """What a user should know about the guidance and the autoencoder before images are made."""
         settings, lines = self.config.sampling, []
+        if self.spec.codec not in ("", self.codec.fingerprint):
+            lines.append(f"the decoder of {self.codec.name} is not that of the autoencoder that encoded the latents; "
+                         "the encoder is the same")  # fmt: skip
         if self.weak and settings.cfg_scale == 1:
             lines.append(f"sampling.weak_checkpoint={settings.weak_checkpoint} changes nothing at sampling.cfg_scale=1")
         if settings.cfg_scale != 1 and 0 < settings.cfg_channels < (channels := self.spec.shape[0]) and channels > 4:

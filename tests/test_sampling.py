@@ -15,12 +15,14 @@ from PIL import Image
 import fastdit
 from fastdit.commands.look import default_out
 from fastdit.config import load_config
+from fastdit.data.latents import LatentCodec
 from fastdit.evaluation.images import open_set
 from fastdit.sampling import grid, load_pipeline, sample
 from fastdit.sweep import samples_of
 from fastdit.training import checkpoint
 from fastdit.training.loop import train
 from fastdit.training.state import load_network
+from fastdit.verify import verify
 from helpers import ROOT
 from helpers.data import small_vae
 from helpers.runs import run, run_command
@@ -255,6 +257,34 @@ def test_guidance_that_is_not_what_it_seems_is_pointed_out(trained, tmp_path, ca
     assert pipeline.remarks() == []  # as DiT was released, for 4 channels
     wide = replace(pipeline, spec=replace(pipeline.spec, shape=(16, 4, 4)))
     assert wide.remarks() == ["sampling.cfg_channels=3 guides only the first of 16 channels; use 0 for all"]
+
+
+@pytest.mark.parametrize(("weight", "fits"), [
+    ("decoder.conv_out.bias", True), ("post_quant_conv.bias", True), ("encoder.conv_in.bias", False),
+    ("quant_conv.bias", False),
+])  # fmt: skip
+def test_an_autoencoder_with_the_same_encoder_and_another_decoder_is_for_the_same_latents(
+    trained, world, tmp_path, weight, fits
+):
+    vae = LatentCodec.load(world / "vae").vae
+    with torch.no_grad():
+        vae.get_parameter(weight).add_(0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    other, again = f"data.vae={tmp_path}/vae", ["training.steps=1", f"run_dir={tmp_path}/run"]
+    if not fits:
+        with pytest.raises(ValueError, match="the latents of data.vae=.* have codec .*; use the same autoencoder"):
+            load_pipeline(trained, [other])
+        with pytest.raises(ValueError, match="is not the one that encoded the latents"):
+            train(load_config(world / "config.yaml", [other, *again]), device="cpu")
+        return
+    pipeline, before = load_pipeline(trained, [other]), load_pipeline(trained)
+    x_0, (line,) = torch.randn(2, *pipeline.spec.shape), pipeline.remarks()
+    assert f"the decoder of {tmp_path}/vae is not that of" in line and before.remarks() == []
+    assert torch.equal(pipeline.codec.decode(x_0), LatentCodec.load(tmp_path / "vae").decode(x_0))
+    assert not torch.allclose(pipeline.codec.decode(x_0), before.codec.decode(x_0))
+    run_dir = train(load_config(world / "config.yaml", [other, *again]), device="cpu")
+    assert load_pipeline(run_dir).codec.fingerprint == pipeline.codec.fingerprint
+    assert verify(run_dir, lambda line: None) == []
 
 
 def test_x_0_is_clipped_or_replaced_as_asked(trained):

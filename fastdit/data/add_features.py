@@ -105,7 +105,7 @@ def check_same_images(
     if image_size != latents.latents.image_size:
         stored = size_text(latents.latents.image_size)
         raise ValueError(f"image_size={size_text(image_size)}, but {where} are from {stored} px images; use {stored}")
-    latents.check(codec=codec.fingerprint)
+    latents.check(codec=codec)
     index, remedy = latents.index(), "give their images, or write to another --out"
     check_listed(source, latents, remedy)
     if other := next((what for what in (HANDLED if adm_exact else EXACT) if what in latents.counts), None):

@@ -27,6 +27,7 @@ FINGERPRINTED = (
     "mid_block_add_attention", "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types",
     "use_post_quant_conv", "use_quant_conv",
 )  # fmt: skip
+DECODER = ("decoder.", "post_quant_conv.")  # weights that do not change the latents of an image
 
 
 class Pixels(nn.Module):
@@ -96,8 +97,11 @@ def from_unit_range(vae: nn.Module) -> nn.Module:
     return vae
 
 
-def fingerprint(vae: nn.Module) -> str:
-    """SHA-256 of the config entries that matter and the weights as little-endian fp32, sorted by name."""
+def fingerprint(vae: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of the config entries that matter and the weights as little-endian fp32, sorted by name.
+
+    `without`: prefixes of names to leave out; DECODER gives the fingerprint of the encoder.
+    """
     if isinstance(vae, Pixels):
         config = {"pixels": 1}
     elif type(vae).__name__ == "AutoencoderKL":
@@ -108,6 +112,8 @@ def fingerprint(vae: nn.Module) -> str:
         config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key, value in sorted(vae.state_dict().items()):
+        if key.startswith(without):
+            continue
         array = value.detach().to("cpu", torch.float32).contiguous().numpy()
         digest.update(f"{key} {array.shape}".encode())
         digest.update(array.astype("<f4", copy=False).data)

@@ -173,8 +173,9 @@ def _spec(
     if isinstance(chosen, tuple) and len(chosen) != shape[0]:
         raise ValueError(f"{STATS} has {len(chosen)} channels, the latents {shape[0]}; copy it again")
     scale, shift = (chosen, source.shift) if chosen else (own_scale, own_shift)
-    name, fingerprint = (codec.name, codec.fingerprint) if codec else (source.vae, "")
-    return LatentSpec(shape, scale, shift, name, fingerprint, size)
+    if codec:
+        return replace(codec.spec(size, shape), scale=scale, shift=shift)
+    return LatentSpec(shape, scale, shift, source.vae, "", size)
 
 
 def _class_names(path: str | Path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit.data.autoencoders import NO_VAE, fingerprint, load_autoencoder
+from fastdit.data.autoencoders import DECODER, NO_VAE, fingerprint, load_autoencoder
 from fastdit.data.images import Size, width_height
 
 PerChannel = float | tuple[float, ...]  # one value for all channels of the latents, or one for each
@@ -32,6 +32,7 @@ class LatentSpec:
     codec: str  # its LatentCodec.fingerprint; "" if unknown, and then not compared
     image_size: Size  # pixels per side of a square, or (width, height)
     precision: str = ""  # in which the autoencoder encoded them; "" if unknown
+    codec_encoder: str = ""  # its LatentCodec.encoder; "" if unknown, and then the whole autoencoder counts
 
     def __post_init__(self):
         for key in ("shape", "scale", "shift", "image_size"):  # JSON has lists
@@ -50,9 +51,10 @@ class LatentSpec:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "LatentSpec":
         """What `to_json` returned; raises a KeyError, TypeError or ValueError if it is damaged."""
-        kinds = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int, "precision": str}
+        kinds = {"scale": float, "shift": float, "vae": str, "codec": str, "image_size": int, "precision": str,
+                 "codec_encoder": str}  # fmt: skip
         channels, height, width = map(int, stored["shape"])
-        stored = {"precision": "", **stored}  # earlier versions did not record it
+        stored = {"precision": "", "codec_encoder": "", **stored}  # earlier versions did not record them
         others = {key: [*map(kind, v)] if isinstance(v := stored[key], list | tuple) else kind(v)
                   for key, kind in kinds.items()}  # fmt: skip
         return cls((channels, height, width), **others)
@@ -75,8 +77,13 @@ class LatentSpec:
 
         Both kinds work with one network if only the precision differs; `more` ("precision") compares that, too.
         """
-        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", "codec", *more)]
+        known = () if self.same_encoder(other) else ("codec",)
+        pairs = [(key, getattr(self, key), getattr(other, key)) for key in ("shape", "scale", "shift", *known, *more)]
         return [(key, a, b) for key, a, b in pairs if a != b and "" not in (a, b)]
+
+    def same_encoder(self, other: "LatentSpec") -> bool:
+        """Whether both give an image the same moments: the autoencoders are equal, or differ in the decoder alone."""
+        return self.codec == other.codec or self.codec_encoder == other.codec_encoder != ""
 
     def check(self, other: "LatentSpec", mine: str, theirs: str, *more: str) -> None:
         """Raises a ValueError unless these latents, from `mine`, are compatible with `other`, from `theirs`.
@@ -172,8 +179,8 @@ class LatentCodec:
     """A frozen AutoencoderKL, AutoencoderDC or `Pixels`: `encode` returns moments, `decode` takes scaled latents.
 
     `scale`, `shift`: see `sample_latents`; of each channel where the autoencoder has latents_std and latents_mean.
-    `downsample`: image side / latent side. `channels`: C. `fingerprint`: identifies the autoencoder independently of
-    its dtype and device (create the codec from the fp32 weights, then convert it with `to`).
+    `downsample`: image side / latent side. `channels`: C. `fingerprint`, `encoder`: identify the autoencoder and
+    its encoder independently of dtype and device (create the codec from the fp32 weights, then convert it with `to`).
     """
 
     def __init__(self, vae: nn.Module, name: str = "in-memory"):
@@ -184,7 +191,7 @@ class LatentCodec:
         blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1)
         self.channels = int(config.latent_channels)
-        self.fingerprint = fingerprint(vae)
+        self.fingerprint, self.encoder = fingerprint(vae), fingerprint(vae, without=DECODER)
 
     @classmethod
     def load(
@@ -248,11 +255,13 @@ class LatentCodec:
         """The LatentSpec of images of a size; `shape` overrides the latents' shape."""
         width, height = width_height(image_size)
         shape = shape or (self.channels, height // self.downsample, width // self.downsample)
-        return LatentSpec(shape, self.scale, self.shift, self.name, self.fingerprint, image_size)
+        return LatentSpec(
+            shape, self.scale, self.shift, self.name, self.fingerprint, image_size, codec_encoder=self.encoder
+        )
 
     def take_scale_of(self, latents: LatentSpec) -> None:
         """Use the scale and shift of latents that this autoencoder encoded, which a run may have chosen itself."""
-        if latents.codec == self.fingerprint:
+        if latents.same_encoder(self.spec(latents.image_size, latents.shape)):
             self.scale, self.shift = latents.scale, latents.shift
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ import numpy as np
 
 from fastdit.classes import Classes
 from fastdit.data.images import Size, size_text
-from fastdit.data.latents import LatentSpec, scale_remarks
+from fastdit.data.latents import LatentCodec, LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import NO_CACHE, Cache, fetch_manifest, fetched, is_remote, opened
 from fastdit.files import map_array, read_array, read_json, read_large, sealed
@@ -260,8 +260,8 @@ class Manifest(ShardFolder):
         return replace(self, latents=latents, channel_mean=(0.0,) * len(mean), channel_std=(1.0,) * len(std))
 
     def scaled_as(self, latents: LatentSpec) -> "Manifest":
-        """With the scale and shift of these latents, which data.normalize sets, if they have the same autoencoder."""
-        if latents.codec != self.latents.codec:
+        """With the scale and shift of these latents, which data.normalize sets, if they have the same encoder."""
+        if not latents.same_encoder(self.latents):
             return self
         return replace(self, latents=replace(self.latents, scale=latents.scale, shift=latents.shift))
 
@@ -277,13 +277,13 @@ class Manifest(ShardFolder):
         *,
         image_size: Size | None = None,
         num_classes: int | None = None,
-        codec: str | None = None,
+        codec: LatentCodec | None = None,
         global_batch: int | None = None,
         hflip: bool = False,
     ) -> None:
         """Raises a ValueError if the latents do not match the settings (None: not checked) or a shard is incomplete.
 
-        `num_classes=0` (unconditional) matches any labels. `codec` is the autoencoder's LatentCodec.fingerprint.
+        `num_classes=0` (unconditional) matches any labels. `codec` may be one with another decoder.
         `hflip` needs the latents of the mirror images: a mirrored latent is not the latent of the mirrored image.
         """
         own = self.latents
@@ -301,10 +301,10 @@ class Manifest(ShardFolder):
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
-        if codec is not None and codec != own.codec != "":
+        if codec is not None and own.codec and not own.same_encoder(codec.spec(own.image_size, own.shape)):
             raise ValueError(
-                f"the vae (fingerprint {codec[:12]}) is not the one that encoded the latents in {self.folder}: "
-                f"{own.vae} ({own.codec[:12]}); use that one or extract again"
+                f"the vae (fingerprint {codec.fingerprint[:12]}) is not the one that encoded the latents in "
+                f"{self.folder}: {own.vae} ({own.codec[:12]}); use that one or extract again"
             )
         if global_batch is not None and global_batch > len(self):
             raise ValueError(

@@ -197,6 +197,7 @@ def test_a_scale_per_channel_is_kept_with_the_encoder_and_else_measured_anew(ima
     if alone:  # the latents stay as they are
         before = LatentCodec.load(tmp_path / "vae")
         assert (codec.scale, codec.shift) == (before.scale, before.shift)
+        assert codec.encoder == before.encoder and codec.fingerprint != before.fingerprint
     else:
         measured = json.loads((tmp_path / "run/vae/about.json").read_text())["latent_std_all"]
         assert codec.scale == pytest.approx(1 / measured) and codec.shift == 0

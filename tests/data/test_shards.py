@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.data.latents import LatentSpec
+from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.loader import latent_batches, on_device
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
 from fastdit.verify import verify
-from helpers.data import edit_manifest
+from helpers.data import edit_manifest, tiny_vae
 from helpers.shards import write_shards
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
@@ -278,17 +278,23 @@ def test_verify_finds_damage_outside_the_latents(copy):
     assert any("shard-00003.tar is damaged: its SHA-256" in line for line in verify(copy.folder, lambda line: None))
 
 
+def codec(fingerprint: str) -> LatentCodec:
+    made = LatentCodec(tiny_vae())
+    made.fingerprint = fingerprint
+    return made
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (dict(image_size=256), "image_size=256, but .* 40 px images; set 40 or extract again"),
         (dict(num_classes=2), "num_classes=2, but .* labels 0 to 2; set 3, or 0"),
-        (dict(codec="a" * 64), "fingerprint aaaaaaaaaaaa.* is not the one that encoded .* toy"),
+        (dict(codec=codec("a" * 64)), "fingerprint aaaaaaaaaaaa.* is not the one that encoded .* toy"),
         (dict(global_batch=54), "global_batch=54, but .* only 53 images; use at most 53"),
     ],
 )
 def test_latents_that_do_not_fit_a_run(stored, settings, message):
-    stored.check(image_size=40, num_classes=3, codec="f" * 64, global_batch=53)
+    stored.check(image_size=40, num_classes=3, codec=codec("f" * 64), global_batch=53)
     stored.check(num_classes=0)
     stored.check(num_classes=1000)
     with pytest.raises(ValueError, match=message) as error:

@@ -113,7 +113,7 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
     files = two(tmp_path, result, evaluate(*arguments, world / "images"))
     assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "--compare", *files)
     shutil.copytree(world / "latents", tmp_path / "other")
-    edit_manifest(tmp_path / "other", codec="0" * len(codec.fingerprint))
+    edit_manifest(tmp_path / "other", codec="0" * 64, codec_encoder="0" * 64)
     assert "use the same autoencoder" in mistake(capsys, *arguments, tmp_path / "other")
 
 

@@ -135,7 +135,7 @@ CHECKPOINT_FAULTS = {
         ["the latents in the checkpoint have scale 1.0", "0.18215"],
     ),
     "another autoencoder": (
-        lambda folder: change_meta(folder, lambda m: m["latents"].update(codec="ab")),
+        lambda folder: change_meta(folder, lambda m: m["latents"].update(codec="ab", codec_encoder="cd")),
         ["the latents in the checkpoint have codec ab"],
     ),
     "another network's weights": (
@@ -288,7 +288,7 @@ def test_an_edited_manifest_is_refused(place, tmp_path, entry):
 
 @pytest.mark.parametrize(("entry", "words"), [
     ({"image_size": 64}, "have shape (4, 8, 8) (autoencoder {world}/vae), but {world}/vae has (4, 16, 16) of 64 px"),
-    ({"codec": "1" * 64}, "have codec 1111"),
+    ({"codec": "1" * 64, "codec_encoder": "2" * 64}, "have codec 1111"),
 ])  # fmt: skip
 def test_an_older_manifest_is_held_against_its_autoencoder(world, tmp_path, entry, words):
     """One without a digest. Of 32 px images, the autoencoder of the world makes 8 x 8 x 4 latents."""
