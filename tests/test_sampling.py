@@ -259,6 +259,17 @@ def test_guidance_that_is_not_what_it_seems_is_pointed_out(trained, tmp_path, ca
     assert wide.remarks() == ["sampling.cfg_channels=3 guides only the first of 16 channels; use 0 for all"]
 
 
+@pytest.mark.parametrize(("override", "words"), [
+    ("objective.prediction=eps", "objective.prediction=eps, but .* was trained with velocity; leave it out"),
+    ("objective.interpolant=gvp", "objective.interpolant=gvp, but .* was trained with linear"),
+    ("objective={name: ddpm, variance: fixed_small, loss_type: mse}", "objective.name=ddpm, but .* trained with flow"),
+])  # fmt: skip
+def test_the_networks_output_is_not_taken_for_something_else(trained, override, words):
+    with pytest.raises(ValueError, match=words):
+        load_pipeline(trained, [override])
+    load_pipeline(trained, ["objective.prediction=velocity", "objective.sample_shift=3"])
+
+
 @pytest.mark.parametrize(("weight", "fits"), [
     ("decoder.conv_out.bias", True), ("post_quant_conv.bias", True), ("encoder.conv_in.bias", False),
     ("quant_conv.bias", False),

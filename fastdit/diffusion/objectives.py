@@ -319,4 +319,5 @@ def compiled(objective: Objective) -> Objective:
 OF_LOSS = ("min_snr_gamma", "weight", "time_distribution", "time_mean", "time_scale", "cosine_weight",
            "class_token_weight", "coupling", "train_eps")  # options without an effect on samples  # fmt: skip
 OF_SAMPLES = ("sample_shift", "sample_eps")  # options without an effect on the loss
+OF_NETWORK = ("schedule", "interpolant", "prediction")  # options that say what the network's output is
 OBJECTIVES = {"ddpm": DDPM, "flow": FlowMatching}

@@ -33,7 +33,7 @@ from fastdit.config import changes, load_config, save_config, to_tree
 from fastdit.data.features import FeatureManifest
 from fastdit.data.latents import LatentSpec
 from fastdit.data.manifest import Manifest
-from fastdit.diffusion.objectives import Objective
+from fastdit.diffusion.objectives import OF_NETWORK, Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.models import fp8
@@ -321,6 +321,7 @@ def load_network(
                          "the checkpoint of its step was deleted; use --weights ema")  # fmt: skip
     config, latents = load_config(folder / CONFIG, overrides), latents_of(meta)
     objective = build_objective(config)
+    check_output(config, load_config(folder / CONFIG), folder)
     state = read_weights(folder / f"{weights}.safetensors")
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
     entry = meta["files"][f"{weights}.safetensors"]
@@ -328,6 +329,17 @@ def load_network(
     classes, std = classes_of(meta, config), meta.get("ema_std")
     young = too_young(config.training, meta["step"]) if weights == "ema" and not std else ""
     return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"], std, young)
+
+
+def check_output(config: Config, trained: Config, where: Path) -> None:
+    """ValueError if the network's output would be taken for what it was not trained to be."""
+    ours, theirs = (
+        {"name": c.objective.name} | {key: getattr(build_objective(c), key, None) for key in OF_NETWORK}
+        for c in (config, trained)
+    )
+    for key, value in theirs.items():
+        if ours[key] != value:
+            raise ValueError(f"objective.{key}={ours[key]}, but {where} was trained with {value}; leave it out")
 
 
 def network_from_state(
