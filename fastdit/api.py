@@ -77,6 +77,9 @@ class Model:
         if classes is None:
             classes = "balanced"
         chosen = classes if isinstance(classes, str) else list(classes) if isinstance(classes, Iterable) else [classes]
+        if n < 1 or not chosen:
+            raise ValueError(f"sample(classes={classes!r}, n={n}) makes no image; use n=1 or more, and None for all "
+                             "classes")  # fmt: skip
         labels = pipeline.classes.labels(chosen, n, seed)
         batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
         return [Image.fromarray(image) for images in batches for image in images]

@@ -145,6 +145,9 @@ def test_the_api_trains_loads_and_samples_every_format(world, tmp_path):
         fastdit.load(tmp_path / "run", **{"data.num_classes": 3})
     with pytest.raises(ValueError, match="'cat' is not a class of this model"):
         model.sample(classes="cat")
+    for nothing in ({"n": 0}, {"n": -3}, {"classes": []}):
+        with pytest.raises(ValueError, match=r"sample\(classes=.*, n=.*\) makes no image; use n=1 or more"):
+            model.sample(**nothing)
     with pytest.raises(ValueError, match="sampling.cfgscale=3 is not a known key; did you mean 'sampling.cfg_scale'"):
         model.sample(cfgscale=3)
 

@@ -301,11 +301,15 @@ class Manifest(ShardFolder):
             raise ValueError(
                 f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
-        if codec is not None and own.codec and not own.same_encoder(codec.spec(own.image_size, own.shape)):
+        made = codec.spec(own.image_size) if codec else own
+        if own.codec and not own.same_encoder(made):
             raise ValueError(
                 f"the vae (fingerprint {codec.fingerprint[:12]}) is not the one that encoded the latents in "
                 f"{self.folder}: {own.vae} ({own.codec[:12]}); use that one or extract again"
             )
+        if not own.codec and made.shape != own.shape:
+            raise ValueError(f"vae={made.vae} makes latents of shape {made.shape} of these images, but those in "
+                             f"{self.folder} have shape {own.shape}; use their autoencoder, {own.vae}")  # fmt: skip
         if global_batch is not None and global_batch > len(self):
             raise ValueError(
                 f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"

@@ -169,6 +169,14 @@ def test_without_an_autoencoder_the_usual_one_is_recorded_by_name(tmp_path):
     assert (spec.vae, spec.codec, spec.scale, spec.image_size) == ("stabilityai/sd-vae-ft-mse", "", 0.18215, 128)
 
 
+def test_an_autoencoder_whose_latents_have_another_shape_is_refused_though_theirs_is_unknown(tmp_path, vae):
+    manifest = import_latents("repa", repa(tmp_path / "src"), tmp_path / "out", image_size=32)
+    assert manifest.latents.codec == ""
+    manifest.check(codec=LatentCodec.load(vae))
+    with pytest.raises(ValueError, match=r"vae=none makes latents of shape \(3, .*\) of these images, but those in"):
+        manifest.check(codec=LatentCodec.load("none"))
+
+
 def test_without_its_statistics_lightningdit_takes_the_scale_that_is_given(tmp_path, vae):
     source = lightningdit(tmp_path / "src")
     (source / "latents_stats.pt").unlink()
