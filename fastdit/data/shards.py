@@ -136,7 +136,8 @@ def sample(
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
     manifest, out = open_latents(folder, Cache(cache)), Path(out)
     index = manifest.index()
-    chosen = _chosen(manifest, index, seed, None, count if count or per_class else 64, per_class)
+    count = 64 if count is None and per_class is None else count
+    chosen = _chosen(manifest, index, seed, None, count, per_class)
     if out.suffix != ".png":
         _check_new([out], manifest)
         _write([(manifest, np.flatnonzero(chosen), 0)], out, manifest, features, overwrite)

@@ -185,6 +185,9 @@ def test_impossible_numbers_are_refused(made, tmp_path):
         with pytest.raises(ValueError, match=message):
             split(made.folder, tmp_path / "a", tmp_path / "b", **way)
     assert not (tmp_path / "a").exists()
+    for way in ({"per_class": 0}, {"count": 0}):  # 64 is for neither
+        with pytest.raises(ValueError, match=f"--{next(iter(way)).replace('_', '-')}=0 must be above 0"):
+            sample(made.folder, tmp_path / "sheet.png", **way)
     (made.folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has no manifest.json"):
         repair(made.folder, tmp_path / "out")
