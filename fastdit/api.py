@@ -76,7 +76,7 @@ class Model:
             pipeline = pipeline.changed(overrides, "sample()")
         if classes is None:
             classes = "balanced"
-        chosen = classes if isinstance(classes, str) else [classes] if isinstance(classes, int) else list(classes)
+        chosen = classes if isinstance(classes, str) else list(classes) if isinstance(classes, Iterable) else [classes]
         labels = pipeline.classes.labels(chosen, n, seed)
         batches = (pipeline.batch(b, labels, seed) for b in range(pipeline.batches(n)))
         return [Image.fromarray(image) for images in batches for image in images]
@@ -103,12 +103,12 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
 
 
 def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
-    """Images of one size in rows of `columns`, with a caption below each if there are any."""
+    """Images in rows of `columns`, with a caption below each if there are any; smaller ones are centered."""
     if not len(images) or columns < 1 or len(captions) not in (0, len(images)):
         raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one "
                          "or more images, and a caption for each or none")  # fmt: skip
-    rows = in_rows(images, columns)
-    return labelled(rows, captions=in_rows(captions, columns)) if captions else tiled(rows)
+    rows, sizes = in_rows(images, columns), {np.shape(image)[:2] for image in images}
+    return labelled(rows, captions=in_rows(captions, columns)) if captions or len(sizes) > 1 else tiled(rows)
 
 
 def extract(

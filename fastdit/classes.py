@@ -25,11 +25,14 @@ class Classes:
         """The label of each image 0..images - 1; 0 for an unconditional network, which ignores labels.
 
         `text`: "balanced" (the trained classes in turn), "random" (one of them, drawn from the seed), or those of
-        `chosen`, in turn.
+        `chosen`, in turn. ValueError for classes of an unconditional network.
         """
+        drawn = text in ("balanced", "random")
         if not self.count:
+            if not drawn:
+                raise ValueError(f"--labels={text!r}: this network is unconditional; leave it out")
             return [0] * images
-        taken = self.trained if text in ("balanced", "random") else self.chosen(text)
+        taken = self.trained if drawn else self.chosen(text)
         places = (seed_of(seed, i, 1) if text == "random" else i for i in range(images))
         return [taken[place % len(taken)] for place in places]
 

@@ -24,7 +24,6 @@ from fastdit.files import SAMPLING, read_json, replace_text, replacing
 from fastdit.pipeline import ImagePipeline
 from fastdit.sheets import save, tiled
 from fastdit.training import checkpoint
-from fastdit.training.ema import too_young
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.sheets import write_png
 from fastdit.training.state import load_network
@@ -50,8 +49,8 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     trained = load_network(path, weights, overrides=overrides, device=device)
     config = trained.config
     check_sampling(config, trained.objective, trained.model.null_label)
-    if weights == "ema" and not trained.ema_std and (warning := too_young(config.training, trained.step)):
-        print(warning, file=sys.stderr)
+    if trained.young:
+        print(trained.young, file=sys.stderr)
     stated = any(override.startswith("data.vae=") for override in overrides)
     return image_pipeline(
         config, trained.model, trained.objective, trained.latents, trained.folder,

@@ -23,6 +23,9 @@ def test_labels_of_images():
     drawn = Classes(3).labels("random", 3000, 0)
     assert drawn[:10] == Classes(3).labels("random", 10, 0) and all(900 < drawn.count(c) < 1100 for c in range(3))
     assert Classes(0, ("a", "b")).labels("balanced", 2, 0) == [0, 0]  # unconditional, on images with classes
+    for asked in ("a", "1", ["a"], [0]):  # else the images would be recorded as of this class
+        with pytest.raises(ValueError, match=re.escape(f"--labels={asked!r}: this network is unconditional")):
+            Classes(0, ("a", "b")).labels(asked, 2, 0)
 
 
 def test_classes_may_be_named_and_only_trained_ones_are_drawn():

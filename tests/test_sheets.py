@@ -101,6 +101,8 @@ def test_the_same_from_python():
     assert np.array_equal(np.asarray(fastdit.grid(images, columns=2)), np.asarray(tiled(in_rows(images, 2))))
     page = fastdit.grid(images, 2, captions="abcde")
     assert all(len(places(page, np.asarray(image))) == 1 for image in images) and not ink_at_the_edge(page)
+    mixed = [images[0], colors(3)[1][:8, :8], np.kron(colors(3)[2], np.ones((2, 2, 1), np.uint8))]  # of three sizes
+    assert all(len(places(fastdit.grid(mixed, 2), np.asarray(image))) == 1 for image in mixed)  # none is cut
     for arguments in ({"images": []}, {"images": images, "columns": 0}, {"images": images, "captions": ["a"]}):
         with pytest.raises(ValueError, match=r"grid\(\) got .* give one or more images"):
             fastdit.grid(**arguments)

@@ -83,8 +83,8 @@ def merge(
             ("class names", first.class_names, other.class_names),
         ):
             if own != theirs:
-                differs = "other class names" if key == "class names" else f"{key} {theirs}, not {own}"
-                raise ValueError(f"{other.folder} has {differs} as {first.folder}; make them alike to merge them")
+                differs = "other class names than" if key == "class names" else f"{key} {theirs}, not {own} as"
+                raise ValueError(f"{other.folder} has {differs} {first.folder}; make them alike to merge them")
         if [manifest.index_sha256 for manifest in manifests].count(other.index_sha256) > 1:
             raise ValueError(f"{other.folder} is named twice, or has the images of another folder; name each once")
     _check_new([out], *manifests)
@@ -136,7 +136,8 @@ def sample(
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
     manifest, out = open_latents(folder, Cache(cache)), Path(out)
     index = manifest.index()
-    count = 64 if count is None and per_class is None else count
+    if count is None and per_class is None:
+        count = min(64, len(index))
     chosen = _chosen(manifest, index, seed, None, count, per_class)
     if out.suffix != ".png":
         _check_new([out], manifest)

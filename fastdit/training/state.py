@@ -40,7 +40,7 @@ from fastdit.models import fp8
 from fastdit.models.dit import DiT
 from fastdit.schema import Config, LoopConfig
 from fastdit.training import checkpoint
-from fastdit.training.ema import AVERAGES, EMA, PowerAverage, width_name
+from fastdit.training.ema import AVERAGES, EMA, PowerAverage, too_young, width_name
 from fastdit.training.engine import MOMENTS, Engine, moments_of, set_moments
 from fastdit.training.log import LossWindow
 from fastdit.training.weights import header, mismatches, other_types, read_weights, write_weights
@@ -302,6 +302,7 @@ class Trained:
     classes: Classes
     step: int
     ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
+    young: str = ""  # a warning where these weights are an EMA that holds much of its random start
 
 
 def load_network(
@@ -324,9 +325,9 @@ def load_network(
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
     entry = meta["files"][f"{weights}.safetensors"]
     identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
-    classes = classes_of(meta, config)
-    return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"],
-                   meta.get("ema_std"))  # fmt: skip
+    classes, std = classes_of(meta, config), meta.get("ema_std")
+    young = too_young(config.training, meta["step"]) if weights == "ema" and not std else ""
+    return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"], std, young)
 
 
 def network_from_state(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Upkeep(ExitStack):
             checkpoint.Writer(run_dir, ranks, settings.keep_checkpoints, settings.keep_every)
         )
         self.requests = self.enter_context(requests)
+        if seconds := settings.time_limit_s:  # 30:00 is 30 hours, which Slurm reads as 30 minutes
+            log.say(f"training.time_limit={settings.time_limit}: saves and stops after {timedelta(seconds=seconds)}")
 
     def begin(self, step: int) -> None:
         self.clock, self.clock_step = time.perf_counter(), step

@@ -73,7 +73,7 @@ def test_folders_that_differ_are_not_merged(made, tmp_path):
     write_keyed(((k, np.ones((2, 8, 8, 8)), 0) for k in range(3)), tmp_path / "names", other)
     write_shards(((np.ones((1, 8, 8, 8)), 0) for _ in range(3)), tmp_path / "one", replace(made, orientations=1))
     for folder, message in (
-        (half.folder, "have scale 0.09"), (tmp_path / "names", "names has other class names as"),
+        (half.folder, "have scale 0.09"), (tmp_path / "names", "names has other class names than"),
         (tmp_path / "one", "one has mirror images False, not True"), (made.folder, "is named twice"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -188,6 +188,7 @@ def test_impossible_numbers_are_refused(made, tmp_path):
     for way in ({"per_class": 0}, {"count": 0}):  # 64 is for neither
         with pytest.raises(ValueError, match=f"--{next(iter(way)).replace('_', '-')}=0 must be above 0"):
             sample(made.folder, tmp_path / "sheet.png", **way)
+    assert values(intact(sample(made.folder, tmp_path / "b"))) == values(made)  # by default 64, or all where fewer
     (made.folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has no manifest.json"):
         repair(made.folder, tmp_path / "out")

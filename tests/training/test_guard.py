@@ -225,3 +225,9 @@ def test_the_time_limit_includes_the_preparation_of_the_run(world, tmp_path, mon
     with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
         train(config_of(world, tmp_path / "run", "training.time_limit=0:00:01"), device="cpu")
     assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-0000001"]
+
+
+@pytest.mark.parametrize(("limit", "words"), [("1:30", "1:30:00"), ("30:00", "1 day, 6:00:00"), ("30", "0:30:00")])
+def test_the_log_says_what_the_time_limit_means(world, tmp_path, limit, words):
+    train(config_of(world, tmp_path / "run", f"training.time_limit='{limit}'", "training.steps=1"), device="cpu")
+    assert f"training.time_limit={limit}: saves and stops after {words}\n" in (tmp_path / "run/train.log").read_text()

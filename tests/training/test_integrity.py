@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.likelihood import likelihood
 from fastdit.sampling import load_pipeline, sample
 from fastdit.training import checkpoint
 from fastdit.training.engine import TorchEngine
 from fastdit.training.loop import train
 from fastdit.training.state import TrainingState
+from fastdit.training.validation import loss_of_run
 from fastdit.verify import verify
 from helpers.data import edit_manifest
 
@@ -220,6 +222,18 @@ def test_a_young_average_is_warned_of(world, copy, capsys):
     assert "sample with --weights model" in capsys.readouterr().err
     load_pipeline(copy, weights="model")
     assert "random weights" not in capsys.readouterr().err
+    load_pipeline(copy, [f"sampling.weak_checkpoint={copy}"])
+    said = capsys.readouterr().err
+    assert said.count("random weights") == 2 and f"warning: sampling.weak_checkpoint={copy}/checkpoints/step-" in said
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_numbers_of_a_young_average_are_warned_of_too(world, copy, weights, capsys):
+    run_in(world, copy, "training.steps=6", resume=True)
+    loss_of_run(copy, ONE, shards=world / "latents", num_samples=20, weights=weights)
+    assert ("still 100% random weights" in capsys.readouterr().err) == (weights == "ema")
+    likelihood(copy, world / "latents", num_images=2, steps=2, probes=1, weights=weights, device="cpu")
+    assert ("still 100% random weights" in capsys.readouterr().err) == (weights == "ema")
 
 
 def test_a_run_with_a_relative_autoencoder_is_sampled_from_any_folder(world, tmp_path, monkeypatch):
