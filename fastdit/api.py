@@ -162,7 +162,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
         if section is None:
             raise ValueError(f"{where} got {name}=None; leave it out, or give its keys")
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
-    take_steps(tree.get("training"), [f"training.{key}" for key in sections.get("training", {})])
+    own = sections.get("training")
+    take_steps(tree.get("training"), [f"training.{key}" for key in own] if isinstance(own, Mapping) else [])
     given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
     return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
 

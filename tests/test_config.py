@@ -214,6 +214,8 @@ def test_steps_of_the_command_replace_the_epochs_of_the_file(tmp_path):
     assert python({"training": {"steps": 20}}).training.epochs == 0
     with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both say"):
         python({"training": {"steps": 20, "epochs": 2}})
+    with pytest.raises(ValueError, match="training=3 must be a section"):
+        python({"training": 3})
 
 
 def test_a_config_takes_from_the_shards_what_only_they_tell(world):
