@@ -21,7 +21,7 @@ from PIL import Image
 from fastdit import distributed
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.autoencoder.loop import train_autoencoder
-from fastdit.config import config_from, load_config, to_tree
+from fastdit.config import config_from, load_config, take_steps, to_tree
 from fastdit.convert import convert, read_initial
 from fastdit.data.add_features import check_listed
 from fastdit.data.archives import open_images
@@ -165,6 +165,8 @@ def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Pa
         if section is None:
             raise ValueError(f"{where} got {name}=None; leave it out, or give its keys")
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, Mapping) else section
+    own = sections.get("training")
+    take_steps(tree.get("training"), [f"training.{key}" for key in own] if isinstance(own, Mapping) else [])
     given = {key: value if isinstance(value, list | tuple) else str(value) for key, value in places.items() if value}
     return config_from(tree, where, [f"{key}={yaml_line(value)}" for key, value in given.items()], schema)
 

@@ -57,10 +57,11 @@ def config_from(
     tree: dict[str, Any], where: str | Path, overrides: Iterable[str] = (), schema: type = Config
 ) -> Any:
     """The config of a tree as `to_tree` makes it, with overrides; errors name `where` it was read."""
-    tree = copy.deepcopy(tree)
+    tree, overrides = copy.deepcopy(tree), list(overrides)
     sections = {key.partition(".")[0] for key in all_keys(schema) if "." in key}
     for override in sorted(overrides, key=_depth):  # objective=flow before objective.shift=3, wherever they stand
         _override(tree, override, sections)
+    take_steps(tree.get("training"), [override.partition("=")[0] for override in overrides])
     data = tree.get("data")
     if isinstance(data, dict) and re.fullmatch(r"\d{1,6}x\d{1,6}", str(data.get("image_size"))):  # as for --image-size
         data["image_size"] = [int(side) for side in str(data["image_size"]).split("x")]
@@ -80,6 +81,15 @@ def config_from(
         raise ValueError(message) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def take_steps(training: Any, given: Collection[str]) -> None:
+    """Where training.steps is `given` now, in the section `training`, it replaces the epochs of a config file."""
+    if "training.steps" in given and isinstance(training, dict) and training.get("epochs"):
+        if "training.epochs" in given:
+            both = f"training.steps={training['steps']} and training.epochs={training['epochs']}"
+            raise ValueError(f"{both} both say how long to train; give one")
+        training["epochs"] = 0
 
 
 def assumed(config: Config) -> Config:

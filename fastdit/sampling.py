@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fastdit import distributed
 from fastdit.build import check_sampling
-from fastdit.config import check_used
+from fastdit.config import check_used, leaves
 from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
@@ -145,9 +145,10 @@ def _claim(out: Path, settings: dict) -> None:
         before = read_json(path)
         for key, value in settings.items():
             if key != "vae" and before.get(key, value) != value:  # a name; and earlier versions recorded fewer keys
-                raise ValueError(
-                    f"--out {out} holds samples with {key}={before[key]!r}, not {value!r}; choose another --out"
-                )
+                old, new = (dict(leaves({key: settings})) for settings in (before[key], value))
+                name = next(name for name in old | new if old.get(name) != new.get(name))
+                raise ValueError(f"--out {out} holds samples with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                                 "choose another --out")  # fmt: skip
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty and holds no {SAMPLING}; choose another --out")
     else:

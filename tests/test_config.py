@@ -1,6 +1,7 @@
 """Configuration: shipped files load, values are converted by annotation, and a mistake names key, value and remedy."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,25 @@ def test_a_choice_is_built_from_its_own_signature():
         build({"ball": Ball}, Choice("bal"), "toy")
     with pytest.raises(ValueError, match="act.wind"):
         bind({"throw": throw}, Choice("throw", {"wind": 1}), "act")
+
+
+def test_steps_of_the_command_replace_the_epochs_of_the_file(tmp_path):
+    """The config.yaml of a run has both: the epochs that were asked for, and the steps that they came to."""
+    save_config(load_config("sit_s_2", ["training.epochs=100"]), file := tmp_path / "config.yaml")
+    lengths = {"": (400_000, 100), "training.steps=20": (20, 0), "training.epochs=2": (400_000, 2)}
+    for override, (steps, epochs) in lengths.items():
+        settings = load_config(file, [override] if override else []).training
+        assert (settings.steps, settings.epochs) == (steps, epochs), override
+    assert load_config(file, ["training.steps=20", "training.epochs=0"]).training.steps == 20
+    for given in (["training.steps=20", "training.epochs=2"], ["training.epochs=2", "training.steps=20"]):
+        with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both say how long to train"):
+            load_config(file, given)
+    python = partial(_settings, file, places={}, where="train()", schema=Config)
+    assert python({"training": {"steps": 20}}).training.epochs == 0
+    with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both say"):
+        python({"training": {"steps": 20, "epochs": 2}})
+    with pytest.raises(ValueError, match="training=3 must be a section"):
+        python({"training": 3})
 
 
 def test_a_config_takes_from_the_shards_what_only_they_tell(world):

@@ -334,6 +334,9 @@ def test_samples_of_an_earlier_version_are_continued_if_they_agree(trained, refe
     (out / "images" / "000003.png").unlink()
     sample(trained, out, COUNT, device="cpu")
     assert pictures(out) == pictures(reference) and json.loads((out / "sampling.json").read_text()) == record
+    other = ["sampling.steps=3"]
+    with pytest.raises(ValueError, match=r"holds samples with sampling.steps='\d+', not '3'; choose another --out"):
+        sample(trained, out, COUNT, device="cpu", overrides=other)
     (out / "sampling.json").write_text(json.dumps(record | {"vae_fingerprint": "0"}))
     with pytest.raises(ValueError, match="holds samples with vae_fingerprint='0', not .*; choose another --out"):
         sample(trained, out, COUNT, device="cpu")

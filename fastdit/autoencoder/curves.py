@@ -34,7 +34,7 @@ def write_curves(run_dir: Path) -> None:
         for key in keys:
             one.plot(*zip(*points[key], strict=True), ".-" if len(points[key]) < 30 else "-", label=key, lw=1)
         one.set(title=title, xlabel="step")
-        if len(keys) > 1:
+        if len(PANELS[title]) > 1:
             one.legend(fontsize="small")
     for one in axes[len(shown) :]:
         one.remove()

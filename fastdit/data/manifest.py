@@ -228,7 +228,7 @@ class Manifest(ShardFolder):
         """
         url = str(folder).rstrip("/") if is_remote(folder) else ""
         folder = fetch_manifest(url, cache) if url else Path(folder)
-        stored = stored_manifest(folder, "write latents there with fastdit extract")
+        stored = stored_manifest(folder, "give a folder of latents, which fastdit extract or import writes")
         try:
             for derived in ("samples", "num_classes"):  # stored for people and other tools
                 del stored[derived]

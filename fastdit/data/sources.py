@@ -22,6 +22,11 @@ WHOLE = re.compile(r"-?\d+(\.0*)?")  # 3.0, too: tables with missing values turn
 SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test"}
 MAX_LIST = 1 << 30  # bytes of a list
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
+OUTPUTS = {  # of fastdit's commands, by the files that show them
+    "latents": ("manifest.json", "index.npy"),
+    "a run": ("config.yaml", "checkpoints"),
+    "samples with their grid": ("sampling.json", "grid.png"),
+}
 KINDS = ("a folder of class folders, a folder of images, a CSV or JSONL list of path and label, a WebDataset, "
          "ImageNet's or CIFAR's archive, or Parquet files")  # fmt: skip
 
@@ -98,6 +103,11 @@ def list_images(root: str | Path) -> ImageSource:
         )
     if not classes and not loose:
         raise ValueError(f"images={root} is empty; it needs images, or one subfolder of images per class")
+    for name in classes:
+        for what, files in OUTPUTS.items():
+            if all((root / name / file).exists() for file in files):
+                raise ValueError(f"images={root} has a subfolder {name!r} that is no class but {what}; "
+                                 "move it elsewhere")  # fmt: skip
     found: list[tuple[str, int, tuple[int, int]]] = []  # path, label, version
     ignored, visited = [], set()
     for label, name in enumerate(classes or ["."]):

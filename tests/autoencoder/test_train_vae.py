@@ -10,11 +10,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
 from fastdit.autoencoder import step as step_module
 from fastdit.autoencoder.config import AutoencoderConfig
+from fastdit.autoencoder.curves import write_curves
 from fastdit.autoencoder.loop import train_autoencoder
 from fastdit.autoencoder.quality import Quality, own_blocks
 from fastdit.cli import main
@@ -58,6 +60,17 @@ def assert_same(one, other, **tolerance):
         assert one[file].keys() == other[file].keys()
         for name, tensor in one[file].items():
             torch.testing.assert_close(other[file][name], tensor, **tolerance)
+
+
+def test_curves_name_a_loss_that_is_alone_on_a_panel_for_two(tmp_path, monkeypatch):
+    """"reconstruction and perceptual loss" is the reconstruction loss where there is no perceptual one."""
+    named, legend = [], Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda self, **settings: named.append(
+        [text.get_text() for text in legend(self, **settings).get_texts()]))  # fmt: skip
+    rows = [{"step": 1, "reconstruction": 0.5, "psnr": 20.0}, {"step": 2, "reconstruction": 0.4, "psnr": 21.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_curves(tmp_path)
+    assert named == [["reconstruction"]]
 
 
 def test_a_run_learns_measures_and_leaves_a_folder_for_extract(images, whole, tmp_path):

@@ -185,8 +185,9 @@ def test_impossible_numbers_are_refused(made, tmp_path):
         with pytest.raises(ValueError, match=message):
             split(made.folder, tmp_path / "a", tmp_path / "b", **way)
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ValueError, match="--count=0 must be above 0"):
-        sample(made.folder, tmp_path / "a", count=0)
+    for way in ({"per_class": 0}, {"count": 0}):  # 64 is for neither
+        with pytest.raises(ValueError, match=f"--{next(iter(way)).replace('_', '-')}=0 must be above 0"):
+            sample(made.folder, tmp_path / "sheet.png", **way)
     assert values(intact(sample(made.folder, tmp_path / "b"))) == values(made)  # by default 64, or all where fewer
     (made.folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has no manifest.json"):

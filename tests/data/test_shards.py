@@ -199,7 +199,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no manifest", "has no manifest.json; write latents there with fastdit extract"),
+        ("no manifest", "has no manifest.json; give a folder of latents, which fastdit extract or import writes"),
         ("cut manifest", "manifest.json is damaged: Unterminated|manifest.json is damaged: Expecting"),
         ("format", "manifest.json has format 9, this version reads 1"),
         ("index", "index.npy is damaged: its SHA-256"),

@@ -256,6 +256,26 @@ def test_what_is_wrong_with_a_source_is_one_line(tmp_path, how, message):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("what", "files"),
+    [
+        ("latents", ["manifest.json", "index.npy", "preview.png"]),
+        ("a run", ["config.yaml", "checkpoints", "report.html"]),
+        ("samples with their grid", ["sampling.json", "grid.png"]),
+    ],
+)
+def test_what_a_command_wrote_is_no_class(tmp_path, what, files):
+    """Its pictures, such as preview.png, would be the images of one more class."""
+    for folder in ("cat", "out"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(png(0))
+    assert open_images(tmp_path).class_names == ("cat", "out")
+    for name in files:
+        (tmp_path / "out" / name).write_bytes(png(1))
+    with pytest.raises(ValueError, match=f"has a subfolder 'out' that is no class but {what}; move it elsewhere"):
+        open_images(tmp_path)
+
+
 def test_without_pyarrow_parquet_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")

@@ -236,6 +236,8 @@ def resume(world, begun, out, capsys, monkeypatch, objective, changes) -> Run:
     """Continue a copy of the run to step 3 with `changes`."""
     shutil.copytree(begun / objective, out)
     overrides = [*BEGUN, *GO_ON, *(f"training.{change}".replace("WORLD", str(world)) for change in changes)]
+    if any(change.startswith("epochs=") for change in changes):  # instead of steps
+        overrides = [override for override in overrides if not override.startswith("training.steps=")]
     config = load_config(world / "config.yaml", [f"run_dir={out}", f"objective={objective}", *overrides])
     resumed = Run(out)
 
