@@ -35,7 +35,7 @@ def main() -> None:
         for images in ("images", "held_out"):
             extract_features(images=root / images, out=root / f"{images}_latents", vae=root / "vae", image_size=32)
         common = [f"data.shards={root}/images_latents", f"data.val_shards={root}/held_out_latents",
-                  f"data.vae={root}/vae", f"training.reference={root}/held_out", "training.loss_reference=''",
+                  f"data.vae={root}/vae", f"training.reference={root}/held_out", "training.evaluate_images=100",
                   "training.steps=300", "training.report=false", *arguments.override]  # fmt: skip
         for run, every in (("with", 100), ("without", 0)):
             keys = [f"training.{kind}_every={every}" for kind in KINDS]

@@ -44,7 +44,8 @@ from fastdit.training.loop import train
 SAMPLES, SWEPT = 500, 100
 SWEEP, METRICS = "cfg_scale=1,1.4,2,4", ["frechet", "precision_recall"]
 STAGES = 7
-MEASURED = ["training.validate_every=200", "training.sample_every=500", "training.evaluate_every=500"]
+MEASURED = ["training.validate_every=200", "training.sample_every=500", "training.evaluate_every=500",
+            "training.evaluate_images=100", "training.loss_reference=quickstart"]  # fmt: skip
 JUDGE = "judge.npz"
 THREADS = 2  # at most: an operator of these networks takes microseconds, and waking more threads takes longer
 ON_GPU = ["training.cuda_graph=true", "sampling.compile=false"]  # compiling takes longer than it would save here

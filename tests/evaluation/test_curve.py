@@ -53,7 +53,7 @@ def test_other_settings_are_named(curve):
 
 def test_the_included_curve_is_that_of_the_included_config():
     config = load_config("quickstart")
-    reference = ReferenceCurve.load(config.training.loss_reference, config)
+    reference = ReferenceCurve.load("quickstart", config)
     assert curve_file("quickstart").name == "quickstart_curve.json" and not reference.unlike and reference.runs >= 3
     assert max(reference.points) == config.training.steps
     first, last = (reference.points[step][0, 0] for step in (min(reference.points), max(reference.points)))
