@@ -146,7 +146,7 @@ def _claim(out: Path, settings: dict) -> None:
         for key, value in settings.items():
             if key != "vae" and before.get(key, value) != value:  # a name; and earlier versions recorded fewer keys
                 old, new = (dict(leaves({key: settings})) for settings in (before[key], value))
-                name = next(name for name in old | new if old.get(name) != new.get(name))
+                name = next((name for name in old | new if old.get(name) != new.get(name)), key)
                 raise ValueError(f"--out {out} holds samples with {name}={old.get(name)!r}, not {new.get(name)!r}; "
                                  "choose another --out")  # fmt: skip
     elif out.exists() and any(out.iterdir()):

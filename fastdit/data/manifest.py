@@ -289,17 +289,17 @@ class Manifest(ShardFolder):
         own = self.latents
         if image_size is not None and image_size != own.image_size:
             raise ValueError(
-                f"image_size={size_text(image_size)}, but the latents in {self.folder} are from "
+                f"data.image_size={size_text(image_size)}, but the latents in {self.folder} are from "
                 f"{size_text(own.image_size)} px images; set {own.image_size} or extract again"
             )
         if num_classes and num_classes < self.num_classes:
             raise ValueError(
-                f"num_classes={num_classes}, but the latents in {self.folder} have labels 0 to {self.num_classes - 1}; "
-                f"set {self.num_classes}, or 0 to train without labels"
+                f"data.num_classes={num_classes}, but the latents in {self.folder} have labels 0 to "
+                f"{self.num_classes - 1}; set {self.num_classes}, or 0 to train without labels"
             )
         if num_classes and not self.num_classes:
             raise ValueError(
-                f"num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
+                f"data.num_classes={num_classes}, but the latents in {self.folder} are of images without classes; set 0"
             )
         made = codec.spec(own.image_size) if codec else own
         if own.codec and not own.same_encoder(made):
@@ -312,7 +312,8 @@ class Manifest(ShardFolder):
                              f"{self.folder} have shape {own.shape}; use their autoencoder, {own.vae}")  # fmt: skip
         if global_batch is not None and global_batch > len(self):
             raise ValueError(
-                f"global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most {len(self)}"
+                f"training.global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most "
+                f"{len(self)}"
             )
         if hflip and self.orientations == 1:
             raise ValueError(

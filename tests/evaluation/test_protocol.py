@@ -40,7 +40,7 @@ def test_another_objective_makes_another_protocol(trained, reference, tmp_path, 
 
 def test_a_folder_of_samples_does_not_mix_two_objectives(trained, tmp_path):
     sample(trained, tmp_path / "out", 4, device="cpu")
-    with pytest.raises(ValueError, match="holds samples with objective=.*choose another --out"):
+    with pytest.raises(ValueError, match="holds samples with objective.sample_shift=None, not 4; choose another --out"):
         sample(trained, tmp_path / "out", 4, overrides=[SHIFTED], device="cpu")
 
 
