@@ -88,7 +88,7 @@ def take_steps(training: Any, given: Collection[str]) -> None:
     if "training.steps" in given and isinstance(training, dict) and training.get("epochs"):
         if "training.epochs" in given:
             both = f"training.steps={training['steps']} and training.epochs={training['epochs']}"
-            raise ValueError(f"{both} both say how long to train; give one")
+            raise ValueError(f"{both} both set the length of the run; give one")
         training["epochs"] = 0
 
 

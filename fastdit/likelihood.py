@@ -12,7 +12,6 @@ image's latent beyond the noise in it (bits back), does not, and is reported as 
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -120,8 +119,7 @@ def likelihood(
     check_used(overrides, USED, "for a likelihood", OPTIONS, [f"objective.{option}" for option in OF_LOSS])
     device = distributed.init(device).device
     trained = load_network(path, weights, overrides=overrides, device=device)
-    if trained.young:
-        print(trained.young, file=sys.stderr)
+    trained.warn()
     data = trained.config.data
     manifest = open_latents(shards, data.remote_cache)
     if num_images > len(manifest):

@@ -49,8 +49,7 @@ def load_pipeline(path: str | Path, overrides=(), *, weights: str = "ema", devic
     trained = load_network(path, weights, overrides=overrides, device=device)
     config = trained.config
     check_sampling(config, trained.objective, trained.model.null_label)
-    if trained.young:
-        print(trained.young, file=sys.stderr)
+    trained.warn()
     stated = any(override.startswith("data.vae=") for override in overrides)
     return image_pipeline(
         config, trained.model, trained.objective, trained.latents, trained.folder,

@@ -208,11 +208,11 @@ def test_steps_of_the_command_replace_the_epochs_of_the_file(tmp_path):
         assert (settings.steps, settings.epochs) == (steps, epochs), override
     assert load_config(file, ["training.steps=20", "training.epochs=0"]).training.steps == 20
     for given in (["training.steps=20", "training.epochs=2"], ["training.epochs=2", "training.steps=20"]):
-        with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both say how long to train"):
+        with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both set the length of the run"):
             load_config(file, given)
     python = partial(_settings, file, places={}, where="train()", schema=Config)
     assert python({"training": {"steps": 20}}).training.epochs == 0
-    with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both say"):
+    with pytest.raises(ValueError, match="training.steps=20 and training.epochs=2 both set"):
         python({"training": {"steps": 20, "epochs": 2}})
     with pytest.raises(ValueError, match="training=3 must be a section"):
         python({"training": 3})

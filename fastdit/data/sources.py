@@ -106,8 +106,8 @@ def list_images(root: str | Path) -> ImageSource:
     for name in classes:
         for what, files in OUTPUTS.items():
             if all((root / name / file).exists() for file in files):
-                raise ValueError(f"images={root} has a subfolder {name!r} that is no class but {what}; "
-                                 "move it elsewhere")  # fmt: skip
+                raise ValueError(f"images={root} has a subfolder {name!r} that holds {what}, not the "
+                                 "images of a class; move it elsewhere")  # fmt: skip
     found: list[tuple[str, int, tuple[int, int]]] = []  # path, label, version
     ignored, visited = [], set()
     for label, name in enumerate(classes or ["."]):

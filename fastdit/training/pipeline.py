@@ -1,6 +1,5 @@
 """From a network to a pipeline that makes images, with the autoencoder and the weak network of its config."""
 
-import sys
 from pathlib import Path
 
 from fastdit.classes import Classes
@@ -50,9 +49,7 @@ def image_pipeline(
                     f"sampling.weak_checkpoint={weaker.folder} has {key}={to_tree(other)}, {where} "
                     f"{to_tree(own)}; a weak model must be trained on the same task"
                 )
-        if weaker.young:
-            young = weaker.young.removeprefix("warning: ")
-            print(f"warning: sampling.weak_checkpoint={weaker.folder}: {young}", file=sys.stderr)
+        weaker.warn(f"sampling.weak_checkpoint={weaker.folder}")
         weak, weak_identity = Inference(weaker.model, settings.precision, settings.compile), weaker.identity
     inference = Inference(model, settings.precision, settings.compile)
     return ImagePipeline(

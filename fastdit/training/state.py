@@ -19,6 +19,7 @@ processes, the ZeRO stage or the engine, so a run may continue with others. No f
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,6 +304,11 @@ class Trained:
     step: int
     ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
     young: str = ""  # a warning where these weights are an EMA that holds much of its random start
+
+    def warn(self, of: str = "") -> None:
+        """Print the warning, if there is one; `of`: the key that names this checkpoint."""
+        if self.young:
+            print(self.young.replace("warning: ", f"warning: {of}: ", 1) if of else self.young, file=sys.stderr)
 
 
 def load_network(

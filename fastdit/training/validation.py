@@ -1,6 +1,5 @@
 """`fastdit evaluate RUN --loss`: the validation loss of a checkpoint, as training computes it."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,8 @@ def loss_of_run(
     options = {"data.val_shards": "--shards", "data.shards": "--shards"}
     check_used(overrides, (*USED, *held_out), "for a validation loss", options, of_samples)
     trained = load_network(path, weights or "ema", overrides=overrides, device=ranks.device)
-    if trained.young and ranks.is_main:
-        print(trained.young, file=sys.stderr)
+    if ranks.is_main:
+        trained.warn()
     data = trained.config.data
     if shards:
         manifest = open_latents(shards, data.remote_cache)

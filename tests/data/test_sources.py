@@ -272,7 +272,7 @@ def test_what_a_command_wrote_is_no_class(tmp_path, what, files):
     assert open_images(tmp_path).class_names == ("cat", "out")
     for name in files:
         (tmp_path / "out" / name).write_bytes(png(1))
-    with pytest.raises(ValueError, match=f"has a subfolder 'out' that is no class but {what}; move it elsewhere"):
+    with pytest.raises(ValueError, match=f"has a subfolder 'out' that holds {what}, not the images of a class"):
         open_images(tmp_path)
 
 
