@@ -204,4 +204,3 @@ def with_latents(
         say(f"extracting the latents of {images} to {shards}")
         extract(images, shards, vae=data.vae or SD_VAE, image_size=size, device=device)
     return replace(config, data=replace(data, shards=shards))
-

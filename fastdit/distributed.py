@@ -138,8 +138,9 @@ def die_with_parent() -> None:
     """Under a launcher on Linux, ask the kernel for a SIGTERM when it dies: no worker trains on as an orphan."""
     if "RANK" not in os.environ or sys.platform != "linux":
         return
+    parent = os.getppid()  # may be process 1: in a container, the launcher often is
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() == 1:  # it died before this call
+    if os.getppid() != parent:  # it died before that call
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -32,6 +32,7 @@ IMAGENET = 1_281_167  # images
 USUAL = ("stabilityai/sd-vae", "stabilityai/sdxl-vae")  # hub names whose latents have 4 channels and an eighth the size
 ENCODERS = {"DINOv2-B": 768, "DINOv2-L": 1024, "EfficientNet-Lite0": 1280}  # width of their features
 
+
 def plan(config: Config, gpu: str, world: int = 1) -> tuple[DiT, list[Candidate]]:
     """The network, without memory, and one Candidate per policy, the fastest that fits first.
 

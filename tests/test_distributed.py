@@ -1,6 +1,9 @@
 """Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch; and
-the settings of glibc."""
+the settings of glibc; workers and their launcher."""
 
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from fastdit import distributed
 from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
+from fastdit.lock import started
+from helpers.containers import as_process_one
 
 
 def draw(rows: slice, step: int = 3) -> list[torch.Tensor]:
@@ -52,3 +57,30 @@ def test_glibc_takes_the_settings_of_a_process_on_a_cpu(monkeypatch):
     monkeypatch.setattr(distributed, "_glibc", lambda: noted)
     distributed.init("cpu")
     assert taken == [1, 1]  # glibc refuses a threshold above 32 MiB with 0
+
+
+DIES = "from fastdit.distributed import die_with_parent; die_with_parent(); "
+STARTS = "import os, subprocess, sys; os.environ['RANK'] = '0'; child = subprocess.Popen([sys.executable, '-c', {!r}]);"
+
+
+def test_a_launcher_that_is_process_1_of_a_container_keeps_its_workers():
+    """docker run IMAGE torchrun ...: the parent of the workers is process 1, as that of an orphan is elsewhere."""
+    assert as_process_one(STARTS.format(f"{DIES}print('works')") + " assert not child.wait()") == "works"
+
+
+def test_a_worker_ends_with_its_launcher(tmp_path):
+    ready = tmp_path / "ready"
+    worker = f"{DIES}open({str(ready)!r}, 'w').close(); import time; time.sleep(600)"
+    launcher = STARTS.format(worker) + " print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        wait_for(ready.exists)
+        process.kill()
+    wait_for(lambda: started(pid) is None)
+
+
+def wait_for(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -292,5 +292,3 @@ class LatentCodec:
                     f"image_size={side} is not divisible by {self.downsample}, the downsampling factor of "
                     f"vae={self.name}; use {below} or {below + self.downsample}"
                 )
-
-

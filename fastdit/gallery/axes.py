@@ -184,4 +184,3 @@ def folders_of(path: Path, names: list[str | None]) -> list[Path]:
                              "give one of them, or a path")  # fmt: skip
         found.append(checkpoint.find(folder))
     return found
-

@@ -117,8 +117,6 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     (folder / META).write_text(json.dumps(sealed({**meta, "files": files}), indent=1))
 
 
-
-
 def checkpoints(run_dir: Path) -> list[Path]:
     """All complete checkpoints of a run, sorted by step."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]

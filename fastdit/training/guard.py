@@ -54,6 +54,7 @@ class Requests:
         elif time.monotonic() - self.signaled >= AGAIN_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            os._exit(128 + number)  # process 1, as in a container, outlives its own signal
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save), as this process sees it."""
