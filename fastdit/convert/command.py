@@ -108,7 +108,7 @@ def read(src: Path, stated: Stated, say: Callable[[str], None]) -> Loaded:
     elif is_pipeline(src):
         loaded = pipeline.read_pipeline(src, stated).loaded(stated, say)
     else:
-        loaded = read_fastdit(src, stated)
+        loaded = read_fastdit(src, stated, say)
     vae = Path(loaded.config.data.vae)
     if not vae.is_dir():
         return loaded
@@ -133,13 +133,16 @@ def read_official(path: Path, stated: Stated, say) -> Loaded:
     return Loaded(released.model, released.ema, config, latents, step)
 
 
-def read_fastdit(path: Path, stated: Stated) -> Loaded:
+def read_fastdit(path: Path, stated: Stated, say: Callable[[str], None]) -> Loaded:
     folder = checkpoint.find(path)
     meta = checkpoint.read_meta(folder, contents=[CONFIG, "model.safetensors", "ema.safetensors"])
     if meta.get("kind") == AUTOENCODER:
         raise ValueError(f"{path} is of an autoencoder: its run's folder vae/ is in the format of diffusers already")
     config = own_config(read_tree(folder / CONFIG), path, stated)
     model, ema = (read_weights(folder / f"{name}.safetensors") for name in ("model", "ema"))
+    if (step := meta.get("model_step", meta["step"])) != meta["step"]:  # of `fastdit ema`
+        model = ema
+        say(f"{folder} has the EMA of step {meta['step']}, but the weights of step {step}; the EMA is used as both")
     known = classes_of(meta, config)
     return Loaded(model, ema, config, latents_of(meta), meta["step"], known.names, None, known.empty,
                   meta.get("features"))  # fmt: skip
@@ -175,7 +178,7 @@ def read_initial(source: str, config: Config, say: Callable[[str], None] = print
             say(f"training.init_from={source}: right for weights that were converted from the official DiT; diffusers "
                 "itself embeds timesteps in another way")  # fmt: skip
     else:
-        loaded = read_fastdit(path, stated)
+        loaded = read_fastdit(path, stated, say)
         own, model, ema, names = loaded.config, loaded.model, loaded.ema, loaded.class_names
     null_row = str(said.get("data.num_classes")) != str(len(model.get(LABELS, ())))
     if own:

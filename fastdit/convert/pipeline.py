@@ -35,7 +35,7 @@ from fastdit.schema import Config
 SHIFT_LINES = """for block in pipe.transformer.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""
 # settings of fastdit's sampler that DiTPipeline does not have -> the value that it stands for
-NOT_IN_PIPELINE = {"cfg_interval": (0.0, 1.0), "cfg_rescale": 0.0, "weak_checkpoint": "", "clip": "none"}
+NOT_IN_PIPELINE = {"cfg_interval": (0.0, 1.0), "cfg_rescale": 0.0, "weak_checkpoint": "", "route": 0.0, "clip": "none"}
 
 
 def write_pipeline(loaded: Loaded, folder: Path, weights: str) -> None:

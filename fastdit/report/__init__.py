@@ -3,7 +3,6 @@
 autoencoder.py writes the page of runs of `fastdit train-vae`.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from fastdit.build import build_objective, check_sampling
 from fastdit.config import config_from, to_tree
+from fastdit.files import replace_text
 from fastdit.report import autoencoder
 from fastdit.report.facts import of_autoencoder, read_run
 from fastdit.report.measure import FEW, measure_run
@@ -59,9 +59,7 @@ def write_report(
     else:
         measured = [measure_run(run, torch.device(device), overrides, budget_s) for run in facts]
         page = render(facts, measured, title)
-    partial = out.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    replace_text(out, page)
     return out
 
 

@@ -142,7 +142,7 @@ def merge_deepspeed(own: dict, extra: dict) -> dict:
     known = {v for k, v in vars(constants).items() if k.isupper() and isinstance(v, str)} | {"zero_optimization"}
     merged = dict(own)
     for key, value in extra.items():
-        if key == "zero_optimization" and "stage" not in value:
+        if key == "zero_optimization" and isinstance(value, dict) and "stage" not in value:
             merged[key] = {**own[key], **value}
         elif key in own:
             raise ValueError(f"training.deepspeed.{key}={value!r} is set by fastdit; use the keys of training:")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdit.cli import main
 from fastdit.config import load_config
+from fastdit.convert import convert, read_initial
 from fastdit.memory import memory_bytes
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
@@ -211,6 +212,12 @@ def test_an_earlier_step_uses_nothing_later(walked, tmp_path, capsys):
     assert load_network(made, "ema").step == 100
     with pytest.raises(ValueError, match="has the EMA of step 100, but the weights of step 200: .*; use --weights ema"):
         load_network(made, "model")
+    # where both are taken over, the weights of another step are not
+    initial = read_initial(str(made), load_config(made / "config.yaml"))
+    converted = convert(made, "fastdit", tmp_path / "converted")
+    assert capsys.readouterr().out.count("the weights of step 200; the EMA is used as both") == 2
+    for state in (initial.model, initial.ema, load_file(converted / "model.safetensors")):
+        assert all(torch.equal(state[name], ours[name]) for name in ours)
 
 
 def test_a_width_far_from_the_stored_ones_is_warned_of(walked, tmp_path):

@@ -255,6 +255,9 @@ def test_deepspeed_keys_that_it_would_ignore_or_that_we_own_are_refused():
         merge_deepspeed(own, {"gradient_clipping": 1.0})
     with pytest.raises(ValueError, match="wall_clock_brakdown.*is not a key"):
         merge_deepspeed(own, {"wall_clock_brakdown": True})
+    for value in (True, 2, {"stage": 2}):
+        with pytest.raises(ValueError, match="zero_optimization=.*is set by fastdit"):
+            merge_deepspeed(own, {"zero_optimization": value})
 
 
 def test_a_scale_that_does_not_fit_is_said_at_the_start(world, tmp_path, capsys):
