@@ -106,20 +106,21 @@ def test_images_become_a_model_and_samples_in_two_commands(world, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").symlink_to(world / "images")
     few = ["training.steps=3", "training.global_batch=8", "training.precision=fp32", "training.compile=false"]
-    small = ["model.variant=DiT-Ti/4", f"data.vae={world}/vae", "data.image_size=32", "run_dir=mine", "--device", "cpu"]
+    few += ["run_dir=my run", "--device", "cpu"]
+    small = ["model.variant=DiT-Ti/4", f"data.vae={world}/vae", "data.image_size=32"]
     main(["train", "sit_s_2", "--images", "images", *small, *few])
     said = capsys.readouterr().out
     assert "extracting the latents of images to images_latents_32" in said and "from random weights" in said
-    assert "step 3/3 (100%)" in said and "next: fastdit sample mine" in said
-    assert (tmp_path / "mine" / "train.log").read_text() == said.partition("\n")[2]
-    main(["sample", "mine", "--num-samples", "4", "sampling.sampler=heun", "sampling.steps=2", "--device", "cpu"])
-    assert "4 images in mine/samples; see mine/samples/grid.png" in capsys.readouterr().out
+    assert "step 3/3 (100%)" in said and "next: fastdit sample 'my run' --num-samples" in said
+    assert (tmp_path / "my run" / "train.log").read_text() == said.partition("\n")[2]
+    main(["sample", "my run", "--num-samples", "4", "sampling.sampler=heun", "sampling.steps=2", "--device", "cpu"])
+    assert "4 images in my run/samples; see my run/samples/grid.png" in capsys.readouterr().out
     main(["train", "sit_s_2", "--images", "images", *small, *few, "training.steps=4", "--resume"])
     assert "extracting" not in capsys.readouterr().out
 
-    model = fastdit.load("mine", device="cpu")
+    model = fastdit.load("my run", device="cpu")
     images = model.sample(n=4, sampler="heun", steps=2)
-    main(["sample", "mine", "--out", "again", "--num-samples", "4", "sampling.sampler=heun", "sampling.steps=2"])
+    main(["sample", "my run", "--out", "again", "--num-samples", "4", "sampling.sampler=heun", "sampling.steps=2"])
     for i, image in enumerate(images):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / f"again/images/{i:06d}.png")))
 

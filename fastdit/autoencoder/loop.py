@@ -1,6 +1,7 @@
 """The training of an autoencoder, from config to run_dir/vae, as one flat function."""
 
 import copy
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -170,8 +171,8 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: Ranks, resume: bool)
         last = upkeep.end() or last
     size = "x".join(map(str, dict.fromkeys(config.data.sides)))
     log.say(too_young(settings, settings.steps))
-    log.say(f"checkpoint {last}; next: fastdit extract --images {config.data.images} --vae {run_dir / VAE} "
-            f"--image-size {size} --out latents")  # fmt: skip
+    following = ["--images", config.data.images, "--vae", str(run_dir / VAE), "--image-size", size, "--out", "latents"]
+    log.say(f"checkpoint {last}; next: fastdit extract {shlex.join(following)}")
     log.close()
     return run_dir / VAE
 

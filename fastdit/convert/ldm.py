@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def convert_autoencoder(
         for name, tensor in vae.state_dict().items():
             if not torch.equal(again[name], tensor):
                 raise ValueError(f"{out} is not written, because {name} would read back differently; please report it")
-    say(f"{out}: written; use it with fastdit extract --vae {out}")
+    say(f"{out}: written; use it with fastdit extract --vae {quote(str(out))}")
     return out
 
 

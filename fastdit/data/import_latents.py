@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -207,4 +208,5 @@ def _say_what(found: Manifest, codec: LatentCodec | None, rate: float, say: Call
     for line in found.scale_remarks():
         say(f"warning: {line}")
     if found.orientations == 1:
-        say(f"there are no latents of mirror images: fastdit train sit_s_2 data.shards={found.folder} data.hflip=false")
+        say(f"there are no latents of mirror images: fastdit train sit_s_2 {quote(f'data.shards={found.folder}')} "
+            "data.hflip=false")  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -231,7 +232,8 @@ def reproduce(run: Run) -> str:
     words.append("fastdit")
     if processes > 1:
         words.append(f"launch --gpus {processes // nodes}" + f" --nodes {nodes} --master HOST:PORT" * (nodes > 1))
-    words.append(f"{'train-vae' if of_autoencoder(run) else 'train'} {run.folder / CONFIG} run_dir={run.folder}-again")
+    places = shlex.join([str(run.folder / CONFIG), f"run_dir={run.folder}-again"])
+    words.append(f"{'train-vae' if of_autoencoder(run) else 'train'} {places}")
     words += ["training.engine=deepspeed"] * bool(first.get("deepspeed_launcher"))
     words += ["--device cpu"] * (first.get("device") == "cpu")
     commit = (first.get("commit") or "").rstrip("+")

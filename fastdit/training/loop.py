@@ -3,6 +3,7 @@
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -166,6 +167,6 @@ def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initi
             upkeep.clock += monitor(step + 1)
         last = upkeep.end() or last
     log.say(too_young(settings, settings.steps))
-    log.say(f"checkpoint {last}; next: fastdit sample {run_dir} --num-samples 64")
+    log.say(f"checkpoint {last}; next: fastdit sample {quote(str(run_dir))} --num-samples 64")
     log.close()
     return last

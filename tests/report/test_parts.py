@@ -1,6 +1,7 @@
 """What the page is made of: warnings, losses, neighbors, curves; each against a known answer."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,10 @@ def test_the_command_names_what_the_run_had():
         "train /runs/mine/config.yaml run_dir=/runs/mine-again training.engine=deepspeed"
     )
     assert reproduce(a_run()) == "fastdit train /runs/mine/config.yaml run_dir=/runs/mine-again"
+    run = a_run()
+    run.folder = Path("/my runs/a, $b")
+    assert shlex.split(reproduce(run)) == ["fastdit", "train", "/my runs/a, $b/config.yaml",
+                                           "run_dir=/my runs/a, $b-again"]  # fmt: skip
 
 
 def test_the_environment_is_this_one(monkeypatch):
