@@ -101,8 +101,10 @@ def named_device(name: str) -> torch.device:
     """The device of --device; ValueError for one that PyTorch cannot use here."""
     try:
         device = torch.device("cuda" if name == "gpu" else name)
-    except RuntimeError:
-        raise ValueError(f"--device={name!r} is not a device; use cpu, cuda or cuda:0") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError
+    except (RuntimeError, ValueError):
+        raise ValueError(f"--device={name!r} cannot be used; use cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={name!r}, but PyTorch {torch.__version__} finds no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
