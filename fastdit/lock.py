@@ -1,7 +1,7 @@
 """A lock on a folder that several machines may share: one writer at a time, and a dead one's lock is taken over.
 
 The lock is a file that only one process can create. It names the host and the process, and its holder rewrites a
-counter in it every few seconds. On the same system a holder is alive if its process is. From another one it is alive if
+counter in it every few seconds. On the same host a holder is alive if its process is. From another host it is alive if
 the counter moves: clocks and cached file times of a network file system are not trusted.
 """
 
@@ -28,8 +28,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None] = print):
         self.folder, self.path, self.what, self.say = folder, folder / "lock", f"{key}={folder}", say
-        self.own = {"host": socket.gethostname(), "system": system(), "pid": os.getpid(),
-                    "started": started(os.getpid())}  # fmt: skip
+        self.own = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())}
         self.ended = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -92,10 +91,10 @@ class FolderLock:
             holder = read_json(self.path)
         except (OSError, ValueError):  # gone, or being written
             return {}
-        return holder if {"host", "pid", "started"} <= holder.keys() else {}  # "system": not of earlier versions
+        return holder if self.own.keys() <= holder.keys() else {}
 
     def _alive(self, holder: dict) -> bool:
-        if holder.get("system") == self.own["system"]:
+        if holder.get("host") == self.own["host"]:
             return holder.get("started") == started(holder.get("pid", -1))
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
@@ -114,19 +113,8 @@ class FolderLock:
                 replace_text(self.path, json.dumps({**self.own, "beat": beat}))
 
 
-def system() -> str:
-    """Where the numbers of processes count: this boot of the kernel and this PID namespace, or this host without /proc.
-
-    Several containers, or copies of a virtual machine, may have one host name.
-    """
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
 def started(pid: int) -> str | None:
-    """When a process of this system started, as the kernel reports it; None without such a process, or of a zombie."""
+    """When a process of this host started, as the kernel reports it; None if there is no such process, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

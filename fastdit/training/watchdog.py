@@ -18,7 +18,7 @@ from typing import Any
 
 from fastdit.distributed import Ranks
 from fastdit.files import read_json, read_text, replace_text
-from fastdit.lock import started, system
+from fastdit.lock import started
 
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
 LAST_SEEN = "died or does not run; it was last seen before"
@@ -69,7 +69,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self.beats += 1
-        own = {"rank": self.ranks.rank, "host": socket.gethostname(), "system": system(), "pid": os.getpid(),
+        own = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(),
                "started": started(os.getpid()), "place": self.place, "beats": self.beats}  # fmt: skip
         with suppress(OSError):  # the disk is full: the run itself says so, and ends
             replace_text(self._path(".json"), json.dumps(own))
@@ -107,8 +107,8 @@ class Watchdog:
 
     def _dead(self) -> list[dict[str, Any]]:
         """The processes that do not exist anymore, or show no sign of life within three intervals."""
-        before, here = {status["rank"]: status for status in self._statuses()}, system()
-        gone = [s for s in before.values() if s["system"] == here and started(s["pid"]) != s["started"]]
+        before, host = {status["rank"]: status for status in self._statuses()}, socket.gethostname()
+        gone = [s for s in before.values() if s["host"] == host and started(s["pid"]) != s["started"]]
         if gone:
             return gone
         for _ in range(3):
