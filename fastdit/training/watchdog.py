@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.distributed import Ranks
+from fastdit.errors import is_lost
 from fastdit.files import read_json, read_text, replace_text
 from fastdit.lock import started
 
-LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
 LAST_SEEN = "died or does not run; it was last seen before"
 OTHERS = "\nother threads:\n"
 PHASES = ("reads a batch", "computes", "logs or saves", "validates, samples or evaluates")  # of a step, in this order
@@ -52,8 +52,7 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         self.done.set()
         self.thread.join()
-        lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
-        if lost and self.ranks.world > 1 and (dead := self._dead()):
+        if is_lost(error) and self.ranks.world > 1 and (dead := self._dead()):
             raise ValueError(self._sentence(dead, LAST_SEEN, self.place[0] + 1)) from error
         if error is None or kind is SystemExit:
             for path in self.folder.glob(f"rank-{self.ranks.rank:05d}.*"):
