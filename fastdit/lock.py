@@ -9,13 +9,14 @@ trusted. Machines may share a host name, as `localhost` and clones do.
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdit.errors import make_folder
+from fastdit.errors import EXIT_CODE, make_folder
 from fastdit.files import read_json, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
@@ -111,7 +112,10 @@ class FolderLock:
             beat += 1
             holder = self._read()  # {} where a network file system is away for a moment
             if holder and {k: holder.get(k) for k in self.own} != self.own:
-                return  # taken over while this process was suspended
+                who = f"process {holder.get('pid')} on {holder.get('host')}"
+                print(f"error: {self.what} was taken over by {who} while this process was suspended, so it ends here",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                os._exit(EXIT_CODE)  # at once, as by a kill: both would write to the folder
             with suppress(OSError):  # a full disk, or a network file system that is away for a moment: it may come back
                 replace_text(self.path, json.dumps({**self.own, "beat": beat}))
 

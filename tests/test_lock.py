@@ -99,6 +99,25 @@ def test_a_file_system_that_is_away_for_a_moment_does_not_end_the_beat(tmp_path,
         assert held.thread.is_alive() and next(failures, None) is None and read_json(held.path)["beat"] > 3
 
 
+SUSPENDED = """
+import sys, time
+from fastdit import lock
+
+lock.BEAT_S = 0.05
+with lock.FolderLock(lock.Path(sys.argv[1]), "run_dir") as held:
+    held.path.write_text('{"host": "elsewhere", "pid": 7, "started": "1", "beat": 3}')
+    time.sleep(60)
+"""
+
+
+def test_a_process_whose_lock_was_taken_over_ends_instead_of_writing_beside_the_other(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SUSPENDED, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: run_dir={tmp_path}/run was taken over by process 7 on elsewhere while this process")
+    assert json.loads((tmp_path / "run" / "lock").read_text())["host"] == "elsewhere"  # it is the other's
+
+
 def test_of_many_at_once_one_gets_the_lock(tmp_path):
     write(tmp_path / "run", started="long ago")  # stale, so that they also compete for taking it over
     held, refused, hold = [], [], threading.Event()
