@@ -3,18 +3,25 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT_S = 600  # if a collective waits longer, another process has failed
+from fastdit.errors import OtherFailed
+
+MEET_S = 600  # how long a process waits for the others to start
+MASTER = "MASTER_ADDR", "MASTER_PORT"
+LAUNCHERS = "start several processes with fastdit launch or torchrun, and unset RANK and WORLD_SIZE for a single one"
+TIMEOUT_S = 24 * 3600  # of a collective: the shares of a sampling or an evaluation may end hours apart
 
 
 @dataclass(frozen=True)
@@ -71,20 +78,40 @@ class Ranks:
         every = self.gather(own.to(self.device)).unflatten(0, (self.world, -1))  # (world, share, n, ...)
         return every.transpose(0, 1).flatten(0, 2)
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """ValueError unless `facts`, all that determines the result, are those of the main process; a collective call.
+
+        Otherwise the processes would mix the results of several commands, and nothing would show it.
+        """
+        if self.world == 1:
+            return
+        received = [dict(facts)]
+        dist.broadcast_object_list(received, src=0)
+        theirs = received[0]
+        unlike = next((key for key in {**theirs, **facts} if facts.get(key) != theirs.get(key)), None)
+        if self.any(unlike is not None):
+            if unlike is None:
+                raise OtherFailed("another process was started with other settings; see its message")
+            raise ValueError(f"{unlike}={facts.get(unlike)!r} on rank {self.rank} ({socket.gethostname()}), but "
+                             f"{theirs.get(unlike)!r} on rank 0; start every process with the same command, files and "
+                             "version of fastdit")  # fmt: skip
+
 
 def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     """Joins the process group if torchrun or the deepspeed launcher started this process.
 
-    A collective that waits longer than `timeout_s` fails.
+    A collective that waits longer than `timeout_s` fails. ValueError where the environment is not that of a launcher,
+    or the processes do not meet.
     """
     die_with_parent()
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world = launched()
     if device is None:
         on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch, honored by every command
         device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
+        if torch.cuda.is_available() and local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs; start as many processes")
     chosen = named_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -92,9 +119,31 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     else:
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        backend, place = "nccl" if chosen.type == "cuda" else "gloo", [os.environ.get(key) for key in MASTER]
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        except (RuntimeError, ValueError) as error:  # of a port in use, and of missing processes
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the {world} processes do not meet at MASTER_ADDR={place[0]}, MASTER_PORT={place[1]} "
+                             f"({reason}); {LAUNCHERS}") from error  # fmt: skip
     return Ranks(rank, local_rank, world, chosen)
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) that the launcher says, (0, 0, 1) without one."""
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    for key in numbers.keys() & os.environ.keys():
+        if not os.environ[key].isdecimal():
+            raise ValueError(f"{key}={os.environ[key]!r} in the environment is not a number; {LAUNCHERS}")
+        numbers[key] = int(os.environ[key])
+    rank, local_rank, world = numbers.values()
+    missing = [key for key in ("RANK", *MASTER) if world > 1 and key not in os.environ]
+    if missing or rank >= world:
+        but = f"no {missing[0]}" if missing else f"RANK={rank}"
+        raise ValueError(f"the environment has WORLD_SIZE={world}, but {but}; {LAUNCHERS}")
+    return rank, local_rank, world
 
 
 def named_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import select
 import sys
 import time
@@ -11,6 +12,17 @@ from pathlib import Path
 
 EXIT_CODE = 2
 CLOSED_PIPE = 128 + 13  # as of a command that SIGPIPE ends
+LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
+FIRST_S, LAST_S = 2.0, 10.0  # until a process that is not the main one speaks, and one that another's failure ends
+
+
+class OtherFailed(ValueError):
+    """Another process has failed and says why. The launcher ends this one, usually before it speaks as well."""
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether the error is that of a collective whose partner is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
 
 
 def is_no_space(error: OSError) -> bool:
@@ -20,7 +32,8 @@ def is_no_space(error: OSError) -> bool:
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """Turns a ValueError (a user error), a full disk, a file that cannot be used or too little memory into one line.
+    """Turns a ValueError (a user error), a full disk, a file that cannot be used, too little memory or the end of
+    another process into one line.
 
     The exit code is 2; 141, without a line, where the output is a closed pipe, as in `fastdit ... | head -1`. Use it as
     a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
@@ -36,8 +49,13 @@ def friendly_exit() -> Iterator[None]:
         if not _discarded():
             raise
         raise SystemExit(CLOSED_PIPE) from None
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message: object = error
+        if isinstance(error, RuntimeError):
+            if os.environ.get("WORLD_SIZE", "1") == "1" or not is_lost(error):
+                raise
+            reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without the line of gloo's source
+            message = f"another process has ended ({reason}); see its message, or that of the launcher"
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         if isinstance(error, MemoryError):
             message = f"this machine has too little memory ({error or 'none is left'})"
@@ -51,8 +69,10 @@ def friendly_exit() -> Iterator[None]:
             raise
         if os.environ.get("FASTDIT_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # if the main process fails as well, it speaks first and the launcher ends this one
+        if isinstance(error, OtherFailed | RuntimeError):
+            time.sleep(LAST_S)
+        elif os.environ.get("RANK", "0") != "0":
+            time.sleep(FIRST_S)  # if the main process fails as well, it speaks first and the launcher ends this one
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from error
 

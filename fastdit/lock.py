@@ -1,23 +1,26 @@
 """A lock on a folder that several machines may share: one writer at a time, and a dead one's lock is taken over.
 
 The lock is a file that only one process can create. It names the host and the process, and its holder rewrites a
-counter in it every few seconds. On the same host a holder is alive if its process is. From another host it is alive if
-the counter moves: clocks and cached file times of a network file system are not trusted.
+counter in it every few seconds. On the same machine a holder is alive if its process is. From another one, or from
+another container, it is alive if the counter moves: clocks and cached file times of a network file system are not
+trusted. Machines may share a host name, as `localhost` and clones do.
 """
 
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdit.errors import make_folder
+from fastdit.errors import EXIT_CODE, make_folder
 from fastdit.files import read_json, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
+MACHINE = "host", "boot", "processes"  # where a process number means the same process
 
 
 class FolderLock:
@@ -28,7 +31,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None] = print):
         self.folder, self.path, self.what, self.say = folder, folder / "lock", f"{key}={folder}", say
-        self.own = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())}
+        self.own = this_process()
         self.ended = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -91,10 +94,10 @@ class FolderLock:
             holder = read_json(self.path)
         except (OSError, ValueError):  # gone, or being written
             return {}
-        return holder if self.own.keys() <= holder.keys() else {}
+        return holder if {"host", "pid", "started"} <= holder.keys() else {}
 
     def _alive(self, holder: dict) -> bool:
-        if holder.get("host") == self.own["host"]:
+        if all(holder.get(key) == self.own[key] for key in MACHINE):
             return holder.get("started") == started(holder.get("pid", -1))
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
@@ -107,10 +110,23 @@ class FolderLock:
         beat = 0
         while not self.ended.wait(BEAT_S):
             beat += 1
-            if {k: self._read().get(k) for k in self.own} != self.own:
-                return  # taken over while this process was suspended
+            holder = self._read()  # {} where a network file system is away for a moment
+            if holder and {k: holder.get(k) for k in self.own} != self.own:
+                who = f"process {holder.get('pid')} on {holder.get('host')}"
+                print(f"error: {self.what} was taken over by {who} while this process was suspended, so it ends here",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                os._exit(EXIT_CODE)  # at once, as by a kill: both would write to the folder
             with suppress(OSError):  # a full disk, or a network file system that is away for a moment: it may come back
                 replace_text(self.path, json.dumps({**self.own, "beat": beat}))
+
+
+def this_process() -> dict[str, str | int | None]:
+    """This process, and the machine and container (MACHINE) that its number belongs to."""
+    boot, processes = "", ""
+    with suppress(OSError):  # no /proc, as on macOS
+        boot, processes = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    own = {"pid": os.getpid(), "started": started(os.getpid())}
+    return {"host": socket.gethostname(), "boot": boot, "processes": processes, **own}
 
 
 def started(pid: int) -> str | None:

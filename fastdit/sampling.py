@@ -79,11 +79,12 @@ def sample(
         raise ValueError(f"--num-samples={num_samples} must be 1 or more")
     pipeline = load_pipeline(path, overrides, weights=weights, device=ranks.device)
     config, out = pipeline.config, Path(out)
-    classes = pipeline.classes.labels(labels, num_samples, seed)
+    classes, record = pipeline.classes.labels(labels, num_samples, seed), pipeline.record(num_samples, seed, labels)
+    ranks.agree(dict(leaves(record)))  # not where a run that trains meanwhile wrote a checkpoint
     if ranks.is_main:
         for line in pipeline.remarks():
             print(f"warning: {line}", file=sys.stderr)
-        _claim(out, pipeline.record(num_samples, seed, labels))
+        _claim(out, record)
     ranks.barrier()
 
     batch = config.sampling.batch_size

@@ -1,5 +1,5 @@
-"""Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch; and
-the settings of glibc; workers and their launcher."""
+"""Random numbers by (seed, step) and by image, whatever the processes, the micro-batches and the rest of the batch; the
+processes of one command, and their launcher; and the settings of glibc."""
 
 import subprocess
 import sys
@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdit import distributed
-from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
+from fastdit import distributed, errors
+from fastdit.distributed import ImageRandom, StepRandom, launched, seed_of, step_generator
 from fastdit.lock import started
 from helpers.containers import as_process_one
+from helpers.runs import Forks, train_here
 
 
 def draw(rows: slice, step: int = 3) -> list[torch.Tensor]:
@@ -84,3 +85,93 @@ def wait_for(holds, seconds=120):
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "environment, says",
+    [
+        ({"RANK": "1"}, "WORLD_SIZE=1, but RANK=1"),  # it would train on images beyond the batch
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but RANK=2"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but no RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but no MASTER_ADDR"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' in the environment is not a number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment is not a number"),
+    ],
+)
+def test_an_environment_that_is_not_a_launchers_is_refused(monkeypatch, environment, says):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    assert launched() == (0, 0, 1)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=f"{says}.*fastdit launch"):
+        distributed.init("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "launched", lambda: (2, 2, 3))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(ValueError, match="LOCAL_RANK=2, but this machine has 2 GPUs"):
+        distributed.init()
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """A run of two steps."""
+    run_dir = tmp_path_factory.mktemp("agree") / "run"
+    train_here(world, run_dir, "training.steps=2")
+    return run_dir
+
+
+CLI = "fastdit/cli.py"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, last, says",
+    [
+        ("train.py", "--config {world}/config.yaml run_dir={tmp}/run", "training.lr=0.01", "training.lr=0.01"),
+        ("train.py", "--config {world}/config.yaml run_dir={tmp}/run", "seed=1", "seed=1"),
+        ("sample_ddp.py", "{run} --out {tmp}/out --num-samples 8", "--weights model", "weights='model'"),
+        (CLI, "evaluate {run} --reference {world}/held_out --num-samples 8", "sampling.steps=3", "sampling.steps='3'"),
+        (CLI, "evaluate {run} --loss --shards {world}/latents --num-samples 20", "--weights model", "sha256="),
+        (CLI, "extract --images {world}/held_out --out {tmp}/out --vae {world}/vae --image-size 32", "--batch-size 5",
+         "batch_size=5"),
+    ],
+    ids=["lr", "seed", "sample", "evaluate", "loss", "extract"],
+)  # fmt: skip
+def test_processes_with_different_settings_do_not_mix_their_results(
+    world, trained, tmp_path, script, arguments, last, says
+):
+    places = {"world": world, "run": trained, "tmp": tmp_path}
+    given = [word.format(**places) for word in arguments.split()]
+    with Forks(script, *given, processes=2, last=tuple(last.split())) as forks:
+        assert 2 in forks.wait()
+        assert f"error: {says}" in forks.said() and "on rank 1" in forks.said()
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.tar")) + list(tmp_path.rglob("step-*"))
+
+
+def speak_at_once() -> None:
+    errors.LAST_S = 0.0
+
+
+def test_a_process_says_in_one_line_that_another_one_has_ended(world, tmp_path):
+    arguments = "--config", str(world / "config.yaml"), f"run_dir={tmp_path}/run"
+    with Forks("train.py", *arguments, processes=2, last=("data.shards=/nowhere",), before=speak_at_once) as forks:
+        assert forks.wait(patient=True) == [2, 2]
+        said = [line for line in forks.said().splitlines() if line and "WARNING" not in line]
+    assert len(said) == 2 and said[0].startswith("error: another process has ended (Connection")
+    assert said[1].startswith("error: /nowhere has no manifest.json")
+
+
+def test_a_command_waits_for_a_process_with_a_longer_share(monkeypatch):
+    """By default gloo and NCCL give up after some minutes, and the samples of a slower GPU would be for nothing."""
+    taken = {}
+    monkeypatch.setattr(distributed, "launched", lambda: (0, 0, 2))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(None, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: taken.update(options))
+    distributed.init("cpu")
+    assert taken["timeout"].total_seconds() >= 12 * 3600
+    distributed.init("cpu", 20)  # as training does, which has a watchdog
+    assert taken["timeout"].total_seconds() == 20

@@ -16,8 +16,7 @@ from fastdit.lock import FolderLock
 
 def write(folder, **holder):
     folder.mkdir(exist_ok=True)
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": lock.started(os.getpid()), "beat": 0}
-    (folder / "lock").write_text(json.dumps({**own, **holder}))
+    (folder / "lock").write_text(json.dumps({**lock.this_process(), "beat": 0, **holder}))
 
 
 def test_a_living_holder_is_named_and_keeps_its_lock(tmp_path):
@@ -43,17 +42,26 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_message(tmp_path):
         assert len(heard) == 1 and "took over the lock of process" in heard[0]
 
 
-def test_on_another_host_a_moving_counter_is_a_living_process(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"host": "elsewhere"},
+        {"boot": "of a machine with the same name", "pid": 4_000_000},  # a number that no process has here
+        {"processes": "pid:[1]", "pid": 4_000_000},  # another container
+    ],
+    ids=["host", "machine", "container"],
+)
+def test_on_another_machine_a_moving_counter_is_a_living_process(tmp_path, monkeypatch, holder):
     monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
-    write(tmp_path / "run", host="elsewhere")
-    heard = []
+    write(tmp_path / "run", **holder)
+    heard, name = [], holder.get("host", socket.gethostname())
     with FolderLock(tmp_path / "run", "run_dir", heard.append):
-        assert "on elsewhere, which is gone" in heard[0]
+        assert f"on {name}, which is gone" in heard[0]
     monkeypatch.setattr(lock, "PATIENCE_S", 60)
-    write(tmp_path / "run", host="elsewhere")
-    beat = threading.Timer(0.3, write, [tmp_path / "run"], {"host": "elsewhere", "beat": 1})
+    write(tmp_path / "run", **holder)
+    beat = threading.Timer(0.3, write, [tmp_path / "run"], {**holder, "beat": 1})
     beat.start()
-    with pytest.raises(ValueError, match="in use by process .* on elsewhere"):
+    with pytest.raises(ValueError, match=f"in use by process .* on {name}"):
         FolderLock(tmp_path / "run", "run_dir").__enter__()
     beat.join()
 
@@ -73,6 +81,41 @@ def test_a_disk_that_is_full_for_a_moment_does_not_end_the_beat(tmp_path, monkey
         while not held._read().get("beat") and time.monotonic() < end:
             time.sleep(0.02)
         assert held._read()["beat"] > 3 and held.thread.is_alive()
+
+
+def test_a_file_system_that_is_away_for_a_moment_does_not_end_the_beat(tmp_path, monkeypatch):
+    """Without it the lock would look like that of a dead process, and another machine would take it over."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    failures, read_json = iter([OSError(116, "Stale file handle")] * 3), lock.read_json
+
+    def failing(path):
+        for error in failures:
+            raise error
+        return read_json(path)
+
+    monkeypatch.setattr(lock, "read_json", failing)
+    with FolderLock(tmp_path / "run", "run_dir") as held:
+        held.thread.join(1)
+        assert held.thread.is_alive() and next(failures, None) is None and read_json(held.path)["beat"] > 3
+
+
+SUSPENDED = """
+import sys, time
+from fastdit import lock
+
+lock.BEAT_S = 0.05
+with lock.FolderLock(lock.Path(sys.argv[1]), "run_dir") as held:
+    held.path.write_text('{"host": "elsewhere", "pid": 7, "started": "1", "beat": 3}')
+    time.sleep(60)
+"""
+
+
+def test_a_process_whose_lock_was_taken_over_ends_instead_of_writing_beside_the_other(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SUSPENDED, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: run_dir={tmp_path}/run was taken over by process 7 on elsewhere while this process")
+    assert json.loads((tmp_path / "run" / "lock").read_text())["host"] == "elsewhere"  # it is the other's
 
 
 def test_of_many_at_once_one_gets_the_lock(tmp_path):

@@ -54,7 +54,7 @@ from fastdit.training.guard import Requests
 from fastdit.training.log import Log, LossWindow
 from fastdit.training.schedule import learning_rates
 from fastdit.training.state import CONFIG, VAE
-from fastdit.training.upkeep import Upkeep, run_folder
+from fastdit.training.upkeep import Upkeep, agree, run_folder
 from fastdit.training.watchdog import COMPUTES, READS
 from fastdit.training.weights import read_weights
 from fastdit.unused import unused
@@ -83,6 +83,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: Ranks, resume: bool)
     check_wandb(config.training.wandb)
     source, reader, measured, held_out = _images(config)
     images = len(reader.rows)
+    agree(ranks, config, last, {"images": (images, source.contents)})
     settings = with_steps(config.training, images)
     micro, accumulation = micro_batches(settings.global_batch, settings.micro_batch, ranks.world)
 

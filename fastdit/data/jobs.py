@@ -5,10 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from fastdit import __version__
 from fastdit.data.images import Unusable
 from fastdit.data.progress import OTHER_FAILED, Progress
 from fastdit.distributed import Ranks
-from fastdit.errors import is_no_space, out_of_memory_says
+from fastdit.errors import OtherFailed, is_no_space, out_of_memory_says
 from fastdit.lock import FolderLock
 
 
@@ -31,6 +32,7 @@ def write_folder(
     folder, of which this run has written some shards. Finished shards of a run with the same `settings` are kept.
     """
     progress, held = Progress(out), ExitStack()
+    ranks.agree({"shards": shards, "fastdit": __version__, **settings})
     if ranks.is_main:
         held.enter_context(FolderLock(progress.folder, "out"))
     try:
@@ -56,7 +58,7 @@ def write_folder(
         if isinstance(error, OSError) and is_no_space(error):
             raise ValueError(f"no space left for out={out}; free some or write elsewhere") from error
         if isinstance(error, OSError) and gone and ranks.world > 1:
-            raise ValueError(OTHER_FAILED) from error
+            raise OtherFailed(OTHER_FAILED) from error
         raise
     finally:
         held.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.data.writer import partial_folder, prepare, write_synced
+from fastdit.errors import OtherFailed
 from fastdit.files import read_json, sha256
 
 OTHER_FAILED = "another process of this extraction has failed; see its message"
@@ -71,7 +72,7 @@ class Progress:
         """Returns when all shards are finished; ValueError if another process fails."""
         while len(self.done()) < shards:
             if self.failed.exists() or not self.partial.is_dir():
-                raise ValueError(OTHER_FAILED)
+                raise OtherFailed(OTHER_FAILED)
             time.sleep(0.2)
 
     def abandon(self, shards: int, say: Callable[[str], None], keep: bool) -> None:

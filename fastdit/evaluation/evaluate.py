@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastdit.config import leaves
 from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
 from fastdit.evaluation.features import Extractor, load_features
@@ -128,6 +129,8 @@ def extract(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[np.nd
 
     Block b of the images belongs to process b mod world. The hash is that of the hashes of the images.
     """
+    made = dict(leaves(images.sampling or {})) | {"checkpoint": images.path.name, "vae": ""}  # not the folders
+    ranks.agree({"images": images.count, "size": images.size, "features": extractor.hash, **made})
     count = math.ceil(images.count / images.block)
     share = math.ceil(count / ranks.world)
     values = np.zeros((share, images.block, extractor.dim + extractor.spatial), np.float32)

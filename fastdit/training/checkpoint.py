@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastdit.distributed import Ranks
+from fastdit.errors import OtherFailed
 from fastdit.files import read_json, sealed, sha256, sync
 
 META = "checkpoint.json"
@@ -49,7 +50,7 @@ class Writer:
         error = self.pending.exception() if self.pending else None
         self.pending = None
         if self.ranks.any(error is not None):
-            raise error or ValueError("the main process could not write a checkpoint")
+            raise error or OtherFailed("the main process could not write a checkpoint")
 
     def __enter__(self) -> "Writer":
         return self

@@ -47,7 +47,7 @@ from fastdit.training.state import (
     write_snapshot,
 )
 from fastdit.training.step import TrainStep
-from fastdit.training.upkeep import Upkeep, run_folder
+from fastdit.training.upkeep import Upkeep, agree, run_folder
 from fastdit.training.watchdog import COMPUTES, READS
 from fastdit.unused import unused
 
@@ -75,6 +75,9 @@ def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initi
     manifest, held_out = shards_of(config)
     config, latents = resolved(config, manifest), manifest.latents
     settings, features, classes = config.training, features_for(config), manifest.classes_of(config.data.num_classes)
+    images = {"images": manifest.contents, "held out": held_out and held_out.contents}
+    shares = {"weights": getattr(manifest, "weights", ()), "features": features and features.facts()}
+    agree(ranks, config, last, images | shares)
     check_cache(manifest, features)
     check_device(settings, device)
     micro_batches(settings.global_batch, max(settings.micro_batch, 0), ranks.world)  # that they divide

@@ -7,7 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fastdit import distributed
+from fastdit import __version__, distributed
+from fastdit.config import leaves, to_tree
 from fastdit.distributed import Ranks
 from fastdit.lock import FolderLock
 from fastdit.schema import LoopConfig
@@ -16,6 +17,11 @@ from fastdit.training.guard import EXIT_STOPPED, Guard, Requests
 from fastdit.training.log import Log, LossWindow, say
 from fastdit.training.step import StepResult
 from fastdit.training.watchdog import LOGS, Watchdog
+
+PLACES = {  # keys that may name another folder on each machine
+    "run_dir", "data.shards", "data.cache", "data.features", "data.vae", "data.val_shards", "data.images",
+    "data.val_images", "loss.vgg", "training.init_from", "training.reference", "training.loss_reference",
+}  # fmt: skip
 
 
 @contextmanager
@@ -31,6 +37,12 @@ def run_folder(config, resume: bool, device: str | None, report: Callable | None
         yield run_dir, ranks
         if report and config.training.report and ranks.is_main:  # now, when the training's memory is free
             say(run_dir, report(run_dir, ranks.device))
+
+
+def agree(ranks: Ranks, config: Any, last: Path | None, files: dict[str, Any]) -> None:
+    """ValueError unless all processes have the same config and continue the same checkpoint with the same `files`."""
+    settings = {key: value for key, value in leaves(to_tree(config)) if key not in PLACES}
+    ranks.agree({"fastdit": __version__, "checkpoint": last and last.name, **settings, **files})
 
 
 class Upkeep(ExitStack):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.build import shards_of
-from fastdit.config import check_used, to_tree
+from fastdit.config import check_used, leaves, to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.diffusion.objectives import OF_SAMPLES
@@ -78,6 +78,8 @@ def loss_of_run(
     if trained.config.model.class_token and not like:
         raise ValueError(f"{trained.folder} does not say which encoder its class token is from; evaluate its run")
     features = token_features(trained.config, shards or data.val_shards, like)
+    ranks.agree({"checkpoint": trained.folder.name, "sha256": trained.identity, "images": manifest.index_sha256,
+                 "count": count, **dict(leaves(to_tree(trained.config)))})  # fmt: skip
     found = validation_loss(trained.objective, network, manifest, ranks, images=count, features=features)
     return {
         "protocol": {

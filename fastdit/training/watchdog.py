@@ -7,7 +7,6 @@ or whose count stands still, is the one to blame.
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.distributed import Ranks
+from fastdit.errors import is_lost
 from fastdit.files import read_json, read_text, replace_text
-from fastdit.lock import started
+from fastdit.lock import MACHINE, started, this_process
 
-LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
 LAST_SEEN = "died or does not run; it was last seen before"
 OTHERS = "\nother threads:\n"
 PHASES = ("reads a batch", "computes", "logs or saves", "validates, samples or evaluates")  # of a step, in this order
@@ -32,7 +31,7 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, ranks: Ranks, timeout_s: float):
         self.folder, self.ranks, self.timeout_s = run_dir / "stacks", ranks, timeout_s
-        self.interval = min(5.0, timeout_s / 20)
+        self.interval, self.own = min(5.0, timeout_s / 20), this_process()
         self.place, self.since, self.beats = (0, 0), time.monotonic(), 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -52,8 +51,7 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         self.done.set()
         self.thread.join()
-        lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
-        if lost and self.ranks.world > 1 and (dead := self._dead()):
+        if is_lost(error) and self.ranks.world > 1 and (dead := self._dead()):
             raise ValueError(self._sentence(dead, LAST_SEEN, self.place[0] + 1)) from error
         if error is None or kind is SystemExit:
             for path in self.folder.glob(f"rank-{self.ranks.rank:05d}.*"):
@@ -69,8 +67,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self.beats += 1
-        own = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(),
-               "started": started(os.getpid()), "place": self.place, "beats": self.beats}  # fmt: skip
+        own = {"rank": self.ranks.rank, **self.own, "place": self.place, "beats": self.beats}
         with suppress(OSError):  # the disk is full: the run itself says so, and ends
             replace_text(self._path(".json"), json.dumps(own))
 
@@ -107,8 +104,9 @@ class Watchdog:
 
     def _dead(self) -> list[dict[str, Any]]:
         """The processes that do not exist anymore, or show no sign of life within three intervals."""
-        before, host = {status["rank"]: status for status in self._statuses()}, socket.gethostname()
-        gone = [s for s in before.values() if s["host"] == host and started(s["pid"]) != s["started"]]
+        before = {status["rank"]: status for status in self._statuses()}
+        here = [status for status in before.values() if all(status.get(key) == self.own[key] for key in MACHINE)]
+        gone = [status for status in here if started(status["pid"]) != status["started"]]
         if gone:
             return gone
         for _ in range(3):

@@ -31,6 +31,9 @@ class ThreadRanks(Ranks):
     def barrier(self) -> None:
         self.meeting.wait()
 
+    def agree(self, facts) -> None:
+        pass
+
 
 def thread_ranks(count: int, made: Path, monkeypatch) -> list[Ranks]:
     codec = LatentCodec.load(made / "vae")  # once: diffusers patches torch.nn while it loads, so threads must not

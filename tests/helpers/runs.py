@@ -89,9 +89,15 @@ def rendezvous() -> tuple[TCPStore, dict[str, str]]:
 
 
 class Forks:
-    """A script of the repository in forked processes, with `before()` called in each; leaving `with` kills them."""
+    """A script of the repository in forked processes, with `before()` called in each; leaving `with` kills them.
 
-    def __init__(self, script: str, *arguments: str, processes: int = 1, before: Callable[[], None] | None = None):
+    `last`: further arguments of the last process.
+    """
+
+    def __init__(
+        self, script: str, *arguments: str, processes: int = 1, before: Callable[[], None] | None = None,
+        last: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.store, world = rendezvous()
         world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         self.folder = tempfile.TemporaryDirectory()
@@ -99,7 +105,8 @@ class Forks:
         self.forks = []
         for rank, output in enumerate(self.outputs):
             environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            target = (str(ROOT / script), arguments, environment, output, before)
+            own = arguments + last * (rank == processes - 1)
+            target = (str(ROOT / script), own, environment, output, before)
             self.forks.append(FORKS.Process(target=forked, args=target))
             self.forks[-1].start()
 
