@@ -76,10 +76,9 @@ class Model:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
             overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
             pipeline = pipeline.changed(overrides, "sample()")
-        if classes is None:
-            classes = "balanced"
-        chosen = classes if isinstance(classes, str) else list(classes) if isinstance(classes, Iterable) else [classes]
-        if n < 1 or not chosen:
+        chosen = list(classes) if isinstance(classes, Iterable) else [classes]
+        chosen = classes if isinstance(classes, str | None) else chosen
+        if n < 1 or chosen is not None and not chosen:
             raise ValueError(f"sample(classes={classes!r}, n={n}) makes no image; use n=1 or more, and None for all "
                              "classes")  # fmt: skip
         labels = pipeline.classes.labels(chosen, n, seed)

@@ -69,7 +69,7 @@ def samples_of(
             pipelines[loaded] = load_pipeline(run, settings, weights=kind, device=device)
         pipeline = pipelines[loaded].changed(settings, "--sweep")
         lines |= dict.fromkeys(pipeline.remarks())
-        found.append(generated(pipeline, num_samples, seed, labels or "balanced"))
+        found.append(generated(pipeline, num_samples, seed, labels))
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
     return found

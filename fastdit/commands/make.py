@@ -169,7 +169,7 @@ def sample(parser: ArgumentParser) -> Command:
 
         count = 64 if arguments.num_samples is None else arguments.num_samples
         out = sample(path, arguments.out or default_out(path, "samples"), count,
-                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels or "balanced",
+                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             print(f"{count} images in {out}; see {out / 'grid.png'}")
