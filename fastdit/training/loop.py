@@ -18,7 +18,7 @@ from fastdit.build import (
     uses_zero,
 )
 from fastdit.config import save_config
-from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
+from fastdit.data.loader import check_cache, latent_batches, on_device, replaced_keys, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, seed_of
 from fastdit.environment import write_environment
@@ -144,7 +144,11 @@ def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initi
     )
 
     def on_skip(done: int) -> None:
-        log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
+        batch, step = settings.global_batch, done - 1
+        again = config.data.skip_damaged and ranks.is_main
+        replaced = replaced_keys(manifest, features, global_batch=batch, seed=order, step=step,
+                                 hflip=config.data.hflip) if again else {}  # fmt: skip
+        log.skip(done, sample_keys(manifest, order, batch, step), plain_step.times_of(step), replaced)
 
     facts = describe(config, latents, classes, features) | {"contents": manifest.contents}
     with (
