@@ -6,6 +6,7 @@ Each function adds its arguments to a parser and returns what runs it.
 import argparse
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 
 from fastdit.autoencoder.config import AutoencoderConfig
@@ -93,6 +94,7 @@ def train(parser: ArgumentParser) -> Command:
             from fastdit.listings import keys
 
             return print(keys())
+        started = time.monotonic()
         name = one_name(arguments, "config", "config, such as sit_s_2")
         config = load_config(name, arguments.overrides)
 
@@ -106,7 +108,8 @@ def train(parser: ArgumentParser) -> Command:
             named = any(override.startswith("data.shards=") for override in arguments.overrides)
             place = config.data.shards if named or not is_shipped(name) else ""  # that of an included one is an example
             config = with_latents(config, arguments.images, place, arguments.device)
-        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end)
+        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end,
+              started=started)  # fmt: skip
 
     return run
 
