@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdit.cli import main
 from fastdit.pipeline import ImagePipeline
-from fastdit.sweep import points
+from fastdit.sweep import plot, points
 from helpers.evaluation import evaluate, mistake, pictures, use_tiny
 from helpers.runs import Forks
 
@@ -53,6 +54,21 @@ def test_a_sweep_measures_each_combination_once(trained, reference, tmp_path, sm
     monkeypatch.setattr(ImagePipeline, "images", None)  # nothing is sampled again
     main(command(trained, reference, out, *axes))
     assert capsys.readouterr().out.splitlines()[:10] == said[:10] and len(out.read_text().splitlines()) == 8
+
+
+def test_the_plot_has_the_errors_of_the_table(tmp_path, monkeypatch):
+    """Bars from value - error to value + error; none where a line of an earlier version has no error."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **kw: [figures.append(self), save(self, *given, **kw)])
+    chosen, errors = points(["cfg_scale=2,1,3"]), ({"frechet_error": 2}, {"frechet_error": 3}, {})
+    results = [{"values": {"frechet": distance} | error, "real": None, "distance": "FD", "protocol": {"num_images": 8}}
+               for distance, error in zip((10, 20, 15), errors, strict=True)]  # fmt: skip
+    plot(chosen, results, tmp_path / "sweep.png")
+    [axes] = figures[0].axes
+    line, _, [bars] = axes.containers[0]
+    assert line.get_xydata().tolist() == [[1, 20], [2, 10], [3, 15]]
+    assert [segment.tolist() for segment in bars.get_segments()][:2] == [[[1, 17], [1, 23]], [[2, 8], [2, 12]]]
+    assert len(bars.get_segments()[2]) == 0
 
 
 def test_two_processes_write_the_same_lines(trained, reference, tmp_path, small):
