@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
@@ -170,6 +171,8 @@ def sample(parser: ArgumentParser) -> Command:
             return make_picture(path, arguments)
         from fastdit.sampling import sample
 
+        if Path(arguments.out or "").suffix in (".png", ".gif"):
+            raise ValueError(f"--out={arguments.out} is for a picture; give --classes or --seeds, or name a folder")
         count = 64 if arguments.num_samples is None else arguments.num_samples
         out = sample(path, arguments.out or default_out(path, "samples"), count,
                      overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,

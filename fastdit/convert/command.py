@@ -237,7 +237,7 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
     loaded.architecture()
     if not loaded.config.data.num_classes:
         raise ValueError("data.num_classes=0, but the official DiT always has labels; keep the fastdit checkpoint")
-    if out.suffix == ".safetensors":
+    if out.suffix != ".pt":
         raise ValueError(f"--out {out}: the official format is a PyTorch file; use a name with .pt")
     args, _ = official.args_for(loaded.config, loaded.latents.image_size)
     args["fastdit"] = {"config": to_tree(loaded.config), **loaded.facts()}

@@ -75,12 +75,12 @@ def test_two_processes_write_the_same_lines(trained, reference, tmp_path, small)
     """The first combination is there already, which the main process alone knows."""
     axes = "cfg_scale=1,3", "sampler=euler"
     for name, sweep in (("one", axes), ("two", ("cfg_scale=1", "sampler=euler"))):
-        main(command(trained, reference, tmp_path / name, *sweep))
-    options = command(trained, reference, tmp_path / "two", *axes)
+        main(command(trained, reference, tmp_path / f"{name}.jsonl", *sweep))
+    options = command(trained, reference, tmp_path / "two.jsonl", *axes)
     with Forks("fastdit/cli.py", *options, processes=2, before=use_tiny) as forks:
         assert set(forks.wait()) == {0}, forks.said()
     one, two = (
-        [json.loads(line) | {"environment": 0} for line in (tmp_path / name).read_text().splitlines()]
+        [json.loads(line) | {"environment": 0} for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
     assert one == two and len(two) == 2
@@ -94,9 +94,9 @@ def test_options_of_a_sampler_that_is_swept_or_chosen_are_in_force(trained, refe
         ("sampler", [noisy], ["sampler=ddim"]),
         ("neither", [noisy, chosen], ["cfg_scale=1.5"]),
     ):
-        argv = command(trained, reference, tmp_path / name, *axes)
+        argv = command(trained, reference, tmp_path / f"{name}.jsonl", *axes)
         main([*argv[:-len(axes) - 1], *given, "sampling.steps=2", *argv[-len(axes) - 1 :]])
-        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         found[name] = {line["protocol"]["samples"]["sampling"]["sampler"]["eta"]: line["values"] for line in lines}
     assert found["both"] == found["option"] and found["both"].keys() == {0, 1}
     assert found["both"][0] != found["both"][1]
