@@ -39,6 +39,8 @@ from fastdit.schema import SD_VAE, Config, shards_text
 from fastdit.sheets import in_rows, labelled, tiled
 from fastdit.training.loop import train as run_training
 
+SECTIONS = ("data", "model", "objective", "sampling", "training")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -74,10 +76,9 @@ class Model:
                 raise ValueError(f"sample({fixed[0]}=...) must be known when the model is loaded; pass it to load()")
             overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
             pipeline = pipeline.changed(overrides, "sample()")
-        if classes is None:
-            classes = "balanced"
-        chosen = classes if isinstance(classes, str) else list(classes) if isinstance(classes, Iterable) else [classes]
-        if n < 1 or not chosen:
+        chosen = list(classes) if isinstance(classes, Iterable) else [classes]
+        chosen = classes if isinstance(classes, str | None) else chosen
+        if n < 1 or chosen is not None and not chosen:
             raise ValueError(f"sample(classes={classes!r}, n={n}) makes no image; use n=1 or more, and None for all "
                              "classes")  # fmt: skip
         labels = pipeline.classes.labels(chosen, n, seed)
@@ -89,10 +90,11 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
     """The model at `path`: a run, a checkpoint, an official DiT or SiT .pt file, or a diffusers folder.
 
     `weights`: "ema" or "model". `device`: by default the GPU if there is one. `settings`: as in `Model.sample`, and
-    dotted keys as {"data.vae": "vae"}; for a source that fastdit did not write also {"objective": "flow"} and others.
+    keys of other sections as {"data.vae": "vae"}; for a source that fastdit did not write also {"objective": "flow"}
+    and others.
     """
     path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dotted = {key: settings.pop(key) for key in list(settings) if "." in key or key in ("objective", "model", "data")}
+    dotted = {key: settings.pop(key) for key in list(settings) if key.partition(".")[0] in SECTIONS}
     overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))
     stated = [f"{key}={yaml_line(value)}" for key, value in dotted.items()]

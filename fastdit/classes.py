@@ -21,13 +21,17 @@ class Classes:
         named, empty = len(self.names) or self.count, set(self.empty)
         return [label for label in range(min(self.count, named)) if label not in empty] or [0]
 
-    def labels(self, text: str | Sequence[int | str], images: int, seed: int) -> list[int]:
+    def labels(self, text: str | Sequence[int | str] | None, images: int, seed: int) -> list[int]:
         """The label of each image 0..images - 1; 0 for an unconditional network, which ignores labels.
 
-        `text`: "balanced" (the trained classes in turn), "random" (one of them, drawn from the seed), or those of
-        `chosen`, in turn. ValueError for classes of an unconditional network.
+        `text`: "balanced" or None (the trained classes in turn), "random" (one of them, drawn from the seed), or those
+        of `chosen`, in turn. ValueError for classes of an unconditional network, and for a word that is also the name
+        of a class.
         """
-        drawn = text in ("balanced", "random")
+        drawn = text in (None, "balanced", "random")
+        if drawn and text in self.names:
+            number = self.names.index(text)
+            raise ValueError(f"--labels={text} is also the name of class {number}; use --labels {number} for the class")
         if not self.count:
             if not drawn:
                 raise ValueError(f"--labels={text!r}: this network is unconditional; leave it out")

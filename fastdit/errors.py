@@ -115,3 +115,17 @@ def make_folder(path: Path, key: str) -> None:
         if is_no_space(error):
             raise
         raise ValueError(f"{key}={path} cannot be created ({error.strerror}); choose another folder") from None
+
+
+def output_file(path: str | Path, key: str, suffix: str, new: bool = False) -> Path:
+    """A file to write, whose folder is created; raises a one-line ValueError unless it ends in `suffix`.
+
+    `new`: also where the file exists.
+    """
+    path = Path(path)
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise ValueError(f"{key}={path} must be a file that ends in {suffix}")
+    if new and path.exists():
+        raise ValueError(f"{key}={path} exists; choose another name")
+    make_folder(path.parent, key)
+    return path

@@ -228,5 +228,4 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def write_report(report: Measured, path: str | Path) -> None:
     """As JSON; nan becomes null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(report).items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(plain, indent=1) + "\n")

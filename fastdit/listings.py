@@ -14,7 +14,7 @@ FIELD = re.compile(r"    (\w+): ([^=]+?) = (.+?)(?:  # (.*))?$")
 
 
 def configs() -> str:
-    """One paragraph per included config: its name and the comments at its top."""
+    """One paragraph per included config: its name and the comments at its top; and commands for images of one's own."""
     parts = []
     for schema in (Config, AutoencoderConfig):
         for name in shipped_names(schema):
@@ -22,8 +22,12 @@ def configs() -> str:
             about = [line.removeprefix("# ") for line in lines if line.startswith("#") and not COMMAND.match(line)]
             what = load_config(name, schema=schema).model.variant
             parts.append("\n".join([f"{name:<19} {what}", *(f"    {line}" for line in about)]))
-    return "\n".join([*parts, "", "fastdit train NAME data.shards=latents run_dir=runs/mine",
-                      "fastdit train-vae vae_NAME data.images=images run_dir=runs/vae"])  # fmt: skip
+    where = shipped_config("NAME")
+    return "\n".join([*parts, "", f"The commands of each are at the top of {where}. For your own images:",
+                      "fastdit extract --images images --out latents --vae stabilityai/sd-vae-ft-ema --image-size 256",
+                      "fastdit train sit_s_2 data.shards=latents run_dir=runs/mine training.epochs=100 "
+                      "training.ema_warmup=true",
+                      "fastdit train-vae vae_kl_f8 data.images=images run_dir=runs/vae"])  # fmt: skip
 
 
 def keys(schema: type = Config) -> str:

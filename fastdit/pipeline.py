@@ -224,7 +224,7 @@ class ImagePipeline:
         with one_thread(self.device), out_of_memory_says(remedy):
             yield
 
-    def record(self, num_samples: int, seed: int, labels: str) -> dict[str, Any]:
+    def record(self, num_samples: int, seed: int, labels: str | None) -> dict[str, Any]:
         """What determines the images, and which weights and code made them: the contents of sampling.json."""
         sampling = self.config.sampling
         return {
@@ -233,7 +233,7 @@ class ImagePipeline:
             "sha256": self.identity or None,  # unknown during training
             "num_samples": num_samples,
             "seed": seed,
-            "labels": labels,
+            "labels": labels or "balanced",
             "objective": to_tree(self.config.objective),  # its options move the sampler's times
             "sampling": to_tree(sampling) | {"compile": self.inference.graphs is not None},
             **({"route_ends": list(self.config.training.route_ends)} if sampling.route else {}),

@@ -65,14 +65,14 @@ def sample(
     *,
     overrides=(),
     seed: int = 0,
-    labels: str = "balanced",
+    labels: str | None = None,
     weights: str = "ema",
     device: str | None = None,
 ) -> Path:
     """Write `num_samples` images into `out` and return `out`; a second call with the same settings continues.
 
-    `labels`: "balanced" (the trained classes in turn), "random" (drawn from the seed), or classes like "207,360", taken
-    in turn. ValueError if `out` holds anything but a part of the same samples.
+    `labels`: "balanced" (the trained classes in turn; default), "random" (drawn from the seed), or classes like
+    "207,360", taken in turn. ValueError if `out` holds anything but a part of the same samples.
     """
     ranks = distributed.init(device)
     if num_samples < 1:

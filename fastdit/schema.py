@@ -177,6 +177,7 @@ class LoopConfig:
         switch = self.wandb.lower() in ("yes", "no", "on", "off")
         require(not switch, "training.wandb", self.wandb, 'use the name of a project, or "" for none')
         require(0 < self.lr < float("inf"), "training.lr", self.lr, "use a positive learning rate, 1e-4 in the paper")
+        require(all(0 <= beta < 1 for beta in self.betas), "training.betas", list(self.betas), "use two in [0, 1)")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "use [0, 1), 0.9999 in the paper")
 
     @property
@@ -258,7 +259,7 @@ class TrainingConfig(LoopConfig):
 class SamplingConfig:
     sampler: Choice = Choice("ddpm")
     steps: str = "250"  # network evaluations, or a respacing: "ddim50", "10,15,20"
-    cfg_scale: float = 1.0  # 1: no guidance
+    cfg_scale: float = 1.0  # 1: no guidance; 0: no class
     cfg_channels: int = 0  # number of guided latent channels, 3 in the official release; 0: all
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide only at times in this interval; t = 0 is data
     cfg_rescale: float = 0.0  # in [0, 1]; reduces the excess contrast of guided images
@@ -273,6 +274,8 @@ class SamplingConfig:
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "use 1 or more")
         few = all(len(number) < 7 for number in re.findall(r"\d+", self.steps))
         require(few, "sampling.steps", self.steps, "use fewer than 1,000,000")
+        scale = self.cfg_scale
+        require(0 <= scale < float("inf"), "sampling.cfg_scale", scale, "use 0 or more, 1 for no guidance")
         require(self.cfg_channels >= 0, "sampling.cfg_channels", self.cfg_channels, "use 0 for all, 3 as in DiT")
         low, high = self.cfg_interval
         require(0 <= low <= high <= 1, "sampling.cfg_interval", list(self.cfg_interval), "use [0, 1] for all times")

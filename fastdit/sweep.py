@@ -1,6 +1,7 @@
 """`fastdit evaluate RUN --sweep`: one measurement per combination of sampling settings, as a table and a plot."""
 
 import itertools
+import math
 import os
 import re
 import sys
@@ -69,7 +70,7 @@ def samples_of(
             pipelines[loaded] = load_pipeline(run, settings, weights=kind, device=device)
         pipeline = pipelines[loaded].changed(settings, "--sweep")
         lines |= dict.fromkeys(pipeline.remarks())
-        found.append(generated(pipeline, num_samples, seed, labels or "balanced"))
+        found.append(generated(pipeline, num_samples, seed, labels))
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
     return found
@@ -136,25 +137,29 @@ def table(chosen: Sequence[Point], results: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(chosen: Sequence[Point], results: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG of the first value over the first key with several values, with a line for each choice of the others."""
+    """A PNG of the first value over the first key with several values, with a line for each choice of the others.
+
+    Bars show its standard error where that is known.
+    """
     from matplotlib.figure import Figure
 
     x_key = next((key for key in chosen[0] if len({point[key] for point in chosen}) > 1), next(iter(chosen[0])))
     y_key, lines = next(iter(results[0]["values"])), {}
     for point, result in zip(chosen, results, strict=True):
         others = words({key: value for key, value in point.items() if key != x_key})
-        lines.setdefault(others, []).append((point[x_key], result["values"][y_key]))
+        error = result["values"].get(f"{y_key}_error", math.nan)
+        lines.setdefault(others, []).append((point[x_key], result["values"][y_key], error))
     numeric = all(re.fullmatch(r"[-+.\de]+", point[x_key]) for point in chosen)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for label, pairs in lines.items():
-        x, y = zip(*sorted((float(x), y) for x, y in pairs) if numeric else pairs, strict=True)
-        axes.plot(x, y, "o-", label=label or None)
+    for label, found in lines.items():
+        x, y, errors = zip(*sorted((float(x), *rest) for x, *rest in found) if numeric else found, strict=True)
+        axes.errorbar(x, y, errors, fmt="o-", capsize=3, label=label or None)
     if y_key == "frechet" and (real := results[0]["real"]):
         counts = f"{real['num_images']} against {real['reference_images']}"
         axes.axhline(real["frechet"], color="gray", ls="--", label=f"real against real ({counts} images)")
     axes.set(xlabel=x_key, ylabel=f"{title(y_key, results[0])} of {results[0]['protocol']['num_images']} samples")
-    if len(lines) > 1 or y_key == "frechet":
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)

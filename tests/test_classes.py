@@ -58,6 +58,15 @@ def test_names_that_are_numbers_are_not_mistaken_for_the_numbers_of_classes():
     assert Classes(12, tuple(f"{i:02d}" for i in range(12))).chosen("3,11") == [3, 11]
 
 
+def test_a_class_named_as_a_way_to_draw_labels_is_asked_for_by_its_number():
+    cards = Classes(3, ("ace", "random", "balanced"))
+    for word, number in (("random", 1), ("balanced", 2)):
+        with pytest.raises(ValueError, match=f"={word} is also the name of class {number}; use --labels {number}"):
+            cards.labels(word, 4, 0)
+        assert cards.labels([word], 2, 0) == cards.labels(str(number), 2, 0) == [number, number]
+    assert cards.labels(None, 4, 0) == [0, 1, 2, 0] and cards.labels("random,ace", 2, 0) == [1, 0]
+
+
 def test_a_run_knows_which_classes_had_no_images(tmp_path):
     """Also after a conversion: in checkpoints of fastdit, in official files and in folders of diffusers."""
     made = make_shards(tmp_path / "latents")

@@ -12,6 +12,7 @@ import fastdit
 from fastdit.cli import main
 from fastdit.commands import COMMANDS
 from fastdit.config import all_keys, shipped_names
+from fastdit.registry import Choice
 from helpers import ROOT
 from helpers.runs import run
 
@@ -143,6 +144,9 @@ def test_the_api_trains_loads_and_samples_every_format(world, tmp_path):
             assert np.abs(np.asarray(own).astype(int) - np.asarray(same)).max() <= 1
     own = fastdit.load(tmp_path / "run", **{"data.vae": str(world / "vae"), "objective.sample_shift": 2.0}).config
     assert own.data.vae == str(world / "vae") and own.objective.options == {"sample_shift": 2.0}
+    for path in (tmp_path / "run", tmp_path / "pipe"):  # as Model.sample takes it
+        noisy = fastdit.load(path, sampler="ddim", **{"sampler.eta": 0.5})
+        assert noisy.config.sampling.sampler == Choice("ddim", {"eta": 0.5})
     with pytest.raises(ValueError, match="data.num_classes=3: only sampling"):
         fastdit.load(tmp_path / "run", **{"data.num_classes": 3})
     with pytest.raises(ValueError, match="'cat' is not a class of this model"):

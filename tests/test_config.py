@@ -144,6 +144,9 @@ def test_yes_and_off_are_booleans_where_a_key_is_one_and_else_text():
         ("", ["training.precision=fp16"], ["training.precision='fp16'", "bf16, fp32"]),
         ("", ["training.lr=-1"], ["training.lr=-1.0", "positive"]),
         ("", ["sampling.steps=1000000000000"], ["sampling.steps='1000000000000' is out of range"]),
+        ("", ["sampling.cfg_scale=-1"], ["sampling.cfg_scale=-1.0 is out of range; use 0 or more"]),
+        ("", ["sampling.cfg_scale=.nan"], ["sampling.cfg_scale=nan is out of range"]),  # black images, without an error
+        ("", ["training.betas=[0.9,1]"], ["training.betas=[0.9, 1.0] is out of range; use two in [0, 1)"]),
         ("", ["model.registers=1e308"], ["model.registers=1", "out of range"]),
         ("", ["model.mlp_ratio=1e308"], ["model.mlp_ratio=1e+308 is out of range"]),
         ("", ["data.num_classes=1e308"], ["data.num_classes=1", "out of range"]),

@@ -3,18 +3,20 @@
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.build import build_objective
 from fastdit.cli import main
 from fastdit.config import load_config, shipped_config, shipped_names
 from fastdit.evaluation import features
 from fastdit.listings import COMMAND
 from fastdit.plan import plan
-from helpers import sources
+from helpers import ROOT, sources
 from helpers.data import tiny_vae
 from helpers.evaluation import tiny
 from helpers.wandb import fake_wandb
@@ -111,6 +113,21 @@ def test_the_commands_of_a_config_run_one_after_the_other(name, tmp_path, monkey
     pictures = [words for words in commands(name) if "--seeds" in words or "--trajectory" in words]
     assert said.count(f"{run_dir}/sheet.png") + said.count(f"{run_dir}/trajectory.gif") == len(pictures)
     assert {path for path in tmp_path.iterdir() if path.suffix} == before  # nothing is unpacked
+
+
+def test_the_listing_names_a_file_with_the_commands_and_ends_with_some_that_run(capsys):
+    """NAME alone was no command: many configs need latents of their own size, and train for 400k steps."""
+    main(["configs"])
+    paragraphs, own = capsys.readouterr().out.split("\n\n")
+    intro, *lines = own.splitlines()
+    place = re.search(r"at the top of (.*)/NAME.yaml", intro)[1]
+    assert all((Path(place) / f"{name}.yaml").is_file() and f"{name} " in paragraphs for name in shipped_names())
+    readme = (ROOT / "README.md").read_text()
+    assert re.sub(" +", " ", readme).count(lines[0]) == readme.count(lines[1]) == 1
+    _, _, name, *overrides = lines[1].split()
+    assert load_config(name, overrides).training.epochs == 100
+    _, _, name, *overrides = lines[2].split()
+    assert load_config(name, overrides, AutoencoderConfig).data.images == "images"
 
 
 def test_celebahq_has_a_fixed_variance_and_the_steps_of_the_original():

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +12,8 @@ import fastdit.api  # noqa: F401  with the real train, which a test replaces
 from fastdit.cli import main
 from fastdit.data.manifest import Manifest
 from fastdit.schema import SD_VAE
+from fastdit.training.checkpoint import checkpoints
+from fastdit.training.loop import train as real_train
 from helpers.data import tiny_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,3 +98,19 @@ def test_images_that_changed_after_their_latents_were_written_are_counted(twelve
     twelve()
     assert ("warning: 3 files of images were changed after their latents in images_latents_32 were written; remove "
             "images_latents_32 to extract again") in capsys.readouterr().out  # fmt: skip
+
+
+def test_the_time_limit_includes_the_extraction(twelve, monkeypatch):
+    """A job would be killed if its limit counted from the end of the extraction on."""
+    extract, later = fastdit.api.extract_features, SimpleNamespace(monotonic=lambda: time.monotonic() + 3600)
+
+    def slow(**given):
+        extract(**given)
+        monkeypatch.setattr("fastdit.training.guard.time", later)
+
+    monkeypatch.setattr("fastdit.api.extract_features", slow)
+    monkeypatch.setattr("fastdit.training.loop.train", real_train)
+    few = ["model.variant=DiT-Ti/4", "training.global_batch=4", "training.compile=false", "training.steps=3"]
+    with pytest.raises(SystemExit, match="75"):
+        twelve(*few, "run_dir=run", "training.time_limit=1:00")
+    assert [folder.name for folder in checkpoints(Path("run"))] == ["step-0000001"]

@@ -4,7 +4,6 @@ import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 DEVICE = "cpu, cuda:0, ... (default: this process's GPU if there is one)"
@@ -33,12 +32,6 @@ def processes(arguments: Namespace) -> Iterator[Any]:
         yield ranks
     finally:
         close()
-
-
-def check_folder(option: str, file: str | Path) -> None:
-    """ValueError unless the folder exists in which a file will be written."""
-    if not Path(file).parent.is_dir():
-        raise ValueError(f"{option}={file}: there is no folder {Path(file).parent}; create it")
 
 
 def one_name(arguments: Namespace, option: str, what: str) -> str:

@@ -7,8 +7,8 @@ import argparse
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastdit.commands.arguments import DEVICE, RUN, Command, check_folder, one_name, processes, take_words, values
-from fastdit.errors import EXIT_CODE
+from fastdit.commands.arguments import DEVICE, RUN, Command, one_name, processes, take_words, values
+from fastdit.errors import EXIT_CODE, output_file
 
 
 def evaluate(parser: ArgumentParser) -> Command:
@@ -40,7 +40,7 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
     parser.add_argument("--save-reference", metavar="FILE",
                         help="an .npz file that --reference reads without extracting features again")  # fmt: skip
-    parser.add_argument("--out", help="append the result and its protocol to this file, as one JSON line")
+    parser.add_argument("--out", help="append the result and its protocol to this .jsonl file, as one line")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUE,VALUE",
                         help="of a run: all combinations of values of weights and of sampling.KEY, as a table; with "
                              "--out, a plot next to it, and lines that it has are not measured again")  # fmt: skip
@@ -71,7 +71,7 @@ def evaluate(parser: ArgumentParser) -> Command:
         if not (arguments.reference or arguments.loss):
             arguments.parser.error("give real images with --reference")
         if arguments.out:
-            check_folder("--out", arguments.out)
+            output_file(arguments.out, "--out", ".jsonl")
         _loss(arguments, samples) if arguments.loss else _measure(arguments, samples)
 
     return run
@@ -164,13 +164,15 @@ def likelihood(parser: ArgumentParser) -> Command:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help=DEVICE)
     options = [a.dest for a in parser._actions if a.dest not in ("help", "checkpoint", "shards")]
-    parser.add_argument("--out", help="a JSON file for the results")
+    parser.add_argument("--out", help="a .json file for the results")
     take_words(parser, None)
 
     def run(arguments: Namespace) -> None:
         from fastdit.likelihood import likelihood, write_report
 
         chosen = values(arguments, [*options, "overrides"])
+        if arguments.out:
+            output_file(arguments.out, "--out", ".json")
         report = likelihood(arguments.checkpoint, arguments.shards, **chosen)
         if arguments.out:
             write_report(report, arguments.out)

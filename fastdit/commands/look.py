@@ -7,8 +7,9 @@ import argparse
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastdit.commands.arguments import DEVICE, Command, check_folder, one_name, processes, take_words, values
+from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
 from fastdit.config import check_alone
+from fastdit.errors import output_file
 from fastdit.gallery import KEYS, OPTIONS
 
 AXES, SETTINGS = tuple(OPTIONS.values()), {OPTIONS[axis]: key for axis, key in KEYS.items()}  # of fastdit sample
@@ -62,7 +63,7 @@ def make_picture(path: str, arguments: Namespace) -> None:
         raise ValueError("--points is the number of columns of --interpolate, which is not given")
     kind = arguments.trajectory or "png"
     name = "trajectory" if arguments.trajectory else "interpolation" if arguments.interpolate else "sheet"
-    out = checked_out(arguments.out, kind) if arguments.out else default_out(path, f"{name}.{kind}")
+    out = output_file(arguments.out or default_out(path, f"{name}.{kind}"), "--out", f".{kind}", new=True)
 
     from fastdit.gallery.axes import read_axes
     from fastdit.gallery.pages import interpolation, sheet, trajectory
@@ -90,15 +91,6 @@ def default_out(path: str | Path, name: str) -> Path:
     return path / name if run == path else run / f"{path.name}-{name}"
 
 
-def checked_out(out: str | Path, kind: str) -> Path:
-    """The file of --out, which must end in .`kind` and be in a folder that exists."""
-    out = Path(out)
-    if out.suffix.lower() != f".{kind}" or out.is_dir():
-        raise ValueError(f"--out={out} must be a file that ends in .{kind}")
-    check_folder("--out", out)
-    return out
-
-
 def grid(parser: ArgumentParser) -> Command:
     """Show a folder of images as one picture, with a labelled row for each class.
 
@@ -119,7 +111,8 @@ def grid(parser: ArgumentParser) -> Command:
         from fastdit.gallery.folders import folder_grid
         from fastdit.sheets import save
 
-        out, chosen = checked_out(arguments.out, "png"), one_name(arguments, "folder", "folder of images")
+        chosen = one_name(arguments, "folder", "folder of images")
+        out = output_file(arguments.out, "--out", ".png", new=True)
         image = folder_grid(chosen, arguments.rows, arguments.columns, labels=arguments.labels, side=arguments.size)
         save([image], out)
         print(out)
@@ -146,18 +139,18 @@ def neighbors(parser: ArgumentParser) -> Command:
     parser.add_argument("--vae", help="the autoencoder of the latents, if it was moved")
     parser.add_argument("--seed", type=int, default=0, help="of resamples, and of the choice of training images")
     parser.add_argument("--out", default="neighbors.png", help="the sheet (neighbors.png)")
-    parser.add_argument("--results", metavar="FILE", help="append the result and its protocol, as one JSON line")
+    parser.add_argument("--results", metavar="FILE", help="append the result and its protocol to this .jsonl file")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--samples", help=argparse.SUPPRESS)
     take_words(parser, "SAMPLES", overrides=False)
 
     def run(arguments: Namespace) -> None:
         samples = one_name(arguments, "samples", "folder or .npz file of samples")
-        out, results = checked_out(arguments.out, "png"), arguments.results
         if not arguments.reference:
             arguments.parser.error("give the training images with --reference")
+        out, results = output_file(arguments.out, "--out", ".png", new=True), arguments.results
         if results:
-            check_folder("--results", results)
+            output_file(results, "--results", ".jsonl")
         from fastdit.evaluation.memorization import neighbors, summary
         from fastdit.evaluation.protocol import append_result
         from fastdit.sheets import save

@@ -6,7 +6,9 @@ Each function adds its arguments to a parser and returns what runs it.
 import argparse
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
@@ -93,6 +95,7 @@ def train(parser: ArgumentParser) -> Command:
             from fastdit.listings import keys
 
             return print(keys())
+        started = time.monotonic()
         name = one_name(arguments, "config", "config, such as sit_s_2")
         config = load_config(name, arguments.overrides)
 
@@ -106,7 +109,8 @@ def train(parser: ArgumentParser) -> Command:
             named = any(override.startswith("data.shards=") for override in arguments.overrides)
             place = config.data.shards if named or not is_shipped(name) else ""  # that of an included one is an example
             config = with_latents(config, arguments.images, place, arguments.device)
-        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end)
+        train(config, resume=arguments.resume, device=arguments.device, read_initial=read_initial, report=report_at_end,
+              started=started)  # fmt: skip
 
     return run
 
@@ -167,9 +171,11 @@ def sample(parser: ArgumentParser) -> Command:
             return make_picture(path, arguments)
         from fastdit.sampling import sample
 
+        if Path(arguments.out or "").suffix in (".png", ".gif"):
+            raise ValueError(f"--out={arguments.out} is for a picture; give --classes or --seeds, or name a folder")
         count = 64 if arguments.num_samples is None else arguments.num_samples
         out = sample(path, arguments.out or default_out(path, "samples"), count,
-                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels or "balanced",
+                     overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             print(f"{count} images in {out}; see {out / 'grid.png'}")

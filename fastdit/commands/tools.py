@@ -47,12 +47,14 @@ def convert(parser: ArgumentParser) -> Command:
                         help="which of them to convert to diffusers (ema; of an autoencoder: model)")  # fmt: skip
     parser.add_argument("--scale", type=float, help="scaling_factor of an autoencoder (that in the file, else 1; "
                         "Stable Diffusion: 0.18215)")  # fmt: skip
+    parser.add_argument("--shift", type=float, help="shift_factor of an autoencoder (0; FLUX.1: 0.1159, and --scale "
+                        "0.3611)")  # fmt: skip
     take_words(parser, None)
 
     def run(arguments: Namespace) -> None:
         from fastdit.convert import convert
 
-        options = ("config", "heads", "weights", "from_official", "scale", "overrides")
+        options = ("config", "heads", "weights", "from_official", "scale", "shift", "overrides")
         convert(arguments.src, arguments.to, arguments.out, **values(arguments, options))
 
     return run

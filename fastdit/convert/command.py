@@ -48,12 +48,13 @@ def convert(
     from_official: bool = False,
     weights: str | None = None,
     scale: float | None = None,
+    shift: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Read `src` (a .pt file, a DiTPipeline folder, a run or checkpoint) and write `out` in the format `to`.
 
     A file with an autoencoder in the format of latent-diffusion becomes a folder of diffusers (ldm.py), with `scale` as
-    its scaling_factor.
+    its scaling_factor and `shift` as its shift_factor.
 
     `config`, `overrides` and `heads` set what the source does not state, such as the objective and the autoencoder.
     `from_official`: the weights of a diffusers folder come from the official DiT. `weights` (ema or model) is what a
@@ -71,9 +72,10 @@ def convert(
         given = {"--config": config, "--heads": heads, "--from-official": from_official}
         if extra := [*overrides, *(name for name, value in given.items() if value)]:
             raise ValueError(f"{extra[0]} is for a network, and {src} is an autoencoder; leave it out")
-        return ldm.convert_autoencoder(src, found, out, scale, weights, say)
-    if scale is not None:
-        raise ValueError(f"--scale={scale} is for an autoencoder in the format of latent-diffusion, and {src} is none")
+        return ldm.convert_autoencoder(src, found, out, scale, shift or 0.0, weights, say)
+    for option, value in (("scale", scale), ("shift", shift)):
+        if value is not None:
+            raise ValueError(f"--{option}={value} is for an autoencoder of latent-diffusion, not for {src}")
     if weights and to != "diffusers":
         raise ValueError(f"--weights={weights} is for --to diffusers; --to {to} keeps both the weights and their EMA")
     weights = weights or "ema"
@@ -238,7 +240,7 @@ def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None
     loaded.architecture()
     if not loaded.config.data.num_classes:
         raise ValueError("data.num_classes=0, but the official DiT always has labels; keep the fastdit checkpoint")
-    if out.suffix == ".safetensors":
+    if out.suffix != ".pt":
         raise ValueError(f"--out {out}: the official format is a PyTorch file; use a name with .pt")
     args, _ = official.args_for(loaded.config, loaded.latents.image_size)
     args["fastdit"] = {"config": to_tree(loaded.config), **loaded.facts()}

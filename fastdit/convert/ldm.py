@@ -5,6 +5,7 @@ names, and numbers the decoder's blocks from the lowest resolution. The architec
 nothing but tensors is read from a file.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -88,17 +89,21 @@ def convert_autoencoder(
     found: Found,
     out: Path,
     scale: float | None = None,
+    shift: float = 0.0,
     weights: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the folder `out` for `--vae` and `data.vae`.
 
-    `scale`: its scaling_factor (None: that in the file, else 1, latents as they are). `weights`: "ema" takes the EMA;
-    by default it is left out, because latent-diffusion encodes without it.
+    `scale`: its scaling_factor (None: that in the file, else 1, latents as they are). `shift`: its shift_factor, which
+    is subtracted before. `weights`: "ema" takes the EMA; by default it is left out, because latent-diffusion encodes
+    without it.
     ValueError, before anything is written, for a network that an AutoencoderKL of diffusers cannot express.
     """
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"--scale={scale} must be a positive number")
+    if not math.isfinite(shift):
+        raise ValueError(f"--shift={shift} must be a number")
     if weights == "ema" and not found.ema:
         raise ValueError(f"--weights=ema, but {path} has no EMA; leave it out")
     if "quantize" in found.others:
@@ -111,7 +116,7 @@ def convert_autoencoder(
         scale = found.scale
         say(f"scaling_factor={scale:g}, the scale_factor in the file")
     state = checked(found.ema if weights == "ema" else found.state, path)
-    vae = autoencoder(state, path, scale or 1.0)
+    vae = autoencoder(state, path, scale or 1.0, shift)
     if found.others:
         left = ", ".join(f"{name} ({count})" for name, count in found.others.items())
         say(f"{path}: tensors that are not of the autoencoder are left out: {left}")
@@ -145,7 +150,7 @@ def checked(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return names
 
 
-def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float) -> nn.Module:
+def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float, shift: float) -> nn.Module:
     """The AutoencoderKL of diffusers with these weights; ValueError where it has no such layers."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
@@ -186,6 +191,7 @@ def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float) -> nn.Mod
             use_quant_conv="quant_conv.weight" in state,
             use_post_quant_conv="post_quant_conv.weight" in state,
             scaling_factor=scale,
+            shift_factor=shift or None,
         )
     theirs = {renamed(name, levels): name for name in state}
     weights = {new: state[old] for new, old in theirs.items()}

@@ -164,7 +164,8 @@ class _Reader:
         if features is not None:
             self.features, self.feature_index = ShardReader(features, verify, manifest.block), features.check(manifest)
 
-    def batch(self, step: int) -> Batch:
+    def take(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The images of a step, damaged ones replaced, as rows of the index, their moments, and features if any."""
         images, epochs = self.order(step * self.global_batch + self.rows)
         mirrored = mirrors(self.seed, epochs, images) if self.hflip else np.zeros_like(images)
         array = np.empty((len(images), *moments_shape(self.manifest)), DTYPES[self.manifest.dtype])
@@ -182,6 +183,10 @@ class _Reader:
                 one = slice(i, i + 1)
                 own = None if features is None else features[one]
                 fault = self.read(images[one], mirrored[one], array[one], own).get(0)
+        return images, array, features
+
+    def batch(self, step: int) -> Batch:
+        images, array, features = self.take(step)
         y = torch.from_numpy(self.index["label"][images].astype(np.int64))
         tensors = [torch.from_numpy(array).float(), y]
         if features is not None:
@@ -257,6 +262,22 @@ def sample_keys(manifest: Manifest, seed: int, global_batch: int, step: int) -> 
         return manifest.keys(step * global_batch, global_batch).tolist()
     images, _ = manifest.order(seed)(step * global_batch + np.arange(global_batch))
     return manifest.index()["key"][images].tolist()
+
+
+def replaced_keys(
+    manifest: Manifest, features: FeatureManifest | None, *, global_batch: int, seed: int, step: int, hflip: bool
+) -> dict[int, int]:
+    """What `skip_damaged` took in place of the damaged samples of a global batch: keys by keys of `sample_keys`.
+
+    The batch is read again.
+    """
+    if isinstance(manifest, Synthetic):
+        return {}
+    reader = _Reader(manifest, features, global_batch, slice(None), seed, hflip, True, False, lambda fault: None)
+    with closing(reader):
+        taken = manifest.index()["key"][reader.take(step)[0]].tolist()
+    pairs = zip(sample_keys(manifest, seed, global_batch, step), taken, strict=True)
+    return {key: other for key, other in pairs if key != other}
 
 
 def split(manifest: Manifest, fraction: float) -> tuple[Manifest, Manifest | None]:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastdit.data.features import FOLDER, FeatureManifest, StoredFeatureWriter, beside_latents, publish_features
-from fastdit.data.images import size_text, to_uint8
+from fastdit.data.images import EXTENSIONS, size_text, to_uint8
 from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import moments_shape
 from fastdit.data.manifest import DTYPES, HEADER, Manifest, ShardFolder
@@ -24,6 +24,7 @@ from fastdit.data.order import HELD_OUT, hash_of
 from fastdit.data.reader import ShardReader
 from fastdit.data.remote import Cache, check_local
 from fastdit.data.writer import prepare, write_keyed, write_tars
+from fastdit.errors import output_file
 from fastdit.files import read_array
 from fastdit.sheets import in_rows, tiled
 
@@ -134,12 +135,15 @@ def sample(
     cache: str | Path = "",
 ) -> Path:
     """Random images: decoded on a sheet if `out` ends in .png, else as a new folder of latents."""
-    manifest, out = open_latents(folder, Cache(cache)), Path(out)
+    sheet = (out := Path(out)).suffix.lower() in EXTENSIONS
+    if sheet:
+        output_file(out, "OUT", ".png", new=not overwrite)
+    manifest = open_latents(folder, Cache(cache))
     index = manifest.index()
     if count is None and per_class is None:
         count = min(64, len(index))
     chosen = _chosen(manifest, index, seed, None, count, per_class)
-    if out.suffix != ".png":
+    if not sheet:
         _check_new([out], manifest)
         _write([(manifest, np.flatnonzero(chosen), 0)], out, manifest, features, overwrite)
         return out

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastdit.config import leaves
 from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
+from fastdit.errors import output_file
 from fastdit.evaluation.features import Extractor, load_features
 from fastdit.evaluation.images import ImageSet, open_set, read_statistics, save_statistics
 from fastdit.evaluation.metrics import METRICS, Features, frechet_distance
@@ -74,8 +75,8 @@ def check_options(metrics: Sequence[str] | None, save_reference: str | None) -> 
     """ValueError for an unknown metric, or a file that cannot be written."""
     for name in metrics or ():
         check(name, METRICS, "--metrics")
-    if save_reference and not (Path(save_reference).suffix == ".npz" and Path(save_reference).parent.is_dir()):
-        raise ValueError(f"--save-reference={save_reference} must end in .npz and be in a folder that exists")
+    if save_reference:
+        output_file(save_reference, "--save-reference", ".npz")
 
 
 def measure(

@@ -10,7 +10,7 @@ from fastdit.evaluation.images import ImageSet
 from fastdit.pipeline import ImagePipeline
 
 
-def generated(pipeline: ImagePipeline, count: int, seed: int = 0, labels: str = "balanced") -> ImageSet:
+def generated(pipeline: ImagePipeline, count: int, seed: int = 0, labels: str | None = None) -> ImageSet:
     """`count` images of the pipeline, sampled each time they are read; its blocks are the sampling batches.
 
     `labels`: as for `fastdit.sampling.sample`.

@@ -10,6 +10,7 @@ import torch
 
 from fastdit.build import build_objective, check_sampling
 from fastdit.config import config_from, to_tree
+from fastdit.errors import output_file
 from fastdit.files import replace_text
 from fastdit.report import autoencoder
 from fastdit.report.facts import of_autoencoder, read_run
@@ -51,9 +52,8 @@ def write_report(
             config = config_from(to_tree(run.config), run.folder, [*FEW, *overrides])
             guided = config.model.class_dropout and config.data.num_classes
             check_sampling(config, build_objective(config), 0 if guided else None)
-    out = Path(out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html"))
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; create it")
+    out = out or (facts[0].folder / "report.html" if len(runs) == 1 else "report.html")
+    out = output_file(out, "--out", ".html")
     if autoencoders:
         page = autoencoder.render(facts, title)
     else:

@@ -26,12 +26,13 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # USR1 is SLURM's warning before the
 class Requests:
     """Asks for a stop on a signal, a file `run_dir/stop` or after `time_limit_s`, and for a checkpoint by the clock.
 
+    The time limit counts from `started` on, a time of time.monotonic, by default now.
     A second signal, AGAIN_S or more after the first, ends the process at once. A context manager: leaving it restores
     the signal handlers.
     """
 
-    def __init__(self, run_dir: Path, time_limit_s: float, checkpoint_s: float):
-        self.stop_file, self.start = run_dir / "stop", time.monotonic()
+    def __init__(self, run_dir: Path, time_limit_s: float, checkpoint_s: float, started: float | None = None):
+        self.stop_file, self.start = run_dir / "stop", time.monotonic() if started is None else started
         self.time_limit_s, self.checkpoint_s, self.saved = time_limit_s, checkpoint_s, time.monotonic()
         self.reason, self.looked, self.launcher = "", -1.0, parent_of(os.getppid())
         self.before: dict[int, object] = {}

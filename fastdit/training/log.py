@@ -115,12 +115,16 @@ class Log:
             self.file.write(as_json({"step": step, **values, "time": time.time()}))
             self.boards.write(step, values, pictures or {})
 
-    def skip(self, step: int, keys: list[int], times: list[float]) -> None:
-        """A step that was not finite and changed nothing: the keys of its samples and their times."""
+    def skip(self, step: int, keys: list[int], times: list[float], replaced: Mapping[int, int] | None = None) -> None:
+        """A step that was not finite and changed nothing: the keys of its samples and their times.
+
+        `replaced`: what data.skip_damaged took instead of some of them, by their keys.
+        """
         if not self.ranks.is_main:
             return
         with append_to(self.skipped_path) as file:
-            file.write(as_json({"step": step, "keys": keys, "times": times}))
+            more = {"replaced": replaced} if replaced else {}
+            file.write(as_json({"step": step, "keys": keys, "times": times, **more}))
         self.say(f"step {step}  skipped: its loss or gradient is not finite; see {self.skipped_path}")
 
     def say(self, line: str) -> None:

@@ -19,7 +19,7 @@ from fastdit.build import (
     uses_zero,
 )
 from fastdit.config import save_config
-from fastdit.data.loader import check_cache, latent_batches, on_device, sample_keys
+from fastdit.data.loader import check_cache, latent_batches, on_device, replaced_keys, sample_keys
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks, seed_of
 from fastdit.environment import write_environment
@@ -54,22 +54,26 @@ from fastdit.unused import unused
 INIT, ORDER, NOISE = range(3)  # what a seed is for, so that no two uses share a stream
 
 
-def train(config: Config, *, resume: bool = False, device: str | None = None, read_initial=None, report=None) -> Path:
+def train(
+    config: Config, *, resume: bool = False, device: str | None = None, read_initial=None, report=None,
+    started: float | None = None,
+) -> Path:  # fmt: skip
     """Train as `config` says and return the last checkpoint; `resume` continues from the newest one in `run_dir`.
 
     `read_initial(path, config)` reads the weights and EMA of training.init_from (convert.read_initial: every format).
     `report(run_dir, device)` writes the report of a run that has ended, on the main process, and returns a line to log
-    (report.report_at_end).
+    (report.report_at_end). `started`: see Requests.
     """
     if config.training.init_from and read_initial is None:
         raise ValueError("training.init_from needs train(..., read_initial=fastdit.convert.read_initial)")
     with run_folder(config, resume, device, report) as (run_dir, ranks):
-        return _train(config, run_dir, ranks, resume, read_initial)
+        settings = config.training
+        requests = Requests(run_dir, settings.time_limit_s, 60 * settings.checkpoint_minutes, started)
+        return _train(config, run_dir, ranks, resume, read_initial, requests)
 
 
-def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initial) -> Path:
+def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initial, requests: Requests) -> Path:
     device = ranks.device
-    requests = Requests(run_dir, config.training.time_limit_s, 60 * config.training.checkpoint_minutes)
     last = checkpoint.newest_good(run_dir, ranks, print) if resume else None
     # data: what the shards hold must be what the config means
     manifest, held_out = shards_of(config)
@@ -148,7 +152,11 @@ def _train(config: Config, run_dir: Path, ranks: Ranks, resume: bool, read_initi
     )
 
     def on_skip(done: int) -> None:
-        log.skip(done, sample_keys(manifest, order, settings.global_batch, done - 1), plain_step.times_of(done - 1))
+        batch, step = settings.global_batch, done - 1
+        again = config.data.skip_damaged and ranks.is_main
+        replaced = replaced_keys(manifest, features, global_batch=batch, seed=order, step=step,
+                                 hflip=config.data.hflip) if again else {}  # fmt: skip
+        log.skip(done, sample_keys(manifest, order, batch, step), plain_step.times_of(step), replaced)
 
     facts = describe(config, latents, classes, features) | {"contents": manifest.contents}
     with (

@@ -38,7 +38,7 @@ def test_the_converted_network_computes_the_same(tmp_path, attended):
     network = LDM(attended=attended).double().eval()
     said = []
     path = saved({key: t.float() for key, t in network.state_dict().items()}, tmp_path / "vae.ckpt")
-    out = convert(path, "diffusers", tmp_path / "vae", scale=0.5, say=said.append)
+    out = convert(path, "diffusers", tmp_path / "vae", scale=0.5, shift=0.25, say=said.append)
     vae = load_autoencoder(out).double().eval()
     network.load_state_dict({key: t.double() for key, t in torch.load(path).items()})
     x = torch.rand(2, 3, 12, 20, dtype=torch.float64) * 2 - 1
@@ -47,7 +47,11 @@ def test_the_converted_network_computes_the_same(tmp_path, attended):
         theirs = vae.encode(x).latent_dist
         torch.testing.assert_close(theirs.parameters, moments, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(vae.decode(theirs.mean).sample, output, rtol=1e-9, atol=1e-9)
-    assert vae.config.scaling_factor == 0.5 and vae.config.latent_channels == 5 and moments.shape == (2, 10, 6, 10)
+    codec = LatentCodec.load(out)
+    mean = codec.encode(x.float())[:, :5]  # x_0 = (mean - shift) scale
+    torch.testing.assert_close(codec.decode((mean - 0.25) * 0.5).double(), output, rtol=1e-4, atol=1e-4)
+    assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.5, 0.25)
+    assert vae.config.latent_channels == 5 and moments.shape == (2, 10, 6, 10)
     assert ("attention at 1/" in " ".join(said)) == bool(attended) and "scaling_factor=1" not in " ".join(said)
 
 
@@ -217,11 +221,13 @@ def test_other_options_are_refused(tmp_path, place):
         (dict(to="diffusers", heads=3), "--heads is for a network"),
         (dict(to="diffusers", overrides=["objective=flow"]), "objective=flow is for a network"),
         (dict(to="diffusers", scale=0.0), "--scale=0.0 must be a positive number"),
+        (dict(to="diffusers", shift=float("nan")), "--shift=nan must be a number"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(path, out=tmp_path / "out", say=lambda line: None, **arguments)
-    with pytest.raises(ValueError, match="--scale=1.0 is for an autoencoder in the format of latent-diffusion"):
-        convert(place / "ddpm", "official", tmp_path / "out.pt", scale=1.0, say=lambda line: None)
+    for option in ("scale", "shift"):
+        with pytest.raises(ValueError, match=f"--{option}=1.0 is for an autoencoder of latent-diffusion"):
+            convert(place / "ddpm", "official", tmp_path / "out.pt", **{option: 1.0}, say=lambda line: None)
     for to in ("official", "fastdit"):
         with pytest.raises(ValueError, match=f"--weights=model is for --to diffusers; --to {to} keeps both"):
             convert(place / "ddpm", to, tmp_path / "out.pt", weights="model", say=lambda line: None)

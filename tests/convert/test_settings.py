@@ -336,8 +336,9 @@ def test_an_export_says_what_the_official_scripts_and_the_pipeline_do_otherwise(
     convert(place / "ddpm", "diffusers", tmp_path / "pipe", overrides=overrides, say=heard.append)
     assert all(f"DiTPipeline has no {override}; fastdit.yaml keeps it." in heard for override in overrides)
     assert load_config(tmp_path / "pipe/fastdit.yaml").sampling.clip == "static"
-    with pytest.raises(ValueError, match="the official format is a PyTorch file"):
-        convert(place / "ddpm", "official", tmp_path / "x.safetensors", say=quiet)
+    for name in ("x.safetensors", "x"):
+        with pytest.raises(ValueError, match="the official format is a PyTorch file; use a name with .pt"):
+            convert(place / "ddpm", "official", tmp_path / name, say=quiet)
     plain = tmp_path / "plain"
     plain.touch()  # with the permissions that the umask asks for
     assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {plain.stat().st_mode}

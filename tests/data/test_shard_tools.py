@@ -110,6 +110,11 @@ def test_random_images_are_a_sheet_or_a_folder(made, tmp_path, capsys):
     again = write_keyed(((k, m, y) for k, (m, y) in enumerate(arrays(made))), tmp_path / "own", about)
     main(["shards", "sample", str(again.folder), str(tmp_path / "sheet.png"), "--per-class", "3"])
     assert Image.open(tmp_path / "sheet.png").size == (8 * 18 - 2, 2 * 18 - 2)  # nine images of 16 px, eight in a row
+    for out, words in (("sheet.png", "sheet.png exists; choose another name"), ("a.jpg", "must be a file that ends")):
+        with pytest.raises(ValueError, match=words):
+            sample(again.folder, tmp_path / out)
+    sample(again.folder, tmp_path / "sheet.png", per_class=1, overwrite=True)
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 18 - 2, 16)
     sample(again.folder, tmp_path / "few", count=5, seed=1)
     few = intact(tmp_path / "few")
     assert len(few) == 5 and values(few).items() <= values(again).items()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdit.data.latents import LatentCodec, LatentSpec
-from fastdit.data.loader import latent_batches, on_device
+from fastdit.data.loader import latent_batches, on_device, replaced_keys, sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
 from fastdit.verify import verify
@@ -267,6 +267,9 @@ def test_damaged_samples_are_replaced_by_the_next_good_one_and_said_once(stored,
             np.testing.assert_array_equal(moments[i], samples[int(index["key"][wanted]), 0].astype(np.float32))
             assert y[i] == index["label"][wanted]
             assert chosen in (4, 5) or torch.equal(moments[i], batch.moments[i])
+        keys, key = sample_keys(manifest, 3, 6, step), index["key"].tolist()
+        found = replaced_keys(manifest, None, global_batch=6, seed=3, step=step, hflip=False)
+        assert found == {key[i]: key[6] for i in (4, 5) if key[i] in keys}
     assert sorted({line.split(" of ")[0] for line in heard}) == sorted(
         f"sample {int(index['key'][i]):09d}" for i in (4, 5)
     )

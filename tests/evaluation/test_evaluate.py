@@ -217,8 +217,9 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([good, *reference, "--metrics", "fid"], "--metrics='fid' is unknown; did you mean"),
         ([small_npz(folder, 20), *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: it needs"),
         ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
-        ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must end in .npz"),
-        ([good, *reference, "--out", tmp_path / "no" / "r.jsonl"], "no; create it"),
+        ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must be a file that ends in .npz"),
+        ([good, *reference, "--out", "r.png"], "--out=r.png must be a file that ends in .jsonl"),  # that of the plot
+        ([good, *reference, "--out", tmp_path / "damaged.npz/r.jsonl"], "damaged.npz cannot be created (File exists)"),
         ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
         (["--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "a.jsonl does not exist; write it with"),
         (["--compare", *[unfinished / "sampling.json"] * 2], "has no result in its last line"),

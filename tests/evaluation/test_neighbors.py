@@ -92,7 +92,11 @@ def test_planted_copies_are_found_and_named(folder, small, capsys):
     assert protocol["held_out"]["images"] == 300 and protocol["metrics"]["memorized"]["quantile"] == 0.01
     main(["evaluate", "--compare", "results.jsonl", "results.jsonl"])
     assert "memorized" in capsys.readouterr().out
-    main([*arguments, "--results", "results.jsonl"])
+    with pytest.raises(SystemExit, match="2"):  # would replace the sheet of the first command
+        main([*arguments, "--results", "results.jsonl"])
+    assert "error: --out=neighbors.png exists; choose another name" in capsys.readouterr().err
+    main([*arguments, "--results", "results.jsonl", "--out", "new/sheet.png"])
+    assert (folder / "new" / "sheet.png").exists()
     assert "60 training images, each against the others" in capsys.readouterr().out
     again = json.loads((folder / "results.jsonl").read_text().splitlines()[1])
     assert again["values"]["memorized"] == 0.2 and again["nearest"] == result["nearest"]
@@ -185,7 +189,7 @@ def test_without_latents_of_mirror_images_no_view_is_mirrored(world, tmp_path, m
         ("samples.npz --reference train --vae vae", "--vae=vae is for --features latents; leave it out"),
         ("samples.npz --reference train -k 0", "-k 0 and --rows=8 must be 1 or more"),
         ("samples.npz --reference train --out a.jpg", "--out=a.jpg must be a file that ends in .png"),
-        ("samples.npz --reference train --results no/a.jsonl", "there is no folder no; create it"),
+        ("samples.npz --reference train --results a.txt", "--results=a.txt must be a file that ends in .jsonl"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(folder, small, capsys, line, words):

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdit.cli import main
 from fastdit.pipeline import ImagePipeline
-from fastdit.sweep import points
+from fastdit.sweep import plot, points
 from helpers.evaluation import evaluate, mistake, pictures, use_tiny
 from helpers.runs import Forks
 
@@ -55,16 +56,31 @@ def test_a_sweep_measures_each_combination_once(trained, reference, tmp_path, sm
     assert capsys.readouterr().out.splitlines()[:10] == said[:10] and len(out.read_text().splitlines()) == 8
 
 
+def test_the_plot_has_the_errors_of_the_table(tmp_path, monkeypatch):
+    """Bars from value - error to value + error; none where a line of an earlier version has no error."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **kw: [figures.append(self), save(self, *given, **kw)])
+    chosen, errors = points(["cfg_scale=2,1,3"]), ({"frechet_error": 2}, {"frechet_error": 3}, {})
+    results = [{"values": {"frechet": distance} | error, "real": None, "distance": "FD", "protocol": {"num_images": 8}}
+               for distance, error in zip((10, 20, 15), errors, strict=True)]  # fmt: skip
+    plot(chosen, results, tmp_path / "sweep.png")
+    [axes] = figures[0].axes
+    line, _, [bars] = axes.containers[0]
+    assert line.get_xydata().tolist() == [[1, 20], [2, 10], [3, 15]]
+    assert [segment.tolist() for segment in bars.get_segments()][:2] == [[[1, 17], [1, 23]], [[2, 8], [2, 12]]]
+    assert len(bars.get_segments()[2]) == 0
+
+
 def test_two_processes_write_the_same_lines(trained, reference, tmp_path, small):
     """The first combination is there already, which the main process alone knows."""
     axes = "cfg_scale=1,3", "sampler=euler"
     for name, sweep in (("one", axes), ("two", ("cfg_scale=1", "sampler=euler"))):
-        main(command(trained, reference, tmp_path / name, *sweep))
-    options = command(trained, reference, tmp_path / "two", *axes)
+        main(command(trained, reference, tmp_path / f"{name}.jsonl", *sweep))
+    options = command(trained, reference, tmp_path / "two.jsonl", *axes)
     with Forks("fastdit/cli.py", *options, processes=2, before=use_tiny) as forks:
         assert set(forks.wait()) == {0}, forks.said()
     one, two = (
-        [json.loads(line) | {"environment": 0} for line in (tmp_path / name).read_text().splitlines()]
+        [json.loads(line) | {"environment": 0} for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
     assert one == two and len(two) == 2
@@ -78,9 +94,9 @@ def test_options_of_a_sampler_that_is_swept_or_chosen_are_in_force(trained, refe
         ("sampler", [noisy], ["sampler=ddim"]),
         ("neither", [noisy, chosen], ["cfg_scale=1.5"]),
     ):
-        argv = command(trained, reference, tmp_path / name, *axes)
+        argv = command(trained, reference, tmp_path / f"{name}.jsonl", *axes)
         main([*argv[:-len(axes) - 1], *given, "sampling.steps=2", *argv[-len(axes) - 1 :]])
-        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         found[name] = {line["protocol"]["samples"]["sampling"]["sampler"]["eta"]: line["values"] for line in lines}
     assert found["both"] == found["option"] and found["both"].keys() == {0, 1}
     assert found["both"][0] != found["both"][1]

@@ -124,6 +124,9 @@ def test_what_is_not_given_suits_what_is(trained, wide):
 def test_a_single_axis_fills_rows_of_eight_with_captions(wide, drawn, capsys):
     picture(wide, "--seeds", "3-12")
     assert capsys.readouterr().out.strip() == str(wide / "sheet.png")
+    with pytest.raises(SystemExit, match="2"):  # one of other settings would take its place
+        picture(wide, "--seeds", "0-1")
+    assert f"error: --out={wide}/sheet.png exists; choose another name" in capsys.readouterr().err
     model = fastdit.load(wide, device="cpu")
     images = [np.asarray(model.sample(n=1, seed=seed)[0]) for seed in range(3, 13)]
     with Image.open(wide / "sheet.png") as page:
@@ -246,7 +249,7 @@ MISTAKES = {
     "--seeds 0-3 --rows seeds": "--rows='seeds' is unknown; did you mean 'seed'?",
     "--seeds 0-3 --rows seed --columns seed": "--rows=seed and --columns=seed are the same; choose another axis",
     "--seeds 0-3 --out sheet.jpg": "--out=sheet.jpg must be a file that ends in .png",
-    "--seeds 0-3 --out nowhere/sheet.png": "there is no folder nowhere; create it",
+    "--out sheet.png": "--out=sheet.png is for a picture; give --classes or --seeds, or name a folder",
     "--trajectory gif --out path.png": "--out=path.png must be a file that ends in .gif",
     "--trajectory png --steps 2,3": "--trajectory takes several classes and seeds only; give one value of --steps",
     "--trajectory png --seeds 0-9": "--trajectory shows up to sampling.batch_size=4 images, not 80; choose fewer",
@@ -267,14 +270,14 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(trained, capsys, t
     assert not said.out and not any(tmp_path.iterdir()) and not list(trained.glob("*.png"))
 
 
-def test_an_unconditional_network_has_no_classes_and_no_guidance(wide, capsys):
+def test_an_unconditional_network_has_no_classes_and_no_guidance(wide, capsys, tmp_path):
     for line, words in (
         ("--classes 1", "--classes=1: this network is unconditional; leave it out"),
         ("--interpolate classes", "--interpolate=classes: this network is unconditional; use seeds"),
         ("--cfg_scale 1,2", "sampling.cfg_scale=2.0 needs a null label"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            picture(wide, *line.split())
+            picture(wide, *line.split(), "--out", tmp_path / "sheet.png")
         assert words in capsys.readouterr().err
 
 

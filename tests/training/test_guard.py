@@ -1,7 +1,9 @@
 """Steps that are not finite change nothing, and whatever asks a run to stop leaves a checkpoint to continue from."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -14,11 +16,13 @@ import fastdit.training.guard
 import fastdit.training.loop
 import fastdit.training.step
 from fastdit.config import load_config
+from fastdit.data.loader import sample_keys
 from fastdit.data.manifest import Manifest
+from fastdit.distributed import seed_of
 from fastdit.training import checkpoint
 from fastdit.training.guard import EXIT_STOPPED
-from fastdit.training.log import Log, read_metrics
-from fastdit.training.loop import train
+from fastdit.training.log import Log, read_metrics, read_records
+from fastdit.training.loop import ORDER, train
 from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +96,21 @@ def test_the_named_times_and_keys_are_those_of_the_step(world, tmp_path, monkeyp
     train(config_of(world, tmp_path / "run", "training.steps=3"), device="cpu")
     [record] = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert record["times"] == pytest.approx(seen[1].tolist(), abs=0)
+
+
+def test_what_was_read_instead_of_damaged_samples_is_named_too(world, tmp_path, monkeypatch):
+    config = config_of(world, tmp_path / "run", "data.skip_damaged=true", "training.steps=3",
+                       f"data.shards={shutil.copytree(world / 'latents', tmp_path / 'latents')}")  # fmt: skip
+    manifest = Manifest.load(tmp_path / "latents")
+    index, first = manifest.index(), sample_keys(manifest, seed_of(config.seed, ORDER), 12, 1)[0]
+    row = index["key"].tolist().index(first)
+    with open(manifest.folder / manifest.shards[index["shard"][row]].name, "r+b") as file:
+        file.seek(int(index["offset"][row]))
+        file.write(b"damaged!" * math.prod(manifest.latents.shape))  # mean and std of two orientations, 2 bytes each
+    poison(monkeypatch, 2)
+    train(config, device="cpu")
+    [record] = read_records(tmp_path / "run" / "skipped.jsonl")
+    assert record["keys"][0] == first and record["replaced"] == {str(first): index["key"][(row + 1) % len(index)]}
 
 
 def test_a_run_of_bad_steps_ends_with_every_checkpoint_finite_and_resumes(world, tmp_path, monkeypatch):

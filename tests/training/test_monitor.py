@@ -108,7 +108,8 @@ def test_nor_on_two_processes_whose_figures_are_those_of_the_commands_on_one(
         found = loss_of_run(on, Ranks(0, 0, 1, torch.device("cpu")), num_samples=40, weights=weights)
         assert found["values"]["loss"] == last[key]
     stamped = read_records(on / "evaluations.jsonl")[-1]
-    alone = evaluate(on, "--reference", reference, "--num-samples", 10, "sampling.compile=false", out=tmp_path / "out")
+    few = "--num-samples", 10, "sampling.compile=false"
+    alone = evaluate(on, "--reference", reference, *few, out=tmp_path / "out.jsonl")
     assert alone["protocol"] == stamped["protocol"] and alone["values"] == stamped["values"]
     assert alone["subject"]["samples_sha256"] == stamped["subject"]["samples_sha256"]
     assert alone["subject"]["checkpoint"] == stamped["subject"]["checkpoint"] and stamped["step"] == 10
