@@ -5,6 +5,7 @@ Each command's function adds its arguments to a parser and returns what runs it.
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from itertools import chain, count
 from pathlib import Path
 
 from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
@@ -63,7 +64,7 @@ def make_picture(path: str, arguments: Namespace) -> None:
         raise ValueError("--points is the number of columns of --interpolate, which is not given")
     kind = arguments.trajectory or "png"
     name = "trajectory" if arguments.trajectory else "interpolation" if arguments.interpolate else "sheet"
-    out = output_file(arguments.out or default_out(path, f"{name}.{kind}"), "--out", f".{kind}", new=True)
+    out = picture_file(arguments.out, default_out(path, f"{name}.{kind}"))
 
     from fastdit.gallery.axes import read_axes
     from fastdit.gallery.pages import interpolation, sheet, trajectory
@@ -91,6 +92,14 @@ def default_out(path: str | Path, name: str) -> Path:
     return path / name if run == path else run / f"{path.name}-{name}"
 
 
+def picture_file(given: str | None, usual: Path) -> Path:
+    """--out, which must be new, or the usual file: sheet.png, or sheet-2.png and so on where that exists."""
+    if not given:
+        others = (usual.with_stem(f"{usual.stem}-{number}") for number in count(2))
+        given = next(path for path in chain([usual], others) if not path.exists())
+    return output_file(given, "--out", usual.suffix, new=True)
+
+
 def grid(parser: ArgumentParser) -> Command:
     """Show a folder of images as one picture, with a labelled row for each class.
 
@@ -103,7 +112,7 @@ def grid(parser: ArgumentParser) -> Command:
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=None,
                         help="a row for each class, with its name (default: if there are several)")  # fmt: skip
     parser.add_argument("--size", type=int, default=256, help="scale larger images down to this width and height (256)")
-    parser.add_argument("--out", default="grid.png", help="a .png file (grid.png)")
+    parser.add_argument("--out", help="a new .png file (grid.png, or grid-2.png, ...)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     take_words(parser, "FOLDER", overrides=False)
 
@@ -112,7 +121,7 @@ def grid(parser: ArgumentParser) -> Command:
         from fastdit.sheets import save
 
         chosen = one_name(arguments, "folder", "folder of images")
-        out = output_file(arguments.out, "--out", ".png", new=True)
+        out = picture_file(arguments.out, Path("grid.png"))
         image = folder_grid(chosen, arguments.rows, arguments.columns, labels=arguments.labels, side=arguments.size)
         save([image], out)
         print(out)
@@ -138,7 +147,7 @@ def neighbors(parser: ArgumentParser) -> Command:
     parser.add_argument("--image-size", help="center-crop folders of images, as fastdit extract does")
     parser.add_argument("--vae", help="the autoencoder of the latents, if it was moved")
     parser.add_argument("--seed", type=int, default=0, help="of resamples, and of the choice of training images")
-    parser.add_argument("--out", default="neighbors.png", help="the sheet (neighbors.png)")
+    parser.add_argument("--out", help="the sheet, a new .png file (neighbors.png, or neighbors-2.png, ...)")
     parser.add_argument("--results", metavar="FILE", help="append the result and its protocol to this .jsonl file")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--samples", help=argparse.SUPPRESS)
@@ -148,7 +157,7 @@ def neighbors(parser: ArgumentParser) -> Command:
         samples = one_name(arguments, "samples", "folder or .npz file of samples")
         if not arguments.reference:
             arguments.parser.error("give the training images with --reference")
-        out, results = output_file(arguments.out, "--out", ".png", new=True), arguments.results
+        out, results = picture_file(arguments.out, Path("neighbors.png")), arguments.results
         if results:
             output_file(results, "--results", ".jsonl")
         from fastdit.evaluation.memorization import neighbors, summary

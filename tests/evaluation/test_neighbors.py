@@ -92,9 +92,8 @@ def test_planted_copies_are_found_and_named(folder, small, capsys):
     assert protocol["held_out"]["images"] == 300 and protocol["metrics"]["memorized"]["quantile"] == 0.01
     main(["evaluate", "--compare", "results.jsonl", "results.jsonl"])
     assert "memorized" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):  # would replace the sheet of the first command
-        main([*arguments, "--results", "results.jsonl"])
-    assert "error: --out=neighbors.png exists; choose another name" in capsys.readouterr().err
+    main([*arguments, "--results", "results.jsonl"])  # its sheet does not replace the first one
+    assert capsys.readouterr().out.endswith("neighbors-2.png\n") and (folder / "neighbors-2.png").exists()
     main([*arguments, "--results", "results.jsonl", "--out", "new/sheet.png"])
     assert (folder / "new" / "sheet.png").exists()
     assert "60 training images, each against the others" in capsys.readouterr().out
