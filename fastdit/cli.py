@@ -6,15 +6,19 @@ Arguments without `=` are names (of a config, a run, ...), those with `=` overri
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from fastdit import __version__
 from fastdit.commands import COMMANDS
+from fastdit.commands.make import LAUNCHED
 from fastdit.config import suggest
 from fastdit.errors import friendly_exit
 from fastdit.schema import Config
+
+READERS = ("configs", "doctor", "launch", "plan", "verify")  # write nothing, so they may run in any environment
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra = arguments.names[allowed[0] :] + ([] if allowed[1] else arguments.overrides)
         if extra:
             arguments.parser.error(f"unexpected argument {extra[0]!r}")
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world != "1" and arguments.command not in (*LAUNCHED, *READERS):
+            raise ValueError(f"fastdit {arguments.command} runs in one process, but the environment has WORLD_SIZE="
+                             f"{world}; start it without a launcher, or set WORLD_SIZE=1")  # fmt: skip
         arguments.run(arguments)
 
 

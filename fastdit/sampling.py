@@ -9,6 +9,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastdit.config import check_used, leaves
 from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.errors import make_folder
 from fastdit.files import SAMPLING, read_json, replace_text, replacing
+from fastdit.lock import FolderLock
 from fastdit.pipeline import ImagePipeline
 from fastdit.sheets import save, tiled
 from fastdit.training import checkpoint
@@ -81,25 +83,26 @@ def sample(
     config, out = pipeline.config, Path(out)
     classes, record = pipeline.classes.labels(labels, num_samples, seed), pipeline.record(num_samples, seed, labels)
     ranks.agree(dict(leaves(record)))  # not where a run that trains meanwhile wrote a checkpoint
-    if ranks.is_main:
-        for line in pipeline.remarks():
-            print(f"warning: {line}", file=sys.stderr)
-        _claim(out, record)
-    ranks.barrier()
+    with FolderLock(out, "--out") if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            for line in pipeline.remarks():
+                print(f"warning: {line}", file=sys.stderr)
+            _claim(out, record)
+        ranks.barrier()
 
-    batch = config.sampling.batch_size
-    own = range(ranks.rank, pipeline.batches(num_samples), ranks.world)
-    for b in tqdm(own, unit="batch", disable=not ranks.is_main or not sys.stderr.isatty()):
-        wanted = range(b * batch, min((b + 1) * batch, num_samples))
-        if all(_png(out, i).is_file() for i in wanted):
-            continue
-        for i, image in zip(wanted, pipeline.batch(b, classes, seed), strict=True):
-            write_png(image, _png(out, i))
-    ranks.barrier()
-    if ranks.is_main:
-        write_npz([_png(out, i) for i in range(num_samples)], out / "samples.npz")
-        save([grid(out, classes)], out / "grid.png")
-    ranks.barrier()
+        batch = config.sampling.batch_size
+        own = range(ranks.rank, pipeline.batches(num_samples), ranks.world)
+        for b in tqdm(own, unit="batch", disable=not ranks.is_main or not sys.stderr.isatty()):
+            wanted = range(b * batch, min((b + 1) * batch, num_samples))
+            if all(_png(out, i).is_file() for i in wanted):
+                continue
+            for i, image in zip(wanted, pipeline.batch(b, classes, seed), strict=True):
+                write_png(image, _png(out, i))
+        ranks.barrier()
+        if ranks.is_main:
+            write_npz([_png(out, i) for i in range(num_samples)], out / "samples.npz")
+            save([grid(out, classes)], out / "grid.png")
+        ranks.barrier()
     return out
 
 
@@ -149,7 +152,7 @@ def _claim(out: Path, settings: dict) -> None:
                 name = next((name for name in old | new if old.get(name) != new.get(name)), key)
                 raise ValueError(f"--out {out} holds samples with {name}={old.get(name)!r}, not {new.get(name)!r}; "
                                  "choose another --out")  # fmt: skip
-    elif out.exists() and any(out.iterdir()):
+    elif any(file.name != "lock" for file in out.iterdir()):
         raise ValueError(f"--out {out} is not empty and holds no {SAMPLING}; choose another --out")
     else:
         make_folder(out / "images", "--out")

@@ -171,6 +171,21 @@ def test_all_processes_together_give_one_message(world, tmp_path):
     assert str(error.value).count("error: ") == 1 and "Traceback" not in str(error.value).partition("Process Fork")[0]
 
 
+def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch, capsys):
+    """Two processes of `fastdit ema` removed each other's folders, and one ended well without a width."""
+
+    def stub(parser):
+        """Takes no arguments."""
+        return pytest.fail
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("ema", "convert", "likelihood", "neighbors", "import", "shards", "report", "grid", "quickstart"):
+        monkeypatch.setitem(COMMANDS, command, stub)
+        says = f"fastdit {command} runs in one process, but the environment has WORLD_SIZE=2; start it without a"
+        assert mistake(capsys, command).startswith(says)
+    main(["configs"])  # writes nothing
+
+
 def test_the_notebook_runs(tmp_path, monkeypatch):
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -17,6 +17,7 @@ from fastdit.commands.look import default_out
 from fastdit.config import load_config
 from fastdit.data.latents import LatentCodec
 from fastdit.evaluation.images import open_set
+from fastdit.lock import FolderLock
 from fastdit.sampling import grid, load_pipeline, sample
 from fastdit.sweep import samples_of
 from fastdit.training import checkpoint
@@ -92,6 +93,17 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, reference, tmp_path):
     assert (out / "images" / "000009.png").stat().st_mtime_ns == kept  # not made again
     assert pictures(out) == pictures(reference)
     assert np.array_equal(array(out), array(reference))
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(trained, reference, tmp_path):
+    """Both would pass the check of the settings before one of them has written its own."""
+    out = tmp_path / "out"
+    with FolderLock(out, "--out"):
+        with pytest.raises(ValueError, match=r"--out=.*out is in use by process \d+ on "):
+            sample(trained, out, COUNT, seed=1, device="cpu")
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    sample(trained, out, COUNT, device="cpu")
+    assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}  # no lock
 
 
 def test_a_seed_and_the_raw_weights_change_the_images(trained, reference, tmp_path):
