@@ -66,7 +66,7 @@ class Job:
         begin, size = time.perf_counter(), str(self.side)
         said = self.run("extract", "extract_features.py", "--images", f"{self.out}/images", "--out",
                         f"{self.out}/latents", "--vae", f"{self.out}/vae", "--image-size", size)  # fmt: skip
-        rate = re.search(rf"{self.count} images in \d+ shards, ([\d.]+) images/s", said)
+        rate = re.search(rf"{self.count:,} images in \d+ shards?, ([\d.]+) images/s", said)
         return {"seconds": time.perf_counter() - begin, "images_per_s": float(rate[1])}
 
     def train(self, stage: int) -> dict:

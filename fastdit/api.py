@@ -31,6 +31,7 @@ from fastdit.data.latents import LatentCodec
 from fastdit.data.manifest import Manifest
 from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
+from fastdit.errors import counted
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.files import yaml_line
 from fastdit.report import report_at_end
@@ -110,8 +111,8 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
 def grid(images: Sequence[Image.Image | np.ndarray], columns: int = 8, captions: Sequence[str] = ()) -> Image.Image:
     """Images in rows of `columns`, with a caption below each if there are any; smaller ones are centered."""
     if not len(images) or columns < 1 or len(captions) not in (0, len(images)):
-        raise ValueError(f"grid() got {len(images)} images, {len(captions)} captions and columns={columns}; give one "
-                         "or more images, and a caption for each or none")  # fmt: skip
+        raise ValueError(f"grid() got {counted(len(images), 'image')}, {counted(len(captions), 'caption')} and "
+                         f"columns={columns}; give one or more images, and a caption for each or none")  # fmt: skip
     rows, sizes = in_rows(images, columns), {np.shape(image)[:2] for image in images}
     return labelled(rows, captions=in_rows(captions, columns)) if captions or len(sizes) > 1 else tiled(rows)
 
@@ -193,8 +194,8 @@ def with_latents(
         remedy = f"omit --images to train on them, or {others}"
         check_listed(source := open_images(images), latents, remedy)
         if later := source.changed_after(Path(shards) / "manifest.json"):
-            say(f"warning: {later} files of {images} were changed after their latents in {shards} were written; remove "
-                f"{shards} to extract again")  # fmt: skip
+            say(f"warning: {counted(later, 'file')} of {images} changed after their latents in {shards} were written; "
+                f"remove {shards} to extract again")  # fmt: skip
         known = latents.latents.vae
         if not (place or data.vae) and known != SD_VAE:  # of an earlier command with another data.vae
             raise ValueError(f"the latents in {shards} are of vae={known}, and the default is {SD_VAE}; set data.vae="

@@ -157,7 +157,8 @@ def named_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={name!r}, but PyTorch {torch.__version__} finds no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"--device={name!r}, but there are {count} GPUs; use cuda:0 to cuda:{count - 1}")
+        raise ValueError(f"--device={name!r}, but this machine has no more than "
+                         f"{', '.join(f'cuda:{i}' for i in range(count))}; use one of them")  # fmt: skip
     return device
 
 

@@ -10,6 +10,7 @@ import torch
 from fastdit import __version__, kernels
 from fastdit.cards import card_of
 from fastdit.environment import PACKAGES, version
+from fastdit.errors import counted
 from fastdit.models.attention import ATTENTION, obstacle, resolve
 
 HEAD_DIM, TOKENS = 72, 256  # DiT-XL/2 at 256 px
@@ -19,7 +20,8 @@ def report() -> str:
     """Versions, devices, and which kernels and attention backends work here."""
     lines = [f"fastdit {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name:14}{version(name) or 'not installed'}" for name in PACKAGES]
-    cpu = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = ", ".join([counted(os.cpu_count(), "core"), counted(torch.get_num_threads(), "thread"),
+                     torch.backends.cpu.get_cpu_capability()])  # fmt: skip
     lines += [f"{'CPU':14}{cpu}"]
     lines += [f"{'disk':14}{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"]
     lines += _gpus() or [f"{'GPU':14}none that PyTorch can use; training runs on the CPU"]

@@ -117,6 +117,12 @@ def make_folder(path: Path, key: str) -> None:
         raise ValueError(f"{key}={path} cannot be created ({error.strerror}); choose another folder") from None
 
 
+def counted(number: float, noun: str, plural: str = "", spec: str = ",") -> str:
+    """A number and its noun: 1 shard, 1,234 shards; `plural` where it is not the noun with an s."""
+    text = f"{number:{spec}}"
+    return f"{text} {noun if text == '1' else plural or f'{noun}s'}"
+
+
 def output_file(path: str | Path, key: str, suffix: str, new: bool = False) -> Path:
     """A file to write, whose folder is created; raises a one-line ValueError unless it ends in `suffix`.
 

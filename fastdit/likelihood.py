@@ -31,6 +31,7 @@ from fastdit.diffusion.guidance import guided
 from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variational_bound
 from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.distributed import ImageRandom, seed_of
+from fastdit.errors import counted
 from fastdit.registry import check
 from fastdit.training.state import load_network
 from fastdit.training.validation import fitting
@@ -168,7 +169,7 @@ def likelihood(
             *about, *mean_and_error(values["total"]), statistics.fmean(values["prior"]), statistics.fmean(values["mse"])
         )
         say(
-            f"{num_images} images, the variational bound over 1000 steps\n"
+            f"{counted(num_images, 'image')}, the variational bound over 1000 steps\n"
             f"-log2 p(x_0) <=     {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits per dimension "
             f"({report.prior_bits_per_dim:.2g} of them at t = 1), mse of eps {report.mse:.4f}"
         )
@@ -180,7 +181,7 @@ def likelihood(
         statistics.fmean(values["probe_error"]), probes, steps,
     )  # fmt: skip
     say(
-        f"{num_images} images, {steps} steps of {method}, {probes} probes\n"
+        f"{counted(num_images, 'image')}, {counted(steps, 'step')} of {method}, {counted(probes, 'probe')}\n"
         f"log p(x_0)          {report.nats:.2f} +- {report.nats_error:.2f} nats per image of {dimensions} dimensions\n"
         f"-log2 p(x_0)        {report.bits_per_dim:.4f} +- {report.bits_per_dim_error:.4f} bits per dimension\n"
         + (

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdit import distributed
 from fastdit.build import build_routing, uses_zero
 from fastdit.cards import GIB, GPU, GPUS, card_of
+from fastdit.errors import counted
 from fastdit.models.blocks import RECOMPUTE
 from fastdit.models.dit import DiT
 from fastdit.models.fp8_linears import ACTIVATIONS as FP8_FUSED
@@ -298,5 +299,6 @@ def micro_batches(global_batch: int, micro_batch: int, world: int) -> tuple[int,
     micro = micro_batch or share
     if share % micro:
         fits = max(m for m in divisors(share) if m <= micro)
-        raise ValueError(f"training.micro_batch={micro} does not divide {share} images per process; use {fits}")
+        shared = counted(share, "image")
+        raise ValueError(f"training.micro_batch={micro} does not divide {shared} per process; use {fits}")
     return micro, share // micro

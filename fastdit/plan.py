@@ -23,6 +23,7 @@ from fastdit.data.images import size_text, width_height
 from fastdit.data.latents import LatentCodec
 from fastdit.data.remote import is_remote
 from fastdit.data.synthetic import PREFIX
+from fastdit.errors import counted
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
 from fastdit.schema import Config
@@ -124,8 +125,9 @@ def report(config: Config, gpu: str, world: int = 1) -> str:
         f"Fastest that fits: {chosen}." if best.fits else f"Nothing fits {gpu}: {smaller}use more GPUs{shards}.",
         f"Predicted with the shares that {reached.source} reached: products at {reached.products:.0%} of "
         f"{GPUS[gpu].tflops:.0f} TFLOP/s{other}, attention at {reached.attention:.0%}, norms and activations at "
-        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; {settings.steps:,} steps"
-        + f" = {settings.epochs:g} epochs" * bool(settings.epochs) + ".",
+        f"{reached.memory:.0%} of {GPUS[gpu].bandwidth:.2f} TB/s; gradient exchange hidden; "
+        + counted(settings.steps, "step")
+        + f" = {counted(settings.epochs, 'epoch', spec='g')}" * bool(settings.epochs) + ".",
     ]
     return "\n".join(lines)
 

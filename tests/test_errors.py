@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastdit.errors import friendly_exit
+from fastdit.errors import counted, friendly_exit, output_file
 from fastdit.files import replace_text
 from helpers import ROOT
 from helpers.runs import file_size_limit
@@ -76,3 +76,25 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("FASTDIT_DEBUG", "1")
     with pytest.raises(ValueError, match="lr"):
         raising(ValueError("lr"))()
+
+
+def test_a_number_has_the_singular_only_at_1():
+    assert [counted(n, "shard") for n in (0, 1, 2, 1234)] == ["0 shards", "1 shard", "2 shards", "1,234 shards"]
+    assert [counted(n, "class", "classes") for n in (1, 3)] == ["1 class", "3 classes"]
+    assert [counted(n, "epoch", spec=".3g") for n in (1.0001, 1.5, 0.5)] == ["1 epoch", "1.5 epochs", "0.5 epochs"]
+
+
+def test_an_output_file_has_its_suffix_and_a_folder(tmp_path):
+    assert output_file(tmp_path / "new" / "a" / "x.PNG", "--out", ".png", new=True) == tmp_path / "new/a/x.PNG"
+    assert (tmp_path / "new/a").is_dir()
+    (tmp_path / "x.png").touch()
+    (tmp_path / "y.png").mkdir()
+    assert output_file(tmp_path / "x.png", "--out", ".png") == tmp_path / "x.png"
+    for name, words in (
+        ("x.jpg", "x.jpg must be a file that ends in .png"),
+        ("y.png", "y.png must be a file that ends in .png"),
+        ("x.png", "x.png exists; choose another name"),
+        ("x.png/z.png", "x.png cannot be created"),
+    ):
+        with pytest.raises(ValueError, match=f"--out=.*{words}"):
+            output_file(tmp_path / name, "--out", ".png", new=True)

@@ -125,7 +125,7 @@ def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["fastdit", *fixed, *arguments, "--seed", "3"])
     cli.main()
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert "3 images, 2 steps of euler, 1 probes" in printed and f"{report['nats']:.2f} +- " in printed
+    assert "3 images, 2 steps of euler, 1 probe\n" in printed and f"{report['nats']:.2f} +- " in printed
     assert report["probe_error_nats"] is None and report["dimensions"] == D  # one probe has no spread
     assert report["bits_per_dim"] == pytest.approx(-report["nats"] / D / math.log(2), rel=1e-6)
     with pytest.raises(SystemExit, match="2"):

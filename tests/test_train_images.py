@@ -96,7 +96,7 @@ def test_images_that_changed_after_their_latents_were_written_are_counted(twelve
     for path in sorted((tmp_path / "images/1").iterdir())[:3]:
         os.utime(path, ns=(later, later))
     twelve()
-    assert ("warning: 3 files of images were changed after their latents in images_latents_32 were written; remove "
+    assert ("warning: 3 files of images changed after their latents in images_latents_32 were written; remove "
             "images_latents_32 to extract again") in capsys.readouterr().out  # fmt: skip
 
 

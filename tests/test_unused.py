@@ -66,7 +66,7 @@ def test_a_run_says_at_its_start_that_its_average_will_be_noise(world, tmp_path,
     noise = ["training.ema_decay=0.9999", "training.ema_warmup=false"]
     train_here(world, tmp_path / "run", *noise, "training.steps=1")
     said = capsys.readouterr().out
-    warned = said.index("after 1 steps at training.ema_decay=0.9999 the EMA is still 100% random")
+    warned = said.index("after 1 step at training.ema_decay=0.9999 the EMA is still 100% random")
     assert 0 < warned < said.index("step 1/1")
 
 

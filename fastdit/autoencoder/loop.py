@@ -44,7 +44,7 @@ from fastdit.data.pixels import PixelReader, pixel_batches, split_rows
 from fastdit.data.sources import ImageSource, remarks
 from fastdit.distributed import Ranks, seed_of
 from fastdit.environment import write_environment
-from fastdit.errors import out_of_memory_says
+from fastdit.errors import counted, out_of_memory_says
 from fastdit.memory import micro_batches
 from fastdit.training import checkpoint
 from fastdit.training.boards import check_wandb
@@ -139,7 +139,7 @@ def _train(config: AutoencoderConfig, run_dir: Path, ranks: Ranks, resume: bool)
     if last and (changed := changes(load_config(last / CONFIG, schema=AutoencoderConfig), config)):
         log.say(f"changed since step {start}: {changed}")
     if last and (later := source.changed_after(last / checkpoint.META)):
-        log.say(f"warning: {later} files of {config.data.images} were changed after step {start} was saved")
+        log.say(f"warning: {counted(later, 'file')} of {config.data.images} changed after step {start} was saved")
     order, own = seed_of(config.seed, ORDER), micro * accumulation
     batches = pixel_batches(
         reader, global_batch=settings.global_batch, rows=slice(ranks.rank * own, (ranks.rank + 1) * own), seed=order,
@@ -254,10 +254,11 @@ def _flops_per_image(
 def _start_line(config: AutoencoderConfig, vae, critic, ranks, images: int, batch: tuple[int, int], origin: str) -> str:
     settings, counts = config.training, [sum(p.numel() for p in m.parameters()) for m in (vae, critic) if m]
     second = f" and a discriminator of {counts[1]:,} from step {config.discriminator.start:,} on" if critic else ""
-    threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if ranks.device.type == "cpu" else ""
     return (
-        f"{config.model.variant}: {counts[0]:,} parameters{second}, {images:,} images, {ranks.world} x {ranks.device}"
-        f"{threads}, perceptual loss {config.loss.perceptual}, batch {' x '.join(map(str, (ranks.world, *batch)))}, "
-        f"{settings.steps:,} steps = {settings.steps * settings.global_batch / images:.1f} epochs"
+        f"{config.model.variant}: {counts[0]:,} parameters{second}, {counted(images, 'image')}, "
+        f"{ranks.world} x {ranks.device}{threads}, perceptual loss {config.loss.perceptual}, "
+        f"batch {' x '.join(map(str, (ranks.world, *batch)))}, "
+        f"{counted(settings.steps, 'step')} = {settings.steps * settings.global_batch / images:.1f} epochs"
         + (f", {origin}" if origin else "")
     )

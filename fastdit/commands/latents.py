@@ -6,6 +6,7 @@ Each function adds its arguments to a parser and returns what runs it.
 from argparse import ArgumentParser, Namespace
 
 from fastdit.commands.arguments import Command, values
+from fastdit.errors import counted
 
 
 def import_(parser: ArgumentParser) -> Command:
@@ -72,14 +73,14 @@ def shards(parser: ArgumentParser) -> Command:
 
         *folders, out = arguments.folders
         merged = merge(folders, out, **values(arguments, ("features", "overwrite", "cache")))
-        print(f"{out}: {len(merged)} images")
+        print(f"{out}: {counted(len(merged), 'image')}")
 
     def split(arguments: Namespace) -> None:
         from fastdit.data.shards import split
 
         options = ("fraction", "count", "per_class", "features", "overwrite", "cache")
         for part in split(arguments.folder, arguments.train, arguments.val, **values(arguments, options)):
-            print(f"{part.folder}: {len(part)} images")
+            print(f"{part.folder}: {counted(len(part), 'image')}")
 
     def sample(arguments: Namespace) -> None:
         from fastdit.data.shards import sample

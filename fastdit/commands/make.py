@@ -14,6 +14,7 @@ from fastdit.autoencoder.config import AutoencoderConfig
 from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
 from fastdit.commands.look import default_out, make_picture, take_pictures, wants_picture
 from fastdit.config import check_alone, is_shipped, load_config
+from fastdit.errors import counted
 
 LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
 
@@ -178,7 +179,7 @@ def sample(parser: ArgumentParser) -> Command:
                      overrides=arguments.overrides, seed=arguments.seed, labels=arguments.labels,
                      weights=arguments.weights, device=arguments.device)  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
-            print(f"{count} images in {out}; see {out / 'grid.png'}")
+            print(f"{counted(count, 'image')} in {out}; see {out / 'grid.png'}")
 
     return run
 

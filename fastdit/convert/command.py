@@ -23,6 +23,7 @@ from fastdit.convert.loaded import Loaded, differences, from_facts
 from fastdit.convert.settings import Stated, foreign_config, own_config, read_tree
 from fastdit.data.latents import in_words
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.errors import counted
 from fastdit.files import staged
 from fastdit.models.dit import variant_shape
 from fastdit.registry import lookup
@@ -82,7 +83,7 @@ def convert(
     loaded = read(src, Stated(config, tuple(overrides), heads, from_official), say)
     config = loaded.config
     say(
-        f"{src}: {config.model.variant}, {config.data.num_classes} classes"
+        f"{src}: {config.model.variant}, {counted(config.data.num_classes, 'class', 'classes')}"
         f"{'' if config.model.class_dropout else ' without a null label'}, objective {config.objective.name}, "
         f"latents {'x'.join(map(str, loaded.latents.shape))}, scale {loaded.latents.scaling}"
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdit.convert.pickles import is_plain, read_pickle
 from fastdit.data.autoencoders import MAX_LAYERS, load_autoencoder
+from fastdit.errors import counted
 from fastdit.files import staged
 from fastdit.training.weights import header, is_finite, mismatches, read_weights
 
@@ -122,8 +123,9 @@ def convert_autoencoder(
         say(f"{path}: tensors that are not of the autoencoder are left out: {left}")
     config = vae.config
     attention = [2**i for i, kind in enumerate(config.down_block_types) if kind.startswith("Attn")]
-    say(f"{path}: AutoencoderKL, channels {list(config.block_out_channels)}, {config.layers_per_block} layers, "
-        f"downsampling {2 ** (len(config.block_out_channels) - 1)}, {config.latent_channels} latent channels"
+    say(f"{path}: AutoencoderKL, channels {list(config.block_out_channels)}, "
+        f"{counted(config.layers_per_block, 'layer')}, downsampling {2 ** (len(config.block_out_channels) - 1)}, "
+        f"{counted(config.latent_channels, 'latent channel')}"
         + (f", attention at 1/{', 1/'.join(map(str, attention))} of the size" if attention else ""))  # fmt: skip
     if scale is None:
         say("scaling_factor=1, because the file does not state it: give --scale (Stable Diffusion: 0.18215), or train "
@@ -198,7 +200,8 @@ def autoencoder(state: Mapping[str, Tensor], path: Path, scale: float, shift: fl
     weights = {name: t[:, :, 0, 0] if ".attentions." in name and t.ndim == 4 else t for name, t in weights.items()}
     if wrong := mismatches(vae.state_dict(), weights):
         new = wrong[0].partition(" ")[0]
-        raise ValueError(f"{path} does not fit into an AutoencoderKL of diffusers ({len(wrong)} tensors; the first: "
+        raise ValueError(f"{path} does not fit into an AutoencoderKL of diffusers "
+                         f"({counted(len(wrong), 'tensor')}; the first: "
                          f"{theirs.get(new, new)}{wrong[0].removeprefix(new)})")  # fmt: skip
     vae.load_state_dict(weights, assign=True)
     return vae.eval()

@@ -13,6 +13,7 @@ from fastdit.config import leaves, to_tree
 from fastdit.convert.official import Architecture, architecture
 from fastdit.data.latents import LatentSpec
 from fastdit.diffusion.objectives import Objective
+from fastdit.errors import counted
 from fastdit.models.class_token import channels_of
 from fastdit.models.dit import DiT, variant_shape
 from fastdit.schema import Config
@@ -87,8 +88,8 @@ class Loaded:
             self.network(name)
             bad = [key for key, tensor in getattr(self, name).items() if not tensor.isfinite().all()]
             if bad:
-                raise ValueError(f"{bad[0]} of {name} has values that are not finite ({len(bad)} such tensors); "
-                                 "use another checkpoint")  # fmt: skip
+                raise ValueError(f"{bad[0]} of {name} has values that are not finite "
+                                 f"({counted(len(bad), 'such tensor')}); use another checkpoint")  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What other formats store beside the config."""

@@ -27,6 +27,7 @@ from fastdit.convert.loaded import CLOSE, Difference, Loaded, from_facts
 from fastdit.convert.settings import Stated, checked, foreign_config, own_config, read_tree
 from fastdit.data.latents import LatentCodec
 from fastdit.diffusion.objectives import FlowMatching
+from fastdit.errors import counted
 from fastdit.files import read_json
 from fastdit.models.dit import MAX_DEPTH, variant_shape
 from fastdit.models.layers import position_embedding
@@ -214,10 +215,11 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
     if loading["missing_keys"]:  # diffusers leaves them at random values
         missing = sorted(loading["missing_keys"])
-        raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} first; save the pipeline again")
+        raise ValueError(f"{path} lacks {counted(len(missing), 'weight')}, {missing[0]} first; save the pipeline again")
     if loading["unexpected_keys"]:
         extra = sorted(loading["unexpected_keys"])
-        raise ValueError(f"{path} has {len(extra)} weights that DiT does not have, {extra[0]} first; it cannot convert")
+        lacked = counted(len(extra), "weight")
+        raise ValueError(f"{path} has {lacked} that DiT does not have, {extra[0]} first; it cannot convert")
     for key, value in transformer.config.items():  # the defaults of Transformer2DModel are others
         if key in settings and settings[key] != value:
             raise ValueError(f"{path}/config.json does not state {key}; add it, {settings[key]!r} or {value!r}")
@@ -242,7 +244,8 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
         if num_classes is not None:
             said["data.num_classes"] = num_classes
         if len(names) > (len(table) - 1 if num_classes is None else num_classes):
-            raise ValueError(f"{folder}/model_index.json: id2label names {len(names)} classes, more than the network "
+            named = counted(len(names), "class", "classes")
+            raise ValueError(f"{folder}/model_index.json: id2label names {named}, more than the network "
                              "has; correct data.num_classes, or remove it")  # fmt: skip
     if settings["norm_eps"] != NORM_EPS and (own or said["objective.name"] == "flow"):
         raise ValueError(f"{path}/config.json: norm_eps={settings['norm_eps']} cannot be converted; DiT has {NORM_EPS}")

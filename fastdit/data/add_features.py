@@ -28,6 +28,7 @@ from fastdit.data.progress import Progress
 from fastdit.data.sources import ImageSource
 from fastdit.data.writer import TAR_OVERHEAD
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPARED, DIFFERENCE = 8, 0.1  # images whose latents are compared; how much they may differ, relative to their size
@@ -79,7 +80,8 @@ def add_features(
     def complete(folder: Path, parts: list[dict], written: set[int]) -> None:
         publish_features(folder, out, about, parts)
         rate = np.isin(index["shard"], [*written]).sum() / (time.perf_counter() - start)
-        say(f"{out}: features of {len(latents)} images in {len(parts)} shards, {rate:.1f} images/s")
+        found = f"{counted(len(latents), 'image')} in {counted(len(parts), 'shard')}"
+        say(f"{out}: features of {found}, {rate:.1f} images/s")
 
     write_folder(
         out, len(latents.shards), settings, ranks, batch_size, say, before=before, write=write, publish=complete
@@ -93,8 +95,8 @@ def check_stored(latents: Manifest, dtype: str | None, shard_size: int | None) -
     if dtype not in (None, latents.dtype):
         raise ValueError(f"dtype={dtype}, but {place} are stored as {latents.dtype}; {remedy}")
     if shard_size and -(-latents.images // shard_size) != len(latents.shards):
-        raise ValueError(f"shard_size={shard_size}, but {place} are {latents.images} images in {len(latents.shards)} "
-                         f"shards; {remedy}")  # fmt: skip
+        raise ValueError(f"shard_size={shard_size}, but {place} are {counted(latents.images, 'image')} in "
+                         f"{counted(len(latents.shards), 'shard')}; {remedy}")  # fmt: skip
 
 
 def check_same_images(
@@ -135,7 +137,8 @@ def check_listed(source: ImageSource, latents: Manifest, remedy: str) -> None:
         pairs = zip(source.class_names, latents.class_names, strict=False)
         named = next((f", such as {own!r} in place of {other!r}" for own, other in pairs if own != other), "")
         raise ValueError(
-            f"{where} are of {latents.images} images of {latents.num_classes} classes, but images={source.root} has "
+            f"{where} are of {counted(latents.images, 'image')} of "
+            f"{counted(latents.num_classes, 'class', 'classes')}, but images={source.root} has "
             f"{len(source)} of {len(source.class_names)}{named}; {remedy}"
         )
     index, labels = latents.index(), np.array(source.labels)

@@ -25,6 +25,7 @@ from fastdit.data.sources import (
     of_one_split,
     version_of,
 )
+from fastdit.errors import counted
 from fastdit.files import TarHeader, tar_members
 
 MOST, MOST_TEXT = 1 << 30, 1 << 20  # bytes of an image, and of a label
@@ -57,8 +58,10 @@ def open_images(root: str | Path) -> ImageSource:
         if tars and not any(path.is_dir() for path in visible):
             loose = [path.name for path in root.iterdir() if path.name.lower().endswith(EXTENSIONS)]
             if loose:
-                raise ValueError(f"images={root} holds {len(loose)} images, such as {min(loose)}, beside {len(tars)} "
-                                 f"tar files, such as {tars[0].name}; move one kind away")  # fmt: skip
+                some = counted(len(loose), "image")
+                raise ValueError(f"images={root} holds {some}, such as {min(loose)}, beside "
+                                 f"{counted(len(tars), 'tar file')}, such as {tars[0].name}; move one kind "
+                                 "away")  # fmt: skip
             return webdataset(root, tars)
     return list_images(root)
 
@@ -243,7 +246,8 @@ def imagenet_val(file: Path) -> ImageSource:
     found = sorted(members(file))
     if len(found) != len(kit.truth) or not set(kit.truth) <= kit.wnids.keys():
         raise ValueError(
-            f"images={file} has {len(found)} images, but the devkit has labels for {len(kit.truth)}; copy both again"
+            f"images={file} has {counted(len(found), 'image')}, but the devkit has labels for {len(kit.truth)}; "
+            "copy both again"
         )
     ordered = sorted(kit.words)
     labels = [ordered.index(kit.wnids[number]) for number in kit.truth]

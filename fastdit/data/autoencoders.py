@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from fastdit.errors import counted
 from fastdit.files import read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderDC")  # Rombach et al. 2022, arXiv 2112.10752; Chen et al. 2024, arXiv 2410.10733
@@ -76,7 +77,7 @@ def load_autoencoder(name: str | Path) -> nn.Module:
         raise ValueError(f"vae={name} cannot be read: {type(error).__name__}: {reason}") from error
     if missing := sorted(loading["missing_keys"]):  # diffusers initializes them randomly
         raise ValueError(
-            f"vae={name} is missing {len(missing)} weights (the first is {missing[0]}); "
+            f"vae={name} is missing {counted(len(missing), 'weight')} (the first is {missing[0]}); "
             f"save it again with {kind}.save_pretrained"
         )
     return vae

@@ -36,6 +36,7 @@ from fastdit.data.progress import Progress
 from fastdit.data.sources import remarks
 from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 from fastdit.registry import check
 
 WORTH_COMPILING = 10_000  # images for which half a minute of compilation pays
@@ -180,8 +181,9 @@ def say(line: str) -> None:
 
 
 def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: str) -> None:
-    skipped = f", {about.skipped} unreadable images listed in skipped.txt" if about.skipped else ""
-    say(f"{about.folder}: {len(about)} images in {len(about.shards)} shards, {rate:.1f} images/s{skipped}")
+    skipped = f", {counted(about.skipped, 'unreadable image')} listed in skipped.txt" if about.skipped else ""
+    found = f"{counted(len(about), 'image')} in {counted(len(about.shards), 'shard')}"
+    say(f"{about.folder}: {found}, {rate:.1f} images/s{skipped}")
     if about.counts:
         say(f"of these: {', '.join(f'{count} x {what}' for what, count in about.counts.items())}")
     if seen:

@@ -22,6 +22,7 @@ from fastdit.data.progress import Progress
 from fastdit.data.synthetic import SD_SCALE
 from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 from fastdit.files import read_text
 from fastdit.registry import check
 from fastdit.sheets import tiled
@@ -200,9 +201,10 @@ def _preview(source: OtherLatents, codec: LatentCodec, spec: LatentSpec):
 
 
 def _say_what(found: Manifest, codec: LatentCodec | None, rate: float, say: Callable[[str], None]) -> None:
-    spec, classes = found.latents, f"{found.num_classes} classes" if found.num_classes else "no classes"
-    say(f"{found.folder}: {len(found)} latents {'x'.join(map(str, spec.shape))} of {size_text(spec.image_size)} px "
-        f"images, {classes}, {len(found.shards)} shards, scale {spec.scaling}, {rate:.0f} latents/s")  # fmt: skip
+    spec, classes = found.latents, counted(found.num_classes, "class", "classes") if found.num_classes else "no classes"
+    say(f"{found.folder}: {len(found):,} latents {'x'.join(map(str, spec.shape))} of {size_text(spec.image_size)} px "
+        f"images, {classes}, {counted(len(found.shards), 'shard')}, scale {spec.scaling}, "
+        f"{rate:.0f} latents/s")  # fmt: skip
     if not codec:
         say(f"the autoencoder is recorded by name alone, {spec.vae}; --vae would load and compare it")
     for line in found.scale_remarks():

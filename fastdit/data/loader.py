@@ -23,6 +23,7 @@ from fastdit.data.mixture import Mixture
 from fastdit.data.order import WINDOW, held_out_rows, mirrors
 from fastdit.data.reader import ShardReader
 from fastdit.data.synthetic import Synthetic
+from fastdit.errors import counted
 
 
 class Batch(NamedTuple):
@@ -157,7 +158,7 @@ class _Reader:
         if labels.min() < 0 or labels.max() >= max(manifest.num_classes, 1):
             raise ValueError(
                 f"{manifest.folder / 'index.npy'} has labels {labels.min()} to {labels.max()}, but the manifest names "
-                f"{manifest.num_classes} classes; {AGAIN}"
+                f"{counted(manifest.num_classes, 'class', 'classes')}; {AGAIN}"
             )
         self.latents, self.features = ShardReader(manifest, verify, manifest.block), None
         self.order = manifest.order(seed)

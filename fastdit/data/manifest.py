@@ -26,6 +26,7 @@ from fastdit.data.images import Size, size_text
 from fastdit.data.latents import LatentCodec, LatentSpec, scale_remarks
 from fastdit.data.order import LISTED, Order
 from fastdit.data.remote import NO_CACHE, Cache, fetch_manifest, fetched, is_remote, opened
+from fastdit.errors import counted
 from fastdit.files import map_array, read_array, read_json, read_large, sealed
 from fastdit.registry import check, convert_all
 
@@ -312,8 +313,8 @@ class Manifest(ShardFolder):
                              f"{self.folder} have shape {own.shape}; use their autoencoder, {own.vae}")  # fmt: skip
         if global_batch is not None and global_batch > len(self):
             raise ValueError(
-                f"training.global_batch={global_batch}, but {self.folder} has only {len(self)} images; use at most "
-                f"{len(self)}"
+                f"training.global_batch={global_batch}, but {self.folder} has only {counted(len(self), 'image')}; use "
+                f"at most {len(self)}"
             )
         if hflip and self.orientations == 1:
             raise ValueError(

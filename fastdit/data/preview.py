@@ -12,6 +12,7 @@ from fastdit.data.images import Size, load_crop, to_pixels, to_uint8
 from fastdit.data.latents import LatentCodec, channel_statistics, channel_sums, mean_latents, scale_remarks
 from fastdit.data.sources import ImageSource
 from fastdit.distributed import one_thread
+from fastdit.errors import counted
 
 COUNT, GAP, LINE = 8, 4, 14  # images; pixels between them; height of a line of text
 
@@ -29,7 +30,8 @@ class Preview:
 
     def says(self, precision: str) -> str:
         """One line for the report."""
-        line = f"reconstruction: {np.mean(self.psnr):.1f} dB PSNR on average of {len(self.psnr)} images (preview.png)"
+        of = counted(len(self.psnr), "image")
+        line = f"reconstruction: {np.mean(self.psnr):.1f} dB PSNR on average of {of} (preview.png)"
         if self.precision_psnr is None:
             return line
         return f"{line}; {precision} against float32: {self.precision_psnr:.1f} dB"

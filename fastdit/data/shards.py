@@ -24,7 +24,7 @@ from fastdit.data.order import HELD_OUT, hash_of
 from fastdit.data.reader import ShardReader
 from fastdit.data.remote import Cache, check_local
 from fastdit.data.writer import prepare, write_keyed, write_tars
-from fastdit.errors import output_file
+from fastdit.errors import counted, output_file
 from fastdit.files import read_array
 from fastdit.sheets import in_rows, tiled
 
@@ -40,9 +40,9 @@ def stats(folder: str | Path, every_class: bool = False, cache: str | Path = "")
     manifest = open_latents(folder, Cache(cache))
     manifest.check()
     spec, counts = manifest.latents, np.array(manifest.class_counts)
-    shards, gib = len(manifest.shards), sum(shard.bytes for shard in manifest.shards) / 2**30
+    shards, gib = counted(len(manifest.shards), "shard"), sum(shard.bytes for shard in manifest.shards) / 2**30
     lines = [
-        f"{len(manifest)} images in {shards} shards, {gib:.3g} GiB, {manifest.source or 'unknown source'}",
+        f"{counted(len(manifest), 'image')} in {shards}, {gib:.3g} GiB, {manifest.source or 'unknown source'}",
         f"latents {'x'.join(map(str, spec.shape))} of {size_text(spec.image_size)} px, {manifest.dtype}, "
         + ("with mirror images" if manifest.orientations == 2 else "without mirror images"),
         f"autoencoder {spec.vae} ({spec.codec[:12] or 'unknown weights'}), scale {spec.scaling}",
@@ -51,7 +51,8 @@ def stats(folder: str | Path, every_class: bool = False, cache: str | Path = "")
         *(f"warning: {line}" for line in manifest.scale_remarks()),
     ]  # fmt: skip
     order = np.argsort(-counts, kind="stable").tolist() if len(counts) else []
-    lines.append(f"{len(counts)} classes" + (f" of {counts.min()} to {counts.max()} images" if order else ""))
+    classes = counted(len(counts), "class", "classes")
+    lines.append(classes + (f" of {counts.min()} to {counts.max()} images" if order else ""))
     shown = order if every_class or len(order) <= 2 * SHOWN else [*order[:SHOWN], None, *order[-SHOWN:]]
     lines += ["..." if i is None else f"{counts[i]:8d}  {i} {manifest.class_names[i]}" for i in shown]
     return "\n".join(lines)

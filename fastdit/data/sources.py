@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastdit.data.images import EXTENSIONS, Opened, skip_line
 from fastdit.data.order import permutation
+from fastdit.errors import counted
 from fastdit.files import read_bytes
 
 LABEL_KEYS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label")  # the first counts
@@ -98,8 +99,8 @@ def list_images(root: str | Path) -> ImageSource:
     loose = [name for name in entries if name.lower().endswith(EXTENSIONS) and name not in classes]
     if loose and classes:
         raise ValueError(
-            f"images={root} has {len(loose)} images beside its subfolders (the first is {loose[0]!r}); move them into "
-            "one subfolder per class, or all images into the folder itself to train without classes"
+            f"images={root} has {counted(len(loose), 'image')} beside its subfolders (the first is {loose[0]!r}); "
+            "move them into one subfolder per class, or all images into the folder itself to train without classes"
         )
     if not classes and not loose:
         raise ValueError(f"images={root} is empty; it needs images, or one subfolder of images per class")
@@ -137,14 +138,12 @@ def list_images(root: str | Path) -> ImageSource:
 
 def remarks(source: ImageSource) -> list[str]:
     """What a user should know about images before they are extracted, one line each."""
-    classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
-    lines = [f"images={source.root}: {source.kind}, {len(source)} images, {classes}"]
+    classes = counted(len(source.class_names), "class", "classes") if source.class_names else "no classes"
+    lines = [f"images={source.root}: {source.kind}, {counted(len(source), 'image')}, {classes}"]
     if source.ignored:
         kinds = Counter(line.split("\t")[1] for line in source.ignored)
         counts = ", ".join(f"{count} x {reason}" for reason, count in kinds.most_common(5))
-        lines.append(
-            f"ignored {len(source.ignored)} files that are not images ({counts}); they are named in skipped.txt"
-        )
+        lines.append(f"ignored {counted(len(source.ignored), 'file')} ({counts}); see skipped.txt")
     names = source.class_names
     listed = {"metadata.csv", "metadata.jsonl"} & {line.partition("\t")[0] for line in source.ignored}
     if listed and not names:  # as Hugging Face's ImageFolder has them

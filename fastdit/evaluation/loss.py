@@ -22,6 +22,7 @@ from fastdit.diffusion.coupling import paired
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import Model, Objective
 from fastdit.distributed import ImageRandom, Ranks, one_thread, seed_of
+from fastdit.errors import counted
 from fastdit.models.class_token import join
 
 BINS = 20  # of t in [0, 1]
@@ -121,7 +122,7 @@ def read_parts(manifest: Manifest, rows: np.ndarray, parts: list[slice]) -> Iter
         moments = read_moments(manifest, wanted)
         if len(moments) < len(wanted):
             damaged = len(wanted) - len(moments)
-            raise ValueError(f"{manifest.folder}: {damaged} images of the validation loss are damaged; {AGAIN}")
+            raise ValueError(f"{manifest.folder}: damaged images of the validation loss: {damaged}; {AGAIN}")
         yield from moments.split([len(rows[part]) for part in some])
 
 
@@ -139,9 +140,9 @@ def state_of(manifest: Manifest, moments: Tensor, start: int, token: Tensor | No
 def loss_table(result: dict[str, Any]) -> str:
     """A result of `fastdit evaluate --loss` in lines: the loss, its parts, and a row per part of t."""
     values = {name: value for name, value in result["values"].items() if name != "loss_error"}
-    error, images = result["values"]["loss_error"], f"{result['protocol']['num_images']} images"
+    error, images = result["values"]["loss_error"], counted(result["protocol"]["num_images"], "image")
     if (own := result["subject"]["images"]) < result["protocol"]["num_images"]:
-        images = f"{result['protocol']['num_images']} times and noises for {own} images"
+        images = f"{result['protocol']['num_images']:,} times and noises for {counted(own, 'image')}"
     lines = [f"{name:<11}  {value:9.6f}" for name, value in values.items()]
     lines[0] += f"  {error:9.6f}  {images}, {result['protocol']['weights']} weights"
     lines.append(f"{'t':<11}  {'loss':>9}  {'error':>9}")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 from fastdit.evaluation.features import FEATURES
 from fastdit.evaluation.images import check_crop, is_shards, open_set
 from fastdit.evaluation.neighbors import QUANTILE, RESAMPLES, memorized, nearest
@@ -99,9 +100,9 @@ def summary(result: dict[str, Any]) -> str:
     """The values of a result in a few lines."""
     values, protocol = result["values"], result["protocol"]
     about = protocol["held_out"]
-    others = about if isinstance(about, str) else f"{about['images']} held-out images"
+    others = about if isinstance(about, str) else counted(about["images"], "held-out image")
     return "\n".join([
-        f"{protocol['num_images']} samples, {protocol['reference']['images']} training images, {others}",
+        f"{counted(protocol['num_images'], 'sample')}, {protocol['reference']['images']:,} training images, {others}",
         f"memorized                 {values['memorized']:.4f} +- {values['memorized_error']:.4f} (by chance: "
         f"{values['memorized_chance']:.4f})",
         f"authenticity              {values['authenticity']:.4f}",

@@ -191,7 +191,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 def neighbor_radii(x: Tensor, k: int) -> Tensor:
     """The distance of each row of x (N, D) to its k-th nearest other row: (N,)."""
     if len(x) <= k:
-        raise ValueError(f"{len(x)} images have no neighbor number {k}; use {k + 1} or more")
+        raise ValueError(f"neighbor number {k} needs {k + 1} images or more, not {len(x)}; use more")
     return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])  # the row itself is the first
 
 

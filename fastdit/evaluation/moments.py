@@ -56,7 +56,7 @@ class MomentSums:
     def moments(self) -> Moments:
         """ValueError for fewer than 2 rows."""
         if self.count < 2:
-            raise ValueError(f"{self.count} rows of features have no covariance; give at least 2")
+            raise ValueError(f"a covariance needs 2 images or more, not {self.count}; use more")
         sums = self.sums.astype(np.float64)
         mu = (sums[0] * HALF + sums[1]) / GRID / self.count
         high, mixed, low = self.products.astype(np.float64) / GRID**2

@@ -12,6 +12,7 @@ import torch
 from fastdit import __version__
 from fastdit.config import leaves
 from fastdit.environment import commit, hardware
+from fastdit.errors import counted
 from fastdit.evaluation import metrics as formulas
 from fastdit.evaluation.features import Extractor
 from fastdit.evaluation.images import ImageSet
@@ -95,7 +96,7 @@ def summary(result: dict[str, Any]) -> str:
     """The values of a result in a few lines."""
     values, protocol = result["values"], result["protocol"]
     known = protocol["reference"]["images"] or "an unknown number"
-    lines = [f"{protocol['num_images']} images, {known} in the reference"]
+    lines = [f"{counted(protocol['num_images'], 'image')}, {known} in the reference"]
     if "frechet" in values:
         lines.append(f"{result['distance']:<26}{shown('frechet', result)}")
     if result["real"]:

@@ -60,7 +60,8 @@ class Axes:
 
     def text(self, axis: str, value) -> str:
         """A value as a label that says what it is: otter, seed 3, guidance 1.5, 20 steps."""
-        forms = {"seed": f"seed {value}", "guidance": f"guidance {value}", "steps": f"{value} steps"}
+        steps = "1 step" if str(value) == "1" else f"{value} steps"
+        forms = {"seed": f"seed {value}", "guidance": f"guidance {value}", "steps": steps}
         short = self.short(axis, value)
         return f"class {short}" if axis == "class" and short.isdigit() else forms.get(axis, short)
 

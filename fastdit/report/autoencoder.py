@@ -9,6 +9,7 @@ import numpy as np
 from fastdit.autoencoder.monitor import ABOUT
 from fastdit.data.images import size_text
 from fastdit.data.latents import in_words
+from fastdit.errors import counted
 from fastdit.files import read_json
 from fastdit.pipeline import spread
 from fastdit.report.facts import Run, latents_of
@@ -91,10 +92,11 @@ def head(run: Run) -> str:
     """What it is in a sentence, the main figures, and the warnings."""
     data, parameters = run.config.data, about_vae(run).get("parameters")
     size = f" with {short(parameters)} parameters" if isinstance(parameters, int) else ""
-    images = f"{run.images:,} images" if run.images else "images"
+    images = counted(run.images, "image") if run.images else "images"
+    epochs = f" ({counted(run.epochs, 'epoch', spec='.3g')})" if run.epochs else ""
     lead = (
-        f"{run.config.model.variant}{size}, trained on {images} at {size_text(data.image_size)} px for {run.steps:,} "
-        f"steps" + (f" ({run.epochs:.3g} epochs)" if run.epochs else "") + f". Latents of {shape_of(run)}."
+        f"{run.config.model.variant}{size}, trained on {images} at {size_text(data.image_size)} px for "
+        f"{counted(run.steps, 'step')}{epochs}. Latents of {shape_of(run)}."
     )
     last = measures(run)
     found = {QUALITY[key][0]: last[key] for key in QUALITY if isinstance(last.get(key), float)}
@@ -119,7 +121,7 @@ def quality(run: Run) -> dict[tuple[str, str], str]:
     if rows:
         count = vae.get("images")
         where = "that were not trained on" if vae.get("held_out") else "of the training set"
-        kind = f"{count:,} images {where}" if isinstance(count, int) else "images"
+        kind = f"{counted(count, 'image')} {where}" if isinstance(count, int) else "images"
         rows["measured on", ""] = f"the EMA at step {last['step']:,}, {kind}"
     return rows
 
@@ -218,7 +220,7 @@ def about(run: Run) -> dict[str, str]:
     attention = ", attention" * model.attention
     rows = {
         "network": f"channels {', '.join(map(str, model.channels))}; layers per level: {model.layers}{attention}",
-        "data": f"{f'{run.images:,} images' if run.images else 'images'} of {config.data.images}",
+        "data": f"{counted(run.images, 'image') if run.images else 'images'} of {config.data.images}",
         "loss": loss.reconstruction.upper()
         + (f" + {loss.kl_weight:g} KL" if loss.kl_weight and not config.training.decoder_only else "")
         + (f" + {loss.perceptual_weight:g} {loss.perceptual}" if loss.perceptual != "none" else ""),
@@ -246,7 +248,7 @@ def missing(run: Run) -> list[str]:
     if not measures(run):
         settings = run.config.training
         every = settings.checkpoint_every if settings.evaluate_every is None else settings.evaluate_every
-        when = f"every {every:,} steps and at the end" if every else "at the end"
+        when = f"every {counted(every, 'step')} and at the end" if every else "at the end"
         found.append(f"No quality and latents: nothing has been measured yet; the run does so {when}.")
     elif not sheets(run.folder / FOLDER):
         found.append(f"No reconstructions: {run.folder / FOLDER} has no sheets of them.")

@@ -16,6 +16,7 @@ from fastdit.data.latents import PerChannel, scale_remarks
 from fastdit.data.loader import split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
+from fastdit.errors import counted
 from fastdit.files import read_bytes, read_json, read_yaml
 from fastdit.schema import Config, shards_text
 from fastdit.training import checkpoint
@@ -204,7 +205,7 @@ def network_warnings(run: Run) -> list[str]:
                          f"scaling_factor {run.manifest.latents.scaling} does not fit these images. Noise levels and "
                          "samplers assume 1.")  # fmt: skip
     if run.damaged:
-        found.append(f"{run.damaged} damaged samples of the shards were left out of training (data.skip_damaged).")
+        found.append(f"Training left out {counted(run.damaged, 'damaged sample')} of the shards (data.skip_damaged).")
     if run.manifest and run.manifest.skipped:
         found.append(f"{run.manifest.skipped} of {run.manifest.images:,} images could not be read when the latents "
                      "were extracted; skipped.txt beside the shards names them.")  # fmt: skip

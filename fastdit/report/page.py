@@ -10,6 +10,7 @@ import numpy as np
 
 from fastdit import __version__
 from fastdit.data.images import size_text
+from fastdit.errors import counted
 from fastdit.evaluation.loss import BINS, IMAGES
 from fastdit.evaluation.protocol import rough
 from fastdit.evaluation.protocol import title as title_of
@@ -100,13 +101,14 @@ def table(names: list[str], columns: list[dict]) -> str:
 
 def head(run: Run, measured: Measured) -> str:
     """What it is in a sentence, the main figures, and the warnings."""
-    data, epochs = run.config.data, run.epochs
+    data = run.config.data
+    epochs = f" ({counted(run.epochs, 'epoch', spec='.3g')})" if run.epochs else ""
     size = f" with {short(measured.parameters)} parameters" if measured.parameters else ""
-    images = f"{len(run.manifest):,} images" if run.manifest else "images"
-    classes = f" of {data.num_classes:,} classes" if data.num_classes else ", without labels,"
+    images = counted(len(run.manifest), "image") if run.manifest else "images"
+    classes = f" of {counted(data.num_classes, 'class', 'classes')}" if data.num_classes else ", without labels,"
     lead = (
         f"{run.config.model.variant}{size}, trained with {kind(run)} on {images}{classes} at "
-        f"{size_text(data.image_size)} px for {run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "") + "."
+        f"{size_text(data.image_size)} px for {counted(run.steps, 'step')}{epochs}."
     )
     _, losses = run.curve("loss")
     losses = losses[-math.ceil(len(losses) / 20) :]
@@ -291,8 +293,9 @@ def about(run: Run, measured: Measured) -> dict[str, str]:
     rows["objective"] = objective
     if run.manifest:
         shape = " x ".join(map(str, run.manifest.latents.shape))
-        classes = f"of {count:,} classes" if (count := run.manifest.num_classes) else "without classes"
-        rows["data"] = f"{len(run.manifest):,} images {classes} in {shards_text(config.data.shards)}"
+        count = run.manifest.num_classes
+        classes = f"of {counted(count, 'class', 'classes')}" if count else "without classes"
+        rows["data"] = f"{counted(len(run.manifest), 'image')} {classes} in {shards_text(config.data.shards)}"
         spec = run.manifest.latents
         encoded = f"of {size_text(spec.image_size)} px images through {config.data.vae}"
         rows["latents"] = f"{shape}, {'the pixels themselves' if spec.are_pixels else encoded}"
@@ -307,16 +310,18 @@ def optimization(run: Run) -> dict[str, str]:
     """How any training was done."""
     config, settings = run.config, run.config.training
     schedule = settings.lr_schedule.name
-    schedule += f" after {settings.warmup_steps:,} steps of warmup" if settings.warmup_steps else ""
+    schedule += f" after {counted(settings.warmup_steps, 'step')} of warmup" if settings.warmup_steps else ""
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
     muon = getattr(settings, "optimizer", "") == "muon"  # an autoencoder has no such key
     optimizer = "Muon for the matrices of the blocks, AdamW for the rest" if muon else "AdamW"
     rows = {
         "optimizer": f"{optimizer}, learning rate {settings.lr:g}, {schedule}{decay}",
-        "batch": f"{settings.global_batch:,} images, {'mirrored at random' if config.data.hflip else 'not mirrored'}",
+        "batch": f"{counted(settings.global_batch, 'image')}, "
+        + ("mirrored at random" if config.data.hflip else "not mirrored"),
         "precision": settings.precision,
         "EMA": f"decay {settings.ema_decay:g}" + ", with warmup" * settings.ema_warmup,
-        "steps": f"{run.steps:,} of {settings.steps:,}" + (f", {run.epochs:.3g} epochs" if run.epochs else ""),
+        "steps": f"{run.steps:,} of {settings.steps:,}"
+        + (f", {counted(run.epochs, 'epoch', spec='.3g')}" if run.epochs else ""),
         "seed": str(config.seed),
     }
     return rows | ({"started from": settings.init_from} if settings.init_from else {})

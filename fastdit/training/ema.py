@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.errors import counted
 from fastdit.schema import MAX_EMA_STD, TrainingConfig
 
 AVERAGES = "averages"  # folder of a run; training/posthoc.py describes it
@@ -98,6 +99,7 @@ def too_young(settings: TrainingConfig, steps: int) -> str:
     if share < 0.05:
         return ""
     return (
-        f"warning: after {steps} steps at training.ema_decay={settings.ema_decay} the EMA is still {share:.0%} random "
-        "weights: sample with --weights model, or train with training.ema_warmup=true or a smaller ema_decay"
+        f"warning: after {counted(steps, 'step')} at training.ema_decay={settings.ema_decay} the EMA is still "
+        f"{share:.0%} random weights: sample with --weights model, or train with training.ema_warmup=true or a "
+        "smaller ema_decay"
     )

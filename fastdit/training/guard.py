@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdit.distributed import Ranks, under_deepspeed
+from fastdit.errors import counted
 
 LAG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by request after a checkpoint; the same command with --resume continues
@@ -123,7 +124,7 @@ class Guard:
             self.on_skip(step)
         if self.in_a_row >= self.limit:
             raise ValueError(
-                f"the loss or the gradient was not finite in {self.limit} steps in a row (training.max_skipped), up to "
-                f"step {step}; they changed no weight: lower training.lr, set training.grad_clip=1, or look at the "
-                "samples named in skipped.jsonl"
+                f"the loss or the gradient was not finite in {counted(self.limit, 'step')} in a row "
+                f"(training.max_skipped), up to step {step}; they changed no weight: lower training.lr, set "
+                "training.grad_clip=1, or look at the samples named in skipped.jsonl"
             )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastdit.classes import Classes
+from fastdit.errors import counted
 from fastdit.training.weights import mismatches
 
 LABELS = "y_embedder.embedding_table.weight"  # a row for each class; the null label's is the last
@@ -39,7 +40,7 @@ def take_over(
                  and not (line.startswith("class_token.") and line.endswith(" is missing"))]  # fmt: skip
         if wrong:
             raise ValueError(
-                f"training.init_from={where} is another network: {wrong[0]} ({len(wrong)} differences); set "
+                f"training.init_from={where} is another network: {wrong[0]} ({counted(len(wrong), 'difference')}); set "
                 "model.variant and the options of model: to those of the source"
             )
         for name, tensor in own.items():
@@ -84,6 +85,7 @@ def _of(anew: Sequence[int], classes: Classes, null_label: int | None) -> str:
     if len(anew) == classes.count + (null_label is not None):
         return ""
     names = [classes.names[label] if label < len(classes.names) else str(label) for label in some[:NAMED]]
-    told = f"{len(some)} of {classes.count} classes: {', '.join(names)}{', ...' if len(some) > NAMED else ''}"
+    told = f"{len(some)} of {counted(classes.count, 'class', 'classes')}: {', '.join(names)}"
+    told += ", ..." if len(some) > NAMED else ""
     parts = [told] * bool(some) + ["the null label"] * (null_label in anew)
     return f" ({' and '.join(parts)})"

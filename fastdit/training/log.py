@@ -21,6 +21,7 @@ from fastdit.cards import card_of
 from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks, return_freed_memory
+from fastdit.errors import counted
 from fastdit.files import append_to, read_bytes, replace_text
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
@@ -179,12 +180,12 @@ def start_line(
     if ranks.device.type == "cpu":
         waiting = f"waiting {os.environ.get('OMP_WAIT_POLICY', 'default')}"
         spin = f", spin {os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
-        threads = f", {torch.get_num_threads()} threads {waiting}{spin}"
+        threads = f", {counted(torch.get_num_threads(), 'thread')} {waiting}{spin}"
     return (
-        f"{config.model.variant}: {model.parameter_count():,} parameters, {len(manifest):,} images, "
+        f"{config.model.variant}: {model.parameter_count():,} parameters, {counted(len(manifest), 'image')}, "
         f"{ranks.world} x {ranks.device} ({engine}{threads}), attention {model.blocks[0].attn.backend}, "
         f"kernels {kernels.choice()}, checkpointing {policy}, batch {' x '.join(map(str, batch))}, "
-        f"{steps:,} steps = {steps * images / len(manifest):.1f} epochs, {origin}"
+        f"{counted(steps, 'step')} = {steps * images / len(manifest):.1f} epochs, {origin}"
         + (f", predicted to take {timedelta(seconds=round(predicted_s))}" if predicted_s else "")
     )
 

@@ -23,7 +23,7 @@ from fastdit.data.images import size_text, width_height
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import Objective
 from fastdit.distributed import Ranks
-from fastdit.errors import is_out_of_memory
+from fastdit.errors import counted, is_out_of_memory
 from fastdit.evaluation.curve import ReferenceCurve
 from fastdit.evaluation.evaluate import load_reference, measure
 from fastdit.evaluation.features import load_features
@@ -219,7 +219,7 @@ class Monitor:
             if (over_time := strip(path.parent, height)) is not None:
                 write_png(over_time, path.parent / "strip.png")
                 found["samples_over_time"] = over_time
-        return {}, found, f"{len(images)} samples of the EMA{self._young()} in {path}"
+        return {}, found, f"{counted(len(images), 'sample')} of the EMA{self._young()} in {path}"
 
     def _evaluate(self) -> Found:
         self._use("ema")

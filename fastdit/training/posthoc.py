@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastdit.config import load_config, save_config
+from fastdit.errors import counted
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, exponent, width_name
 from fastdit.training.state import CONFIG, VAE, classes_of, describe, keep_autoencoder, latents_of
@@ -140,12 +141,12 @@ def rebuild(
             save_config(own, unfinished / CONFIG)
             checkpoint.commit(unfinished, folder, {"step": step, **describe(own, *facts), **kept, "ema_std": std})
             keep_autoencoder(config.data.vae if Path(config.data.vae).is_dir() else str(run_dir / VAE), folder)
-            say(f"{out / folder.name}: step {step}, from {used.sum()} averages, profile within {error:.2%}")
+            say(f"{out / folder.name}: step {step}, from {counted(used.sum(), 'average')}, profile within {error:.2%}")
             if error > FAR:
                 say(
-                    f"warning: std={std:g} is not well represented by the averages of {in_steps} steps (the relative "
-                    f"error of its profile is {error:.0%}): choose a width nearer to {nearest(found, std):g}, or train "
-                    "with a smaller training.checkpoint_every"
+                    f"warning: std={std:g} is not well represented by the averages of {counted(in_steps, 'step')} (the "
+                    f"relative error of its profile is {error:.0%}): choose a width nearer to {nearest(found, std):g}, "
+                    "or train with a smaller training.checkpoint_every"
                 )
         partial.rename(out)
     finally:

@@ -37,6 +37,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import OF_NETWORK, Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
 from fastdit.schema import Config, LoopConfig
@@ -227,8 +228,8 @@ def check_steps(folder: Path, settings: LoopConfig) -> None:
     """ValueError where a run would end before the checkpoint that it continues from."""
     if (done := checkpoint.step_of(folder)) > settings.steps:
         epochs = f" (training.epochs={settings.epochs:g})" * bool(settings.epochs)
-        raise ValueError(f"training.steps={settings.steps}{epochs} is less than the {done} steps of {folder}; use more "
-                         "to resume")  # fmt: skip
+        raise ValueError(f"training.steps={settings.steps}{epochs} is less than the {counted(done, 'step')} of "
+                         f"{folder}; use more to resume")  # fmt: skip
 
 
 def check_files(folder: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -363,6 +364,6 @@ def network_from_state(
     wrong = mismatches(model.state_dict(), state) or other_types(model.state_dict(), state)
     if wrong:
         raise ValueError(f"{where} has weights of another network than {config.model.variant}: {wrong[0]} "
-                         f"({len(wrong)} differences)")  # fmt: skip
+                         f"({counted(len(wrong), 'difference')})")  # fmt: skip
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

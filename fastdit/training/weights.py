@@ -19,7 +19,8 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     bad = [name for name, tensor in state.items() if not is_finite(tensor)]
     if bad:
         raise ValueError(
-            f"{bad[0]} has values that are not finite ({len(bad)} such tensors), so {path.name} is not written"
+            f"{bad[0]} has values that are not finite ({len(bad)} of {len(state)} tensors), so {path.name} is "
+            "not written"
         )
     try:
         save_file(state, path)

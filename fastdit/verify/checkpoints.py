@@ -14,6 +14,7 @@ from fastdit.data.images import size_text
 from fastdit.data.latents import LatentCodec, LatentSpec
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import is_remote
+from fastdit.errors import counted
 from fastdit.files import read_array
 from fastdit.models.dit import DiT
 from fastdit.schema import Config, shards_text
@@ -66,7 +67,7 @@ def verify_averages(run_dir: Path, found: Findings, say: Callable[[str], None]) 
             if name.endswith(".safetensors"):
                 check_weights(folder / name, {}, found)
     if folders:
-        say(f"{run_dir / AVERAGES}: averages of {len(folders)} steps")
+        say(f"{run_dir / AVERAGES}: averages of {counted(len(folders), 'step')}")
 
 
 def check_weights(path: Path, expected: dict[str, Tensor], found: Findings) -> dict[str, Tensor]:
@@ -102,7 +103,8 @@ def check_average(weights: dict[str, Tensor], ema: dict[str, Tensor], meta: dict
     if still:  # tensors that start at zero
         found.add(
             "average",
-            f"the EMA never moved: {still[0]} is all zero, but not in the weights ({len(still)} such tensors)",
+            f"the EMA never moved: {still[0]} is all zero, but not in the weights "
+            f"({counted(len(still), 'such tensor')})",
         )
     if all(torch.equal(weights[name], ema[name]) for name in trained):
         found.add("average", "the EMA equals the weights bit for bit, so nothing was averaged")

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from fastdit.data.features import FOLDER, FeatureManifest, is_finite, moments, same_images
 from fastdit.data.latents import rounded
+from fastdit.errors import counted
 from fastdit.verify.files import check_array, check_counts, check_shard, read_index, sample_bytes
 from fastdit.verify.findings import Findings
 
@@ -46,6 +47,7 @@ def verify_features(
             found.add("statistics", f"{folder}: mean and deviation are {rounded([mean, std])}, not {said}")
         size, (rows, columns) = sum(shard.bytes for shard in manifest.shards) / 2**20, manifest.grid
         say(
-            f"{folder}: features of {len(manifest)} images, {manifest.encoder}, {rows} x {columns} patches of "
-            f"{manifest.dim} values as {manifest.dtype}, {size:.1f} MiB, mean {mean:.2f}, standard deviation {std:.2f}"
+            f"{folder}: features of {counted(len(manifest), 'image')}, {manifest.encoder}, {rows} x {columns} patches "
+            f"of {manifest.dim} values as {manifest.dtype}, {size:.1f} MiB, mean {mean:.2f}, "
+            f"standard deviation {std:.2f}"
         )

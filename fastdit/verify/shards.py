@@ -11,6 +11,7 @@ from tqdm import tqdm
 from fastdit.data.features import FOLDER
 from fastdit.data.latents import channel_statistics, channel_sums, rounded, scale_remarks
 from fastdit.data.manifest import DTYPES, Manifest, Shard, class_counts
+from fastdit.errors import counted
 from fastdit.files import TarHeader, tar_members
 from fastdit.verify.checkpoints import check_autoencoder
 from fastdit.verify.features import verify_features
@@ -47,9 +48,9 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
             found.add("scale", line)
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
         say(
-            f"{folder}: {len(manifest)} images of {manifest.num_classes} classes in {len(manifest.shards)} shards, "
-            f"{size:.1f} MiB, latents {'x'.join(map(str, spec.shape))}, mean {rounded(mean)}, standard deviation "
-            f"{rounded(std)}"
+            f"{folder}: {counted(len(manifest), 'image')} of {counted(manifest.num_classes, 'class', 'classes')} in "
+            f"{counted(len(manifest.shards), 'shard')}, {size:.1f} MiB, latents {'x'.join(map(str, spec.shape))}, "
+            f"mean {rounded(mean)}, standard deviation {rounded(std)}"
         )
     if (folder / FOLDER).exists():
         verify_features(folder / FOLDER, found, say, index)
@@ -115,6 +116,6 @@ def tar_labels(data: np.ndarray, shard: Shard, found: Findings) -> dict[str, int
         return None
     if len(labels) == len(arrays & labels.keys()) == shard.samples:
         return labels
-    found.add("files", f"{shard.name}: a tar reader finds {len(arrays)} samples and {len(labels)} labels, not "
-              f"{shard.samples} of each; a header is damaged")  # fmt: skip
+    found.add("files", f"{shard.name}: a tar reader finds {counted(len(arrays), 'sample')} and "
+              f"{counted(len(labels), 'label')}, not {shard.samples} of each; a header is damaged")  # fmt: skip
     return None

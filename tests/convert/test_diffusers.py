@@ -237,5 +237,5 @@ def test_embedders_that_differ_between_blocks_are_refused(place, tmp_path):
     with pytest.raises(ValueError, match="linear_2.bias differs from block 0's"):
         convert(tmp_path / "pipe", "fastdit", tmp_path / "out", say=quiet)
     save_file(without(state, "proj_out_2.bias"), path, {"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 weights, proj_out_2.bias first"):
+    with pytest.raises(ValueError, match="lacks 1 weight, proj_out_2.bias first"):
         convert(tmp_path / "pipe", "fastdit", tmp_path / "out", say=quiet)

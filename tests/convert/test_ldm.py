@@ -187,7 +187,7 @@ def spoiled(change) -> dict:
 REFUSED = {
     "a VQ autoencoder": (lambda s: s.update({"quantize.embedding.weight": torch.ones(8, 5)}), "has a codebook"),
     "linear attention": (lambda s: s.update({"encoder.mid.attn_1.to_qkv.weight": torch.ones(3, 2, 1, 1)}),
-                         r"does not fit into an AutoencoderKL of diffusers \(1 tensors; the first: "
+                         r"does not fit into an AutoencoderKL of diffusers \(1 tensor; the first: "
                          r"encoder.mid.attn_1.to_qkv.weight has no place"),
     "another embed_dim": (lambda s: s.update({"post_quant_conv.weight": torch.ones(5, 3, 1, 1)}),
                           "has embed_dim=3 and z_channels=5"),

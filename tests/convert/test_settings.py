@@ -204,7 +204,7 @@ def test_an_exported_folder_that_was_changed_is_refused(place, tmp_path):
     pipe = edited(place / "ddpm_pipe", tmp_path / "pipe", "index")
     path = pipe / "transformer/diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"transformer_blocks.0.attn1.norm_q.weight": torch.ones(12)}, path, {"format": "pt"})
-    refuse(pipe, tmp_path, "has 1 weights that DiT does not have, transformer_blocks.0.attn1.norm_q.weight first")
+    refuse(pipe, tmp_path, "has 1 weight that DiT does not have, transformer_blocks.0.attn1.norm_q.weight first")
     for i, (name, text) in enumerate([("fastdit.json", "[]"), ("fastdit.json", "{}"), ("fastdit.yaml", "a: [")]):
         damaged = edited(place / "ddpm_pipe", tmp_path / f"damaged{i}", "index")
         (damaged / name).write_text(text)

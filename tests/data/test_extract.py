@@ -174,11 +174,11 @@ def spoil(base: Path, how: str) -> dict:
         ("empty images", "images=.* is empty; it needs images, or one subfolder of images per class"),
         (
             "beside classes",
-            "images=.* has 1 images beside its subfolders .*; move them into one subfolder per class, or all",
+            "images=.* has 1 image beside its subfolders .*; move them into one subfolder per class, or all",
         ),
         ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
         ("unreadable", r"more than 1 of 90 images cannot be read \(the last is 0/.*Error: .*; repair or remove them"),
-        ("none readable", "none of the 1 images could be read"),
+        ("none readable", "none of 1 image could be read"),
         ("exists", "out=.* exists; choose another folder, or replace it with --overwrite"),
         ("foreign", "out=.* exists and has no manifest.json, so it is not replaced; choose another folder"),
         ("file", "out=.*file/out.writing cannot be created .*; choose another folder"),

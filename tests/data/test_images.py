@@ -264,7 +264,7 @@ def test_what_is_not_read_is_named_and_nothing_is_read_twice(tmp_path):
     }
     about, line = remarks(folder)
     assert about == f"images={tmp_path}: class folders, 3 images, 2 classes"
-    assert line.startswith("ignored 6 files that are not images (") and "1 x name ends in .heic" in line
+    assert line.startswith("ignored 6 files (") and "1 x name ends in .heic" in line
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_numbered_classes_in_the_order_of_text_are_remarked_upon(tmp_path):
     [
         (None, "does not exist; give a folder of class folders"),
         ([], "is empty"),
-        (["1.png", "a/2.png"], "has 1 images beside its subfolders"),
+        (["1.png", "a/2.png"], "has 1 image beside its subfolders"),
         (["a/1.png", "b/.keep.png"], "class subfolder 'b' without images"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_list_beside_a_flat_folder_of_images_is_pointed_at(tmp_path):
 def test_images_beside_tar_files_are_not_left_out_silently(tmp_path):
     sources.make_webdataset(tmp_path)
     (tmp_path / "b.png").write_bytes(png(0))
-    with pytest.raises(ValueError, match="holds 1 images, such as b.png, beside 2 tar files"):
+    with pytest.raises(ValueError, match="holds 1 image, such as b.png, beside 2 tar files"):
         open_images(tmp_path)
 
 

@@ -103,7 +103,7 @@ def damage(folder: Path, how: str) -> None:
         ("class", "is of class AutoencoderTiny, .* use an AutoencoderKL"),
         ("no weights", "cannot be read: "),
         ("cut weights", "cannot be read: "),
-        ("missing", r"is missing 1 weights \(the first is encoder.conv_in.bias\)"),
+        ("missing", r"is missing 1 weight \(the first is encoder.conv_in.bias\)"),
         ("shape", "cannot be read: "),
         ("gone", "is not a folder"),
     ],

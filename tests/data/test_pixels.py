@@ -60,7 +60,7 @@ def test_the_scale_of_pixels_is_not_remarked_upon(tmp_path, capfd):
         Image.new("RGB", (16, 16), (120 + i, 128, 128)).save(tmp_path / f"images/{i}.png")
     extract_features(images=tmp_path / "images", out=tmp_path / "out", vae=NO_VAE, image_size=16)
     said = capfd.readouterr().err
-    assert "4 images in 1 shards" in said and "warning" not in said
+    assert "4 images in 1 shard," in said and "warning" not in said
     assert verify(tmp_path / "out", say=lambda line: None) == [] and "warning" not in stats(tmp_path / "out")
 
 

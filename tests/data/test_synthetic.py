@@ -97,7 +97,7 @@ def test_a_resumed_run_repeats_every_loss_and_two_processes_agree(tmp_path, caps
     assert "0.95 - 1.00" in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs features, but synthetic:1000/4x8x8/10 has none"):
         train(config("other", "training.align=[repa]"))
-    with pytest.raises(ValueError, match="global_batch=2000, but synthetic:1000/4x8x8/10 has only 1000 images"):
+    with pytest.raises(ValueError, match="global_batch=2000, but synthetic:1000/4x8x8/10 has only 1,000 images"):
         train(config("other", "training.global_batch=2000"))
 
 

@@ -90,7 +90,7 @@ def test_a_damaged_image_is_named(shards, tmp_path):
     data = bytearray(path.read_bytes())
     data[int(copy.index()["offset"][3]) + 10] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="latents: .* images of the validation loss are damaged; copy it again"):
+    with pytest.raises(ValueError, match="latents: damaged images of the validation loss: .*; copy it again"):
         validation_loss(FlowMatching(), ZERO, copy, ONE)
 
 

@@ -49,7 +49,7 @@ WARNINGS = {
     ),
     "standard deviation of 5.4, not about 1": lambda shards: a_run(manifest=replace(
         shards, channel_std=tuple(s * 5.5 for s in shards.channel_std))),
-    "3 damaged samples of the shards were left out": lambda shards: a_run(damaged=3),
+    "Training left out 3 damaged samples of the shards": lambda shards: a_run(damaged=3),
     "2 of 40 images could not be read": lambda shards: a_run(manifest=replace(shards, skipped=2)),
 }  # fmt: skip
 

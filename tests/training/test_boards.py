@@ -102,7 +102,7 @@ def real(monkeypatch, tmp_path):
 
 
 def test_a_run_after_one_that_failed_has_its_own_values(world, tmp_path, real):
-    with pytest.raises(ValueError, match="not finite in 1 steps in a row"):
+    with pytest.raises(ValueError, match="not finite in 1 step in a row"):
         train_here(world, tmp_path / "one", *SHORT, "training.steps=3", "training.lr=1e30", "training.max_skipped=1")
     train_here(world, tmp_path / "two", *SHORT, "training.steps=3")
     real.teardown()

@@ -210,7 +210,7 @@ SHARD_FAULTS = {
     ),
     "one bit of a header": (
         lambda folder: flip(folder / SHARD, 4096),
-        ["SHA-256 is not", "a tar reader finds 1 samples and 1 labels"],
+        ["SHA-256 is not", "a tar reader finds 1 sample and 1 label"],
     ),
     "one bit of the padding": (lambda folder: flip(folder / SHARD, 3000), ["SHA-256 is not"]),
     "cut short": (
