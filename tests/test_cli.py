@@ -67,7 +67,7 @@ MISTAKES = {
     "verify nowhere": "nowhere",
     "verify a b": "unexpected argument 'b'",
     "launch train": "the following arguments are required: --gpus",
-    "launch --gpus 2 verify x": "name extract, train, train-vae, sample or evaluate after the options",
+    "launch --gpus 2 verify x": "name extract, train, train-vae, sample, evaluate or neighbors after the options",
     "launch --gpus 8 --nodes 2 train sit_s_2": "several nodes need --master HOST:PORT",
 }
 

@@ -16,7 +16,7 @@ from fastdit.commands.look import default_out, make_picture, take_pictures, want
 from fastdit.config import check_alone, is_shipped, load_config
 from fastdit.errors import counted
 
-LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate")  # commands that several processes share
+LAUNCHED = ("extract", "train", "train-vae", "sample", "evaluate", "neighbors")  # commands that several processes share
 
 
 def extract(parser: ArgumentParser) -> Command:

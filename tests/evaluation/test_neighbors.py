@@ -16,7 +16,8 @@ from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
 from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.neighbors import memorized, nearest
-from helpers.evaluation import pictures, write_pngs
+from helpers.evaluation import pictures, use_tiny, write_pngs
+from helpers.runs import Forks
 from helpers.shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,10 +95,13 @@ def test_planted_copies_are_found_and_named(folder, small, capsys):
     assert "memorized" in capsys.readouterr().out
     main([*arguments, "--results", "results.jsonl"])  # its sheet does not replace the first one
     assert capsys.readouterr().out.endswith("neighbors-2.png\n") and (folder / "neighbors-2.png").exists()
-    main([*arguments, "--results", "results.jsonl", "--out", "new/sheet.png"])
-    assert (folder / "new" / "sheet.png").exists()
-    assert "60 training images, each against the others" in capsys.readouterr().out
-    again = json.loads((folder / "results.jsonl").read_text().splitlines()[1])
+    two = [*arguments, "--results", "results.jsonl", "--out", "new/sheet.png"]
+    with Forks("fastdit/cli.py", *two, processes=2, before=use_tiny) as forks:
+        assert set(forks.wait()) == {0}, forks.said()
+    assert (folder / "new" / "sheet.png").read_bytes() == (folder / "neighbors-2.png").read_bytes()
+    _, again, of_two = (json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines())
+    assert {**of_two, "environment": 0} == {**again, "environment": 0}
+    assert again["protocol"]["held_out"] == "60 training images, each against the others"
     assert again["values"]["memorized"] == 0.2 and again["nearest"] == result["nearest"]
     (folder / "first.jsonl").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="2"):
