@@ -315,7 +315,7 @@ def test_a_resume_counts_images_that_were_replaced_in_place(images, whole, tmp_p
         config = small(tmp_path / "images", tmp_path / "run", f"training.steps={step}")
         train_autoencoder(config, resume=True, device="cpu")
         told = f"warning: 3 files of {tmp_path}/images changed after step 8 was saved\n"
-        assert (tmp_path / "run" / "train.log").read_text().count("were changed") == 1
+        assert (tmp_path / "run" / "train.log").read_text().count("images changed after") == 1
         assert told in (tmp_path / "run" / "train.log").read_text()
 
 

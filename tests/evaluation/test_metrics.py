@@ -256,7 +256,7 @@ def test_features_that_cannot_be_compared_are_refused():
     for bad in (np.nan, np.inf, 2000):
         with pytest.raises(ValueError, match="finite and within 1024"):
             moments_of(np.full((3, 2), bad))
-    with pytest.raises(ValueError, match="neighbor number 3; use 4"):
+    with pytest.raises(ValueError, match="neighbor number 3 needs 4 images or more, not 3"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
     with pytest.raises(ValueError, match="it needs 30 samples or more to extrapolate from, not 29"):
         frechet_infinity(np.zeros((29, 2)), np.zeros((9, 2)))
