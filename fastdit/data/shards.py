@@ -3,6 +3,7 @@
 Nothing is changed in place: each result is a new folder, which appears once it is complete.
 """
 
+import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -277,9 +278,14 @@ def _scan(manifest: Manifest, say: Callable[[str], None]) -> Iterator[Sample]:
     """The samples in the tar files themselves, up to the place in each from which on it cannot be read."""
     seen: set[int] = set()
     for shard in manifest.shards:
-        count = 0
+        count, path = 0, manifest.folder / shard.name
         try:
-            with tarfile.open(manifest.folder / shard.name, "r:") as tar:
+            with open(path, "rb") as file:
+                intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+            if not intact:  # only the index has a checksum of each sample
+                say(f"warning: {path} is damaged: its SHA-256 does not match the manifest; without index.npy, damaged "
+                    "values in its samples cannot be found, and are kept")  # fmt: skip
+            with tarfile.open(path, "r:") as tar:
                 members = iter(tar)
                 for member in members:
                     sample, fault = _sample_of(tar, member, next(members, None), manifest, seen)

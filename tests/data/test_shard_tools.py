@@ -173,6 +173,15 @@ def test_the_index_is_made_again_from_the_tars(damage, made, tmp_path):
         assert any(line.startswith("dropped: ") for line in said)
 
 
+def test_without_an_index_each_shard_that_may_hold_damaged_values_is_named(made, tmp_path):
+    row, said = made.index()[7], []
+    damaged = made.folder / made.shards[int(row["shard"])].name
+    flip_byte(damaged, int(row["offset"]) + 5)
+    (made.folder / "index.npy").unlink()
+    repair(made.folder, tmp_path / "out", say=said.append)
+    assert [line.split(" is damaged: ")[0] for line in said if "SHA-256" in line] == [f"warning: {damaged}"]
+
+
 def header_of(path: Path, number: int) -> int:
     with tarfile.open(path) as tar:
         return tar.getmembers()[number].offset
