@@ -179,7 +179,7 @@ def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch, capsy
         return pytest.fail
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in ("ema", "convert", "likelihood", "neighbors", "import", "shards", "report", "grid", "quickstart"):
+    for command in ("ema", "convert", "likelihood", "import", "shards", "report", "grid", "quickstart"):
         monkeypatch.setitem(COMMANDS, command, stub)
         says = f"fastdit {command} runs in one process, but the environment has WORLD_SIZE=2; start it without a"
         assert mistake(capsys, command).startswith(says)
