@@ -55,8 +55,9 @@ def add_features(
         raise ValueError(f"{out} exists; remove it to extract features again, or move it and name it in data.features")
     grid = grid_for(latents.latents.shape)
     about = FeatureManifest(
-        encoder.name, encoder.weights, grid, encoder.dim, encoder.class_token, dtype=dtype, precision=precision
-    )
+        encoder.name, encoder.weights, grid, encoder.dim, encoder.class_token, dtype=dtype, precision=precision,
+        listing=latents.listing,
+    )  # fmt: skip
     settings = {
         "images": source.identity,
         "latents": latents.index_sha256,

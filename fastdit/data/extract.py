@@ -111,7 +111,8 @@ def extract_features(
     codec = exact if precision == "float32" else copy.deepcopy(exact).to(PRECISIONS[precision])
     compile = not pixels and (on_gpu and len(source) >= WORTH_COMPILING if compile is None else compile)
     latents = replace(exact.spec(image_size), precision=precision)
-    about = Manifest(latents, dtype, source.class_names, images=len(source), source=source.kind)
+    about = Manifest(latents, dtype, source.class_names, images=len(source), source=source.kind,
+                     listing=source.listing)  # fmt: skip
     settings = {
         "images": source.identity,
         "vae": exact.fingerprint,

@@ -93,6 +93,7 @@ class ShardFolder:
 
     shards: tuple[Shard, ...] = ()
     index_sha256: str = ""
+    listing: str = ""  # ImageSource.listing of the images; "" of several sources, and where it is not known
     folder: Path = field(default=Path(), compare=False)  # where it was read from
     rows: np.ndarray | None = field(default=None, compare=False, repr=False)  # of the index, where some are held out
     block: int = field(default=0, compare=False)  # images that are read in a row, see Order

@@ -105,6 +105,7 @@ def feature_mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Featur
         "mean": average,
         "std": float(part_of @ (std**2 + mean**2) - average**2) ** 0.5,
         "shards": absolute(parts),
+        "listing": "",
         "folder": Path(shards_text(tuple(sets))),
     }
     return FeatureMixture(**fields, parts=tuple(parts))
@@ -144,6 +145,7 @@ def mixture(sets: Sequence[ShardSet], cache: Cache = NO_CACHE) -> Manifest:
         "channel_mean": tuple(average.tolist()),
         "channel_std": tuple(deviation.tolist()),
         "shards": absolute(parts),
+        "listing": "",
         "index_sha256": hashlib.sha256(contents.encode()).hexdigest(),
         "folder": Path(shards_text(tuple(sets))),
     }

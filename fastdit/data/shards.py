@@ -93,7 +93,7 @@ def merge(
     _check_new([out], *manifests)
     starts = np.cumsum([0, *(manifest.images for manifest in manifests)]).tolist()
     parts = [(manifest, np.arange(len(manifest)), start) for manifest, start in zip(manifests, starts, strict=False)]
-    return _write(parts, out, replace(first, images=starts[-1]), features, overwrite)
+    return _write(parts, out, replace(first, images=starts[-1], listing=""), features, overwrite)
 
 
 def split(
@@ -245,7 +245,7 @@ def _write(
         first = beside[0][0]
         new = prepare(partial / FOLDER)
         found = write_tars(_read(beside), lambda number: StoredFeatureWriter(new, number, first.dtype))
-        publish_features(new, partial / FOLDER, first, found)
+        publish_features(new, partial / FOLDER, replace(first, listing=about.listing), found)
 
     more = write_features if beside else None
     return write_keyed(_read(latents), out, about, overwrite=overwrite, write_more=more)

