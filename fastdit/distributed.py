@@ -192,7 +192,7 @@ def die_with_parent() -> None:
         return
     parent = os.getppid()  # may be process 1: in a container, the launcher often is
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before that call
+    if os.getppid() != parent:  # it ended before that call
         os.kill(os.getpid(), signal.SIGTERM)
 
 

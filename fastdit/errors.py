@@ -33,7 +33,7 @@ def is_no_space(error: OSError) -> bool:
 @contextmanager
 def friendly_exit() -> Iterator[None]:
     """Turns a ValueError (a user error), a full disk, a file that cannot be used, too little memory or the end of
-    another process into one line.
+    another process into a one-line message.
 
     The exit code is 2; 141, without a line, where the output is a closed pipe, as in `fastdit ... | head -1`. Use it as
     a context manager or as a decorator (`@friendly_exit()`) of a command's main function.
@@ -55,7 +55,8 @@ def friendly_exit() -> Iterator[None]:
             if os.environ.get("WORLD_SIZE", "1") == "1" or not is_lost(error):
                 raise
             reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without the line of gloo's source
-            message = f"another process has ended ({reason}); see its message, or that of the launcher"
+            message = (f"communication between the processes failed ({reason}); if another one has ended, see its "
+                       "message or that of the launcher")  # fmt: skip
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         if isinstance(error, MemoryError):
             message = f"this machine has too little memory ({error or 'none is left'})"

@@ -161,7 +161,7 @@ def test_a_process_says_in_one_line_that_another_one_has_ended(world, tmp_path):
     with Forks("train.py", *arguments, processes=2, last=("data.shards=/nowhere",), before=speak_at_once) as forks:
         assert forks.wait(patient=True) == [2, 2]
         said = [line for line in forks.said().splitlines() if line and "WARNING" not in line]
-    assert len(said) == 2 and said[0].startswith("error: another process has ended (Connection")
+    assert len(said) == 2 and said[0].startswith("error: communication between the processes failed (Connection")
     assert said[1].startswith("error: /nowhere has no manifest.json")
 
 

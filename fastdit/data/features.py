@@ -190,8 +190,8 @@ class FeatureManifest(ShardFolder):
         """
         index, count = self.index(), sum(shard.samples for shard in latents.shards)
         rows = index if latents.rows is None or len(index) != count else index[latents.rows]
-        others = self.listing != latents.listing and "" not in (self.listing, latents.listing)
-        if others or len(index) != count or not same_images(rows, latents.index()):
+        listed = self.same_listing(latents.listing)
+        if not listed or len(index) != count or not same_images(rows, latents.index()):
             raise ValueError(
                 f"the features in {self.folder} are of other images ({len(index)}) than the latents in "
                 f"{latents.folder} ({count}), or in another order; extract them again"

@@ -108,6 +108,10 @@ class ShardFolder:
         known, values = [f.name for f in fields(self) if f.compare], asdict(self)
         return {"format": FORMAT, "samples": len(self), **{name: values[name] for name in known}}
 
+    def same_listing(self, listing: str) -> bool:
+        """False if another folder's listing is known to be of other images."""
+        return self.listing == listing or "" in (self.listing, listing)
+
     def check_names(self) -> None:
         """Raises a ValueError for a shard that is not a file of this folder, or whose sizes cannot be true."""
         for shard in self.shards:

@@ -14,9 +14,9 @@ from fastdit.verify.findings import Findings
 
 
 def verify_features(
-    folder: Path, found: Findings, say: Callable[[str], None], latents: np.ndarray | None = None
+    folder: Path, found: Findings, say: Callable[[str], None], latents: np.ndarray | None = None, listing: str = ""
 ) -> None:
-    """Check a folder of features, and that they are those of the images in `latents`, the index of their latents."""
+    """Check a folder of features, and that they are of the images of the latents: by their index and `listing`."""
     try:
         manifest = FeatureManifest.load(folder)
     except ValueError as error:
@@ -24,7 +24,8 @@ def verify_features(
     index, sums, images = read_index(manifest, found), np.zeros(2), 0
     if index is not None and check_counts(manifest, index, found):
         index = None
-    if index is not None and latents is not None and not same_images(index, latents):
+    same = index is None or latents is None or same_images(index, latents)
+    if not same or not manifest.same_listing(listing):
         found.add("index", f"{folder} has the features of other images than the latents, or in another order")
     for number, shard in enumerate(tqdm(manifest.shards, unit="shard", disable=None)):
         data = check_shard(folder, shard, found)

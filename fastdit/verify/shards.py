@@ -53,7 +53,7 @@ def verify_shards(folder: Path, found: Findings, say: Callable[[str], None]) -> 
             f"mean {rounded(mean)}, standard deviation {rounded(std)}"
         )
     if (folder / FOLDER).exists():
-        verify_features(folder / FOLDER, found, say, index)
+        verify_features(folder / FOLDER, found, say, index, manifest.listing)
 
 
 def check_index(manifest: Manifest, index: np.ndarray, found: Findings) -> bool:

@@ -351,8 +351,12 @@ def test_features_of_other_images_with_the_same_names_are_refused(tmp_path):
     FeatureManifest.load(tmp_path / "a/out/features").check(own)
     with pytest.raises(ValueError, match="b/out/features are of other images"):
         other.check(own)
-    edit_manifest(tmp_path / "b/out/features", listing="")  # as of earlier versions
-    FeatureManifest.load(tmp_path / "b/out/features").check(own)
+    shutil.move(tmp_path / "a/out/features", tmp_path / "a/features")
+    shutil.copytree(tmp_path / "b/out/features", tmp_path / "a/out/features")
+    assert any("has the features of other images than the latents" in line for line in silent(tmp_path / "a/out"))
+    edit_manifest(tmp_path / "a/out/features", listing="")  # as of earlier versions
+    FeatureManifest.load(tmp_path / "a/out/features").check(own)
+    assert silent(tmp_path / "a/out") == []
 
 
 def test_the_command_stores_the_features_of_a_real_encoder(made, tmp_path, capfd):
