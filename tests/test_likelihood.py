@@ -128,10 +128,11 @@ def test_the_command_prints_and_writes_json(place, tmp_path, capsys, monkeypatch
     assert "3 images, 2 steps of euler, 1 probe\n" in printed and f"{report['nats']:.2f} +- " in printed
     assert report["probe_error_nats"] is None and report["dimensions"] == D  # one probe has no spread
     assert report["bits_per_dim"] == pytest.approx(-report["nats"] / D / math.log(2), rel=1e-6)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([*fixed, "--out", "out.txt"])
-    said = capsys.readouterr()  # before anything is measured
-    assert not said.out and "error: --out=out.txt must be a file that ends in .json" in said.err
+    for name, fault in (("out.txt", "must be a file that ends in .json"), (tmp_path / "out.json", "exists; choose")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*fixed, "--out", str(name)])
+        said = capsys.readouterr()  # before anything is measured
+        assert not said.out and f"error: --out={name} {fault}" in said.err
 
 
 def test_latents_without_a_posterior_have_no_noise_of_their_own_to_compare_with(place, monkeypatch):

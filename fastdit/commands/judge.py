@@ -39,7 +39,7 @@ def evaluate(parser: ArgumentParser) -> Command:
     parser.add_argument("--weights", choices=("ema", "model"), help="of a run (ema)")
     parser.add_argument("--seed", type=int, default=0, help="of a run's samples and of the random subsets (0)")
     parser.add_argument("--save-reference", metavar="FILE",
-                        help="an .npz file that --reference reads without extracting features again")  # fmt: skip
+                        help="a new .npz file that --reference reads without extracting features again")  # fmt: skip
     parser.add_argument("--out", help="append the result and its protocol to this .jsonl file, as one line")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUE,VALUE",
                         help="of a run: all combinations of values of weights and of sampling.KEY, as a table; with "
@@ -164,7 +164,7 @@ def likelihood(parser: ArgumentParser) -> Command:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help=DEVICE)
     options = [a.dest for a in parser._actions if a.dest not in ("help", "checkpoint", "shards")]
-    parser.add_argument("--out", help="a .json file for the results")
+    parser.add_argument("--out", help="a new .json file for the results")
     take_words(parser, None)
 
     def run(arguments: Namespace) -> None:
@@ -172,7 +172,7 @@ def likelihood(parser: ArgumentParser) -> Command:
 
         chosen = values(arguments, [*options, "overrides"])
         if arguments.out:
-            output_file(arguments.out, "--out", ".json")
+            output_file(arguments.out, "--out", ".json", new=True)
         report = likelihood(arguments.checkpoint, arguments.shards, **chosen)
         if arguments.out:
             write_report(report, arguments.out)

@@ -67,6 +67,8 @@ def convert(
     write, finish = lookup(WRITERS, to, "--to")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another name")
+    if to != "official" and out.suffix in (".pt", ".safetensors"):
+        raise ValueError(f"--out {out}: --to {to} writes a folder; use a name without {out.suffix}")
     if src.is_file() and (found := ldm.find_autoencoder(src)):
         if to != "diffusers":
             raise ValueError(f"{src} is an autoencoder; convert it --to diffusers")

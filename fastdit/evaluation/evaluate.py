@@ -76,7 +76,7 @@ def check_options(metrics: Sequence[str] | None, save_reference: str | None) -> 
     for name in metrics or ():
         check(name, METRICS, "--metrics")
     if save_reference:
-        output_file(save_reference, "--save-reference", ".npz")
+        output_file(save_reference, "--save-reference", ".npz", new=True)
 
 
 def measure(

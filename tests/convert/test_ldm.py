@@ -228,9 +228,9 @@ def test_other_options_are_refused(tmp_path, place):
     for option in ("scale", "shift"):
         with pytest.raises(ValueError, match=f"--{option}=1.0 is for an autoencoder of latent-diffusion"):
             convert(place / "ddpm", "official", tmp_path / "out.pt", **{option: 1.0}, say=lambda line: None)
-    for to in ("official", "fastdit"):
+    for to, name in (("official", "out.pt"), ("fastdit", "out")):
         with pytest.raises(ValueError, match=f"--weights=model is for --to diffusers; --to {to} keeps both"):
-            convert(place / "ddpm", to, tmp_path / "out.pt", weights="model", say=lambda line: None)
+            convert(place / "ddpm", to, tmp_path / name, weights="model", say=lambda line: None)
     meta = {"kind": "autoencoder", "step": 1}
     for name in ("config.yaml", "model.safetensors", "ema.safetensors"):
         (tmp_path / "vae.partial").mkdir(exist_ok=True)

@@ -298,9 +298,10 @@ def test_what_does_not_read_back_as_it_was_is_not_written(place, tmp_path, monke
         return write(source, *rest)
 
     monkeypatch.setitem(command.WRITERS, to, (lossy, finish))
+    out = tmp_path / ("out.pt" if to == "official" else "out")
     word = {"weights": "other values of final_layer.linear.bias in", "step": "step=1 instead of 0", "config": "seed=5"}
-    with pytest.raises(ValueError, match=rf"out.pt is not written, because it would read back with {word[what]}"):
-        convert(place / "flow", to, tmp_path / "out.pt", say=quiet)
+    with pytest.raises(ValueError, match=rf"{out.name} is not written, because it would read back with {word[what]}"):
+        convert(place / "flow", to, out, say=quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -339,6 +340,8 @@ def test_an_export_says_what_the_official_scripts_and_the_pipeline_do_otherwise(
     for name in ("x.safetensors", "x"):
         with pytest.raises(ValueError, match="the official format is a PyTorch file; use a name with .pt"):
             convert(place / "ddpm", "official", tmp_path / name, say=quiet)
+    with pytest.raises(ValueError, match="x.pt: --to diffusers writes a folder; use a name without .pt"):
+        convert(place / "ddpm", "diffusers", tmp_path / "x.pt", say=quiet)
     plain = tmp_path / "plain"
     plain.touch()  # with the permissions that the umask asks for
     assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {plain.stat().st_mode}

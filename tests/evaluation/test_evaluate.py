@@ -102,9 +102,10 @@ def test_a_result_carries_its_protocol(folder, small, capsys):
 
 
 def test_an_npz_a_folder_and_saved_statistics_are_the_same_reference(folder, small, tmp_path):
-    saved = tmp_path / "saved.npz"
-    references = folder / "reference.npz", folder / "reference", saved
-    results = [evaluate(folder / "samples.npz", "--reference", path, "--save-reference", saved) for path in references]
+    saved = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+    references = folder / "reference.npz", folder / "reference", saved[1]
+    pairs = zip(references, saved, strict=True)
+    results = [evaluate(folder / "samples.npz", "--reference", path, "--save-reference", new) for path, new in pairs]
     for result in results[1:]:
         assert [result[key] for key in ("protocol", "values", "real")] == [
             results[0][key] for key in ("protocol", "values", "real")
@@ -218,6 +219,7 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         ([small_npz(folder, 20), *reference, "--metrics", "frechet_infinity"], "--metrics=frechet_infinity: it needs"),
         ([good, *reference, "--features", "vgg"], "--features='vgg' is unknown"),
         ([good, *reference, "--save-reference", "stats"], "--save-reference=stats must be a file that ends in .npz"),
+        ([good, *reference, "--save-reference", folder / "reference.npz"], "reference.npz exists; choose another name"),
         ([good, *reference, "--out", "r.png"], "--out=r.png must be a file that ends in .jsonl"),  # that of the plot
         ([good, *reference, "--out", tmp_path / "damaged.npz/r.jsonl"], "damaged.npz cannot be created (File exists)"),
         ([good, "--reference", tmp_path / "damaged.npz"], "is damaged: mu and sigma must be finite"),
