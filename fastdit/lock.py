@@ -20,6 +20,7 @@ from fastdit.errors import EXIT_CODE, make_folder
 from fastdit.files import read_json, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
+WRITE_S, TURN_S = 1.0, 60.0  # that a process may need to write its lock, and to remove the lock of a dead one
 MACHINE = "host", "boot", "processes"  # where a process number means the same process
 
 
@@ -36,11 +37,11 @@ class FolderLock:
 
     def __enter__(self) -> "FolderLock":
         make_folder(self.folder, self.what.partition("=")[0])
-        while not self._create():
-            holder = self._read()
+        while not self._create(self.path):
+            holder = self._read(self.path)
             if not holder:  # it may have been created a moment ago, and not written yet
-                time.sleep(1)
-                holder = self._read()
+                time.sleep(WRITE_S)
+                holder = self._read(self.path)
             if holder and self._alive(holder):
                 raise ValueError(
                     f"{self.what} is in use by process {holder.get('pid')} on {holder.get('host')}; stop it first "
@@ -56,14 +57,14 @@ class FolderLock:
     def __exit__(self, *_) -> None:
         self.ended.set()
         self.thread.join()
-        if {k: self._read().get(k) for k in self.own} == self.own:
+        if {k: self._read(self.path).get(k) for k in self.own} == self.own:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
 
-    def _create(self) -> bool:
+    def _create(self, path: Path) -> bool:
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:
@@ -73,36 +74,42 @@ class FolderLock:
     def _remove(self, holder: dict) -> bool:
         """Remove the lock if it is still that of `holder`; of several processes that found it stale, one at a time."""
         turn = self.path.with_name("lock.takeover")
-        try:
-            os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
+        if not self._create(turn):
             time.sleep(0.1)
+            other = self._read(turn)
             with suppress(FileNotFoundError):
-                if abs(time.time() - turn.lstat().st_mtime) > 60:  # its process died in here
+                old = abs(time.time() - turn.lstat().st_mtime) > TURN_S
+                if old or self._is_near(other) and not self._runs(other):  # it died in here
                     turn.unlink()
             return False
         try:
-            mine = self._read() == holder
+            mine = self._read(self.path) == holder
             if mine:
                 self.path.unlink(missing_ok=True)
             return mine
         finally:
             turn.unlink(missing_ok=True)
 
-    def _read(self) -> dict:
+    def _read(self, path: Path) -> dict:
         try:
-            holder = read_json(self.path)
+            holder = read_json(path)
         except (OSError, ValueError):  # gone, or being written
             return {}
         return holder if {"host", "pid", "started"} <= holder.keys() else {}
 
+    def _is_near(self, holder: dict) -> bool:
+        return all(holder.get(key) == self.own[key] for key in MACHINE)
+
+    def _runs(self, holder: dict) -> bool:
+        return holder["started"] == started(holder["pid"])
+
     def _alive(self, holder: dict) -> bool:
-        if all(holder.get(key) == self.own[key] for key in MACHINE):
-            return holder.get("started") == started(holder.get("pid", -1))
+        if self._is_near(holder):
+            return self._runs(holder)
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             time.sleep(min(1.0, PATIENCE_S / 10))
-            if self._read() != holder:
+            if self._read(self.path) != holder:
                 return True
         return False
 
@@ -110,7 +117,7 @@ class FolderLock:
         beat = 0
         while not self.ended.wait(BEAT_S):
             beat += 1
-            holder = self._read()  # {} where a network file system is away for a moment
+            holder = self._read(self.path)  # {} where a network file system is away for a moment
             if holder and {k: holder.get(k) for k in self.own} != self.own:
                 who = f"process {holder.get('pid')} on {holder.get('host')}"
                 print(f"error: {self.what} was taken over by {who} while this process was suspended, so it ends here",

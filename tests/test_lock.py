@@ -42,6 +42,18 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_message(tmp_path):
         assert len(heard) == 1 and "took over the lock of process" in heard[0]
 
 
+@pytest.mark.parametrize("found", ["of a dead process", "empty"])
+def test_a_process_that_died_while_it_took_over_keeps_nobody_waiting(tmp_path, monkeypatch, found):
+    monkeypatch.setattr(lock, "TURN_S", 0.2 if found == "empty" else 600)
+    write(tmp_path / "run", started="long ago")
+    text = "" if found == "empty" else (tmp_path / "run" / "lock").read_text()
+    (tmp_path / "run" / "lock.takeover").write_text(text)
+    heard, start = [], time.monotonic()
+    with FolderLock(tmp_path / "run", "run_dir", heard.append):
+        assert len(heard) == 1 and time.monotonic() - start < 60
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
 @pytest.mark.parametrize(
     "holder",
     [
@@ -78,9 +90,9 @@ def test_a_disk_that_is_full_for_a_moment_does_not_end_the_beat(tmp_path, monkey
     monkeypatch.setattr(lock, "replace_text", failing)
     with FolderLock(tmp_path / "run", "run_dir") as held:
         end = time.monotonic() + 20
-        while not held._read().get("beat") and time.monotonic() < end:
+        while not held._read(held.path).get("beat") and time.monotonic() < end:
             time.sleep(0.02)
-        assert held._read()["beat"] > 3 and held.thread.is_alive()
+        assert held._read(held.path)["beat"] > 3 and held.thread.is_alive()
 
 
 def test_a_file_system_that_is_away_for_a_moment_does_not_end_the_beat(tmp_path, monkeypatch):

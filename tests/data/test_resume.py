@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdit import lock
 from fastdit.data import encode, writer
 from fastdit.data.manifest import Manifest
 from fastdit.data.progress import Progress
@@ -85,7 +86,9 @@ def attempt(base: Path, out: Path, processes: int, kill_after: float | None, log
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(made, tmp_path, processes, kills):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(made, tmp_path, monkeypatch, processes, kills):
+    monkeypatch.setattr(lock, "WRITE_S", 0.02)  # less than an attempt: each must get the lock of the one before it
+    monkeypatch.setattr(lock, "TURN_S", 0.2)
     chance, out, killed, kept = random.Random(processes), tmp_path / "out", 0, 0
     whole, codes = attempt(made, out, processes, None, tmp_path)
     assert codes == {0} and files_of(out) == files_of(made / "out")
