@@ -181,8 +181,8 @@ def seal(path: Path) -> None:
                 data = (folder / shard["name"]).read_bytes()
                 shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             (folder / "manifest.json").write_text(json.dumps(sealed(stored)))
-        except (ValueError, LookupError, TypeError, OSError, RecursionError):
-            continue  # the manifest itself was changed
+        except (ValueError, LookupError, TypeError, OSError, RecursionError, MemoryError):
+            continue  # the manifest itself was changed; a shard named /dev/zero has no end
 
 
 # latents of other programs --------------------------------------------------------------------------------------------
