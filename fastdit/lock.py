@@ -20,7 +20,7 @@ from fastdit.errors import EXIT_CODE, make_folder
 from fastdit.files import read_json, replace_text
 
 BEAT_S, PATIENCE_S = 5.0, 30.0
-WRITE_S, TURN_S = 1.0, 60.0  # that a process may need to write its lock, and to remove the lock of a dead one
+WRITE_S, TURN_S = 1.0, 60.0  # the longest time to write a lock, and to remove that of a dead process
 MACHINE = "host", "boot", "processes"  # where a process number means the same process
 
 
@@ -79,7 +79,7 @@ class FolderLock:
             other = self._read(turn)
             with suppress(FileNotFoundError):
                 old = abs(time.time() - turn.lstat().st_mtime) > TURN_S
-                if old or self._is_near(other) and not self._runs(other):  # it died in here
+                if old or self._is_near(other) and not self._runs(other):  # its process died in here
                     turn.unlink()
             return False
         try:

@@ -78,6 +78,7 @@ def test_a_worker_ends_with_its_launcher(tmp_path):
         wait_for(ready.exists)
         process.kill()
     wait_for(lambda: started(pid) is None)
+    assert started(pid) is None
 
 
 def wait_for(holds, seconds=120):

@@ -21,7 +21,6 @@ import numpy as np
 from fastdit.data.images import Skipped, Unusable
 from fastdit.data.latents import channel_statistics, channel_sums
 from fastdit.data.manifest import DTYPES, SAMPLE, Manifest, Shard, class_counts
-from fastdit.errors import counted
 from fastdit.files import sha256, sync
 
 SHARD_SIZE = 2048  # images: 67 MB at 256 px in float16, 626 files for ImageNet
@@ -159,7 +158,7 @@ def publish(
     """
     index, digest = write_index(partial, parts)
     if not len(index):
-        raise Unusable(f"none of {counted(about.images, 'image')} could be read; repair them or choose another folder")
+        raise Unusable(f"none of the images ({about.images:,}) could be read; repair them or choose another folder")
     average = sum(np.array(part["sums"]) for part in parts if part["rows"]) / len(index)
     mean, std = channel_statistics(average, about.latents)
     skipped = Skipped(about.images)  # each process counted its own; this is the total

@@ -178,7 +178,7 @@ def spoil(base: Path, how: str) -> dict:
         ),
         ("empty class", "images=.* has a class subfolder '10' without images; remove it"),
         ("unreadable", r"more than 1 of 90 images cannot be read \(the last is 0/.*Error: .*; repair or remove them"),
-        ("none readable", "none of 1 image could be read"),
+        ("none readable", r"none of the images \(1\) could be read"),
         ("exists", "out=.* exists; choose another folder, or replace it with --overwrite"),
         ("foreign", "out=.* exists and has no manifest.json, so it is not replaced; choose another folder"),
         ("file", "out=.*file/out.writing cannot be created .*; choose another folder"),
