@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from fastdit import distributed
 from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.latents import LatentCodec
 from fastdit.data.loader import split
@@ -16,6 +15,7 @@ from fastdit.data.opening import open_latents
 from fastdit.diffusion.entangled import EntangledFlow
 from fastdit.diffusion.objectives import OBJECTIVES, Objective, compiled
 from fastdit.diffusion.samplers import SAMPLERS
+from fastdit.launcher import under_deepspeed
 from fastdit.models.attention import resolve
 from fastdit.models.dit import DiT, create_dit
 from fastdit.models.fp8 import use_fp8
@@ -175,7 +175,7 @@ def prepare_for_training(model: DiT, objective: Objective, settings: TrainingCon
 
 def uses_zero(settings: TrainingConfig) -> bool:
     """Whether training runs under DeepSpeed's ZeRO: by setting, or by the launcher where the engine is auto."""
-    return settings.engine == "deepspeed" or (settings.engine == "auto" and distributed.under_deepspeed())
+    return settings.engine == "deepspeed" or (settings.engine == "auto" and under_deepspeed())
 
 
 def check_engine(settings: TrainingConfig, world: int) -> None:

@@ -16,6 +16,7 @@ from fastdit.commands import COMMANDS
 from fastdit.commands.make import LAUNCHED
 from fastdit.config import suggest
 from fastdit.errors import friendly_exit
+from fastdit.launcher import die_with_parent
 from fastdit.schema import Config
 
 READERS = ("configs", "doctor", "launch", "plan", "verify")  # write nothing, so they may run in any environment
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: that of the process)."""
+    die_with_parent()
     with friendly_exit():
         parser = Parser(prog="fastdit", description="Train diffusion transformers (DiT, SiT).")
         parser.add_argument("--version", action="version", version=f"fastdit {__version__}")

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdit.errors import OtherFailed
+from fastdit.launcher import MASTER, REMEDY, die_with_parent, launched
 
 MEET_S = 600  # how long a process waits for the others to start
-MASTER = "MASTER_ADDR", "MASTER_PORT"
-LAUNCHERS = "start several processes with fastdit launch or torchrun, and unset RANK and WORLD_SIZE for a single one"
 TIMEOUT_S = 24 * 3600  # of a collective: the shares of a sampling or an evaluation may end hours apart
 
 
@@ -127,23 +125,8 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
         except (RuntimeError, ValueError) as error:  # of a port in use, and of missing processes
             reason = str(error).splitlines()[0]
             raise ValueError(f"the {world} processes do not meet at MASTER_ADDR={place[0]}, MASTER_PORT={place[1]} "
-                             f"({reason}); {LAUNCHERS}") from error  # fmt: skip
+                             f"({reason}); {REMEDY}") from error  # fmt: skip
     return Ranks(rank, local_rank, world, chosen)
-
-
-def launched() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of processes) that the launcher says, (0, 0, 1) without one."""
-    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    for key in numbers.keys() & os.environ.keys():
-        if not os.environ[key].isdecimal():
-            raise ValueError(f"{key}={os.environ[key]!r} in the environment is not a number; {LAUNCHERS}")
-        numbers[key] = int(os.environ[key])
-    rank, local_rank, world = numbers.values()
-    missing = [key for key in ("RANK", *MASTER) if world > 1 and key not in os.environ]
-    if missing or rank >= world:
-        but = f"no {missing[0]}" if missing else f"RANK={rank}"
-        raise ValueError(f"the environment has WORLD_SIZE={world}, but {but}; {LAUNCHERS}")
-    return rank, local_rank, world
 
 
 def named_device(name: str) -> torch.device:
@@ -186,25 +169,10 @@ def _glibc() -> ctypes.CDLL | None:
     return None
 
 
-def die_with_parent() -> None:
-    """Under a launcher on Linux, ask the kernel for a SIGTERM when it dies: no worker trains on as an orphan."""
-    if "RANK" not in os.environ or sys.platform != "linux":
-        return
-    parent = os.getppid()  # may be process 1: in a container, the launcher often is
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before that call
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def close() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def under_deepspeed() -> bool:
-    """Whether the `deepspeed` launcher started this process."""
-    return "CROSS_RANK" in os.environ
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from fastdit import __version__
-from fastdit.distributed import Ranks, under_deepspeed
+from fastdit.distributed import Ranks
 from fastdit.files import append_to
+from fastdit.launcher import under_deepspeed
 
 FILE = "environment.jsonl"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "deepspeed", "flash-attn")

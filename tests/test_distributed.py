@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastdit import distributed, errors
-from fastdit.distributed import ImageRandom, StepRandom, launched, seed_of, step_generator
+from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
+from fastdit.launcher import launched
 from fastdit.lock import started
 from helpers.containers import as_process_one
 from helpers.runs import Forks, train_here
@@ -60,7 +61,7 @@ def test_glibc_takes_the_settings_of_a_process_on_a_cpu(monkeypatch):
     assert taken == [1, 1]  # glibc refuses a threshold above 32 MiB with 0
 
 
-DIES = "from fastdit.distributed import die_with_parent; die_with_parent(); "
+DIES = "from fastdit.launcher import die_with_parent; die_with_parent(); "
 STARTS = "import os, subprocess, sys; os.environ['RANK'] = '0'; child = subprocess.Popen([sys.executable, '-c', {!r}]);"
 
 
@@ -79,6 +80,12 @@ def test_a_worker_ends_with_its_launcher(tmp_path):
         process.kill()
     wait_for(lambda: started(pid) is None)
     assert started(pid) is None
+
+
+def test_a_process_is_tied_to_its_launcher_before_it_imports_pytorch():
+    """The import takes seconds, in which a launcher may die, and an orphan would wait for the others for 10 minutes."""
+    code = "import sys; from fastdit import cli; cli.die_with_parent = lambda: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", f"{code}; cli.main(['train']); sys.exit(2)"]).returncode == 0
 
 
 def wait_for(holds, seconds=120):

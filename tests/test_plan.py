@@ -162,7 +162,7 @@ def test_a_bf16_residual_stream_and_zero_count_in_the_plan(monkeypatch):
     assert bf16.memory["activations"] < 0.9 * fp32.memory["activations"] and bf16.step_s < fp32.step_s
     assert zero.memory["optimizer"] == fp32.memory["optimizer"] / 8 and zero.step_s < fp32.step_s
     # under the deepspeed launcher engine=auto shards, and so does what the loop predicts
-    monkeypatch.setattr("fastdit.distributed.under_deepspeed", lambda: True)
+    monkeypatch.setattr("fastdit.build.under_deepspeed", lambda: True)
     with torch.device("meta"):
         model = DiT()
     assert memory_by_kind(model, XL.training, "none", 32, 8) == zero.memory

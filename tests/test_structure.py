@@ -15,11 +15,11 @@ FILES = sorted([*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").glob("*.p
 
 # a room may import the rooms of lower rank, and itself
 RANK = {
-    "registry": 0, "errors": 0, "files": 0, "lock": 1, "sheets": 1, "distributed": 1, "kernels": 0, "schema": 1,
-    "classes": 2, "config": 2, "environment": 2, "data": 3, "diffusion": 3, "models": 3, "build": 4, "cards": 4,
-    "unused": 4, "memory": 5, "pipeline": 5, "evaluation": 6, "training": 7, "autoencoder": 8, "sampling": 8,
-    "likelihood": 8, "plan": 8, "gallery": 9, "listings": 9, "doctor": 9, "sweep": 9, "api": 10, "commands": 11,
-    "convert": 9, "verify": 9, "report": 9, "quickstart": 10, "cli": 12,
+    "registry": 0, "errors": 0, "files": 0, "launcher": 0, "lock": 1, "sheets": 1, "distributed": 1, "kernels": 0,
+    "schema": 1, "classes": 2, "config": 2, "environment": 2, "data": 3, "diffusion": 3, "models": 3, "build": 4,
+    "cards": 4, "unused": 4, "memory": 5, "pipeline": 5, "evaluation": 6, "training": 7, "autoencoder": 8,
+    "sampling": 8, "likelihood": 8, "plan": 8, "gallery": 9, "listings": 9, "doctor": 9, "sweep": 9, "api": 10,
+    "commands": 11, "convert": 9, "verify": 9, "report": 9, "quickstart": 10, "cli": 12,
 }  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdit.distributed import Ranks, under_deepspeed
+from fastdit.distributed import Ranks
 from fastdit.errors import counted
+from fastdit.launcher import under_deepspeed
 
 LAG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by request after a checkpoint; the same command with --resume continues
