@@ -158,7 +158,7 @@ def train_vae(
     """Train an autoencoder and return run_dir/vae. `config` and `sections`: as for `train`, of `fastdit train-vae`."""
     places = {"data.images": images, "run_dir": run_dir}
     settings = _settings(config, sections, places, "train_vae()", AutoencoderConfig)
-    return train_autoencoder(settings, resume=resume, device=device)
+    return train_autoencoder(settings, resume=resume, device=device, report=report_at_end)
 
 
 def _settings(config, sections: Mapping[str, Any], places: Mapping[str, str | Path], where: str, schema: type) -> Any:

@@ -1,7 +1,6 @@
 """What a program runs on: hardware, versions, commit and command. A run keeps them in environment.jsonl."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -14,7 +13,7 @@ import torch
 
 from fastdit import __version__
 from fastdit.distributed import Ranks
-from fastdit.files import append_to
+from fastdit.files import append_json
 from fastdit.launcher import under_deepspeed
 
 FILE = "environment.jsonl"
@@ -76,5 +75,4 @@ def write_environment(run_dir: Path, ranks: Ranks, start: int) -> None:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
-    with append_to(run_dir / FILE) as file:
-        file.write(json.dumps(record) + "\n")
+    append_json(run_dir / FILE, record)

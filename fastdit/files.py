@@ -248,6 +248,25 @@ def append_to(path: Path) -> TextIO:
     return open(descriptor, "a", buffering=1)
 
 
+def as_json(record: dict, indent: int | None = None) -> str:
+    """JSON on one line, or with `indent`. NaN and infinity become null, because JSON does not have them."""
+    return json.dumps(_without_nan(record), indent=indent, allow_nan=False) + "\n"
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_json(path: str | Path, record: dict) -> None:
+    """Appends one line of JSON to a file; ValueError as in `append_to`."""
+    with append_to(Path(path)) as file:
+        file.write(as_json(record))
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A place beside `out` for a new file or folder, which gets its name if the block ends without an error."""

@@ -9,7 +9,6 @@ autoencoder's posterior q(x_0 | image), which plays the part that dequantization
 image's latent beyond the noise in it (bits back), does not, and is reported as well.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from fastdit.diffusion.likelihood import bits_per_dim, log_likelihood, variation
 from fastdit.diffusion.objectives import OF_LOSS
 from fastdit.distributed import ImageRandom, seed_of
 from fastdit.errors import counted
+from fastdit.files import as_json, replace_text
 from fastdit.registry import check
 from fastdit.training.state import load_network
 from fastdit.training.validation import fitting
@@ -228,5 +228,4 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def write_report(report: Measured, path: str | Path) -> None:
     """As JSON; nan becomes null."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(report).items()}
-    Path(path).write_text(json.dumps(plain, indent=1) + "\n")
+    replace_text(Path(path), as_json(asdict(report), indent=1))

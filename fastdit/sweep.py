@@ -19,8 +19,8 @@ from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.images import ImageSet
 from fastdit.evaluation.metrics import METRICS
-from fastdit.evaluation.protocol import aligned, append_result, find_result, real_distance, remarks, shown, title
-from fastdit.files import replacing
+from fastdit.evaluation.protocol import aligned, find_result, real_distance, remarks, shown, title
+from fastdit.files import append_json, replacing
 from fastdit.registry import check
 from fastdit.sampling import load_pipeline
 from fastdit.schema import Config, SamplingConfig
@@ -107,7 +107,7 @@ def sweep(
                 print(f"[{i + 1}/{len(chosen)}] {words(point)}", file=sys.stderr)
             done = measure(these, real, ranks, extractor=extractor, metrics=metrics, seed=seed)
             if out and ranks.is_main:
-                append_result(out, done)
+                append_json(out, done)
         results.append(done)
     for line in remarks(results[0]) if ranks.is_main else ():
         print(line, file=sys.stderr)

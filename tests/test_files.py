@@ -1,6 +1,7 @@
 """Files that anyone may have written run nothing, block nothing and stay small, whoever reads them."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastdit import cli
 from fastdit.config import load_config
 from fastdit.convert import convert
-from fastdit.files import append_to, parse_yaml, read_array, read_json, replace_text, sealed
+from fastdit.files import append_json, append_to, parse_yaml, read_array, read_json, replace_text, sealed
 from fastdit.models.dit import variant_shape
 from fastdit.report.facts import read_run
 from fastdit.sampling import sample
@@ -102,6 +103,13 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):
         (tmp_path / name).symlink_to("victim")
     replace_text(tmp_path / "x", "new")
     assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / "x").read_text() == "new"
+
+
+def test_lines_of_json_have_no_nan(tmp_path):
+    """Other programs refuse NaN and Infinity."""
+    append_json(tmp_path / "x.jsonl", {"a": math.nan, "b": [1.5, -math.inf], "c": {"d": (2, math.inf)}})
+    append_json(tmp_path / "x.jsonl", {"a": 1})
+    assert (tmp_path / "x.jsonl").read_text() == '{"a": null, "b": [1.5, null], "c": {"d": [2, null]}}\n{"a": 1}\n'
 
 
 def test_a_log_is_appended_to_a_regular_file_only(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastdit.commands.arguments import DEVICE, RUN, Command, one_name, processes, take_words, values
 from fastdit.errors import EXIT_CODE, output_file
+from fastdit.files import append_json
 
 
 def evaluate(parser: ArgumentParser) -> Command:
@@ -80,8 +81,6 @@ def evaluate(parser: ArgumentParser) -> Command:
 def _loss(arguments: Namespace, run: str) -> None:
     from fastdit.evaluation.images import is_run
     from fastdit.evaluation.loss import loss_table
-    from fastdit.files import append_to
-    from fastdit.training.log import as_json
     from fastdit.training.validation import loss_of_run
 
     if not is_run(run):
@@ -91,14 +90,13 @@ def _loss(arguments: Namespace, run: str) -> None:
     if ranks.is_main:
         print(loss_table(result))
         if arguments.out:
-            with append_to(Path(arguments.out)) as file:
-                file.write(as_json(result))
+            append_json(arguments.out, result)
 
 
 def _measure(arguments: Namespace, samples: str) -> None:
     from fastdit.evaluation.evaluate import evaluate
     from fastdit.evaluation.images import check_crop, is_run
-    from fastdit.evaluation.protocol import append_result, summary
+    from fastdit.evaluation.protocol import summary
     from fastdit.sweep import plot, points, samples_of, sweep, table
 
     of_run = values(arguments, ("num_samples", "labels", "weights", "overrides"))
@@ -124,7 +122,7 @@ def _measure(arguments: Namespace, samples: str) -> None:
     elif ranks.is_main:
         print(summary(result))
         if arguments.out:
-            append_result(arguments.out, result)
+            append_json(arguments.out, result)
 
 
 def report(parser: ArgumentParser) -> Command:

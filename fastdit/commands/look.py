@@ -11,6 +11,7 @@ from pathlib import Path
 from fastdit.commands.arguments import DEVICE, Command, one_name, processes, take_words, values
 from fastdit.config import check_alone
 from fastdit.errors import output_file
+from fastdit.files import append_json
 from fastdit.gallery import KEYS, OPTIONS
 
 AXES, SETTINGS = tuple(OPTIONS.values()), {OPTIONS[axis]: key for axis, key in KEYS.items()}  # of fastdit sample
@@ -161,7 +162,6 @@ def neighbors(parser: ArgumentParser) -> Command:
         if results:
             output_file(results, "--results", ".jsonl")
         from fastdit.evaluation.memorization import neighbors, summary
-        from fastdit.evaluation.protocol import append_result
         from fastdit.sheets import save
 
         options = ("held_out", "features", "k", "rows", "seed", "image_size", "vae")
@@ -172,6 +172,6 @@ def neighbors(parser: ArgumentParser) -> Command:
             print(summary(result))
             print(out)
             if results:
-                append_result(results, result)
+                append_json(results, result)
 
     return run

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastdit.errors import counted
 from fastdit.evaluation import metrics as formulas
 from fastdit.evaluation.features import Extractor
 from fastdit.evaluation.images import ImageSet
-from fastdit.files import append_to, read_text
+from fastdit.files import read_text
 
 PROTOCOL = 3  # increases when the same files and settings give other digits or hashes
 SUBJECT = ("checkpoint", "sha256", "vae", "fastdit")  # of samples: what may differ between results that are compared
@@ -120,7 +121,8 @@ def title(key: str, result: dict[str, Any]) -> str:
 
 
 def number(key: str, values: dict[str, float]) -> str:
-    return f"{values[key]:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+    value = math.nan if values[key] is None else values[key]  # nan is null in JSON
+    return f"{value:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
 
 
 def shown(key: str, result: dict[str, Any]) -> str:
@@ -173,12 +175,6 @@ def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as lines of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def append_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Append a result as one JSON line."""
-    with append_to(Path(path)) as file:
-        file.write(json.dumps(result) + "\n")
 
 
 def find_result(

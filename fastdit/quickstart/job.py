@@ -28,8 +28,7 @@ from fastdit.evaluation.features import load_features
 from fastdit.evaluation.images import open_set
 from fastdit.evaluation.memorization import neighbors
 from fastdit.evaluation.metrics import frechet_distance
-from fastdit.evaluation.protocol import append_result
-from fastdit.files import read_json
+from fastdit.files import append_json, read_json
 from fastdit.quickstart.digits import read_folder, write_digits
 from fastdit.quickstart.judge import Judge
 from fastdit.report import write_report
@@ -122,7 +121,7 @@ def quickstart(
         extractor = load_features(f"classifier={out / JUDGE}", ranks.device)
         held_out = load_reference(out / "held_out", samples.size, extractor, ranks)
         result = measure(samples, held_out, ranks, extractor=extractor, seed=seed)
-        append_result(out / "results.jsonl", result)
+        append_json(out / "results.jsonl", result)
         real = np.random.default_rng(seed).permutation(len(train_images))[:SAMPLES]  # as many as samples
         scores = {
             "class_accuracy": judge.accuracy(images, labels),

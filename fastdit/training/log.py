@@ -1,7 +1,6 @@
 """What a run reports: a line on the terminal, a JSON line in metrics.jsonl, values on boards.py, a progress bar."""
 
 import json
-import math
 import os
 import resource
 import sys
@@ -22,7 +21,7 @@ from fastdit.config import to_tree
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks, return_freed_memory
 from fastdit.errors import counted
-from fastdit.files import append_to, read_bytes, replace_text
+from fastdit.files import append_json, append_to, as_json, read_bytes, replace_text
 from fastdit.models.dit import DiT
 from fastdit.models.routing import Routing
 from fastdit.schema import Config
@@ -123,9 +122,8 @@ class Log:
         """
         if not self.ranks.is_main:
             return
-        with append_to(self.skipped_path) as file:
-            more = {"replaced": replaced} if replaced else {}
-            file.write(as_json({"step": step, "keys": keys, "times": times, **more}))
+        more = {"replaced": replaced} if replaced else {}
+        append_json(self.skipped_path, {"step": step, "keys": keys, "times": times, **more})
         self.say(f"step {step}  skipped: its loss or gradient is not finite; see {self.skipped_path}")
 
     def say(self, line: str) -> None:
@@ -188,19 +186,6 @@ def start_line(
         f"{counted(steps, 'step')} = {steps * images / len(manifest):.1f} epochs, {origin}"
         + (f", predicted to take {timedelta(seconds=round(predicted_s))}" if predicted_s else "")
     )
-
-
-def as_json(record: dict) -> str:
-    """One line of JSON; nan and infinities, which JSON does not have, become null."""
-    return json.dumps(_plain(record), allow_nan=False) + "\n"
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

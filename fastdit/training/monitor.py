@@ -30,7 +30,7 @@ from fastdit.evaluation.features import load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.loss import check_images, validation_loss
 from fastdit.evaluation.protocol import in_a_line
-from fastdit.files import append_to
+from fastdit.files import append_json
 from fastdit.pipeline import Inference
 from fastdit.schema import Config
 from fastdit.training.alignment import token_features
@@ -38,7 +38,7 @@ from fastdit.training.boards import check_wandb
 from fastdit.training.ema import EMA, random_share
 from fastdit.training.engine import Engine
 from fastdit.training.guard import Requests
-from fastdit.training.log import Log, as_json, read_records, reset_peak, rewind, synchronize
+from fastdit.training.log import Log, read_records, reset_peak, rewind, synchronize
 from fastdit.training.pipeline import image_pipeline
 from fastdit.training.sheets import NAME, sheet, sheets, step_of, strip, write_png
 from fastdit.training.watchdog import MONITORS, Watchdog
@@ -242,8 +242,7 @@ class Monitor:
         if not self.ranks.is_main:
             return {}, {}, ""
         rewind(self.run_dir / EVALUATIONS, self.step - 1)
-        with append_to(self.run_dir / EVALUATIONS) as file:
-            file.write(as_json({"step": self.step, **result}))
+        append_json(self.run_dir / EVALUATIONS, {"step": self.step, **result})
         values = {f"eval_{name}": value for name, value in result["values"].items()}
         if result["real"]:
             values["eval_real_frechet"] = result["real"]["frechet"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastdit
 from fastdit.autoencoder.loop import train_autoencoder
 from fastdit.cli import main
 from fastdit.config import load_config, save_config
@@ -19,7 +20,7 @@ from fastdit.report.facts import read_run, reproduce, warnings
 from fastdit.training.log import read_metrics
 from helpers.pages import PICTURE, checked
 
-from .conftest import small
+from .conftest import SMALL, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +36,13 @@ def copied(whole, tmp_path):
         path.write_text("".join(json.dumps(record | do(record)) + "\n" for record in records))
 
     return tmp_path / "run", change
+
+
+def test_training_from_python_writes_it_too(images, tmp_path):
+    few = {"steps": 1, "evaluate_every": 0}
+    sections = {"training": few, "discriminator": {"weight": 0}}
+    vae = fastdit.train_vae(SMALL, images=images, run_dir=tmp_path / "run", device="cpu", **sections)
+    assert vae == tmp_path / "run/vae" and "To reproduce it" in (tmp_path / "run/report.html").read_text()
 
 
 def test_the_page_holds_every_figure_in_one_file(whole, tmp_path, capsys):

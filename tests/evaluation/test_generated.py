@@ -17,7 +17,7 @@ from fastdit.evaluation.evaluate import extract, load_reference, measure
 from fastdit.evaluation.features import FEATURES, load_features
 from fastdit.evaluation.generated import generated
 from fastdit.evaluation.images import ImageSet, open_set
-from fastdit.evaluation.protocol import append_result
+from fastdit.files import append_json
 from fastdit.sampling import load_pipeline, sample
 from helpers.data import edit_manifest
 from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny
@@ -120,7 +120,7 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
 def two(folder, *results):
     """Files with one result each."""
     for i, result in enumerate(results):
-        append_result(folder / f"{i}.jsonl", result)
+        append_json(folder / f"{i}.jsonl", result)
     return [folder / f"{i}.jsonl" for i in range(2)]
 
 

@@ -1,6 +1,8 @@
 """The protocol names every setting that determines a number, so that unlike numbers are not compared or mixed."""
 
 import json
+import math
+import re
 import shutil
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from fastdit.cli import main
 from fastdit.data.manifest import Manifest
+from fastdit.files import append_json
 from fastdit.likelihood import likelihood
 from fastdit.sampling import sample
 from helpers.data import edit_manifest
@@ -36,6 +39,14 @@ def test_another_objective_makes_another_protocol(trained, reference, tmp_path, 
     evaluate(trained, "--reference", reference, *FEW, SHIFTED, "--sweep", "steps=4", out=tmp_path / "s.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["values"] for line in lines] == [plain["values"], shifted["values"]]
+
+
+def test_a_value_that_is_not_finite_is_compared_as_nan(trained, reference, tmp_path, capsys):
+    result = evaluate(trained, "--reference", reference, *FEW, out=tmp_path / "a.jsonl")
+    result["values"]["frechet"] = math.nan
+    append_json(tmp_path / "b.jsonl", result)
+    main(["evaluate", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert re.search(r"^FD .*\d \+- .* nan \+- ", capsys.readouterr().out, re.M)
 
 
 def test_a_folder_of_samples_does_not_mix_two_objectives(trained, tmp_path):
