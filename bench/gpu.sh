@@ -85,7 +85,8 @@ else
         -k "not gpu_run and not by_default and not [cpu and not planted and not without and not gradient_of_the_definition")
     TRAINED=(tests/training/test_train.py::test_a_cuda_graph_replays_the_very_same_steps
         tests/training/test_train.py::test_fused_kernels_give_the_eager_definitions_losses
-        tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes)
+        tests/test_sampling.py::test_a_graph_replays_what_the_compiled_network_computes
+        tests/autoencoder/test_train_vae.py::test_the_optimizers_one_pass_takes_the_channels_last_weights)
     LIMIT=(tests 90 step 170 kernels 50 attention 45 sample 60 smoke 90 extract 60 quickstart 70 engines 150 sizes 170 small-batch 120 epilogue 140 ablation 530)
 fi
 read -ra OTHER <<<"${LIMITS:-}"

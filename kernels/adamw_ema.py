@@ -153,12 +153,12 @@ def adamw_ema(
 ) -> None:  # fmt: skip
     """One AdamW step, then ema += ema_weight (param - ema) and copy = param, in place; nothing where `skip` is true.
 
-    The lists hold a tensor for each parameter, of any shape, contiguous, on one device. params, exp_avgs, exp_avg_sqs,
-    emas: fp32. grads: one float dtype for all; multiplied by grad_scale (the clipping factor) if given. copies: the
-    weights that the model computes with, one float dtype for all, or None. step (the number of this step, from 1), lr,
-    ema_weight (1 - decay), skip (bool), grad_scale: one-element tensors on the device. ValueError for other shapes and
-    dtypes. Call the op once before it is captured in a CUDA graph. It is fastest where all addresses are multiples of
-    16 bytes and all sizes multiples of 8.
+    The lists hold a tensor for each parameter, of any shape, on one device. All tensors of a parameter are contiguous,
+    or all are channels-last. params, exp_avgs, exp_avg_sqs, emas: fp32. grads: one float dtype for all; multiplied by
+    grad_scale (the clipping factor) if given. copies: the weights that the model computes with, one float dtype for
+    all, or None. step (the number of this step, from 1), lr, ema_weight (1 - decay), skip (bool), grad_scale:
+    one-element tensors on the device. ValueError for other shapes and dtypes. Call the op once before it is captured in
+    a CUDA graph. It is fastest where all addresses are multiples of 16 bytes and all sizes multiples of 8.
     """
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": emas}
     for name, tensors in (lists | ({} if copies is None else {"copies": copies})).items():
@@ -166,13 +166,23 @@ def adamw_ema(
             raise ValueError(f"{name} has {len(tensors)} tensors; give it {len(params)}, one for each parameter")
         dtype = tensors[0].dtype if name in ("grads", "copies") else torch.float32
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if tensor.shape != param.shape or not tensor.is_contiguous():
-                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; give it a contiguous {(*param.shape,)}")
+            if tensor.shape != param.shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; give it {(*param.shape,)}")
+            if not _same_order(tensor, param):
+                raise ValueError(f"{name}[{i}] has strides {tensor.stride()}, params[{i}] {param.stride()}; make both "
+                                 "contiguous, or channels-last")  # fmt: skip
             if tensor.dtype != dtype:
                 raise ValueError(f"{name}[{i}] has dtype {tensor.dtype}; it must be {dtype}")
     fn = adamw_ema_triton if use_triton("adamw_ema", params[0].device.type, grads[0].dtype) else adamw_ema_eager
     fn(params, grads, exp_avgs, exp_avg_sqs, emas, copies, step, lr, ema_weight, skip, grad_scale, betas, eps,
        weight_decay)  # fmt: skip
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold their values in the same order, without gaps."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in (a, b))
 
 
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies")

@@ -27,8 +27,9 @@ from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
 from fastdit.data.pixels import split_rows
 from fastdit.distributed import Ranks
+from fastdit.kernels import adamw_ema
 from fastdit.report import write_report
-from fastdit.training import checkpoint
+from fastdit.training import checkpoint, engine
 from fastdit.training.guard import EXIT_STOPPED
 from fastdit.training.log import Log, read_metrics, read_records
 from fastdit.training.weights import read_weights
@@ -259,6 +260,25 @@ def test_compiled_blocks_and_bf16_give_nearly_the_same_losses(images, whole, tmp
     assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:4], rel=1e-4)
     train_autoencoder(small(images, tmp_path / "bf16", "training.precision=bf16", "training.steps=4"), device="cpu")
     assert losses(tmp_path / "bf16")[:3] == pytest.approx(losses(whole)[:3], rel=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_optimizers_one_pass_takes_the_channels_last_weights(images, tmp_path, monkeypatch, precision):
+    """As on a GPU, on which it is the real kernel; elsewhere it is the definition in PyTorch."""
+    device, strides = "cuda" if torch.cuda.is_available() else "cpu", []
+
+    def noted(params, *others):
+        strides.extend(param.stride() for param in params)
+        adamw_ema(params, *others)
+
+    monkeypatch.setattr(engine, "adamw_ema", noted)
+    for one_pass in (True, False):
+        monkeypatch.setattr(engine, "use_triton", lambda *_, one_pass=one_pass: one_pass)
+        run_dir, options = tmp_path / f"{one_pass}", (f"training.precision={precision}", "training.steps=4")
+        train_autoencoder(small(images, run_dir, *options), device=device)
+    assert (72, 1, 24, 8) in strides and (72, 9, 3, 1) not in strides  # of (n, 8, 3, 3)
+    exact = precision == "fp32" and device == "cpu"
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5 if exact else 1e-2)
 
 
 def test_a_scale_that_does_not_fit_is_warned_of_and_kept(images, tmp_path, capsys):
