@@ -206,12 +206,12 @@ def check(name: str, x: Tensor | None, *shape: int) -> None:
 
 def random_inputs(seed: int, dtype: torch.dtype, device: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Normal tensors that require grad, drawn in fp64, so that every dtype sees the same values up to rounding."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
     out = {}
     for name, shape in shapes.items():
         if device == "meta":
             value = torch.empty(shape, dtype=dtype, device=device)
         else:
-            value = (torch.randn(shape, generator=rng, dtype=torch.float64) * 0.5 + 0.25).to(device, dtype)
+            value = (torch.randn(shape, generator=rng, dtype=torch.float64, device=device) * 0.5 + 0.25).to(dtype)
         out[name] = value.requires_grad_()
     return out

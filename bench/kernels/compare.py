@@ -44,10 +44,11 @@ def run(fn: Callable, kwargs: dict[str, Any], seed: int = 1) -> dict[str, Tensor
     leaves = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.requires_grad}
     outs = [out for out in outs if out.requires_grad]
     if leaves:
-        rng = torch.Generator().manual_seed(seed)
-        seeds = [torch.randn(o.shape, generator=rng, dtype=torch.float64) for o in outs]
+        device = outs[0].device
+        rng = torch.Generator(device).manual_seed(seed)
+        seeds = [torch.randn(o.shape, generator=rng, dtype=torch.float64, device=device) for o in outs]
         # values that every tested dtype represents exactly, so that the reference gets the same ones
-        seeds = [(s * 64).round().div(64).to(o.device, o.dtype) for s, o in zip(seeds, outs, strict=True)]
+        seeds = [(s * 64).round().div(64).to(o.dtype) for s, o in zip(seeds, outs, strict=True)]
         grads = torch.autograd.grad(outs, list(leaves.values()), seeds)
         found |= {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
     return found
