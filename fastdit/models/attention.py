@@ -4,8 +4,8 @@ No backend copies q, k, v out of the packed projection. Backends in PACKED also 
 others return three gradients, which autograd copies into one tensor. `auto` picks the backend that
 `bench/kernels/attention.py` measured as fastest for this GPU and shape: attention.json beside this file, shipped with
 the results of an H200, which also stand for an H100. Without a measurement it picks FlashAttention on Ampere, cuDNN on
-Hopper and newer if the number of tokens is a multiple of 128, and PyTorch's default otherwise. cuDNN and FlashAttention
-support only half precision; fp32 uses PyTorch's default.
+Hopper and newer if the number of tokens is a multiple of 128, and PyTorch's default otherwise. fp32 uses PyTorch's
+default: cuDNN and FlashAttention do not support it, and our kernels would not use tensor cores.
 """
 
 import importlib.util
@@ -184,12 +184,12 @@ ATTENTION: dict[str, Backend] = {
     "flash-attn": _flash_attn,
     "flash-attn-3": _flash_attn_3,
     "flash-attn-4": _flash_attn_4,
-    "triton": kernels.attention,
+    "triton": _in_half_precision(kernels.attention),
     "cpu": _on_cpu,
     "eager": _eager,
 }
 PACKED: dict[str, Callable[[Tensor], Tensor]] = {
     "flash-attn": _flash_attn_packed,
     "flash-attn-3": _flash_attn_3_packed,
-    "triton": kernels.attention_packed,
+    "triton": _packed_in_half_precision(kernels.attention_packed),
 }
