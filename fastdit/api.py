@@ -95,6 +95,7 @@ def load(path: str | Path, *, weights: str = "ema", device: str | None = None, *
     and others.
     """
     path, chosen = Path(path), distributed.named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    distributed.make_fast(chosen)
     dotted = {key: settings.pop(key) for key in list(settings) if key.partition(".")[0] in SECTIONS}
     overrides = [f"sampling.{key}={yaml_line(value)}" for key, value in settings.items()]
     foreign = path.is_file() or any((path / name).exists() for name in ("model_index.json", "transformer"))

@@ -113,9 +113,7 @@ def init(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
     chosen = named_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
-    else:
-        keep_freed_memory()
+    make_fast(chosen)
     if world > 1 and not dist.is_initialized():
         backend, place = "nccl" if chosen.type == "cuda" else "gloo", [os.environ.get(key) for key in MASTER]
         try:
@@ -143,6 +141,14 @@ def named_device(name: str) -> torch.device:
         raise ValueError(f"--device={name!r}, but this machine has no more than "
                          f"{', '.join(f'cuda:{i}' for i in range(count))}; use one of them")  # fmt: skip
     return device
+
+
+def make_fast(device: torch.device) -> None:
+    """PyTorch's settings for a device: TF32 for fp32 matrix products on a GPU, `keep_freed_memory` on a CPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

@@ -4,11 +4,13 @@ processes of one command, and their launcher; and the settings of glibc."""
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastdit
 from fastdit import distributed, errors
 from fastdit.distributed import ImageRandom, StepRandom, seed_of, step_generator
 from fastdit.launcher import launched
@@ -114,6 +116,18 @@ def test_an_environment_that_is_not_a_launchers_is_refused(monkeypatch, environm
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=f"{says}.*fastdit launch"):
         distributed.init("cpu")
+
+
+@pytest.mark.parametrize("begin", [distributed.init, lambda device: fastdit.load("absent", device=device)])
+def test_every_way_to_a_gpu_turns_tf32_on(monkeypatch, begin):
+    """Also from Python, whose samples are those of the command."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(distributed, "named_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(ValueError, match="absent") if begin is not distributed.init else nullcontext():
+        begin("cuda")
+    assert chosen == ["high"]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
