@@ -72,8 +72,11 @@ class DeepSpeedEngine:
     def step(self, lr: float, bad: Tensor, ema: EMA, number: int) -> tuple[Tensor, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        before = self.engine.skipped_steps
-        self.engine.step()  # DeepSpeed itself skips a step whose gradient is not finite, as that of a bad loss is
+        before, optimizer = self.engine.skipped_steps, self.engine.optimizer
+        if bad:  # the gradients may be finite: FP8 saturates an infinity
+            optimizer.scaled_global_norm = lambda *_: float("nan")
+        self.engine.step()  # DeepSpeed skips a step whose gradients have no finite norm
+        vars(optimizer).pop("scaled_global_norm", None)
         if self.engine.skipped_steps > before:
             self._gather_small_parameters()
         norm = self.engine.get_global_grad_norm()

@@ -172,6 +172,31 @@ runpy.run_path("train.py", run_name="__main__")
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()] == [3]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_under_zero_too_an_infinity_that_fp8_saturates_is_skipped(world, tmp_path, stage):
+    """The loss and the gradients are finite."""
+    (tmp_path / "script.py").write_text("""
+import runpy
+from fastdit.models.fp8 import Fp8
+
+def collect(self, collect=Fp8.collect, calls=[]):
+    collect(self)
+    calls.append(0)
+    if len(calls) == 3:
+        self.seen[0, 0] = float("inf")
+
+Fp8.collect = collect
+runpy.run_path("train.py", run_name="__main__")
+""")
+    zero = ["training.engine=deepspeed", f"training.zero_stage={stage}", "training.fp8=true", "training.compile=false"]
+    arguments = [f"run_dir={tmp_path}/run", *SHORT, "training.steps=4", "training.precision=bf16", *zero]
+    run(str(tmp_path / "script.py"), "--config", str(world / "config.yaml"), *arguments)
+    before, after, later = (state(tmp_path / "run", step) for step in (2, 3, 4))
+    assert_equal(before, after)
+    assert not torch.equal(after["model.x_embedder.proj.weight"], later["model.x_embedder.proj.weight"])
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()] == [3]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "stop file", "time limit"])
 def test_what_asks_a_run_to_stop_leaves_a_checkpoint_that_continues_exactly(world, tmp_path, monkeypatch, name):
     train(config_of(world, tmp_path / "whole", "training.checkpoint_every=8"), device="cpu")
