@@ -64,6 +64,8 @@ class Log:
         flops_per_image: Callable[[int], float],
     ):
         self.ranks, self.device, self.run_dir, steps = ranks, ranks.device, run_dir, config.training.steps
+        self.peak = 0.0
+        reset_peak(self.device)  # what the preparation took does not count
         if not ranks.is_main:
             return
         peak_flops = ranks.world * peak_flops_of(ranks.device)
@@ -95,7 +97,7 @@ class Log:
             "steps_per_s": steps / seconds,
             "images_per_s": images / seconds,
             "mfu": images / seconds * self.flops_per_image(step) / self.peak_flops,
-            "peak_gib": peak_gib(self.device),
+            "peak_gib": self.peak_gib(),
         }
         self.record(step, record)
         eta = timedelta(seconds=round((self.steps - step) * seconds / steps + monitor_s))
@@ -106,6 +108,14 @@ class Log:
             f"  {record['steps_per_s']:.2f} steps/s  mfu {record['mfu']:.1%}  peak {record['peak_gib']:.2f} GiB"
             f"  eta {eta}"
         )
+
+    def peak_gib(self) -> float:
+        """Of all steps so far, without what `reset_peak` leaves out.
+
+        A replayed CUDA graph allocates nothing: the peak of such a run is that of the capture.
+        """
+        self.peak = max(self.peak, peak_gib(self.device))
+        return self.peak
 
     def record(
         self, step: int, values: Mapping[str, float | list[float]], pictures: Mapping[str, np.ndarray] | None = None

@@ -156,6 +156,7 @@ class Monitor:
         if not due:
             return 0.0
         synchronize(self.device)  # the steps that were launched before count as training
+        self.log.peak_gib()
         begun, values, pictures, took = time.perf_counter(), {}, {}, []
         self.step = step
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -175,7 +176,7 @@ class Monitor:
         if took:
             self.log.record(step, values | {"monitor_s": time.perf_counter() - begun}, pictures)
             self.log.say(f"step {step}  {', '.join(took)}; images/s does not include that time")
-        reset_peak(self.device)  # peak_gib is that of the steps
+        reset_peak(self.device)  # what this took does not count
         return time.perf_counter() - begun
 
     def _validate(self) -> Found:
