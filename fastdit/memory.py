@@ -21,6 +21,7 @@ from fastdit.models.layers import Linear
 from fastdit.schema import Config, TrainingConfig
 
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
+ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them (its reduce_bucket_size)
 OPTIMIZER_BYTES = 40  # per parameter: norm, AdamW and EMA in one pass
 AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are read, it is written
 CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32, unless AdamW's pass writes and reads bf16
@@ -158,12 +159,14 @@ def memory_bytes(
     kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
     recomputed = (whole - kept) / len(model.blocks)  # by the backward pass, for one block at a time
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
+    zero = {"ZeRO's copy and bucket": 4 * (count / world + ZERO_BUCKET)} if zero_stage else {}
     return {
         "weights": 4 * count / weights_over,
         "bf16 copies": 2 * count if precision == "bf16" else 0,  # autocast's, kept for the backward pass
         "gradients": 4 * count / gradients_over,
         "optimizer": (8 * count - (4 * sum(p.numel() for p in muon_matrices(model)) if muon else 0)) / optimizer_over,
         "EMA": 4 * averages * count / optimizer_over,
+        **zero,
         "activations": images * (kept + recomputed),
     }
 
