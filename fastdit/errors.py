@@ -13,7 +13,8 @@ from pathlib import Path
 EXIT_CODE = 2
 CLOSED_PIPE = 128 + 13  # as of a command that SIGPIPE ends
 LOST = ("connection", "gloo", "nccl", "timed out")  # in the errors of a collective whose partner is gone
-FIRST_S, LAST_S = 2.0, 10.0  # until a process that is not the main one speaks, and one that another's failure ends
+# before a process that is not the main one prints its error, and before one that failed because another one did
+FIRST_S, LAST_S = 2.0, 10.0
 
 
 class OtherFailed(ValueError):

@@ -111,7 +111,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_large(path: Path, most: int) -> np.ndarray:
-    """The same as a read-only array (n,) uint8: NumPy asks for large pages, so that reading takes half as long."""
+    """Like `read_bytes`, but returns an array (n,) uint8. NumPy asks for large pages, which halves the time."""
     check_regular(path, most)
     data = np.fromfile(path, np.uint8)
     data.flags.writeable = False
@@ -127,7 +127,7 @@ def check_regular(path: Path, most: int) -> None:
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
-    """The same as text; ValueError as well for text that is not UTF-8."""
+    """Like `read_bytes`, but returns text. Raises a ValueError if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
@@ -220,7 +220,7 @@ def map_array(path: Path, most: int) -> tuple[np.ndarray, str]:
 
 
 def sha256(path: str | Path) -> str:
-    """That of a file."""
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -326,6 +326,6 @@ def yaml_text(value: Any) -> str:
 
 
 def yaml_line(value: Any) -> str:
-    """The same in the form that an override takes after its `=`."""
+    """The value as YAML on one line, in the form that an override has after its `=`."""
     line = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf)
     return line.removesuffix("...\n").strip()

@@ -114,7 +114,7 @@ class ImagePipeline:
     weak_identity: str = ""
 
     def changed(self, overrides: Iterable[str], where: str) -> "ImagePipeline":
-        """The same with overrides of its config; ValueError, which says `where` they are, for what does not fit it."""
+        """A copy with overrides of its config. ValueError, which names `where`, for those that do not fit it."""
         config = config_from(to_tree(self.config), where, overrides)
         check_sampling(config, self.objective, self.model.null_label)
         return replace(self, config=config)
@@ -131,7 +131,7 @@ class ImagePipeline:
 
     @torch.no_grad()
     def latents_from(self, noise: Noise, labels: Tensor, *, on_step=None, denoised_fn=None) -> Tensor:
-        """The same from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
+        """Like `latents`, from any noise: x_1 is the first that it draws, and a stochastic sampler draws more."""
         settings, weak = self.config.sampling, self.weak
         x_1 = noise(torch.empty(len(labels), *self.model.state_shape, device=labels.device))
         if settings.route:
@@ -253,7 +253,7 @@ class ImagePipeline:
 
 
 def of_latents(denoised_fn: Callable[[Tensor], Tensor], channels: int) -> Callable[[Tensor], Tensor]:
-    """Of the latent's channels alone, before those of a class token."""
+    """`denoised_fn` on the first `channels`, those of the latent; the channels of a class token stay."""
     return lambda x_0: torch.cat([denoised_fn(x_0[:, :channels]), x_0[:, channels:]], dim=1)
 
 

@@ -104,7 +104,7 @@ def convert_all(hints: Mapping[str, Any], tree: Mapping[str, Any], key: str) -> 
 
 
 def plain(value: Any) -> Any:
-    """The same with numbers that do not remember how YAML wrote them (files.py), also in lists and sections."""
+    """The value with plain numbers, which do not keep the text that YAML had for them; also in lists and sections."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -142,7 +142,7 @@ def fp8_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def fp8_cast_and_sum(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same, and the sum of x over its rows (D,) in fp32."""
+    """What `fp8_cast` returns, and the sum of x over its rows (D,) in fp32."""
     if use_triton("fp8_cast", x.device.type, x.dtype):
         rows, columns, most, partial = _op(x, scale, dtype, True)
         return rows, columns, most, sum_chunks(partial, torch.float32)[0]

@@ -32,7 +32,7 @@ class Perceptual(nn.Module, ABC):
 
     @abstractmethod
     def weights(self) -> list[Tensor | None]:
-        """Of the channels (C,) of each map; None: all equal, and the maps' mean is taken instead of their sum."""
+        """Weights (C,) of the channels of each map; None: the mean over the channels instead of a weighted sum."""
 
     def forward(self, output: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -84,7 +84,7 @@ class LPIPS(Perceptual):
 
 
 class EfficientNetDistance(Perceptual):
-    """The same of EfficientNet-Lite0's last block before each halving, at the images' own size."""
+    """The distance on EfficientNet-Lite0's last block before each halving, at the images' own size."""
 
     def __init__(self, network: EfficientNetLite0):
         super().__init__()

@@ -203,7 +203,7 @@ class DevKit(NamedTuple):
 
     @classmethod
     def beside(cls, file: Path) -> "DevKit | None":
-        """That in the folder of another archive, if there is one."""
+        """The development kit in the same folder as `file`, or None."""
         path = file.with_name("ILSVRC2012_devkit_t12.tar.gz")
         if not path.is_file():
             return None

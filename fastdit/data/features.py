@@ -40,7 +40,7 @@ class Encoder(Protocol):
     class_token: bool
 
     def at(self, grid: tuple[int, int], precision: str) -> "Encoder":
-        """The same encoder with an `encode` that gives this grid (rows, columns), computed in a key of PRECISIONS."""
+        """A copy whose `encode` gives this grid (rows, columns) and computes in `precision`, a key of PRECISIONS."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] -> features (N, T, D) float32, in the order of the shards."""

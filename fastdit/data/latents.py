@@ -165,7 +165,7 @@ def rounded(values: np.ndarray) -> str:
 
 
 def scale_and_shift(config: Any, scaling_factor: float | None = None) -> tuple[PerChannel, PerChannel]:
-    """Those of an autoencoder's latents, from its config; `scaling_factor`: in place of the one there."""
+    """Scale and shift of the latents, from an autoencoder's config. `scaling_factor` overrides the config's."""
     scale: PerChannel = float(scaling_factor or config.scaling_factor)
     shift: PerChannel = float(getattr(config, "shift_factor", None) or 0.0)
     if getattr(config, "latents_std", None):

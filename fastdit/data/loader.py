@@ -113,7 +113,7 @@ def read_ahead(reader: Reads, start_step: int, prefetch: int) -> Iterator[Any]:
 
 
 def on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """The same batches on `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
+    """The batches, moved to `device`. On a GPU, a separate stream copies the next batch while this one is in use."""
     if device.type != "cuda":
         return (yield from batches)
     stream = torch.cuda.Stream(device)

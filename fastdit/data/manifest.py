@@ -222,7 +222,7 @@ class Manifest(ShardFolder):
         return [self.index_sha256]
 
     def classes_of(self, count: int) -> Classes:
-        """Of a network with `count` classes that is trained on these latents."""
+        """The classes of a network with `count` classes that is trained on these latents."""
         return Classes(count, self.class_names, tuple(c for c, images in enumerate(self.class_counts) if not images))
 
     @classmethod

@@ -46,7 +46,7 @@ class Mixture(Manifest):
             part.check()
 
     def of(self, parts: Sequence[Manifest]) -> "Mixture":
-        """The same with parts of its sets."""
+        """The mixture of `parts` of its sets, with the same weights."""
         return replace(self, parts=tuple(parts))
 
 

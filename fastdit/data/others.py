@@ -228,7 +228,7 @@ def _sampled(latents: np.ndarray) -> np.ndarray:
 
 
 def _dataset(root: Path, names: Collection[str], found: Sequence[str]) -> str:
-    """Of the files dataset.json, the one with the labels, "" for none; a zip file may hold the folder around it."""
+    """The dataset.json that has the labels, or "" if there is none. A zip file may hold the folder around it."""
     folders = {name: name.removesuffix("dataset.json") for name in found}
     about = min((name for name in found if any(each.startswith(folders[name]) for each in names or [""])), key=len,
                 default="")  # fmt: skip

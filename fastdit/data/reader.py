@@ -14,7 +14,7 @@ except ImportError:  # there is no wheel for this platform
     from zlib import crc32
 
 OPEN_FILES = 512  # per reader; the usual limit is 1,024 per process
-STRETCHES = 256  # of files that were asked for; after them one may be out of memory again
+STRETCHES = 256  # of files that are remembered as requested; the system may have dropped older ones from memory
 
 
 class ShardReader:

@@ -133,7 +133,7 @@ def shown(key: str, result: dict[str, Any]) -> str:
 
 
 def real_distance(result: dict[str, Any]) -> str:
-    """Of one half of the real images to the other."""
+    """The distance from one half of the real images to the other, as text."""
     real = result["real"]
     return f"{number('frechet', real)} ({real['num_images']} against {real['reference_images']} images)"
 

@@ -34,7 +34,7 @@ class Axes:
         return [axis for axis in OPTIONS if len(self.values[axis]) > 1]
 
     def narrowed(self, **values: list) -> "Axes":
-        """The same with other values of some axes."""
+        """A copy with other values of some axes."""
         return replace(self, values=self.values | values)
 
     def labels(self, pipeline: ImagePipeline) -> list[int]:
@@ -102,7 +102,7 @@ def read_axes(
 ) -> Axes:
     """The axes of text such as "otter,zebra", "0-7" or "1,1.5,4"; without it, classes and seeds that suit the others.
 
-    ValueError for what the run has not, or cannot be sampled with.
+    Raises a ValueError for values that the run does not have, or cannot be sampled with.
     """
     given = {"class": classes, "seed": seeds, "guidance": cfg_scale, "steps": steps, "sampler": samplers,
              "checkpoint": checkpoints}  # fmt: skip

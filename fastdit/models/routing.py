@@ -33,7 +33,7 @@ class Route:
         return None if rope is None else tuple(table[self.kept] for table in rope)
 
     def of(self, rows: slice) -> "Route":
-        """That of some samples."""
+        """The route of the samples in `rows`."""
         return replace(self, kept=self.kept[rows])
 
 

@@ -67,7 +67,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of the training steps that are on record; a repeated part counts once."""
+        """Time of the training steps that are on record. A repeated part counts once."""
         steps = [0, *(m["step"] for m in self.metrics)]
         rates = [m["steps_per_s"] for m in self.metrics]
         return sum(n / rate for n, rate in zip(np.diff(steps), rates, strict=True) if rate)
@@ -153,7 +153,7 @@ def of_autoencoder(run: Run) -> bool:
 
 
 def autoencoder_warnings(run: Run) -> list[str]:
-    """Those of a run of fastdit train-vae."""
+    """Warnings about a run of fastdit train-vae."""
     found, settings = [], run.config.discriminator
     if young := too_young(run.config.training, run.steps):
         found.append(f"A{young.removeprefix('warning: a').partition(':')[0]}, and so are the reconstructions here.")
@@ -186,7 +186,7 @@ def latents_of(run: Run) -> tuple[np.ndarray, np.ndarray, PerChannel, PerChannel
 
 
 def network_warnings(run: Run) -> list[str]:
-    """Those of a run of fastdit train."""
+    """Warnings about a run of fastdit train."""
     found = []
     if young := too_young(run.config.training, run.steps):
         found.append(f"A{young.removeprefix('warning: a')}. The samples here are from the weights themselves.")

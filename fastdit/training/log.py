@@ -110,7 +110,7 @@ class Log:
         )
 
     def peak_gib(self) -> float:
-        """Of all steps so far, without what `reset_peak` leaves out.
+        """Peak memory of all steps so far in GiB, without what `reset_peak` leaves out.
 
         A replayed CUDA graph allocates nothing: the peak of such a run is that of the capture.
         """
@@ -142,7 +142,7 @@ class Log:
         say(self.run_dir, line, print if self.bar.disable else tqdm.write)
 
     def say_own(self, line: str) -> None:
-        """The same for what only this process knows, whichever it is."""
+        """Like `say`, for what only this process knows: it prints on every process."""
         self.say(line) if self.ranks.is_main else say(self.run_dir, line)
 
     def close(self) -> None:

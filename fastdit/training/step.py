@@ -65,7 +65,7 @@ class TrainStep:
         features: Tensor | None = None,
         class_token: Tensor | None = None,
     ) -> StepResult:
-        """The same, with a generator that is already seeded for this step."""
+        """Like a call, with a generator that is already seeded for this step."""
         own = self.accumulation * self.micro_batch
         rows = slice(self.ranks.rank * own, (self.ranks.rank + 1) * own)
         random, model = StepRandom(generator, rows, self.ranks.world * own), self.engine.module

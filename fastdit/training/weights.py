@@ -48,7 +48,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """The same without values, on the meta device; types that fastdit does not write appear as uint8."""
+    """The tensors of a file, without values, on the meta device; dtypes that fastdit does not write become uint8."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, or not a regular file; name a checkpoint that has it")
     try:
