@@ -154,7 +154,9 @@ def trained(world, tmp_path):
         ({"step": -1}, "step=-1"),
         ({"class_names": 5}, "class_names is not a list of names"),
         ({"files": {"../../x": {"bytes": 1, "sha256": ""}}}, "lists ../../x, which is in another folder"),
-        ({"files": {"x": {"bytes": float("inf")}}}, "OverflowError"),
+        ({"files": {"x": {"bytes": float("inf"), "sha256": ""}}}, "OverflowError"),
+        ({"files": {"x": 1}}, "it lists x without bytes and sha256"),
+        ({"files": {"x": {"bytes": 1}}}, "it lists x without bytes and sha256"),
     ],
 )
 def test_facts_of_another_type_are_damage(trained, changes, words):

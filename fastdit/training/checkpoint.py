@@ -140,40 +140,39 @@ def read_meta(folder: Path, contents: Iterable[str] | None = ()) -> dict[str, An
 
 
 def inspect(folder: Path, contents: Iterable[str] | None = None) -> tuple[dict[str, Any], list[str]]:
-    """checkpoint.json ({} where it cannot be read) and every damaged or missing file, in words; see `read_meta`.
-
-    Checkpoints of fastdit 0.1.0 list sizes only, so their contents cannot be checked.
-    """
+    """checkpoint.json ({} where it cannot be read) and every damaged or missing file, in words; see `read_meta`."""
     path = folder / META
     try:
         meta = read_json(path)
-        listed = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in meta["files"].items()}
-        sizes = {name: int(entry["bytes"]) for name, entry in listed.items()}
         check_types(meta)
+        listed = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in meta["files"].items()}
     except OSError as error:
         return {}, [f"{path} cannot be read ({error.strerror})"]
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = str(error).removeprefix(f"{path} is damaged: ")
         return {}, [f"{path} is damaged ({type(error).__name__}: {reason})"]
-    sizes_only = not any(isinstance(entry, dict) for entry in meta["files"].values())
-    if not sizes_only and meta.pop("sha256", None) != sealed(meta)["sha256"]:
+    if meta.pop("sha256") != sealed(meta)["sha256"]:
         return {}, [f"{path} is damaged: its SHA-256 is not the recorded one"]
-    wanted = {name for name in (listed if contents is None else contents) if "sha256" in listed.get(name, {})}
+    wanted = set(listed if contents is None else contents)
 
     def fault(name: str) -> str | None:
-        file = folder / name
+        if name not in listed:
+            return f"{path} does not list {name}"
+        file, (size, digest) = folder / name, listed[name]
         actual = file.stat().st_size if file.is_file() else None
-        if actual != sizes[name]:
-            return f"{file} is missing" if actual is None else f"{file} has {actual} bytes instead of {sizes[name]}"
-        if name in wanted and sha256(file) != listed[name]["sha256"]:
+        if actual != size:
+            return f"{file} is missing" if actual is None else f"{file} has {actual} bytes instead of {size}"
+        if name in wanted and sha256(file) != digest:
             return f"{file} is damaged: its SHA-256 is not the recorded one"
 
     with ThreadPoolExecutor(4) as pool:
-        return meta, [found for found in pool.map(fault, sizes) if found]
+        return meta, [found for found in pool.map(fault, [*listed, *sorted(wanted - listed.keys())]) if found]
 
 
 def check_types(meta: dict[str, Any]) -> None:
-    """ValueError for facts in checkpoint.json that are not of their type, which its digest does not show."""
+    """ValueError for facts in checkpoint.json that are missing or not of their type, which its digest does not show."""
+    if "sha256" not in meta:
+        raise ValueError("it has no sha256")
     if type(meta["step"]) is not int or not 0 <= meta["step"] < 1 << 63:
         raise ValueError(f"step={meta['step']!r}")
     names = meta.get("class_names", [])
@@ -182,7 +181,9 @@ def check_types(meta: dict[str, Any]) -> None:
     empty = meta.get("empty_classes", [])
     if not isinstance(empty, list) or not all(type(label) is int for label in empty):
         raise ValueError("empty_classes is not a list of numbers")
-    for name in meta["files"]:
+    for name, entry in meta["files"].items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"it lists {name} without bytes and sha256")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"it lists {name}, which is in another folder")
 

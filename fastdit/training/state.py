@@ -52,6 +52,7 @@ AUTOENCODER = "autoencoder"  # the kind of a checkpoint of fastdit train-vae (au
 SMALL = 64 << 20  # bytes: an autoencoder up to this size is copied into the run
 ALIGNMENT, TAPS = "alignment", "taps."  # the file of the projectors of training.align; how their names start
 MAY_CHANGE = ("variant", "attention", "class_dropout", "dropout")  # keys of model: that a resume does not compare
+OF_SOME = ("features", "empty_classes")  # facts in checkpoint.json that only some runs have
 MUST_STAY = ("init_from", "ema_stds", "align", "optimizer")  # keys of training: that describe a run from its first step
 
 
@@ -178,11 +179,18 @@ def resumed_weights(
 ) -> dict[str, Tensor]:
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
+    if not (folder / "progress.safetensors").is_file():
+        raise ValueError(f"{folder} has no optimizer state, as converted checkpoints have none; start a new run_dir "
+                         f"with training.init_from={folder}")  # fmt: skip
     check_steps(folder, config.training)
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
-    classes = manifest.classes_of(config.data.num_classes)
-    for key, value in describe(config, manifest.latents, classes, features).items():
-        if key != "latents" and meta.get(key, value) != value:  # 0.1.0 stored no class names
+    facts = describe(config, manifest.latents, manifest.classes_of(config.data.num_classes), features)
+    for key in ("contents", *facts):
+        if key not in (*meta, *OF_SOME):
+            raise ValueError(f"{folder / checkpoint.META} has no {key!r}; start a new run_dir with "
+                             f"training.init_from={folder}")  # fmt: skip
+    for key, value in facts.items():
+        if key != "latents" and meta.get(key, value) != value:
             raise ValueError(f"{folder} has {key}={meta[key]!r}, this run {value!r}; make them equal to resume")
     if config.data.val_fraction and not same_contents(meta, manifest):
         raise ValueError(
@@ -200,11 +208,6 @@ def resumed_weights(
     if build_objective(before) != build_objective(config):
         old, new = to_tree(before.objective), to_tree(config.objective)
         raise ValueError(f"{folder} has objective={old}, this run {new}; make them equal to resume")
-    if not (folder / "progress.safetensors").is_file():
-        raise ValueError(
-            f"{folder} holds weights, but no optimizer state that can be read (it was converted, or written by fastdit "
-            f"0.1.0); start a new run_dir with training.init_from={folder}"
-        )
     powers = [f"power-{width_name(std)}" for std in config.training.ema_stds]
     expected = {name: model.state_dict() for name in ("model", "ema", *powers)}
     expected |= {name: dict(model.named_parameters()) for name in MOMENTS}
@@ -242,7 +245,7 @@ def check_files(folder: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def same_contents(meta: Mapping[str, Any], manifest: Manifest) -> bool:
-    """Whether a checkpoint was trained on these shards, in any folder; True of earlier versions, which do not say."""
+    """Whether a checkpoint was trained on these shards, in any folder; True of converted ones, which do not say."""
     return meta.get("contents", manifest.contents) == manifest.contents
 
 
@@ -331,8 +334,7 @@ def load_network(
     check_output(config, load_config(folder / CONFIG), folder)
     state = read_weights(folder / f"{weights}.safetensors")
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
-    entry = meta["files"][f"{weights}.safetensors"]
-    identity = entry["sha256"] if isinstance(entry, dict) else checkpoint.sha256(folder / f"{weights}.safetensors")
+    identity = meta["files"][f"{weights}.safetensors"]["sha256"]
     classes, std = classes_of(meta, config), meta.get("ema_std")
     young = too_young(config.training, meta["step"]) if weights == "ema" and not std else ""
     return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"], std, young)

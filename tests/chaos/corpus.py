@@ -178,9 +178,7 @@ def seal(path: Path) -> None:
     """Make the digests of a changed file right, where its folder has any."""
     folder, name = path.parent, path.name
     if (folder / checkpoint.META).is_file() and name != checkpoint.META:
-        meta = json.loads((folder / checkpoint.META).read_text())
-        del meta["files"], meta["sha256"]
-        checkpoint.write_meta(folder, meta)
+        checkpoint.write_meta(folder, json.loads((folder / checkpoint.META).read_text()))
     elif (folder / "manifest.json").is_file() and name != "manifest.json":
         stored = json.loads((folder / "manifest.json").read_text())
         data = path.read_bytes()

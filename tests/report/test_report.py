@@ -16,6 +16,7 @@ from fastdit.data.extract import extract_features
 from fastdit.data.shards import merge, split
 from fastdit.report import report_at_end, write_report
 from fastdit.report.facts import read_run, reproduce, warnings
+from fastdit.training import checkpoint
 from fastdit.training.log import read_metrics
 from helpers.data import write_digits
 from helpers.pages import PICTURE, checked
@@ -41,10 +42,7 @@ def copied(runs, tmp_path):
         for path in (tmp_path / "a").rglob("config.yaml"):
             path.write_text(path.read_text().replace(str(old), str(new)))
         for path in (tmp_path / "a").rglob("checkpoint.json"):  # a config that differs from what it was is refused
-            meta = json.loads(path.read_text())
-            meta["files"] = {name: (path.parent / name).stat().st_size for name in meta["files"]}
-            meta.pop("sha256")
-            path.write_text(json.dumps(meta))
+            checkpoint.write_meta(path.parent, json.loads(path.read_text()))
 
     return tmp_path / "a", change
 

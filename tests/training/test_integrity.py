@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastdit.config import load_config
 from fastdit.data.manifest import Manifest
 from fastdit.distributed import Ranks
+from fastdit.files import sealed
 from fastdit.likelihood import likelihood
 from fastdit.sampling import load_pipeline, sample
 from fastdit.training import checkpoint
@@ -127,17 +128,39 @@ def test_other_names_in_the_folder_are_left_alone_and_remains_are_cleared(world,
     ]  # fmt: skip
 
 
-def test_a_checkpoint_of_fastdit_0_1_is_sampled_but_not_resumed(world, copy):
+def sizes_alone(meta):
+    meta["files"] = {name: entry["bytes"] for name, entry in meta["files"].items()}
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (sizes_alone, "it lists .* without bytes and sha256"),
+        (lambda meta: sizes_alone(meta) or meta.pop("sha256"), "it has no sha256"),
+        (lambda meta: meta.pop("sha256") and meta.update(files={}), "it has no sha256"),
+        (lambda meta: meta["files"].pop("ema.safetensors"), "does not list ema.safetensors"),
+        (lambda meta: meta["files"].pop("config.yaml"), "does not list config.yaml"),
+    ],
+)
+def test_nothing_that_has_no_digest_is_read(world, copy, spoil, words):
+    """Whether checkpoint.json has a digest that is right, or none."""
+    path = newest(copy) / checkpoint.META
+    meta = json.loads(path.read_text())
+    spoil(meta)
+    path.write_text(json.dumps(sealed(meta) if "sha256" in meta else meta))
+    with pytest.raises(ValueError, match=f"^checkpoint file {path} .*{words}.*; use another step$"):
+        load_pipeline(copy)
+
+
+def test_a_checkpoint_without_optimizer_state_is_sampled_but_not_resumed(world, copy):
     for folder in checkpoint.checkpoints(copy):
+        meta = checkpoint.read_meta(folder)
         for name in ("exp_avg", "exp_avg_sq", "progress"):
             (folder / f"{name}.safetensors").unlink()
-        (folder / "optimizer.pt").write_bytes(b"a pickle, which is never opened")
-        meta = json.loads((folder / checkpoint.META).read_text())
-        meta["files"] = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != checkpoint.META}
-        del meta["sha256"], meta["class_names"]
-        (folder / checkpoint.META).write_text(json.dumps(meta))
+        del meta["contents"]  # which converted ones do not have either
+        checkpoint.write_meta(folder, meta)
     load_pipeline(copy)
-    with pytest.raises(ValueError, match="no optimizer state that can be read .* training.init_from=.*step-0000004"):
+    with pytest.raises(ValueError, match="0004 has no optimizer state, .*; start a new run_dir with training.init_f"):
         run_in(world, copy, "training.steps=6", resume=True)
 
 

@@ -76,12 +76,12 @@ def test_generated_latents_are_known_by_what_generates_them(tmp_path, capsys):
     assert "other images in data.shards=synthetic:44/4x8x8/3" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_does_not_say_is_continued(tmp_path, capsys):
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_not_continued(tmp_path):
     write(tmp_path / "latents", 40, spec=SPEC)
-    last = run(tmp_path, "latents", "data.val_fraction=0.25")
-    meta = {key: value for key, value in checkpoint.read_meta(last).items() if key not in ("contents", "files")}
-    (last / checkpoint.META).unlink()
-    checkpoint.write_meta(last, meta)
-    write(tmp_path / "others", 44, spec=SPEC)
-    run(tmp_path, "others", "data.val_fraction=0.25", resume=True)
-    assert "other images" not in capsys.readouterr().out
+    last = run(tmp_path, "latents")
+    facts = checkpoint.read_meta(last)
+    for key in ("contents", "class_names", "seed"):
+        checkpoint.write_meta(last, {name: value for name, value in facts.items() if name != key})
+        remedy = f"start a new run_dir with training.init_from={last}"
+        with pytest.raises(ValueError, match=f"^{last / checkpoint.META} has no '{key}'; {remedy}$"):
+            run(tmp_path, "latents", resume=True)
