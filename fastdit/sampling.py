@@ -147,7 +147,9 @@ def _claim(out: Path, settings: dict) -> None:
     if path.is_file():
         before = read_json(path)
         for key, value in settings.items():
-            if key != "vae" and before.get(key, value) != value:  # a name; and earlier versions recorded fewer keys
+            if key not in before:
+                raise ValueError(f"{path} is damaged: it has no {key!r}; choose another --out")
+            if key != "vae" and before[key] != value:  # a name
                 old, new = (dict(leaves({key: settings})) for settings in (before[key], value))
                 name = next((name for name in old | new if old.get(name) != new.get(name)), key)
                 raise ValueError(f"--out {out} holds samples with {name}={old.get(name)!r}, not {new.get(name)!r}; "

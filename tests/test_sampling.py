@@ -337,11 +337,9 @@ def test_the_record_names_all_that_determines_the_images(trained, tmp_path):
     assert record["vae_fingerprint"] == pipeline.codec.fingerprint and record["fastdit"] == fastdit.__version__
 
 
-def test_samples_of_an_earlier_version_are_continued_if_they_agree(trained, reference, tmp_path):
+def test_samples_are_continued_if_all_that_is_recorded_agrees(trained, reference, tmp_path):
     out = shutil.copytree(reference, tmp_path / "out")
-    record = json.loads((out / "sampling.json").read_text())
-    for key in ("weak_sha256", "vae", "vae_fingerprint", "fastdit"):
-        del record[key]
+    record = json.loads((out / "sampling.json").read_text()) | {"vae": "the same in another folder"}
     (out / "sampling.json").write_text(json.dumps(record))
     (out / "images" / "000003.png").unlink()
     sample(trained, out, COUNT, device="cpu")
@@ -352,6 +350,10 @@ def test_samples_of_an_earlier_version_are_continued_if_they_agree(trained, refe
     (out / "sampling.json").write_text(json.dumps(record | {"vae_fingerprint": "0"}))
     with pytest.raises(ValueError, match="holds samples with vae_fingerprint='0', not .*; choose another --out"):
         sample(trained, out, COUNT, device="cpu")
+    for lost in record:
+        (out / "sampling.json").write_text(json.dumps({key: record[key] for key in record if key != lost}))
+        with pytest.raises(ValueError, match=f"{out}/sampling.json is damaged: it has no '{lost}'; choose another -"):
+            sample(trained, out, COUNT, device="cpu")
 
 
 def test_the_npz_is_streamed_and_complete(reference):

@@ -101,8 +101,8 @@ def from_facts(facts: Any, where: str) -> dict[str, Any]:
     """Arguments for Loaded from `Loaded.facts`; ValueError if they are damaged."""
     try:
         latents = LatentSpec.from_json(facts["latents"])
-        names = tuple(map(str, facts.get("class_names", ())))
-        empty = tuple(map(int, facts.get("empty_classes", ())))
+        names = tuple(map(str, facts["class_names"]))
+        empty = tuple(map(int, facts["empty_classes"]))
         return {"latents": latents, "step": int(facts["step"]), "class_names": names, "empty_classes": empty}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}); export it again") from error

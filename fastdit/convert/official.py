@@ -210,8 +210,8 @@ def settings_of(args: Mapping[str, Any], where: str | Path, heads: int | None, v
     name = str(args.get("model") or "")
     if name.startswith("SiT") or "path_type" in args:
         said["objective.name"] = "flow"
-    elif name.startswith("DiT") and set(args) != {"model", "image_size", "num_classes"}:
-        said["objective.name"] = "ddpm"  # fastdit 0.1.0 wrote these three for every objective
+    elif name.startswith("DiT"):
+        said["objective.name"] = "ddpm"
     if name:
         try:
             variant_shape(name.replace("SiT", "DiT"))

@@ -232,7 +232,7 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
         check_vae(folder / "vae/config.json")
     names, own = class_names(index, folder), None
     if (folder / "fastdit.yaml").is_file():  # exported by fastdit, so it is complete
-        own = _own(folder, said, learn_sigma, names, stated)
+        own = _own(folder, said, learn_sigma, stated)
         num_classes, null_row = own[0].data.num_classes, own[0].model.class_dropout > 0
     else:
         given = config_from({}, "the command line", stated.lines)
@@ -253,13 +253,8 @@ def read_pipeline(folder: Path, stated: Stated) -> Pipeline:
     return Pipeline(folder, transformer, state, said, names, own)
 
 
-def _own(
-    folder: Path, said: dict[str, Any], learn_sigma: bool, names: tuple[str, ...], stated: Stated
-) -> tuple[Config, dict[str, Any]]:
-    """The config and facts that fastdit exported; ValueError where diffusers' own configs say something else.
-
-    `names`: the class names in model_index.json, for exports of fastdit 0.1.0.
-    """
+def _own(folder: Path, said: dict[str, Any], learn_sigma: bool, stated: Stated) -> tuple[Config, dict[str, Any]]:
+    """The config and facts that fastdit exported; ValueError where diffusers' own configs say something else."""
     path = folder / "fastdit.yaml"
     tree = read_tree(path)
     config = own_config(tree, path, stated)
@@ -272,7 +267,7 @@ def _own(
             raise ValueError(f"{path} says {key}={value!r}, but the other configs in {folder} say {said.get(key)!r}; "
                              "remove fastdit.yaml if the network was trained on in diffusers")  # fmt: skip
     path = folder / "fastdit.json"
-    return config, from_facts({"class_names": names, **_json(path)}, str(path))
+    return config, from_facts(_json(path), str(path))
 
 
 def class_names(index: dict[str, Any], folder: Path) -> tuple[str, ...]:

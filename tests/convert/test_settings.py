@@ -13,7 +13,7 @@ from fastdit.build import build_objective
 from fastdit.config import load_config
 from fastdit.convert import command, convert, loaded, pipeline, read_initial
 from fastdit.convert.diffusers import make_exact
-from fastdit.diffusion.objectives import FlowMatching
+from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.sampling import load_pipeline
 from fastdit.training import checkpoint
 from helpers.checkpoints import (
@@ -209,6 +209,12 @@ def test_an_exported_folder_that_was_changed_is_refused(place, tmp_path):
         damaged = edited(place / "ddpm_pipe", tmp_path / f"damaged{i}", "index")
         (damaged / name).write_text(text)
         refuse(damaged, tmp_path, f"{name} is damaged")
+    for i, name in enumerate(("latents", "step", "class_names", "empty_classes")):
+        damaged = edited(place / "ddpm_pipe", tmp_path / f"lacking{i}", "index")
+        facts = json.loads((damaged / "fastdit.json").read_text())
+        del facts[name]
+        (damaged / "fastdit.json").write_text(json.dumps(facts))
+        refuse(damaged, tmp_path, f"{damaged}/fastdit.json is damaged .KeyError: '{name}'.; export it again")
 
 
 @pytest.mark.parametrize(
@@ -242,8 +248,9 @@ def test_args_are_read_and_cannot_be_contradicted(place, tmp_path):
     shutil.rmtree(tmp_path / "run")
     refuse(path, tmp_path, "--heads=6, but .* says 4; omit it", heads=6)
     refuse(path, tmp_path, "objective.interpolant='gvp', but .* 'vp'", overrides=["objective.interpolant=gvp"])
-    old = training_file(tmp_path / "old.pt", model="DiT-2x48x4/2", image_size=64, num_classes=10)
-    refuse(old, tmp_path, "do not show the objective")  # fastdit 0.1.0 wrote DiT for SiT too
+    few = training_file(tmp_path / "few.pt", model="DiT-2x48x4/2", image_size=64, num_classes=10)
+    convert(few, "fastdit", tmp_path / "few", say=quiet)  # the scripts of DiT have one objective
+    assert isinstance(build_objective(load_config(tmp_path / "few/config.yaml")), DDPM)
     double = {name: tensor.double() + 1e-12 for name, tensor in golden_weights().items()}
     torch.save({"ema": double}, tmp_path / "double.pt")
     refuse(tmp_path / "double.pt", tmp_path, "is float64, and its values are not exact", overrides=["objective=ddpm"])
