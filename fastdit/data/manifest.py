@@ -67,7 +67,7 @@ def stored_manifest(folder: str | Path, missing: str) -> dict[str, Any]:
         raise ValueError(f"{error}; extract again") from None
     if (version := stored.get("format")) != FORMAT:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; extract the latents again")
-    digest = stored.pop("sha256", None)  # earlier versions did not write it
+    digest = stored.pop("sha256", None)  # whoever edits the manifest removes it
     if digest not in (None, sealed(stored)["sha256"]):
         raise ValueError(f"{path} was changed: its contents do not match its entry sha256; copy it again, or remove "
                          "that entry if the change is right")  # fmt: skip

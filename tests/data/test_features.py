@@ -354,7 +354,7 @@ def test_features_of_other_images_with_the_same_names_are_refused(tmp_path):
     shutil.move(tmp_path / "a/out/features", tmp_path / "a/features")
     shutil.copytree(tmp_path / "b/out/features", tmp_path / "a/out/features")
     assert any("has the features of other images than the latents" in line for line in silent(tmp_path / "a/out"))
-    edit_manifest(tmp_path / "a/out/features", listing="")  # as of earlier versions
+    edit_manifest(tmp_path / "a/out/features", listing="")  # as of merged folders
     FeatureManifest.load(tmp_path / "a/out/features").check(own)
     assert silent(tmp_path / "a/out") == []
 

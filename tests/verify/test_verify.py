@@ -290,8 +290,8 @@ def test_an_edited_manifest_is_refused(place, tmp_path, entry):
     ({"image_size": 64}, "have shape (4, 8, 8) (autoencoder {world}/vae), but {world}/vae has (4, 16, 16) of 64 px"),
     ({"codec": "1" * 64, "codec_encoder": "2" * 64}, "have codec 1111"),
 ])  # fmt: skip
-def test_an_older_manifest_is_held_against_its_autoencoder(world, tmp_path, entry, words):
-    """One without a digest. Of 32 px images, the autoencoder of the world makes 8 x 8 x 4 latents."""
+def test_an_edited_manifest_without_its_digest_is_held_against_its_autoencoder(world, tmp_path, entry, words):
+    """How docs/images.md edits one. Of 32 px images, the autoencoder of the world makes 8 x 8 x 4 latents."""
     folder = copy(world, tmp_path, "latents")
     raw_edit(folder, **entry, sha256=None)
     lines = [line for line in verify(folder, quiet) if "far from the 1" not in line]
