@@ -225,16 +225,16 @@ def check_start(source: str, said: dict[str, Any], config: Config) -> None:
 
 def write_fastdit(loaded: Loaded, place: Path, out: Path, weights: str = "ema") -> None:
     """Write a checkpoint folder for sampling, with a recorded forward pass for `fastdit verify`."""
-    config, partial = replace(loaded.config, run_dir=str(out)), place.with_name(place.name + ".partial")
-    partial.mkdir()
+    config = replace(loaded.config, run_dir=str(out))
+    place.mkdir()
     for name in ("model", "ema"):
-        write_weights(getattr(loaded, name), partial / f"{name}.safetensors")
-    save_config(config, partial / CONFIG)
-    np.savez(partial / GOLDEN, **loaded.forward())
+        write_weights(getattr(loaded, name), place / f"{name}.safetensors")
+    save_config(config, place / CONFIG)
+    np.savez(place / GOLDEN, **loaded.forward())
     classes = Classes(config.data.num_classes, loaded.class_names, loaded.empty_classes)
     meta = describe(config, loaded.latents, classes)
     meta |= {"features": loaded.features} if loaded.features else {}
-    checkpoint.commit(partial, place, {"step": loaded.step, **meta})
+    checkpoint.complete(place, {"step": loaded.step, **meta})
 
 
 def write_official(loaded: Loaded, place: Path, out: Path, weights: str) -> None:

@@ -93,13 +93,18 @@ def save(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Flush a folder to disk, add checkpoint.json, and rename it to its final name."""
-    for path in partial.rglob("*"):
+def complete(folder: Path, meta: dict[str, Any]) -> None:
+    """Flush the files of a checkpoint to disk, and then its checkpoint.json."""
+    for path in folder.rglob("*"):
         sync(path)
-    write_meta(partial, meta)
-    sync(partial / META)
-    sync(partial)
+    write_meta(folder, meta)
+    sync(folder / META)
+    sync(folder)
+
+
+def commit(partial: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Complete a checkpoint and rename it to its final name."""
+    complete(partial, meta)
     replaced = final.with_suffix(".replaced.partial")
     if final.exists():  # the same step again: the old one is removed only when the new one is complete
         final.rename(replaced)

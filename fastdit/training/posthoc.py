@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastdit.config import load_config, save_config
 from fastdit.errors import counted
+from fastdit.files import staged, sync
 from fastdit.training import checkpoint
 from fastdit.training.ema import AVERAGES, exponent, width_name
 from fastdit.training.state import CONFIG, VAE, classes_of, describe, keep_autoencoder, latents_of
@@ -125,21 +126,18 @@ def rebuild(
     facts = latents_of(meta), classes_of(meta, config)
     kept = {key: meta[key] for key in ("features", "contents") if key in meta} | {"model_step": meta["step"]}
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with staged(out) as stage:
         for std in stds:
             weights, error = coefficients([(s.step, s.std) for s in found], step, std)
             used = abs(weights) > NEGLIGIBLE
-            folder = partial / f"std-{width_name(std)}"
-            unfinished = folder.with_name(folder.name + ".partial")
-            unfinished.mkdir(parents=True)
-            shutil.copyfile(source / "model.safetensors", unfinished / "model.safetensors")
+            folder = stage / f"std-{width_name(std)}"
+            folder.mkdir(parents=True)
+            shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
             ema = combine([s.path for s, keep in zip(found, used, strict=True) if keep], weights[used], source)
-            write_weights(ema, unfinished / "ema.safetensors")
+            write_weights(ema, folder / "ema.safetensors")
             own = replace(config, run_dir=str(out / folder.name))
-            save_config(own, unfinished / CONFIG)
-            checkpoint.commit(unfinished, folder, {"step": step, **describe(own, *facts), **kept, "ema_std": std})
+            save_config(own, folder / CONFIG)
+            checkpoint.complete(folder, {"step": step, **describe(own, *facts), **kept, "ema_std": std})
             keep_autoencoder(config.data.vae if Path(config.data.vae).is_dir() else str(run_dir / VAE), folder)
             say(f"{out / folder.name}: step {step}, from {counted(used.sum(), 'average')}, profile within {error:.2%}")
             if error > FAR:
@@ -148,9 +146,7 @@ def rebuild(
                     f"relative error of its profile is {error:.0%}): choose a width nearer to {nearest(found, std):g}, "
                     "or train with a smaller training.checkpoint_every"
                 )
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sync(stage)
     return [out / f"std-{width_name(std)}" for std in stds]
 
 

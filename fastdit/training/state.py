@@ -38,6 +38,7 @@ from fastdit.diffusion.objectives import OF_NETWORK, Objective
 from fastdit.diffusion.timesteps import LossAwareTimes
 from fastdit.distributed import Ranks
 from fastdit.errors import counted
+from fastdit.files import staged
 from fastdit.models import fp8
 from fastdit.models.dit import DiT
 from fastdit.schema import Config, LoopConfig
@@ -148,16 +149,12 @@ def keep_autoencoder(vae: str, run_dir: Path) -> None:
     if source.is_dir() and not copy.exists() and source.resolve() != copy.resolve():
         files = [path for path in source.rglob("*") if path.is_file()]
         if sum(path.stat().st_size for path in files) <= SMALL:
-            partial = copy.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
+            for remains in run_dir.glob(f"{VAE}.*.partial"):  # of a start that was killed
+                shutil.rmtree(remains, ignore_errors=True)
+            with staged(copy) as stage:
                 for path in files:  # not copytree, whose error has the reason in words only
-                    (partial / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, partial / path.relative_to(source))
-            except OSError:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            partial.rename(copy)
+                    (stage / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, stage / path.relative_to(source))
 
 
 def link_or_copy(path: Path, link: Path) -> None:

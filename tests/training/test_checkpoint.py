@@ -85,14 +85,24 @@ def test_a_write_that_fails_in_a_library_keeps_its_reason_and_names_the_file(tmp
         assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_all_of_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    flushed, final = [], checkpoint.path_of(tmp_path, 5)
+    monkeypatch.setattr(checkpoint, "sync", lambda path: flushed.append((path.name, final.exists())))
+    checkpoint.save(tmp_path, 5, lambda folder: (folder / "weights").touch(), {}, keep=3)
+    assert flushed == [("weights", False), ("checkpoint.json", False), ("step-0000005.partial", False),
+                       ("checkpoints", True)]  # fmt: skip
+
+
 def test_an_autoencoder_that_does_not_fit_into_the_run_leaves_no_half_copy(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "weights").write_bytes(bytes(1000))
     with file_size_limit(100), pytest.raises(OSError) as raised:
         keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
     assert raised.value.errno == errno.EFBIG and not list((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "vae.x1.partial" / "vae").mkdir(parents=True)  # as a kill leaves it
     keep_autoencoder(str(tmp_path / "source"), tmp_path / "run")
     assert (tmp_path / "run" / "vae" / "weights").stat().st_size == 1000
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["vae"]
 
 
 def test_a_full_disk_is_reported_whatever_the_writer_raises(tmp_path, monkeypatch):
