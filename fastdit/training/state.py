@@ -180,6 +180,16 @@ def resumed_weights(
         raise ValueError(f"{folder} has no optimizer state, as converted checkpoints have none; start a new run_dir "
                          f"with training.init_from={folder}")  # fmt: skip
     check_steps(folder, config.training)
+    check_same_facts(folder, meta, config, manifest, features)
+    check_same_settings(folder, config)
+    check_files(folder, expected_tensors(folder, config, model))
+    return read_all(folder, "model")
+
+
+def check_same_facts(
+    folder: Path, meta: Mapping[str, Any], config: Config, manifest: Manifest, features: FeatureManifest | None
+) -> None:
+    """ValueError where checkpoint.json describes other latents, classes, ... than those of this run."""
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
     facts = describe(config, manifest.latents, manifest.classes_of(config.data.num_classes), features)
     for key in ("contents", *facts):
@@ -194,6 +204,10 @@ def resumed_weights(
             f"{folder} was trained on other images than data.shards={manifest.folder} has now, and data.val_fraction="
             f"{config.data.val_fraction} would hold out some of those; restore them, or choose another run_dir"
         )
+
+
+def check_same_settings(folder: Path, config: Config) -> None:
+    """ValueError where a setting that a resume cannot change is another one in the checkpoint's config."""
     before = load_config(folder / CONFIG)
     fixed = [("model", key) for key in vars(config.model) if key not in MAY_CHANGE]  # also e.g. the norm
     fixed.append(("data", "val_fraction"))  # else images that were trained on would be held out
@@ -205,9 +219,23 @@ def resumed_weights(
     if build_objective(before) != build_objective(config):
         old, new = to_tree(before.objective), to_tree(config.objective)
         raise ValueError(f"{folder} has objective={old}, this run {new}; make them equal to resume")
+
+
+def expected_tensors(folder: Path, config: Config, model: DiT) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file of a checkpoint, of which only names, shapes and types count; see `snapshot`."""
     powers = [f"power-{width_name(std)}" for std in config.training.ema_stds]
-    expected = {name: model.state_dict() for name in ("model", "ema", *powers)}
-    expected |= {name: dict(model.named_parameters()) for name in MOMENTS}
+    states = {name: model.state_dict() for name in ("model", "ema", *powers)}
+    states |= {name: dict(model.named_parameters()) for name in MOMENTS}
+    files: dict[str, dict[str, Tensor]] = {file: {} for file in states}
+    for file, state in states.items():
+        for name, tensor in state.items():
+            own, key = (ALIGNMENT, f"{file}.{name}") if name.startswith(TAPS) else (file, name)
+            files.setdefault(own, {})[key] = tensor
+    return files | {"progress": expected_progress(folder, model)}
+
+
+def expected_progress(folder: Path, model: DiT) -> dict[str, Tensor]:
+    """Likewise of progress.safetensors: all of the histories that it has a part of."""
     progress = {"updates": torch.tensor(0)}
     for name, stored in header(folder / "progress.safetensors").items():
         if name.startswith("window."):
@@ -216,12 +244,7 @@ def resumed_weights(
             progress |= {f"times.{key}": tensor for key, tensor in LossAwareTimes().state_dict().items()}
         elif name == "fp8.history":  # of any length
             progress[name] = torch.zeros(*stored.shape[:1], len(fp8.linears_of(model)), 3)
-    taps = {f"{file}.{name}": tensor for file, own in expected.items() for name, tensor in own.items()
-            if name.startswith(TAPS)}  # fmt: skip
-    expected = {file: {name: own[name] for name in own if not name.startswith(TAPS)} for file, own in expected.items()}
-    expected |= {ALIGNMENT: taps} if taps else {}
-    check_files(folder, {**expected, "progress": progress})
-    return read_all(folder, "model")
+    return progress
 
 
 def check_steps(folder: Path, settings: LoopConfig) -> None:
