@@ -104,9 +104,9 @@ class ShardFolder:
         return sum(shard.samples for shard in self.shards) if self.rows is None else len(self.rows)
 
     def stored(self) -> dict[str, Any]:
-        """What manifest.json contains."""
+        """What manifest.json contains, but for its format and digest."""
         known, values = [f.name for f in fields(self) if f.compare], asdict(self)
-        return {"format": FORMAT, "samples": len(self), **{name: values[name] for name in known}}
+        return {"samples": len(self), **{name: values[name] for name in known}}
 
     def same_listing(self, listing: str) -> bool:
         """False if another folder's listing is known to be of other images."""
@@ -186,14 +186,6 @@ class ShardFolder:
     def order(self, seed: int) -> Order:
         """Which of the images comes when in a run with this seed."""
         return Order(seed, [len(self)], block=self.block)
-
-    def verify(self) -> None:
-        """Reads all shards; raises a ValueError for the first whose SHA-256 does not match the manifest."""
-        for number, shard in enumerate(self.shards):
-            with open(self.open_shard(number), "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    path = f"{self.url or self.folder}/{shard.name}"
-                    raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest; {AGAIN}")
 
 
 @dataclass(frozen=True)

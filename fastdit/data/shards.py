@@ -182,7 +182,7 @@ def repair(
     except ValueError as error:
         say(f"the index is made again from the tar files: {error}")
         samples, total = _scan(manifest, say), len(manifest)
-    found = write_keyed(samples, out, replace(manifest, images=manifest.images), overwrite=overwrite)
+    found = write_keyed(samples, out, manifest, overwrite=overwrite)
     left = ", without features" if (manifest.folder / FOLDER).exists() else ""
     say(f"{out}: {len(found)} of {total} images{left}")
     return found

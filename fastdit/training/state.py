@@ -326,7 +326,6 @@ class Trained:
     identity: str  # SHA-256 of the file that the weights were read from
     classes: Classes
     step: int
-    ema_std: float | None = None  # relative width, where `fastdit ema` rebuilt the EMA
     young: str = ""  # a warning where these weights are an EMA that holds much of its random start
 
     def warn(self, of: str = "") -> None:
@@ -355,9 +354,9 @@ def load_network(
     state = read_weights(folder / f"{weights}.safetensors")
     model = network_from_state(config, latents, objective, state, where=str(folder), device=device)
     identity = meta["files"][f"{weights}.safetensors"]["sha256"]
-    classes, std = classes_of(meta, config), meta.get("ema_std")
-    young = too_young(config.training, meta["step"]) if weights == "ema" and not std else ""
-    return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"], std, young)
+    classes, rebuilt = classes_of(meta, config), "ema_std" in meta  # by `fastdit ema`, without the random start
+    young = too_young(config.training, meta["step"]) if weights == "ema" and not rebuilt else ""
+    return Trained(folder, config, objective, model.to(device), latents, identity, classes, meta["step"], young)
 
 
 def check_output(config: Config, trained: Config, where: Path) -> None:
