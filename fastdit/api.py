@@ -29,8 +29,7 @@ from fastdit.data.extract import extract_features
 from fastdit.data.images import size_text
 from fastdit.data.latents import LatentCodec
 from fastdit.data.manifest import Manifest
-from fastdit.data.remote import is_remote
-from fastdit.data.synthetic import PREFIX
+from fastdit.data.opening import is_local
 from fastdit.errors import counted
 from fastdit.evaluation.encoders import load_encoder
 from fastdit.files import yaml_line
@@ -184,7 +183,7 @@ def with_latents(
     image size or autoencoder than the config names.
     """
     data, size = config.data, config.data.image_size or 256
-    if isinstance(place, tuple) or is_remote(place) or place.startswith(PREFIX):
+    if not is_local(place):
         mixed = shards_text(place)
         raise ValueError(f"--images={images} is for one folder of latents, not data.shards={mixed}; omit it")
     shards = place or f"{str(images).rstrip('/')}_latents_{size_text(size)}"

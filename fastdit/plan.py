@@ -21,8 +21,7 @@ from fastdit.data.autoencoders import NO_VAE
 from fastdit.data.features import FEATURE_DTYPES, record_type
 from fastdit.data.images import size_text, width_height
 from fastdit.data.latents import LatentCodec
-from fastdit.data.remote import is_remote
-from fastdit.data.synthetic import PREFIX
+from fastdit.data.opening import can_open
 from fastdit.errors import counted
 from fastdit.memory import Candidate, candidates
 from fastdit.models.dit import DiT
@@ -61,7 +60,7 @@ def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
     Without them, training.epochs counts the images of ImageNet, and the latents are those of data.vae if that is a
     folder, else those of the usual autoencoders.
     """
-    if has_shards(config):
+    if can_open(config.data.shards):
         manifest, _ = shards_of(config)
         return resolved(config, manifest), manifest.latents.shape
     config = assumed(config)
@@ -72,13 +71,6 @@ def known(config: Config) -> tuple[Config, tuple[int, int, int]]:
         return config, (4, height // 8, width // 8)
     codec = LatentCodec.load(vae)
     return config, (codec.channels, height // codec.downsample, width // codec.downsample)
-
-
-def has_shards(config: Config) -> bool:
-    """Whether data.shards can be read: a local folder that exists, a URL, generated latents, or several sets."""
-    shards = config.data.shards
-    named = isinstance(shards, tuple) or shards.startswith(PREFIX) or is_remote(shards)
-    return named or bool(shards and (Path(shards) / "manifest.json").is_file())
 
 
 def report(config: Config, gpu: str, world: int = 1) -> str:
@@ -136,7 +128,7 @@ def extras(config: Config, model: DiT) -> list[str]:
     """Lines on latents that are not known, training.route, and features of training.align or model.class_token."""
     settings, lines, routing = config.training, [], build_routing(config.training, model)
     vae, (channels, height, width) = config.data.vae, known(config)[1]
-    if not (has_shards(config) or vae == NO_VAE or Path(vae).is_dir() or vae.startswith(USUAL)):
+    if not (can_open(config.data.shards) or vae == NO_VAE or Path(vae).is_dir() or vae.startswith(USUAL)):
         lines.append(f"Latents are taken to be {channels} x {height} x {width}, as data.vae={vae} is not read; give "
                      "others as data.shards=synthetic:IMAGES/CxHxW/CLASSES.")  # fmt: skip
     if routing:

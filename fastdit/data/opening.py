@@ -5,9 +5,19 @@ from pathlib import Path
 from fastdit.data.features import FOLDER, FeatureManifest, find_features
 from fastdit.data.manifest import Manifest
 from fastdit.data.mixture import feature_mixture, mixture
-from fastdit.data.remote import NO_CACHE, Cache
+from fastdit.data.remote import NO_CACHE, Cache, is_remote
 from fastdit.data.synthetic import PREFIX, synthetic
 from fastdit.schema import ShardSet
+
+
+def is_local(shards: str | Path | tuple[ShardSet, ...]) -> bool:
+    """Whether they are one folder of this machine, there or not yet: no URL, generated latents or several sets."""
+    return not (isinstance(shards, tuple) or is_remote(shards) or str(shards).startswith(PREFIX))
+
+
+def can_open(shards: str | Path | tuple[ShardSet, ...]) -> bool:
+    """Whether there is something to open: a local folder with a manifest, or anything that is not local."""
+    return not is_local(shards) or bool(shards) and (Path(shards) / "manifest.json").is_file()
 
 
 def open_latents(shards: str | Path | tuple[ShardSet, ...], cache: Cache = NO_CACHE) -> Manifest:

@@ -12,7 +12,7 @@ from fastdit.build import build_network, build_objective
 from fastdit.config import load_config
 from fastdit.data.images import size_text
 from fastdit.data.latents import LatentCodec, LatentSpec
-from fastdit.data.opening import open_latents
+from fastdit.data.opening import can_open, open_latents
 from fastdit.data.remote import is_remote
 from fastdit.errors import counted
 from fastdit.files import read_array
@@ -116,15 +116,14 @@ def check_latents(config: Config, latents: LatentSpec, found: Findings, say: Cal
     if not all(0 < scale < float("inf") for scale in scales):
         found.add("latents", f"the scale of the latents is {latents.scale}, not a positive number")
     vae, shards = Path(config.data.vae), config.data.shards
-    remote = is_remote(shards)
-    stored = isinstance(shards, tuple) or remote or (Path(shards or "nowhere") / "manifest.json").is_file()
+    stored = can_open(shards)
     known = config.data.normalize != "none" or stored  # the shards know the scale
     check_autoencoder(latents, vae, "the checkpoint", known, found, say)
     if stored:
         try:
             manifest = open_latents(shards, config.data.remote_cache).normalized(config.data.normalize)
         except ValueError as error:
-            return say(f"not checked: {error}") if remote else found.add("latents", str(error))
+            return say(f"not checked: {error}") if is_remote(shards) else found.add("latents", str(error))
         for key, own, other in latents.differences(manifest.latents, "precision"):
             where = shards_text(shards)
             found.add("latents", f"the latents in {where} have {key} {other}, but the checkpoint says {own}")

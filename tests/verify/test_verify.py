@@ -314,6 +314,15 @@ def test_a_checkpoint_is_held_against_the_shards_it_names(place, tmp_path):
     assert f"the latents in {place}/latents have codec 000" in line
 
 
+def test_a_checkpoint_is_held_against_the_generated_latents_it_names(world, tmp_path):
+    shards = "synthetic:40/4x8x8/10"
+    own = [f"data.shards={shards}", 'data.vae=""', "data.image_size=64", "training.steps=3", "training.report=false"]
+    run = train_here(world, tmp_path / "run", *own)
+    assert verify(run, quiet) == []
+    change_meta(run, lambda meta: meta["latents"].update(scale=0.5))
+    assert verify(run, quiet) == [f"the latents in {shards} have scale 0.18215, but the checkpoint says 0.5"]
+
+
 def test_stored_averages_are_checked_too(world, tmp_path):
     """A flipped bit, and a value that is not finite in a file that is otherwise as recorded."""
     settings = ["steps=2", "checkpoint_every=1", "ema_stds=[0.05,0.1]"]
