@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastdit.data.columns import SPLITS, cifar, is_packed, packed_files, parquet
 from fastdit.data.images import EXTENSIONS, skip_line
+from fastdit.data.manifest import is_shards
 from fastdit.data.matlab import structures
 from fastdit.data.sources import (
     KINDS,
@@ -48,7 +49,7 @@ def open_images(root: str | Path) -> ImageSource:
         if is_tar(root):
             return tar_archive(root)
         raise ValueError(f"images={root} is of no known kind; give {KINDS}")
-    if (root / "manifest.json").is_file() and (root / "index.npy").is_file():
+    if is_shards(root):
         raise ValueError(f"images={root} holds latents, not images; train on them with data.shards={root}")
     if root.is_dir():
         for folder in (root, root / "data"):  # the second is where the Hugging Face hub keeps them

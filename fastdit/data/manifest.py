@@ -35,6 +35,7 @@ DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("crc32", "<u4", 2), ("key", "<u8"), ("label", "<i4")])
 HEADER = 4096  # bytes; those of index.npy have 192
 ROWS = 1 << 14  # of an index, checked together, within a processor's cache
+SHARDS = ("manifest.json", "index.npy")  # the files that show a folder of latents
 AGAIN = "copy it again or extract again"
 
 
@@ -51,6 +52,11 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether `path` is a folder of latents."""
+    return all((Path(path) / name).is_file() for name in SHARDS)
 
 
 def stored_manifest(folder: str | Path, missing: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastdit.data.images import EXTENSIONS, Opened, skip_line
+from fastdit.data.manifest import SHARDS
 from fastdit.data.order import permutation
 from fastdit.errors import counted
 from fastdit.files import read_bytes
@@ -24,7 +25,7 @@ SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "d
 MAX_LIST = 1 << 30  # bytes of a list
 MAX_CLASSES = 100_000  # a larger number in place of a label is a mistake
 OUTPUTS = {  # of fastdit's commands, by the files that show them
-    "latents": ("manifest.json", "index.npy"),
+    "latents": SHARDS,
     "a run": ("config.yaml", "checkpoints"),
     "samples with their grid": ("sampling.json", "grid.png"),
 }

@@ -16,7 +16,7 @@ from fastdit.data.archives import is_there, open_images
 from fastdit.data.images import Size, parse_size, read_image, size_text, to_uint8, width_height
 from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import read_moments
-from fastdit.data.manifest import Manifest
+from fastdit.data.manifest import Manifest, is_shards
 from fastdit.data.remote import check_local
 from fastdit.distributed import one_thread
 from fastdit.evaluation.features import BLOCK
@@ -84,11 +84,6 @@ def check_crop(image_size: str | None, *paths: str | Path) -> None:
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a run or a checkpoint."""
     return (Path(path) / "checkpoints").is_dir() or (Path(path) / "checkpoint.json").is_file()
-
-
-def is_shards(path: str | Path) -> bool:
-    """Whether `path` is a folder of latents."""
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.npy").is_file()
 
 
 def _sampled(images: ImageSet, record: Path, key: str) -> ImageSet:

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastdit.data.manifest import is_shards
 from fastdit.data.order import permutation
 from fastdit.distributed import Ranks
 from fastdit.errors import counted
 from fastdit.evaluation.features import FEATURES
-from fastdit.evaluation.images import check_crop, is_shards, open_set
+from fastdit.evaluation.images import check_crop, open_set
 from fastdit.evaluation.neighbors import QUANTILE, RESAMPLES, memorized, nearest
 from fastdit.evaluation.protocol import made_on, stamp, subject
 from fastdit.evaluation.spaces import FeatureSpace, LatentSpace, pictures_of

@@ -18,11 +18,11 @@ from fastdit.data.encode import encode_both
 from fastdit.data.images import size_text, to_uint8, width_height
 from fastdit.data.latents import LatentCodec, mean_latents
 from fastdit.data.loader import read_moments
-from fastdit.data.manifest import DTYPES, Manifest
+from fastdit.data.manifest import DTYPES, Manifest, is_shards
 from fastdit.distributed import Ranks, one_thread
 from fastdit.evaluation.evaluate import digest_of, extract
 from fastdit.evaluation.features import load_features
-from fastdit.evaluation.images import ImageSet, is_shards, open_set
+from fastdit.evaluation.images import ImageSet, open_set
 
 PART = 4096  # training images in memory at once
 Embedded = tuple[Tensor, dict[str, Any]]

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fastdit.data.archives import is_there, open_images
 from fastdit.data.images import read_image
-from fastdit.evaluation.images import is_run, is_shards, open_set
+from fastdit.data.manifest import is_shards
+from fastdit.evaluation.images import is_run, open_set
 from fastdit.files import SAMPLING
 from fastdit.sheets import fitted, in_letters, in_rows, labelled, tiled
 
