@@ -13,6 +13,7 @@ import torch
 
 from fastdit import __version__
 from fastdit.distributed import Ranks
+from fastdit.errors import counted
 from fastdit.files import append_json
 from fastdit.launcher import under_deepspeed
 
@@ -34,8 +35,12 @@ def hardware(device: torch.device | None = None) -> str:
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux alone has it
-    return f"{name}, {cores} core{'s' * (cores != 1)}"
+    return f"{name}, {counted(cores(), 'core')}"
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def commit() -> str | None:

@@ -274,11 +274,16 @@ def staged(out: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=f"{out.name}.", suffix=".partial", dir=out.parent) as folder:
         stage = Path(folder) / out.name
         yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in Path(folder).rglob("*"):  # safetensors leaves 0600
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        use_umask(*Path(folder).rglob("*"))
         os.rename(stage, out)
+
+
+def use_umask(*paths: Path) -> None:
+    """Give files and folders the permissions that the umask asks for; safetensors leaves 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager

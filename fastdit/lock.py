@@ -136,13 +136,18 @@ def this_process() -> dict[str, str | int | None]:
     return {"host": socket.gethostname(), "boot": boot, "processes": processes, **own}
 
 
+def process_fields(pid: int) -> list[str]:
+    """What the kernel reports of a process: its state, its parent, ...; [] without such a process, or without /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def started(pid: int) -> str | None:
     """When a process of this host started, as the kernel reports it; None if there is no such process, or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if len(fields := process_fields(pid)) > 19:
         return None if fields[0] == "Z" else fields[19]
-    except (OSError, IndexError):
-        pass
     try:
         os.kill(pid, 0)  # no /proc, as on macOS: only its existence can be checked
         return "unknown"

@@ -36,6 +36,7 @@ from fastdit.data.progress import Progress
 from fastdit.data.sources import remarks
 from fastdit.data.writer import SHARD_SIZE, TAR_OVERHEAD, ShardWriter, check_out, publish
 from fastdit.distributed import Ranks
+from fastdit.environment import cores
 from fastdit.errors import counted
 from fastdit.registry import check
 
@@ -195,5 +196,4 @@ def _summarize(about: Manifest, rate: float, seen: Preview | None, precision: st
 
 
 def cores_per_process() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

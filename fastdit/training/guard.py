@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdit.distributed import Ranks
 from fastdit.errors import counted
 from fastdit.launcher import under_deepspeed
+from fastdit.lock import process_fields
 
 LAG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by request after a checkpoint; the same command with --resume continues
@@ -75,10 +76,8 @@ class Requests:
 
 def parent_of(pid: int) -> str:
     """The parent of a process, "" where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-    except OSError:
-        return ""
+    fields = process_fields(pid)
+    return fields[1] if fields else ""
 
 
 class Guard:

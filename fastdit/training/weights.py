@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdit.files import use_umask
+
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -28,9 +30,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         if not (number := re.search(r"os error (\d+)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors itself leaves 0600
+    use_umask(path)
 
 
 def is_finite(tensor: Tensor) -> bool:
