@@ -10,6 +10,7 @@ from fastdit.models.dit import DiT
 from fastdit.models.routing import Route, random_tokens
 from fastdit.models.taps import Tap, settled
 from fastdit.schema import TrainingConfig
+from helpers.networks import small
 
 OPTIONS = [
     {},
@@ -23,12 +24,8 @@ OPTIONS = [
 
 def network(depth: int = 5, **options) -> DiT:
     """In fp64, with no weight zero; 6 x 4 patches."""
-    torch.manual_seed(0)
-    model = DiT((12, 8), 2, 3, hidden_size=48, depth=depth, num_heads=2, num_classes=4, learn_sigma=False,
-                attention="eager", **options).double()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    sizes = {"input_size": (12, 8), "in_channels": 3, "depth": depth, "num_classes": 4, "learn_sigma": False}
+    model = small(**sizes, attention="eager", **options).double()
     model.t_embedder.float()  # its sines and cosines are always fp32
     return model
 
@@ -62,7 +59,7 @@ def test_skipping_tokens_return_unchanged_to_their_places(options):
     skipped = torch.ones(3, model.patches, dtype=torch.bool).scatter(1, patches, False)
     assert torch.equal(after[skipped], before[skipped])
     assert not torch.isclose(after[~skipped], before[~skipped]).any(1).all()
-    assert inside.shape == (3, model.patches - 10, 48)
+    assert inside.shape == (3, model.patches - 10, 24)
 
 
 def test_the_kept_tokens_see_only_each_other():
@@ -112,7 +109,7 @@ def test_a_route_and_taps_compile_without_graph_breaks(whole):
     found = []
     for compiled in (False, True):
         model = network(depth=3, position="rope", qk_norm="rms")
-        model.taps["2:"] = Tap(2, torch.nn.Linear(48, 7).double().requires_grad_(False))
+        model.taps["2:"] = Tap(2, torch.nn.Linear(24, 7).double().requires_grad_(False))
         torch.nn.init.ones_(model.taps["2:"].projector.weight)
         model.route = Route(1, 3, kept)
         for module in ([model] if whole else model.blocks) if compiled else ():

@@ -30,6 +30,7 @@ from fastdit.training.alignment import (
 )
 from fastdit.training.log import read_metrics, training_flops
 from helpers.data import edit_manifest
+from helpers.networks import small
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,13 +40,8 @@ FEATURES = ["training.align=[{name: repa, weight: 5, width: 32}]"]
 ROUTED = ["training.route=0.5", "training.route_ends=[1,1]"]
 
 
-def model_of(depth: int = 4) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(8, 2, 3, hidden_size=16, depth=depth, num_heads=2, num_classes=4, learn_sigma=False, attention="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+def model_of() -> DiT:
+    return small(input_size=8, in_channels=3, depth=4, num_classes=4, learn_sigma=False, attention="eager")
 
 
 def test_layersync_is_the_negative_cosine_to_a_deeper_block_without_its_gradient():

@@ -33,20 +33,14 @@ from helpers.checkpoints import quiet
 from helpers.data import edit_manifest
 from helpers.evaluation import tiny
 from helpers.extraction import TinyEncoder
+from helpers.networks import small
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.steps=4", "training.checkpoint_every=2", "training.precision=fp32"]
 TOKEN = ["model.class_token=6"]
-
-
-def small(**options) -> DiT:
-    torch.manual_seed(0)
-    model = DiT((4, 6), 2, 3, hidden_size=16, depth=2, num_heads=2, num_classes=4, attention="eager", **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+SIZES = {"input_size": (4, 6), "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 4,
+         "attention": "eager"}  # fmt: skip
 
 
 @pytest.mark.parametrize("dim", [1, 23, 24, 25, 100])
@@ -55,7 +49,7 @@ def test_a_token_fills_as_many_channels_as_it_needs(dim):
     state = join(latents, token)
     assert state.shape == (2, 3 + channels_of(dim, (4, 6)), 4, 6) and channels_of(dim, (4, 6)) == math.ceil(dim / 24)
     assert all(map(torch.equal, split(state, dim), (latents, token)))
-    assert small(class_token=dim).state_shape == state.shape[1:]
+    assert small(**SIZES, class_token=dim).state_shape == state.shape[1:]
 
 
 @pytest.mark.parametrize("options", [{}, {"prediction": "x_0"}, {"cosine_weight": 0.5}], ids=str)
@@ -77,7 +71,7 @@ def test_the_loss_is_the_latents_plus_the_weighted_tokens(options):
 
 
 def test_the_network_reads_the_token_and_ignores_what_is_left_of_its_channels():
-    model = small(class_token=30, registers=2)
+    model = small(**SIZES, class_token=30, registers=2)
     assert model.tokens == 6 + 2 + 1
     state, t, y = torch.randn(2, *model.state_shape, requires_grad=True), torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
     out = model(state, t, y)
@@ -93,10 +87,10 @@ def test_the_network_reads_the_token_and_ignores_what_is_left_of_its_channels():
 @pytest.mark.parametrize("block", ["adaln_zero", "adaln", "in_context", "cross_attention"])
 @pytest.mark.parametrize("more", [{}, {"position": "rope", "registers": 1}], ids=str)
 def test_every_block_takes_it_and_its_head_starts_at_zero(block, more):
-    model = DiT((4, 6), 2, 3, hidden_size=16, depth=2, num_heads=2, num_classes=4, attention="eager", block=block,
-                class_token=7, **more)  # fmt: skip
+    options = {**SIZES, "block": block, "class_token": 7, **more}
+    model = DiT(**options)
     assert not model(torch.randn(2, *model.state_shape), torch.rand(2), torch.tensor([0, 1])).any()
-    moved = small(block=block, class_token=7, **more)
+    moved = small(**options)
     moved(torch.randn(2, *moved.state_shape), torch.rand(2), torch.tensor([0, 1])).sum().backward()
     assert all(parameter.grad is not None for parameter in moved.class_token.parameters())
 

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.distributed import Ranks
 from fastdit.memory import memory_bytes, muon_flops
-from fastdit.models.dit import DiT
 from fastdit.training.ema import EMA
 from fastdit.training.engine import TorchEngine, moments_of
 from fastdit.training.muon import Muon
+from helpers.networks import small
 from helpers.runs import losses, run, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,11 +21,7 @@ MUON = ["training.optimizer=muon", "training.steps=6", "training.checkpoint_ever
 
 
 def engine_of(optimizer: str) -> TorchEngine:
-    torch.manual_seed(0)
-    model = DiT(8, 2, 3, hidden_size=16, depth=2, num_heads=2, num_classes=4, learn_sigma=False, attention="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = small(input_size=8, in_channels=3, hidden_size=16, num_heads=2, num_classes=4, learn_sigma=False)
     return TorchEngine(model, Ranks(0, 0, 1, torch.device("cpu")), betas=(0.9, 0.99), weight_decay=0.1,
                        precision="fp32", accumulation=1, grad_clip=0.0, optimizer=optimizer)  # fmt: skip
 
