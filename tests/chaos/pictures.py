@@ -13,6 +13,7 @@ from PIL import Image
 
 from chaos import contents
 from chaos.corpus import Case, Good, copied, seal
+from helpers.awkward import png_of
 
 
 def cases(good: Good) -> Iterator[Case]:
@@ -31,10 +32,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes], data: bytes = b""
     rows = zlib.compressobj(9)
     body = data or b"".join([*(rows.compress(bytes(1 + width)) for _ in range(min(height, 20_000))), rows.flush()])
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts
-    )
+    return png_of((b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b""))
 
 
 def tiff(entries: list[tuple[int, int, int, int]], next_ifd: int) -> bytes:

@@ -1,9 +1,8 @@
 """Image folders, ADM's center crop, conversion to pixels and back."""
 
-import io
 import os
 import struct
-import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from fastdit.data.images import Skipped, center_crop, load_crop, random_crop, read_image, to_pixels, to_uint8
 from fastdit.data.sources import list_images, remarks
 from helpers import GOLDEN
+from helpers.awkward import deep_png
 
 ARRAYS = np.load(GOLDEN / "center_crop.npz", allow_pickle=False)
 
@@ -137,21 +137,7 @@ DEEP = np.random.default_rng(1).integers(0, 65536, (8, 8, 4))
 DEEP[0, :2], DEEP[1] = [[0], [65535]], [1000, 2000, 3000, 65535]
 
 
-def png16(values: np.ndarray, color: int, transparent: list[int] | None = None) -> io.BytesIO:
-    """A PNG file of 16 bits, which Pillow writes in gray only."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = values.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values.reshape(height, -1))
-    own = chunk(b"tRNS", np.array(transparent, ">u2").tobytes()) if transparent else b""
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)), own]
-    parts += [chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-    return io.BytesIO(b"".join([b"\x89PNG\r\n\x1a\n", *parts]))
-
-
-def tiff(values: np.ndarray, photometric: int, order: str, bits: int = 16, signed: bool = False) -> io.BytesIO:
+def tiff(values: np.ndarray, photometric: int, order: str, bits: int = 16, signed: bool = False) -> BytesIO:
     """A TIFF file with one strip; 12 bits are packed."""
     height, width, channels = values.shape
     if bits == 12:
@@ -169,7 +155,7 @@ def tiff(values: np.ndarray, photometric: int, order: str, bits: int = 16, signe
         entries += struct.pack(f"{order}HHI", tag, 3, len(numbers)) + packed.ljust(4, b"\0")
     head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 8 + len(data))
     table = struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0)
-    return io.BytesIO(head + data + table + beyond)
+    return BytesIO(head + data + table + beyond)
 
 
 def on_white(values: np.ndarray, alpha: np.ndarray | float = 65535.0) -> np.ndarray:
@@ -179,11 +165,11 @@ def on_white(values: np.ndarray, alpha: np.ndarray | float = 65535.0) -> np.ndar
 @pytest.mark.parametrize(
     ("file", "wanted", "most"),
     [
-        (png16(DEEP[..., 0], 0), DEEP[..., :1] / 257, 0.5),
-        (png16(DEEP[..., 0], 0, [1000]), np.where(DEEP[..., :1] == 1000, 255, DEEP[..., :1] / 257), 0.5),
-        (png16(DEEP[..., 2:], 4), on_white(DEEP[..., 2:3], DEEP[..., 3:]), 2.5),
-        (png16(DEEP[..., :3], 2), DEEP[..., :3] / 257, 2.5),
-        (png16(DEEP, 6), on_white(DEEP[..., :3], DEEP[..., 3:]), 2.5),
+        (BytesIO(deep_png(DEEP[..., :1])), DEEP[..., :1] / 257, 0.5),
+        (BytesIO(deep_png(DEEP[..., :1], [1000])), np.where(DEEP[..., :1] == 1000, 255, DEEP[..., :1] / 257), 0.5),
+        (BytesIO(deep_png(DEEP[..., 2:])), on_white(DEEP[..., 2:3], DEEP[..., 3:]), 2.5),
+        (BytesIO(deep_png(DEEP[..., :3])), DEEP[..., :3] / 257, 2.5),
+        (BytesIO(deep_png(DEEP)), on_white(DEEP[..., :3], DEEP[..., 3:]), 2.5),
         (tiff(DEEP[..., :1], 1, "<"), DEEP[..., :1] / 257, 0.5),
         (tiff(DEEP[..., :1], 1, ">"), DEEP[..., :1] / 257, 0.5),
         (tiff(DEEP[..., :1], 0, "<"), 255 - DEEP[..., :1] / 257, 0.5),
@@ -203,7 +189,7 @@ def test_deep_images_of_every_kind_are_as_their_values_say(file, wanted, most):
 
 def test_a_transparent_color_of_16_bits_is_refused():
     with pytest.raises(ValueError, match="its transparent color has 16 bits; save it with 8 bits or an alpha channel"):
-        read_image(png16(DEEP[..., :3], 2, [1000, 2000, 3000]), None)
+        read_image(BytesIO(deep_png(DEEP[..., :3], [1000, 2000, 3000])), None)
 
 
 def test_the_exif_orientation_is_applied(tmp_path):

@@ -53,17 +53,21 @@ def exif(orientation: int) -> Image.Exif:
     return data
 
 
-def deep_png(array: np.ndarray) -> bytes:
-    """An RGB PNG with 16 bits per channel, which Pillow does not write."""
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = array.shape
+def deep_png(array: np.ndarray, transparent: list[int] | None = None) -> bytes:
+    """A PNG with 16 bits per channel, which Pillow writes in gray only: (height, width, 1 to 4 channels)."""
+    height, width, channels = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    own = [(b"tRNS", np.array(transparent, ">u2").tobytes())] if transparent else []
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    return png_of((b"IHDR", header), *own, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
 
 
 def plain(rng: np.random.Generator, size: tuple[int, int]) -> Iterator[Case]:
