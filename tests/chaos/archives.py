@@ -1,11 +1,9 @@
 """Hostile archives and lists of images, and what an unfinished extraction left."""
 
 import gzip
-import io
 import json
 import pickle
 import struct
-import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from chaos import contents
 from chaos.contents import Payload
 from chaos.corpus import Case, Good, copied
 from chaos.pictures import MEMBERS, member
+from helpers.sources import cifar_of
 
 
 def cases(good: Good) -> Iterator[Case]:
@@ -50,24 +49,12 @@ def archive(good: Good, make: Callable[[Path, Path], Path], folder: Path) -> lis
     return extract(good, make(folder / "out", folder / "canary"), folder / "out")
 
 
-def packed(**files: bytes) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def cifar(*batch: bytes) -> Callable[[Path, Path], Path]:
     """CIFAR-10 of one batch, the pickle."""
 
     def make(out: Path, canary: Path) -> Path:
         data = batch[0] if batch else pickle.dumps({b"data": Payload(canary), b"labels": [0]}, protocol=2)
-        names = pickle.dumps({b"label_names": [b"a"]}, protocol=2)
-        (out / "cifar-10-python.tar.gz").write_bytes(packed(data_batch_1=data, **{"batches.meta": names}))
-        return out / "cifar-10-python.tar.gz"
+        return cifar_of(out / "cifar-10-python.tar.gz", data)
 
     return make
 

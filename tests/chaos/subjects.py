@@ -302,14 +302,8 @@ def plain_tar(folder: Path) -> Path:
 def cifar_parts(folder: Path) -> Path:
     """CIFAR-10 as a plain tar file, whose pickles are changed in place."""
     rows = sources.PIXELS.transpose(0, 3, 1, 2).reshape(12, -1)
-    with tarfile.open(folder / "cifar-10-python.tar", "w") as tar:
-        sources.add(
-            tar, "cifar-10-batches-py/batches.meta", pickle.dumps({b"label_names": [b"ant", b"bee", b"cat"]}, 2)
-        )
-        sources.add(
-            tar, "cifar-10-batches-py/data_batch_1", pickle.dumps({b"data": rows, b"labels": sources.LABELS}, 2)
-        )
-    return folder / "cifar-10-python.tar"
+    batch = pickle.dumps({b"data": rows, b"labels": sources.LABELS}, 2)
+    return sources.cifar_of(folder / "cifar-10-python.tar", batch, sources.NAMES)
 
 
 def hub(folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """Shards, images and archives that anyone may have written run nothing, block nothing and stay small."""
 
-import io
 import json
 import os
 import pickle
@@ -23,6 +22,7 @@ from fastdit.files import read_bytes
 from fastdit.verify import verify
 from helpers.checkpoints import quiet
 from helpers.data import edit_manifest, make_shards
+from helpers.sources import cifar_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["training.steps=2", "training.checkpoint_every=2", "model.variant=DiT-1x32x2/4", "training.precision=fp32"]
@@ -127,15 +127,6 @@ def test_a_label_of_a_terabyte_in_a_webdataset_is_not_read(tmp_path):
         open_images(tmp_path / "a.tar")
 
 
-def cifar_file(path, batch):
-    names = pickle.dumps({b"label_names": [b"a"]}, protocol=2)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in (("data_batch_1", batch), ("batches.meta", names)):
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 @pytest.mark.parametrize(
     "batch, words",
     [
@@ -145,14 +136,14 @@ def cifar_file(path, batch):
     ],
 )
 def test_a_pickle_in_cifar_takes_no_more_memory_than_it_has(tmp_path, batch, words):
-    cifar_file(tmp_path / "cifar.tar.gz", batch)
+    cifar_of(tmp_path / "cifar.tar.gz", batch)
     with pytest.raises(ValueError, match=f"cannot be read as CIFAR .*{words}"):
         open_images(tmp_path / "cifar.tar.gz")
 
 
 def test_a_compressed_archive_is_read_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "UNPACKED", 1 << 20)
-    cifar_file(tmp_path / "cifar.tar.gz", bytes(1 << 21))
+    cifar_of(tmp_path / "cifar.tar.gz", bytes(1 << 21))
     assert (tmp_path / "cifar.tar.gz").stat().st_size < 10_000
     with pytest.raises(ValueError, match="its files hold more than 1048576 bytes"):
         open_images(tmp_path / "cifar.tar.gz")

@@ -26,7 +26,7 @@ from fastdit.verify import verify
 from helpers import sources
 from helpers.data import make_shards, tiny_vae
 from helpers.extraction import files_of, run
-from helpers.sources import LABELS, NAMES, PIXELS, add, png
+from helpers.sources import LABELS, NAMES, PIXELS, add, cifar_of, png
 
 NUMBERS, ALL = ("0", "1", "2"), range(12)
 CRANES = ("tench", "crane (n02012849)", "crane (n03126707)")
@@ -124,13 +124,6 @@ def test_groups_of_rows_are_decoded_once_and_by_any_number_of_processes_alike(tm
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
 
 
-def pickled(root: Path, data: bytes) -> Path:
-    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as tar:
-        add(tar, "cifar-10-batches-py/batches.meta", pickle.dumps({"label_names": ["a"]}))
-        add(tar, "cifar-10-batches-py/data_batch_1", data)
-    return root / "cifar-10-python.tar.gz"
-
-
 class Attack:
     def __init__(self, how, *arguments):
         self.how, self.arguments = how, arguments
@@ -153,7 +146,7 @@ def test_no_pickle_is_run(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
     for data in (attack, {"data": attack, "labels": [0]}, {"data": PIXELS[:1].reshape(1, -1), "labels": [attack]}):
         with pytest.raises(ValueError, match="which no CIFAR archive needs; it was not run"):
-            open_images(pickled(tmp_path, pickle.dumps(data)))
+            open_images(cifar_of(tmp_path / "cifar-10-python.tar.gz", pickle.dumps(data)))
     assert not (tmp_path / "MARK").exists()
 
 
@@ -171,12 +164,12 @@ def test_a_pickle_of_stand_ins_gone_wrong_is_an_error(tmp_path):
         [1, 2],
     ):
         with pytest.raises(ValueError, match="cannot be read as CIFAR .*; copy it again") as error:
-            open_images(pickled(tmp_path, pickle.dumps(data)))
+            open_images(cifar_of(tmp_path / "cifar-10-python.tar.gz", pickle.dumps(data)))
         assert "\n" not in str(error.value)
     data = pickle.dumps({"data": array, "labels": [0, 0]})
     for cut in range(0, len(data) - 1, 97):
         with pytest.raises(ValueError, match="cannot be read as CIFAR"):
-            open_images(pickled(tmp_path, data[:cut]))
+            open_images(cifar_of(tmp_path / "cifar-10-python.tar.gz", data[:cut]))
 
 
 def mistaken(root: Path, how: str) -> Path:

@@ -126,6 +126,14 @@ def make_cifar10(root: Path) -> Path:
     return root / "cifar-10-python.tar.gz"
 
 
+def cifar_of(path: Path, batch: bytes, names: tuple[str, ...] = ("a",)) -> Path:
+    """CIFAR-10 of these classes and of one batch, the bytes of its pickle; compressed if the path ends in .gz."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        add(tar, "cifar-10-batches-py/batches.meta", pickle.dumps({b"label_names": [n.encode() for n in names]}, 2))
+        add(tar, "cifar-10-batches-py/data_batch_1", batch)
+    return path
+
+
 def make_cifar100(root: Path) -> Path:
     batch = {"data": PIXELS.transpose(0, 3, 1, 2).reshape(12, -1), "fine_labels": LABELS, "coarse_labels": [0] * 12}
     with tarfile.open(root / "cifar-100-python.tar", "w") as tar:
