@@ -33,7 +33,7 @@ from fastdit.files import sealed
 from fastdit.training.weights import read_weights
 from fastdit.verify import verify
 from helpers import awkward, sources
-from helpers.data import make_shards
+from helpers.data import make_shards, write_cerebras
 
 COUNT, SIDE = 6, 32  # images; the side of a crop
 SHAPE = (4, 8, 8)  # of foreign latents
@@ -228,12 +228,7 @@ def lightningdit(folder: Path) -> Path:
 
 
 def cerebras(folder: Path) -> Path:
-    for i in range(COUNT):
-        path = folder / "train" / f"n0{i % 3}" / f"{i:03d}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        vae_output = np.concatenate([MEAN[i], 2 * np.log(STD[i])])
-        np.savez(path, src_path="/images/0.png", label=np.int32(i % 3), vae_output=vae_output)
-    return folder / "train"
+    return write_cerebras(folder, MEAN, STD, [i % 3 for i in range(COUNT)])
 
 
 def importing(layout: str) -> Callable[[Path, Path, Path | None], None]:

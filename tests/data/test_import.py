@@ -18,7 +18,7 @@ from fastdit.data.loader import latent_batches, read_moments
 from fastdit.data.manifest import Manifest
 from fastdit.data.others import LAYOUTS
 from fastdit.verify import verify
-from helpers.data import tiny_vae
+from helpers.data import tiny_vae, write_cerebras
 from helpers.runs import losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,13 +80,7 @@ def lightningdit(root: Path, flip: bool = True) -> Path:
 
 
 def cerebras(root: Path, orientation: int = 0) -> Path:
-    for i in range(COUNT):
-        path = root / "train" / f"n0{LABELS[i]}" / f"{i:03d}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        logvar = 2 * np.log(STD[orientation, i])
-        np.savez(path, src_path=f"/images/{path.name}", dest_path=str(path), label=np.int32(LABELS[i]),
-                 vae_output=np.concatenate([MEAN[orientation, i], logvar]))  # fmt: skip
-    return root / "train"
+    return write_cerebras(root, MEAN[orientation], STD[orientation], LABELS)
 
 
 MADE = {"fast-dit": fast_dit, "repa": repa, "edm2": edm2, "lightningdit": lightningdit, "cerebras": cerebras}

@@ -1,6 +1,7 @@
 """A small autoencoder, a folder of images and a set of latents."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ def write_digits(root: Path, count: int) -> Path:
         image = Image.fromarray((digits.images[i] * 15.9).astype("uint8")).convert("RGB")
         image.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
     return root
+
+
+def write_cerebras(root: Path, means: np.ndarray, deviations: np.ndarray, labels: Iterable[int]) -> Path:
+    """Latents as the Cerebras model zoo writes them: a file per image, with the mean and the log of the variance."""
+    for i, (mean, deviation, label) in enumerate(zip(means, deviations, labels, strict=True)):
+        path = root / "train" / f"n0{label}" / f"{i:03d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        both = np.concatenate([mean, 2 * np.log(deviation)])
+        paths = {"src_path": f"/images/{path.name}", "dest_path": f"/latents/{path.name}"}
+        np.savez(path, **paths, label=np.int32(label), vae_output=both)
+    return root / "train"
 
 
 def make_shards(out, spread: float = 5.0, scale: float = 0.18215):
