@@ -14,17 +14,10 @@ from fastdit.commands import COMMANDS
 from fastdit.config import all_keys, shipped_names
 from fastdit.registry import Choice
 from helpers import ROOT
+from helpers.commands import mistake
 from helpers.runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def mistake(capsys, *argv) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        main(list(map(str, argv)))
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err.removeprefix("error: ").strip()
 
 
 MISTAKES = {
@@ -182,7 +175,7 @@ def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch, capsy
     for command in ("ema", "convert", "likelihood", "import", "shards", "report", "grid", "quickstart"):
         monkeypatch.setitem(COMMANDS, command, stub)
         says = f"fastdit {command} runs in one process, but the environment has WORLD_SIZE=2; start it without a"
-        assert mistake(capsys, command).startswith(says)
+        assert mistake(capsys, command).startswith(f"error: {says}")
     main(["configs"])  # writes nothing
 
 

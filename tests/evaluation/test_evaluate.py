@@ -19,7 +19,8 @@ from fastdit.evaluation.evaluate import Reference, measure
 from fastdit.evaluation.images import ImageSet
 from fastdit.evaluation.metrics import Features, frechet_distance
 from fastdit.evaluation.moments import moments_of
-from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny, write_pngs
+from helpers.commands import mistake
+from helpers.evaluation import evaluate, pictures, tiny, use_tiny, write_pngs
 from helpers.runs import Forks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,9 +148,10 @@ def test_unlike_protocols_are_not_compared(folder, small, tmp_path, capsys):
     main(["evaluate", "--compare", a, b])  # two checkpoints, measured alike
     said = capsys.readouterr().out
     assert "FD (tiny)" in said and "real against real" in said and "kid" not in said
-    assert "samples.sampling.cfg_scale=1.5 and 4; measure both" in mistake(capsys, "--compare", a, c)
-    assert "seed=0 and 1; measure both the same way" in mistake(capsys, "--compare", a, d)
-    assert "--metrics means nothing with --compare" in mistake(capsys, "--compare", a, b, "--metrics", "kid")
+    assert "samples.sampling.cfg_scale=1.5 and 4; measure both" in mistake(capsys, "evaluate", "--compare", a, c)
+    assert "seed=0 and 1; measure both the same way" in mistake(capsys, "evaluate", "--compare", a, d)
+    said = mistake(capsys, "evaluate", "--compare", a, b, "--metrics", "kid")
+    assert "--metrics means nothing with --compare" in said
 
 
 def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatch, capsys):
@@ -179,11 +181,11 @@ def test_adms_files_need_inceptions_features(folder, small, tmp_path, monkeypatc
     assert alone["values"].keys() == known | {"inception_score"} and alone["real"] is None
     assert "sFID" in capsys.readouterr().out
     assert both["values"]["precision"] >= 0 and both["real"]["num_images"] == 25
-    said = mistake(capsys, *arguments[:1], "--reference", tmp_path / "adm.npz")
+    said = mistake(capsys, "evaluate", *arguments[:1], "--reference", tmp_path / "adm.npz")
     assert "holds Inception's mu and sigma only; use --features inception-v3, or give images" in said
     for name, metric, words in (("adm", "kid", "the reference holds mu and sigma only"),
                                 ("pooled", "spatial_frechet", "it needs Inception's spatial")):  # fmt: skip
-        said = mistake(capsys, *arguments, tmp_path / f"{name}.npz", "--metrics", metric)
+        said = mistake(capsys, "evaluate", *arguments, tmp_path / f"{name}.npz", "--metrics", metric)
         assert f"--metrics={metric}: {words}" in said
 
 
@@ -228,7 +230,7 @@ def test_mistakes_name_key_value_and_remedy(folder, small, tmp_path, capsys):
         (["--compare", good, folder / "reference.npz"], "samples.npz is not a text file; give files of JSON"),
         ([good, *reference, "--image-size", "32"], "only, so it changes nothing for"),
     ):
-        assert words in mistake(capsys, *argv, "--device", "cpu"), words
+        assert words in mistake(capsys, "evaluate", *argv, "--device", "cpu"), words
 
 
 def test_a_crop_makes_sizes_equal(folder, small, tmp_path, capsys):
@@ -238,7 +240,7 @@ def test_a_crop_makes_sizes_equal(folder, small, tmp_path, capsys):
         results.append(evaluate(folder / "samples.npz", "--reference", reference, *options))
     assert results[0]["protocol"]["reference"]["size"] == [48, 48] and results[0]["protocol"] == results[1]["protocol"]
     assert evaluate(tmp_path / "wide", "--reference", saved, "--image-size", "48")["protocol"]["cropped"] == "48"
-    assert "96x48 pixels, --reference=" in mistake(capsys, tmp_path / "wide", "--reference", saved)
+    assert "96x48 pixels, --reference=" in mistake(capsys, "evaluate", tmp_path / "wide", "--reference", saved)
 
 
 def test_the_inception_score_of_images_sorted_by_class_is_that_of_shuffled_ones():

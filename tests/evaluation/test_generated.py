@@ -19,8 +19,9 @@ from fastdit.evaluation.generated import generated
 from fastdit.evaluation.images import ImageSet, open_set
 from fastdit.files import append_json
 from fastdit.sampling import load_pipeline, sample
+from helpers.commands import mistake
 from helpers.data import edit_manifest
-from helpers.evaluation import evaluate, mistake, pictures, tiny, use_tiny
+from helpers.evaluation import evaluate, pictures, tiny, use_tiny
 from helpers.runs import Forks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,10 +112,10 @@ def test_latents_are_a_reference_as_their_autoencoder_decodes_them(world, folder
     assert "was decoded from latents, so the distance leaves out the autoencoder's own error" in capsys.readouterr().err
     assert evaluate(*arguments, saved)["values"] == result["values"]
     files = two(tmp_path, result, evaluate(*arguments, world / "images"))
-    assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "--compare", *files)
+    assert f"decoded_by={codec.fingerprint} and None" in mistake(capsys, "evaluate", "--compare", *files)
     shutil.copytree(world / "latents", tmp_path / "other")
     edit_manifest(tmp_path / "other", codec="0" * 64, codec_encoder="0" * 64)
-    assert "use the same autoencoder" in mistake(capsys, *arguments, tmp_path / "other")
+    assert "use the same autoencoder" in mistake(capsys, "evaluate", *arguments, tmp_path / "other")
 
 
 def two(folder, *results):
@@ -138,4 +139,4 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, folder, small
         ([samples, *reference, "--num-samples", 8], "--num-samples: SAMPLES="),
         ([samples, *reference, "sampling.steps=3"], "sampling.steps=3: SAMPLES="),
     ):
-        assert words in mistake(capsys, *argv, "--device", "cpu"), words
+        assert words in mistake(capsys, "evaluate", *argv, "--device", "cpu"), words

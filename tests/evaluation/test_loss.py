@@ -15,8 +15,8 @@ from fastdit.distributed import Ranks
 from fastdit.evaluation.loss import BATCH, BINS, IMAGES, stratified, validation_loss
 from fastdit.pipeline import Inference
 from fastdit.training.state import load_network
+from helpers.commands import mistake
 from helpers.data import make_shards
-from helpers.evaluation import mistake
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 ZERO = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
@@ -137,9 +137,10 @@ def test_the_command_prints_the_loss_by_timestep_and_says_how_it_was_measured(tr
     main(["evaluate", "--compare", str(out), str(out)])
     main(["evaluate", str(trained), "--loss", "--shards", str(shards), "--num-samples", "90", "--weights", "model",
           "--out", str(tmp_path / "model.jsonl")])  # fmt: skip
-    assert "weights=ema and model" in mistake(capsys, "--compare", out, tmp_path / "model.jsonl")
-    assert "neither data.val_shards nor data.val_fraction; give --shards" in mistake(capsys, trained, "--loss")
-    assert "has no manifest.json" in mistake(capsys, trained, "--loss", "--shards", tmp_path)
+    assert "weights=ema and model" in mistake(capsys, "evaluate", "--compare", out, tmp_path / "model.jsonl")
+    said = mistake(capsys, "evaluate", trained, "--loss")
+    assert "neither data.val_shards nor data.val_fraction; give --shards" in said
+    assert "has no manifest.json" in mistake(capsys, "evaluate", trained, "--loss", "--shards", tmp_path)
     for override, words in (
         ("sampling.cfg_scale=4", "sampling.cfg_scale=4: only objective, model.attention, model.learn_sigma, "),
         ("data.val_shards=a", "data.val_shards=a changes nothing for a validation loss; use --shards a"),
@@ -147,8 +148,8 @@ def test_the_command_prints_the_loss_by_timestep_and_says_how_it_was_measured(tr
         ("objective.sample_shift=2", "objective.sample_shift=2 changes nothing for a validation loss; leave it out"),
         ("training.lr=1", "training.lr=1: only objective"),
     ):
-        assert words in mistake(capsys, trained, "--loss", "--shards", shards, override), words
-    assert "a.jsonl means nothing with --compare" in mistake(capsys, "a.jsonl", "--compare", out, out)
+        assert words in mistake(capsys, "evaluate", trained, "--loss", "--shards", shards, override), words
+    assert "a.jsonl means nothing with --compare" in mistake(capsys, "evaluate", "a.jsonl", "--compare", out, out)
     main(["evaluate", str(trained), "--loss", "--num-samples", "20", "--out", str(tmp_path / "own.jsonl"),
           "data.val_fraction=0.2", "objective.shift=3"])  # fmt: skip
     own = json.loads((tmp_path / "own.jsonl").read_text())["protocol"]

@@ -13,8 +13,9 @@ from fastdit.data.manifest import Manifest
 from fastdit.files import append_json
 from fastdit.likelihood import likelihood
 from fastdit.sampling import sample
+from helpers.commands import mistake
 from helpers.data import edit_manifest
-from helpers.evaluation import evaluate, mistake, pictures
+from helpers.evaluation import evaluate, pictures
 from helpers.runs import train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
@@ -33,7 +34,7 @@ def test_another_objective_makes_another_protocol(trained, reference, tmp_path, 
     plain = evaluate(trained, "--reference", reference, *FEW, out=tmp_path / "a.jsonl")
     shifted = evaluate(trained, "--reference", reference, *FEW, SHIFTED, out=tmp_path / "b.jsonl")
     assert plain["values"] != shifted["values"]
-    said = mistake(capsys, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    said = mistake(capsys, "evaluate", "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert "samples.objective.sample_shift=None and 4" in said
     evaluate(trained, "--reference", reference, *FEW, "--sweep", "steps=4", out=tmp_path / "s.jsonl")
     evaluate(trained, "--reference", reference, *FEW, SHIFTED, "--sweep", "steps=4", out=tmp_path / "s.jsonl")
@@ -59,14 +60,14 @@ def test_losses_of_latents_on_another_scale_are_not_compared(world, trained, tmp
     train_here(world, tmp_path / "run", "training.steps=2", "training.precision=fp32", "data.normalize=channel")
     for run, name in ((trained, "a"), (tmp_path / "run", "b")):
         evaluate(run, "--loss", "--shards", world / "latents", "--num-samples", "20", out=tmp_path / f"{name}.jsonl")
-    assert "latents.scale=" in mistake(capsys, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert "latents.scale=" in mistake(capsys, "evaluate", "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
 def test_labels_that_mean_other_classes_are_refused(world, trained, tmp_path, capsys):
     shutil.copytree(world / "latents", tmp_path / "latents")
     edit_manifest(tmp_path / "latents", class_names=Manifest.load(world / "latents").class_names[::-1])
     assert Manifest.load(tmp_path / "latents").class_names[0] == "9"
-    said = mistake(capsys, trained, "--loss", "--shards", tmp_path / "latents")
+    said = mistake(capsys, "evaluate", trained, "--loss", "--shards", tmp_path / "latents")
     assert "has other classes than the run (9, not 0); extract both with the same classes" in said
     with pytest.raises(ValueError, match="has other classes than the run"):
         likelihood(trained, tmp_path / "latents", num_images=2, steps=2, device="cpu")
@@ -85,16 +86,16 @@ def test_the_path_of_weak_weights_may_differ(trained, reference, tmp_path, capsy
     assert "FD (tiny)" in capsys.readouterr().out
     assert len((tmp_path / "both.jsonl").read_text().splitlines()) == 1  # not measured again
     evaluate(trained, "--reference", reference, *FEW, "--sweep", "steps=2", out=out[1])
-    assert "weak_sha256=" in mistake(capsys, "--compare", *out)
+    assert "weak_sha256=" in mistake(capsys, "evaluate", "--compare", *out)
 
 
 def test_what_means_nothing_is_refused(world, trained, reference, tmp_path, capsys):
     loss = (trained, "--loss", "--shards", world / "latents")
     for option in (["--sweep", "steps=4"], ["--features", "x"], ["--seed", "3"], ["--metrics", "kid"]):
-        assert f"{option[0]} means nothing with --loss" in mistake(capsys, *loss, *option)
+        assert f"{option[0]} means nothing with --loss" in mistake(capsys, "evaluate", *loss, *option)
     evaluate(trained, "--reference", reference, "--num-samples", "8", "--metrics", "frechet", out=tmp_path / "a.jsonl")
     evaluate(trained, "--reference", reference, "--num-samples", "8", "--metrics", "kid", out=tmp_path / "b.jsonl")
-    said = mistake(capsys, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    said = mistake(capsys, "evaluate", "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert "has frechet" in said and "has kid; measure both with the same --metrics" in said
 
 

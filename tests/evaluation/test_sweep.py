@@ -10,7 +10,8 @@ from PIL import Image
 from fastdit.cli import main
 from fastdit.pipeline import ImagePipeline
 from fastdit.sweep import plot, points
-from helpers.evaluation import evaluate, mistake, pictures, use_tiny
+from helpers.commands import mistake
+from helpers.evaluation import evaluate, pictures, use_tiny
 from helpers.runs import Forks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +127,7 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tm
         (["cfg_rescale=0,2"], "sampling.cfg_rescale=2"),
         (["weak_checkpoint=nowhere"], "nowhere"),
     ):
-        assert words in mistake(capsys, *command(trained, reference, tmp_path / "out.jsonl", *sweep)[1:]), words
+        assert words in mistake(capsys, *command(trained, reference, tmp_path / "out.jsonl", *sweep)), words
     for given, sweep, words in (
         ("sampling.cfg_scale=3", "cfg_scale=1,2", "--sweep cfg_scale=... and sampling.cfg_scale=3 are the same; give"),
         ("sampling.sampler=heun", "sampler=ddim", "--sweep sampler=... and sampling.sampler=heun are the same; give"),
@@ -135,8 +136,8 @@ def test_mistakes_are_answered_before_anything_is_sampled(trained, reference, tm
         ("--weights=model", "weights=ema", "--weights=model and --sweep weights=... are the same; give one"),
         ("seed=3", "steps=3", "seed=3 changes nothing when sampling; use --seed 3"),
     ):
-        argv = command(trained, reference, tmp_path / "out.jsonl")[1:-1]
+        argv = command(trained, reference, tmp_path / "out.jsonl")[:-1]
         assert words in mistake(capsys, *argv, given, "--sweep", sweep), words
     assert not (tmp_path / "out.jsonl").exists()
     argv = command(tmp_path / "samples.npz", reference, tmp_path / "out.jsonl", "cfg_scale=1,2")
-    assert "--num-samples, --sweep: SAMPLES=" in mistake(capsys, *argv[1:])
+    assert "--num-samples, --sweep: SAMPLES=" in mistake(capsys, *argv)

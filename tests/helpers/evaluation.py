@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -69,13 +68,3 @@ def evaluate(samples: Path, *argv, out: Path | None = None) -> dict:
     out = out or samples.parent / "results.jsonl"
     main(["evaluate", str(samples), *map(str, argv), "--out", str(out), "--device", "cpu"])
     return json.loads(out.read_text().splitlines()[-1])
-
-
-def mistake(capsys, *argv) -> str:
-    """The one line with which `fastdit evaluate` refuses its arguments."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", *map(str, argv)])
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
