@@ -17,13 +17,13 @@ from fastdit.cli import main
 from fastdit.data import encode, extract
 from fastdit.data.images import load_crop, to_pixels
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.sources import list_images
 from fastdit.lock import FolderLock
 from helpers import runs
 from helpers.data import tiny_vae, write_digits
 from helpers.extraction import files_of, run, thread_ranks
+from helpers.shards import take
 
 COUNT = 90
 
@@ -76,9 +76,7 @@ def test_decoding_yields_to_the_thread_that_encodes(made, tmp_path, monkeypatch)
 
 
 def test_extraction_is_readable_as_batches(made):
-    batches = latent_batches(Manifest.load(made / "out"), global_batch=32, seed=0)
-    batch = next(batches)
-    batches.close()
+    [batch] = take(Manifest.load(made / "out"), 1, global_batch=32, seed=0)
     assert batch.moments.shape == (32, 8, 16, 16) and batch.moments.dtype == torch.float32
 
 

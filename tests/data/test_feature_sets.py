@@ -10,7 +10,7 @@ import torch
 
 from fastdit.cli import main
 from fastdit.data.features import FeatureManifest, FeatureWriter, find_features, publish_features
-from fastdit.data.loader import latent_batches, read_class_tokens, split
+from fastdit.data.loader import read_class_tokens, split
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_features, open_latents
 from fastdit.data.shards import merge, sample
@@ -19,6 +19,7 @@ from fastdit.schema import ShardSet
 from fastdit.verify import verify
 from helpers.data import edit_manifest
 from helpers.sets import write
+from helpers.shards import take
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ABOUT = FeatureManifest("tiny", "5" * 64, (1, 1), 3, class_token=False, dtype="float16", precision="float32")
@@ -48,9 +49,7 @@ def sets(tmp_path) -> Path:
 
 def seen(manifest: Manifest, features: FeatureManifest, steps: int = 12, **options) -> set[int]:
     """The numbers of the images in batches, each of which has the features of its own image and orientation."""
-    batches = latent_batches(manifest, global_batch=6, seed=1, features=features, **options)
-    found = [next(batches) for _ in range(steps)]
-    batches.close()
+    found = take(manifest, steps, global_batch=6, seed=1, features=features, **options)
     for batch in found:
         value = batch.moments[:, 0, 0, 0].numpy()  # (n,): the number, with the sign of the orientation
         own = batch.features.float().numpy()[:, 0, 0]  # (n, 3)

@@ -16,12 +16,12 @@ from fastdit.cli import main
 from fastdit.data import encode
 from fastdit.data.features import FeatureManifest
 from fastdit.data.images import load_crop, to_pixels
-from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
 from fastdit.data.progress import Progress
 from fastdit.data.sources import list_images
 from fastdit.verify import verify
+from helpers import shards
 from helpers.data import edit_manifest, tiny_vae, write_digits
 from helpers.extraction import TinyEncoder, files_of, run, thread_ranks
 
@@ -56,12 +56,8 @@ def expected(made: Path, key: int, mirrored: bool) -> Tensor:
 
 
 def take(out: Path, steps: int, features: bool = True, **options) -> list:
-    batches = latent_batches(Manifest.load(out), **{"global_batch": 8, "seed": 5} | options,
-                             features=FeatureManifest.load(out / "features") if features else None)  # fmt: skip
-    try:
-        return [next(batches) for _ in range(steps)]
-    finally:
-        batches.close()
+    given = FeatureManifest.load(out / "features") if features else None
+    return shards.take(Manifest.load(out), steps, **{"global_batch": 8, "seed": 5} | options, features=given)
 
 
 @pytest.mark.parametrize("name, error", [("out", 2e-3), ("int8", 2 / 127)])  # half precision; half of a step of 3 / 127

@@ -20,6 +20,7 @@ from fastdit.data.others import LAYOUTS
 from fastdit.verify import verify
 from helpers.data import tiny_vae, write_cerebras
 from helpers.runs import losses
+from helpers.shards import take
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, SHAPE = 13, (4, 16, 16)  # more than ten: 10.npy sorts before 2.npy
@@ -121,9 +122,7 @@ def test_mirror_images_come_from_the_source_or_not_at_all(tmp_path, vae):
     one = import_latents("cerebras", cerebras(tmp_path / "a"), tmp_path / "one", vae=vae)
     with pytest.raises(ValueError, match=r"data.hflip=True, but .*one has no latents of mirror.*data.hflip=false"):
         latent_batches(one, global_batch=4, seed=0)
-    batches = latent_batches(one, global_batch=COUNT, seed=0, hflip=False)
-    batch = next(batches)
-    batches.close()
+    [batch] = take(one, 1, global_batch=COUNT, seed=0, hflip=False)
     assert {m.tobytes() for m in batch.moments[:, :4].numpy()} == {m.tobytes() for m in MEAN[0]}
     both = import_latents("cerebras", tmp_path / "a/train", tmp_path / "both", vae=vae,
                           mirrored=cerebras(tmp_path / "b", 1))  # fmt: skip

@@ -20,7 +20,7 @@ from fastdit.schema import ShardSet
 from fastdit.verify import verify
 from helpers.runs import losses, train_here
 from helpers.sets import SIZES, SPEC, write, write_all
-from helpers.shards import write_shards
+from helpers.shards import take, write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,9 +36,7 @@ def mixed(root: Path, **weights: float) -> Manifest:
 
 def batches_of(manifest: Manifest, steps: range, **options) -> list[np.ndarray]:
     """The first value of each sample of each step, with its label."""
-    batches = latent_batches(manifest, start_step=steps.start, **options)
-    found = [next(batches) for _ in steps]
-    batches.close()
+    found = take(manifest, len(steps), start_step=steps.start, **options)
     assert [batch.step for batch in found] == [*steps]
     return [np.stack([batch.moments[:, 0, 0, 0].numpy(), batch.y.numpy()], 1) for batch in found]
 

@@ -13,6 +13,7 @@ from fastdit.data.opening import open_latents
 from fastdit.data.order import LISTED, WINDOW, Listed, Order, hash_of, permutation, scattered
 from fastdit.schema import ShardSet
 from helpers.sets import write_all
+from helpers.shards import take
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,10 +101,7 @@ def test_blocks_are_read_ahead_and_each_image_comes_equally_early(monkeypatch, s
     asked = []
     monkeypatch.setattr("os.posix_fadvise", lambda file, *stretch: asked.append((file, *stretch)))
     manifest = replace(Manifest.load(sets / "b"), block=5)
-    batches = latent_batches(manifest, global_batch=8, seed=0, prefetch=0)
-    for _ in range(5):
-        next(batches)
-    batches.close()
+    take(manifest, 5, global_batch=8, seed=0, prefetch=0)
     assert len(asked) == len(set(asked)) and all(place % size == 0 for _, place, size, _ in asked)
     size, index = asked[0][2], manifest.index()
     assert len(asked) == len({(int(row["shard"]), int(row["offset"]) // size) for row in index})

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from fastdit.data import remote
-from fastdit.data.loader import latent_batches, sample_keys
+from fastdit.data.loader import sample_keys
 from fastdit.data.manifest import Manifest
 from fastdit.data.opening import open_latents
 from fastdit.data.remote import Cache
 from fastdit.schema import ShardSet
 from helpers.data import edit_manifest
 from helpers.sets import write_all
+from helpers.shards import take
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,12 +41,8 @@ def memory(sets):
     system.rm("/bucket", recursive=True)
 
 
-def first_batches(manifest: Manifest, steps: int = 6) -> np.ndarray:
-    batches = latent_batches(manifest, global_batch=7, seed=3)
-    try:
-        return np.stack([next(batches).moments.numpy() for _ in range(steps)])
-    finally:
-        batches.close()
+def first_batches(manifest: Manifest) -> np.ndarray:
+    return np.stack([batch.moments.numpy() for batch in take(manifest, 6, global_batch=7, seed=3)])
 
 
 def content(manifest: Manifest, number: int) -> bytes:

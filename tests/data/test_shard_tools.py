@@ -10,14 +10,14 @@ from PIL import Image
 
 from fastdit.cli import main
 from fastdit.data.latents import LatentCodec
-from fastdit.data.loader import latent_batches, read_moments
+from fastdit.data.loader import read_moments
 from fastdit.data.loader import split as held_out
 from fastdit.data.manifest import Manifest
 from fastdit.data.shards import merge, repair, sample, split, stats
 from fastdit.data.writer import write_keyed
 from fastdit.verify import verify
 from helpers.data import make_shards, tiny_vae
-from helpers.shards import write_shards
+from helpers.shards import take, write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,9 +98,8 @@ def test_a_split_is_stable_and_loses_nothing(way, made, tmp_path):
     grown = {key: 1.5 * value if key == "fraction" else value + 3 for key, value in way.items()}
     larger = split(made.folder, tmp_path / "t", tmp_path / "v", **grown)[1]
     assert chosen < set(values(larger))
-    batches = latent_batches(train, global_batch=4, seed=0)
-    assert next(batches).moments.shape == (4, 8, 8, 8)
-    batches.close()
+    [batch] = take(train, 1, global_batch=4, seed=0)
+    assert batch.moments.shape == (4, 8, 8, 8)
 
 
 def test_random_images_are_a_sheet_or_a_folder(made, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Latent shards: samples are read as written, in an order that world size, resuming and prefetching do not change."""
 
 import hashlib
-import itertools
 import json
 import os
 import threading
@@ -19,7 +18,7 @@ from fastdit.data.manifest import Manifest
 from fastdit.data.order import mirrors, permutation
 from fastdit.verify import verify
 from helpers.data import edit_manifest, tiny_vae
-from helpers.shards import write_shards
+from helpers.shards import take, write_shards
 
 COUNT, SHAPE = 53, (4, 6, 5)  # awkward on purpose
 LATENTS = LatentSpec(SHAPE, scale=0.3, shift=0.7, vae="toy", codec="f" * 64, image_size=40)
@@ -39,14 +38,6 @@ def stored(tmp_path_factory) -> Manifest:
     out = tmp_path_factory.mktemp("shards") / "latents"
     write_shards(zip(*toy_samples(), strict=True), out, ABOUT, shard_size=11)
     return Manifest.load(out)
-
-
-def take(manifest: Manifest, steps: int, **options) -> list:
-    batches = latent_batches(manifest, **options)
-    try:
-        return list(itertools.islice(batches, steps))
-    finally:
-        batches.close()
 
 
 def test_batches_are_the_samples_in_the_stated_order(stored):

@@ -17,7 +17,6 @@ from pyarrow import parquet
 from fastdit.data import columns
 from fastdit.data.archives import open_images
 from fastdit.data.images import load_crop
-from fastdit.data.loader import latent_batches
 from fastdit.data.manifest import Manifest
 from fastdit.data.sources import MAX_CLASSES, remarks
 from fastdit.evaluation.images import open_set
@@ -26,6 +25,7 @@ from fastdit.verify import verify
 from helpers import sources
 from helpers.data import make_shards, tiny_vae
 from helpers.extraction import files_of, run
+from helpers.shards import take
 from helpers.sources import LABELS, NAMES, PIXELS, add, cifar_of, png
 
 NUMBERS, ALL = ("0", "1", "2"), range(12)
@@ -100,9 +100,8 @@ def test_every_source_is_extracted(tmp_path, kind):
     assert manifest.num_classes == len(names) and sum(manifest.class_counts) == (len(images) if names else 0)
     labels = dict(zip(manifest.index()["key"].tolist(), manifest.index()["label"].tolist(), strict=True))
     assert [labels[key] for key in range(len(images))] == [LABELS[i] if names else 0 for i in images]
-    batches = latent_batches(manifest, global_batch=4, seed=0)
-    assert next(batches).moments.shape == (4, 8, 16, 16)
-    batches.close()
+    [batch] = take(manifest, 1, global_batch=4, seed=0)
+    assert batch.moments.shape == (4, 8, 16, 16)
     assert [line for line in verify(tmp_path / "out", lambda line: None) if "scaled latents" not in line] == []
     if not names:
         manifest.check(num_classes=0)

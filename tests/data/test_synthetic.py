@@ -7,22 +7,17 @@ import torch
 from fastdit.cli import main
 from fastdit.config import load_config, save_config
 from fastdit.data.latents import sample_latents
-from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
+from fastdit.data.loader import read_moments, sample_keys, split
 from fastdit.data.opening import open_latents
 from fastdit.plan import plan
 from fastdit.training.loop import train
 from helpers.data import make_shards
 from helpers.runs import losses, run
+from helpers.shards import take
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["model.variant=DiT-2x32x2/2", "training.global_batch=8", "training.compile=false", "training.engine=torch",
          "training.log_every=1", "training.report=false", "sampling.steps=2", "sampling.sampler=heun"]  # fmt: skip
-
-
-def first(batches):
-    batch = next(batches)
-    batches.close()
-    return batch
 
 
 @pytest.mark.parametrize("shape, pixels", [("4x16x16", False), ("3x16x16", True)])
@@ -46,21 +41,18 @@ def test_latents_have_the_stated_statistics_and_images_differ(shape, pixels):
 
 def test_world_size_and_resume_do_not_change_the_global_batches():
     manifest = open_latents("synthetic:21/4x8x8/3")
-    whole = latent_batches(manifest, global_batch=8, seed=0)
-    for step in range(6):
-        batch = next(whole)
+    for step, batch in enumerate(take(manifest, 6, global_batch=8, seed=0)):
         keys = [(8 * step + i) % 21 for i in range(8)]
         assert sample_keys(manifest, 0, 8, step) == keys and batch.y.tolist() == [key % 3 for key in keys]
         assert torch.equal(batch.moments, read_moments(manifest, manifest.index()[keys]))
-        parts = [first(latent_batches(manifest, global_batch=8, rows=slice(4 * r, 4 * r + 4), seed=0, start_step=step))
-                 for r in range(2)]  # fmt: skip
+        own = {"global_batch": 8, "seed": 0, "start_step": step}
+        parts = [part for r in range(2) for part in take(manifest, 1, rows=slice(4 * r, 4 * r + 4), **own)]
         assert torch.equal(torch.cat([part.moments for part in parts]), batch.moments)
-    whole.close()
 
 
 def test_the_number_of_images_costs_nothing():
     manifest = open_latents("synthetic:1_000_000_000_000_000/4x8x8/10")
-    batch = first(latent_batches(manifest, global_batch=4, seed=0, start_step=10**11))
+    [batch] = take(manifest, 1, global_batch=4, seed=0, start_step=10**11)
     assert batch.y.tolist() == [0, 1, 2, 3] and len(manifest) == sum(manifest.class_counts) == 10**15
     with pytest.raises(ValueError, match="too many images to list"):
         manifest.index()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdit.cli import main
-from fastdit.data.loader import latent_batches, read_moments, sample_keys, split
+from fastdit.data.loader import read_moments, sample_keys, split
 from fastdit.data.manifest import Manifest
 from fastdit.diffusion.objectives import DDPM, FlowMatching
 from fastdit.distributed import Ranks
@@ -17,6 +17,7 @@ from fastdit.pipeline import Inference
 from fastdit.training.state import load_network
 from helpers.commands import mistake
 from helpers.data import make_shards
+from helpers.shards import take
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 ZERO = lambda x, t, y: torch.zeros_like(x)  # noqa: E731
@@ -104,9 +105,8 @@ def test_images_that_are_held_out_are_never_trained_on_and_every_image_is_in_one
         seen |= set(sample_keys(train, 7, 5, step))
     assert seen == keys["train"]
     means = {moments[:4].sum().item() for moments in read(train)}
-    batches = latent_batches(train, global_batch=5, seed=7, hflip=False)
-    drawn = {moments[:4].sum().item() for _ in range(2 * len(train) // 5 + 1) for moments in next(batches).moments}
-    batches.close()
+    batches = take(train, 2 * len(train) // 5 + 1, global_batch=5, seed=7, hflip=False)
+    drawn = {moments[:4].sum().item() for batch in batches for moments in batch.moments}
     assert drawn == means
 
 
