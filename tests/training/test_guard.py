@@ -134,7 +134,7 @@ def test_a_diverging_run_stores_nothing_that_is_not_finite(world, tmp_path):
         assert all(value.isfinite().all() for value in state(tmp_path / "run", int(folder.name[5:])).values())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])  # DeepSpeed has one optimizer for stages 1 and 2; the next test runs stage 2
 def test_under_zero_too_a_diverging_run_stops_and_stores_nothing_that_is_not_finite(world, tmp_path, stage):
     wild = ["training.lr=1e30", "training.engine=deepspeed", f"training.zero_stage={stage}"]
     arguments = [f"run_dir={tmp_path}/run", *SHORT, "training.steps=20", *wild]
