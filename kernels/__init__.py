@@ -22,7 +22,6 @@ else:
     from .attention import ATTENTION, ATTENTION_PACKED, LONGEST, attention, attention_packed
     from .attention_fp8 import attention_fp8_backward, attention_fp8_forward
     from .fp8 import fp8_cast, fp8_cast_and_sum, fp8_transpose, largest
-    from .gate_residual import GATE_RESIDUAL, gate_residual
     from .gate_residual_adaln import (
         GATE_RESIDUAL_ADALN,
         gate_residual_adaln,

@@ -2,7 +2,7 @@
 
 adaLN-Zero (Peebles & Xie 2022). The forward pass reads x and branch and writes x' and h; the backward pass reads d_x',
 d_h, x' and branch and writes d_x and d_branch. The sums over tokens for d_gate, d_shift, d_scale and d_bias are handled
-as in adaln.py. Without the norm the same kernels implement `gate_residual`.
+as in adaln.py.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def _add_branch(x, branch, gate, bias, x_out, rows, x_t, branch_t, cols, mask, D
 def _gate_residual_adaln_forward(
     x, branch, gate, bias, shift, scale, x_out, h, stats, factor, most, T, chunks,
     x_n, x_t: tl.constexpr, branch_n, branch_t: tl.constexpr, gate_n, shift_n, scale_n,
-    EPS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
+    EPS: tl.constexpr, FP8: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +71,8 @@ def _gate_residual_adaln_forward(
     bias_a, bias_b = gate_a, gate_b  # not used without BIAS
     if BIAS:
         bias_a, bias_b = load_vector(bias, D, A, B)
-    if NORM:
-        shift_a, shift_b = load_vector(shift + n * shift_n, D, A, B)
-        scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
+    shift_a, shift_b = load_vector(shift + n * shift_n, D, A, B)
+    scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
     fp8_scale = tl.load(factor) if FP8 else 1.0
     seen_a, seen_b = zero_sums(ROWS, A, B)
     for step in tl.range(STEPS, num_stages=STAGES):
@@ -87,15 +86,12 @@ def _gate_residual_adaln_forward(
                           rows, x_t, branch_t, tl.arange(0, A), (rows < T)[:, None], D, BIAS)  # fmt: skip
         if B == 0:
             x_b = x_a
-        if NORM:
-            h_a, h_b = normalize_modulate(
-                x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T, rows, T, fp8_scale,
-                EPS, RMS, D, A, B, ROWS,
-            )  # fmt: skip
-            if FP8:
-                seen_a = tl.maximum(seen_a, tl.max(tl.where((rows < T)[:, None], tl.abs(h_a), 0.0), axis=0))
-                if B > 0:
-                    seen_b = tl.maximum(seen_b, tl.where(in_b, tl.abs(h_b), 0.0))
+        h_a, h_b = normalize_modulate(x_a, x_b, shift_a, shift_b, scale_a, scale_b, h + n * T * D, stats + n * 2 * T,
+                                      rows, T, fp8_scale, EPS, RMS, D, A, B, ROWS)  # fmt: skip
+        if FP8:
+            seen_a = tl.maximum(seen_a, tl.max(tl.where((rows < T)[:, None], tl.abs(h_a), 0.0), axis=0))
+            if B > 0:
+                seen_b = tl.maximum(seen_b, tl.where(in_b, tl.abs(h_b), 0.0))
     if FP8:
         seen = tl.max(seen_a)
         if B > 0:
@@ -108,7 +104,7 @@ def _gate_residual_adaln_backward(
     d_out, d_h, x_out, branch, gate, scale, stats, d_x, d_branch, partial, T, chunks,
     dout_n, dout_t: tl.constexpr, dh_n, dh_t: tl.constexpr, x_n, x_t: tl.constexpr, branch_n, branch_t: tl.constexpr,
     gate_n, scale_n,
-    NORM: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, D_OUT: tl.constexpr,
+    RMS: tl.constexpr, BIAS: tl.constexpr, D_OUT: tl.constexpr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,74 +115,48 @@ def _gate_residual_adaln_backward(
     dx_sum_a, dx_sum_b = zero_sums(ROWS, A, B)
     shift_sum_a, shift_sum_b = zero_sums(ROWS, A, B)
     scale_sum_a, scale_sum_b = zero_sums(ROWS, A, B)
-    if NORM:
-        scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
+    scale_a, scale_b = load_vector(scale + n * scale_n, D, A, B)
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS + tl.arange(0, ROWS)
-        if NORM:
-            xhat_a, xhat_b, rstd = load_normalized(x_out + n * x_n, rows, x_t, stats + n * 2 * T, T, D, A, B)
-            dh_a, dh_b = load_tiles(d_h + n * dh_n, rows, dh_t, T, D, A, B)
-            scale_sum_a, scale_sum_b = add_rows(scale_sum_a, scale_sum_b, dh_a * xhat_a, dh_b * xhat_b, B)
-            shift_sum_a, shift_sum_b = add_rows(shift_sum_a, shift_sum_b, dh_a, dh_b, B)
-            g_a, g_b = dh_a * (1.0 + scale_a)[None, :], dh_b * (1.0 + scale_b)[None, :]
-            dx_a, dx_b = norm_backward(g_a, g_b, xhat_a, xhat_b, rstd, RMS, D, B, ROWS)
-            if D_OUT:
-                dout_a, dout_b = load_tiles(d_out + n * dout_n, rows, dout_t, T, D, A, B)
-                dx_a += dout_a
-                dx_b += dout_b
-            store_tiles(d_x + n * T * D, rows, D, T, dx_a, dx_b, D, A, B)
-        else:
-            dx_a, dx_b = load_tiles(d_out + n * dout_n, rows, dout_t, T, D, A, B)
+        xhat_a, xhat_b, rstd = load_normalized(x_out + n * x_n, rows, x_t, stats + n * 2 * T, T, D, A, B)
+        dh_a, dh_b = load_tiles(d_h + n * dh_n, rows, dh_t, T, D, A, B)
+        scale_sum_a, scale_sum_b = add_rows(scale_sum_a, scale_sum_b, dh_a * xhat_a, dh_b * xhat_b, B)
+        shift_sum_a, shift_sum_b = add_rows(shift_sum_a, shift_sum_b, dh_a, dh_b, B)
+        g_a, g_b = dh_a * (1.0 + scale_a)[None, :], dh_b * (1.0 + scale_b)[None, :]
+        dx_a, dx_b = norm_backward(g_a, g_b, xhat_a, xhat_b, rstd, RMS, D, B, ROWS)
+        if D_OUT:
+            dout_a, dout_b = load_tiles(d_out + n * dout_n, rows, dout_t, T, D, A, B)
+            dx_a += dout_a
+            dx_b += dout_b
+        store_tiles(d_x + n * T * D, rows, D, T, dx_a, dx_b, D, A, B)
         store_tiles(d_branch + n * T * D, rows, D, T, dx_a * gate_a[None, :], dx_b * gate_b[None, :], D, A, B)
         branch_a, branch_b = load_tiles(branch + n * branch_n, rows, branch_t, T, D, A, B)
         gate_sum_a, gate_sum_b = add_rows(gate_sum_a, gate_sum_b, dx_a * branch_a, dx_b * branch_b, B)
         if BIAS:
             dx_sum_a, dx_sum_b = add_rows(dx_sum_a, dx_sum_b, dx_a, dx_b, B)
-    SUMS: tl.constexpr = 1 + 2 * NORM + BIAS
+    SUMS: tl.constexpr = 3 + BIAS
     out = partial + tl.program_id(0).to(tl.int64) * SUMS * D
     store_sums(out, gate_sum_a, gate_sum_b, D, A, B)
-    if NORM:
-        store_sums(out + D, shift_sum_a, shift_sum_b, D, A, B)
-        store_sums(out + 2 * D, scale_sum_a, scale_sum_b, D, A, B)
+    store_sums(out + D, shift_sum_a, shift_sum_b, D, A, B)
+    store_sums(out + 2 * D, scale_sum_a, scale_sum_b, D, A, B)
     if BIAS:
-        store_sums(out + (SUMS - 1) * D, dx_sum_a, dx_sum_b, D, A, B)
+        store_sums(out + 3 * D, dx_sum_a, dx_sum_b, D, A, B)
 
 
 def launch_forward(
-    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, x_out: Tensor, shift: Tensor | None = None,
-    scale: Tensor | None = None, h: Tensor | None = None, stats: Tensor | None = None, eps: float = 0.0,
-    rms: bool = False, factor: Tensor | None = None,
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, x_out: Tensor, shift: Tensor, scale: Tensor,
+    h: Tensor, stats: Tensor, eps: float, rms: bool, factor: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Write x_out and, if the tensors of the norm are given, h and stats. With `factor` (1,), h is in e4m3, scaled by
-    it, and the largest magnitudes of its parts are returned."""
+    """Write x_out, h and stats. With `factor` (1,), h is in e4m3, scaled by it, and the largest magnitudes of its parts
+    are returned."""
     chunks, constants = row_programs(x, **FORWARD)
     most = None if factor is None else torch.empty(len(x) * chunks, dtype=torch.float32, device=x.device)
     wrap_triton(_gate_residual_adaln_forward)[(len(x) * chunks,)](
         x, branch, gate, bias, shift, scale, x_out, h, stats, factor, most, x.shape[1], chunks,
-        *x.stride()[:2], *branch.stride()[:2], *(0 if v is None else v.stride(0) for v in (gate, shift, scale)),
-        EPS=eps, NORM=int(h is not None), FP8=int(factor is not None), RMS=rms, BIAS=int(bias is not None), **constants,
+        *x.stride()[:2], *branch.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0),
+        EPS=eps, FP8=int(factor is not None), RMS=rms, BIAS=int(bias is not None), **constants,
     )  # fmt: skip
     return most
-
-
-def launch_backward(
-    d_out: Tensor | None, branch: Tensor, gate: Tensor, d_branch: Tensor, has_bias: bool, d_h: Tensor | None = None,
-    x_out: Tensor | None = None, scale: Tensor | None = None, stats: Tensor | None = None, d_x: Tensor | None = None,
-    rms: bool = False,
-) -> Tensor:  # fmt: skip
-    """Write d_branch and, if the tensors of the norm are given, d_x -> partial sums (N, chunks, 1 to 4, D)."""
-    n, t, d = branch.shape
-    norm = d_x is not None
-    one_tile = {} if split_columns(d)[1] else {"stages": 4}  # at 3 stages ptxas spills 8 bytes there
-    chunks, constants = row_programs(branch, **BACKWARD | one_tile)
-    partial = torch.empty((n, chunks, 1 + 2 * norm + has_bias, d), dtype=torch.float32, device=branch.device)
-    strides = [s for v in (d_out, d_h, x_out, branch) for s in ((0, 0) if v is None else v.stride()[:2])]
-    wrap_triton(_gate_residual_adaln_backward)[(n * chunks,)](
-        d_out, d_h, x_out, branch, gate, scale, stats, d_x, d_branch, partial, t, chunks, *strides,
-        gate.stride(0), 0 if scale is None else scale.stride(0),
-        NORM=int(norm), RMS=rms, BIAS=int(has_bias), D_OUT=int(d_out is not None), **constants,
-    )  # fmt: skip
-    return partial
 
 
 @triton_op("fastdit::gate_residual_adaln")
@@ -210,9 +180,18 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> d_x, d_branch (N, T, D), fp32 partial sums (N, chunks, 3 or 4, D): gate, shift, scale and, if biased, d_x."""
     d_out, d_h, x_out, branch, gate, scale = (unit_stride(v) for v in (d_out, d_h, x_out, branch, gate, scale))
-    d_x = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
-    d_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
-    partial = launch_backward(d_out, branch, gate, d_branch, has_bias, d_h, x_out, scale, stats, d_x, rms)
+    n, t, d = branch.shape
+    one_tile = {} if split_columns(d)[1] else {"stages": 4}  # at 3 stages ptxas spills 8 bytes there
+    chunks, constants = row_programs(branch, **BACKWARD | one_tile)
+    d_x = torch.empty((n, t, d), dtype=x_out.dtype, device=x_out.device)
+    d_branch = torch.empty((n, t, d), dtype=branch.dtype, device=branch.device)
+    partial = torch.empty((n, chunks, 3 + has_bias, d), dtype=torch.float32, device=branch.device)
+    wrap_triton(_gate_residual_adaln_backward)[(n * chunks,)](
+        d_out, d_h, x_out, branch, gate, scale, stats, d_x, d_branch, partial, t, chunks,
+        *((0, 0) if d_out is None else d_out.stride()[:2]), *d_h.stride()[:2], *x_out.stride()[:2],
+        *branch.stride()[:2], gate.stride(0), scale.stride(0),
+        RMS=rms, BIAS=int(has_bias), D_OUT=int(d_out is not None), **constants,
+    )  # fmt: skip
     return d_x, d_branch, partial
 
 
@@ -231,16 +210,6 @@ def gate_residual_adaln_fp8(
     return x_out, stats, h, most
 
 
-def finish(partial: Tensor, gate: Tensor, bias: Tensor | None, others: int) -> tuple[Tensor, list[Tensor], Any]:
-    """d_gate, the `others` (N, D) sums, and d_bias: the sum over samples of gate times the sum over tokens of d_x."""
-    if bias is None:
-        sums = sum_chunks(partial, gate.dtype).unbind(1)
-        return sums[0], list(sums[1:]), None
-    sums = sum_chunks(partial, torch.float32).unbind(1)
-    d_gate = (sums[0] + bias * sums[-1]).to(gate.dtype)
-    return d_gate, list(sums[1 : 1 + others]), (gate * sums[-1]).sum(0).to(bias.dtype)
-
-
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, branch, gate, shift, scale, bias, _, ctx.rms = inputs
     ctx.set_materialize_grads(False)
@@ -256,7 +225,11 @@ def gate_residual_adaln_backward(
     if d_h is None:
         d_h = torch.zeros_like(branch)
     d_x, d_branch, partial = _op_backward(d_out, d_h, x_out, branch, gate, scale, stats, bias is not None, rms)
-    d_gate, (d_shift, d_scale), d_bias = finish(partial, gate, bias, 2)
+    sums = sum_chunks(partial, gate.dtype if bias is None else torch.float32).unbind(1)
+    (d_gate, d_shift, d_scale), d_bias = sums[:3], None
+    if bias is not None:
+        d_gate = (d_gate + bias * sums[3]).to(gate.dtype)
+        d_bias = (gate * sums[3]).sum(0).to(bias.dtype)
     return d_x, d_branch, d_gate, d_shift.to(shift_dtype), d_scale.to(scale.dtype), d_bias
 
 

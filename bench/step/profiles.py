@@ -8,8 +8,7 @@ from typing import Any
 # the first match wins; names of kernels on a GPU, of operators on a CPU
 OURS = [  # kernels/*.py; the compiler may append a number
     ("attention", r"_attention_(forward|backward_q|backward_kv)"),
-    ("norm", r"_(gate_residual_)?adaln_(forward|backward)|_gate_residual_(forward|backward)|_sum_chunks"
-             r"|_qk_norm_rope_(forward|backward)"),
+    ("norm", r"_((gate_residual_)?adaln|qk_norm_rope)_(forward|backward)|_sum_chunks"),
     ("activation", r"_(gelu|swiglu)_(fp8_)?(forward|backward)"),
     ("optimizer", r"_adamw_ema"),
     ("FP8 operands", r"_fp8_(cast|transpose)|_largest"),

@@ -28,8 +28,8 @@ KERNELS = {
     ],
     "norm": [
         "_adaln_forward", "_adaln_backward", "_gate_residual_adaln_forward_1", "_gate_residual_adaln_backward",
-        "_gate_residual_forward", "_gate_residual_backward", "_sum_chunks", "_qk_norm_rope_forward",
-        "_qk_norm_rope_backward", "triton_red_fused_native_layer_norm_0", "triton_per_fused_add_native_layer_norm_2",
+        "_sum_chunks", "_qk_norm_rope_forward", "_qk_norm_rope_backward", "triton_red_fused_native_layer_norm_0",
+        "triton_per_fused_add_native_layer_norm_2",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(...)",
         "aten::native_layer_norm",
     ],

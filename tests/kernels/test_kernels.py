@@ -297,7 +297,7 @@ def block(x, modulation, qkv, q_weight, k_weight, cos, sin, proj, fc1, fc1_bias,
     branch = branch + F.linear(kernels.swiglu(F.linear(h, gates)), fc2) + kernels.swiglu_linear(
         F.linear(h, gates), None, fc2
     )
-    return kernels.gate_residual(x, branch, gate_m, bias)
+    return kernels.gate_residual_adaln(x, branch, gate_m, shift_a, scale_a, bias)[1]
 
 
 def block_arguments() -> list[torch.Tensor]:
