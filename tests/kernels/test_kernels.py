@@ -356,5 +356,5 @@ def test_planted_bugs_are_caught() -> None:
     """One of each sort; `python tests/kernels/mutate.py` plants all of them."""
     script = os.path.join(os.path.dirname(__file__), "mutate.py")
     done = subprocess.run([sys.executable, script, "--fast"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "0 missed" in done.stdout
