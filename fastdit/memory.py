@@ -148,11 +148,13 @@ def memory_bytes(
     fp8: bool = False,
     blocks: float | None = None,
     muon: bool = False,
+    monitored: bool = False,
 ) -> dict[str, float]:
     """Peak bytes per GPU by kind, for `images` in one forward pass; `residual` bytes per value of that stream.
 
     `averages`: the EMA, and one more for each of training.ema_stds. `blocks`: see `full_blocks`.
     `muon`: training.optimizer=muon, which keeps one value per weight of a matrix instead of AdamW's two.
+    `monitored`: the run validates, samples or evaluates, with a network of its own in fp32.
     """
     count = sum(p.numel() for p in model.parameters())
     width = {"itemsize": 2 if precision == "bf16" else 4, "residual": residual, "fp8": fp8, "blocks": blocks}
@@ -167,6 +169,7 @@ def memory_bytes(
         "optimizer": (8 * count - (4 * sum(p.numel() for p in muon_matrices(model)) if muon else 0)) / optimizer_over,
         "EMA": 4 * averages * count / optimizer_over,
         **zero,
+        **({"monitor": 4 * count} if monitored else {}),
         "activations": images * (kept + recomputed),
     }
 
@@ -183,7 +186,8 @@ class Candidate:
 
 
 def rank(
-    model: DiT, settings: TrainingConfig, card: GPU, share: int, world: int, policies: list[str], micros: list[int]
+    model: DiT, settings: TrainingConfig, card: GPU, share: int, world: int, policies: list[str], micros: list[int],
+    monitored: bool = False,
 ) -> list[Candidate]:
     """One Candidate per policy, the fastest that fits first.
 
@@ -209,7 +213,7 @@ def rank(
     once_s = muon_flops(model, world) / (reached.products * card.tflops * 1e12) if muon else 0
     candidates = []
     for policy in policies:
-        memory = {m: memory_by_kind(model, settings, policy, m, world) for m in micros}
+        memory = {m: memory_by_kind(model, settings, policy, m, world, monitored) for m in micros}
         fitting = [m for m in micros if sum(memory[m].values()) <= card.gib * GIB * (1 - RESERVED)]
         micro = max(fitting, default=min(micros))
         moved, with_fp8 = (
@@ -233,7 +237,8 @@ def candidates(config: Config, model: DiT, card: GPU, world: int) -> tuple[list[
     share, policy = micro * accumulation, settings.activation_checkpointing
     policies = policies_of(config) if policy == "auto" else [policy]
     micros = divisors(share) if settings.micro_batch < 0 else [micro]
-    return rank(model, settings, card, share, world, policies, micros), share
+    monitored = any(config.monitor_every.values())
+    return rank(model, settings, card, share, world, policies, micros, monitored), share
 
 
 def choose(config: Config, model: DiT, ranks: distributed.Ranks) -> tuple[str, int, int, float]:
@@ -271,8 +276,10 @@ def policies_of(config: Config) -> list[str]:
     return [policy for policy in POLICIES if not (without and policy == "activation")]
 
 
-def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int, world: int) -> dict[str, float]:
-    """Predicted peak bytes of one of `world` processes."""
+def memory_by_kind(
+    model: DiT, settings: TrainingConfig, policy: str, micro: int, world: int, monitored: bool = False
+) -> dict[str, float]:
+    """Predicted peak bytes of one of `world` processes; `monitored`: see `memory_bytes`."""
     return memory_bytes(
         model,
         micro,
@@ -285,6 +292,7 @@ def memory_by_kind(model: DiT, settings: TrainingConfig, policy: str, micro: int
         fp8=settings.fp8,
         blocks=None if settings.route_full_steps else full_blocks(model, settings),
         muon=settings.optimizer == "muon",
+        monitored=monitored,
     )
 
 

@@ -136,8 +136,7 @@ def extras(config: Config, model: DiT) -> list[str]:
         later = f"; the last {full:,} steps, with all tokens, take longer than predicted" * bool(full)
         kept = f"{min(routing.lengths(model))} of {model.tokens} tokens"
         lines += [f"training.route: {kept} in blocks {blocks[0]} to {blocks[-1]}{later}."]
-    measured = [f"training.{key}={value}" for key in ("validate_every", "sample_every", "evaluate_every")
-                if (value := getattr(settings, key))]  # fmt: skip
+    measured = [f"training.{name}_every={steps}" for name, steps in config.monitor_every.items() if steps]
     untimed = ["the integer operations of model.dropout's masks"] * bool(config.model.dropout)
     untimed += ["what training.joint_adaln=true saves in launches"] * settings.joint_adaln
     untimed += [f"a step with training.compile={str(settings.compile).lower()}"] * (settings.compile is not True)

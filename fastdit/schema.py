@@ -293,5 +293,16 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
+    @property
+    def monitor_every(self) -> dict[str, int]:
+        """Steps between the run's validations, samples and evaluations, by name; 0 for never."""
+        settings, held_out = self.training, bool(self.data.val_fraction or self.data.val_shards)
+        every = settings.validate_every
+        return {
+            "validate": settings.checkpoint_every * held_out if every is None else every,
+            "sample": settings.sample_every,
+            "evaluate": settings.evaluate_every,
+        }
+
     listed_by = "fastdit train --help-config"  # not a field, nor is the next
     others = {"loss", "discriminator"}, "fastdit train-vae"  # sections of another kind of config, and its command

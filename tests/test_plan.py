@@ -91,6 +91,17 @@ def test_memory_by_kind_is_counted_per_process():
     assert activation_bytes(model, "none", residual=2) == pytest.approx(297e6, rel=0.01)
 
 
+def test_a_run_that_validates_needs_a_second_network_and_more_hours():
+    overrides = ["data.val_fraction=0.01", "training.sample_every=500"]
+    (_, (alone, *_)), (model, (monitored, *_)) = (plan(load_config(XL_PATH, more), "H200") for more in ([], overrides))
+    assert monitored.memory == alone.memory | {"monitor": 4 * sum(p.numel() for p in model.parameters())}
+    every = load_config(XL_PATH).training.checkpoint_every
+    text = report(load_config(XL_PATH, overrides), "H200")
+    assert f"Not in the hours: training.validate_every={every}; training.sample_every=500." in text
+    never = load_config(XL_PATH, ["data.val_fraction=0.01", "training.validate_every=0"])
+    assert "Not in the hours" not in report(never, "H200")
+
+
 WHOLE = ["training.micro_batch=256"]
 
 

@@ -72,16 +72,11 @@ class Monitor:
         self.config, self.held_out, self.objective, self.ranks = config, held_out, objective, ranks
         self.run_dir, self.device, self.loaded = Path(config.run_dir), ranks.device, ("", 0)
         self.seconds: dict[str, float] = {}  # that each of DONE took the last time
-        every = settings.validate_every
-        self.every = {
-            "validate": (settings.checkpoint_every if held_out else 0) if every is None else every,
-            "sample": settings.sample_every,
-            "evaluate": settings.evaluate_every,
-        }
+        self.every = config.monitor_every
         check_wandb(settings.wandb)
         if self.every["validate"] and not held_out:
-            raise ValueError(f"training.validate_every={every} needs images that are not trained on; set "
-                             "data.val_fraction=0.01 or data.val_shards")  # fmt: skip
+            raise ValueError(f"training.validate_every={settings.validate_every} needs images that are not trained on; "
+                             "set data.val_fraction=0.01 or data.val_shards")  # fmt: skip
         if settings.evaluate_every and not (settings.reference and is_there(Path(settings.reference))):
             what = f"training.reference={settings.reference} does not exist" if settings.reference else (
                 f"training.evaluate_every={settings.evaluate_every} needs training.reference")  # fmt: skip
