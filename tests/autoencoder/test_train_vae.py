@@ -274,8 +274,11 @@ def test_the_optimizers_one_pass_takes_the_channels_last_weights(images, tmp_pat
     monkeypatch.setattr(engine, "adamw_ema", noted)
     for one_pass in (True, False):
         monkeypatch.setattr(engine, "use_triton", lambda *_, one_pass=one_pass: one_pass)
-        run_dir, options = tmp_path / f"{one_pass}", (f"training.precision={precision}", "training.steps=4")
-        train_autoencoder(small(images, run_dir, *options), device=device)
+        options = (f"training.precision={precision}", "training.steps=4", "model.attention=true")
+        vae = train_autoencoder(small(images, tmp_path / f"{one_pass}", *options), device=device)
+        stored = states(tmp_path / f"{one_pass}", "checkpoints/step-0000004")["model.safetensors"]
+        weights = [*stored.values(), *LatentCodec.load(vae).vae.parameters()]
+        assert all(weight.dtype == torch.float32 for weight in weights)  # not those that the optimizer rounds
     assert (72, 1, 24, 8) in strides and (72, 9, 3, 1) not in strides  # of (n, 8, 3, 3)
     exact = precision == "fp32" and device == "cpu"
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5 if exact else 1e-2)
