@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: that of the process)."""
-    die_with_parent()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in LAUNCHED:  # another command may be meant to outlive the shell that started it
+        die_with_parent()
     with friendly_exit():
         parser = Parser(prog="fastdit", description="Train diffusion transformers (DiT, SiT).")
         parser.add_argument("--version", action="version", version=f"fastdit {__version__}")
@@ -41,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             subparser = subparsers.add_parser(name, help=help.splitlines()[0].rstrip("."), description=help,
                                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
             subparser.set_defaults(run=add(subparser), parser=subparser, words=[])
-        argv = list(sys.argv[1:] if argv is None else argv)
         if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
             hint = f"did you mean {near[0]}? " if near else ""

@@ -15,8 +15,8 @@ REMEDY = "start several processes with fastdit launch or torchrun, and unset RAN
 def die_with_parent() -> None:
     """Under a launcher on Linux, ask the kernel for a SIGTERM when it dies: no worker trains on as an orphan.
 
-    Call it as early as possible. If the launcher has already died, the parent is process 1, as it is in a container
-    whose process 1 is the launcher.
+    Call it as early as possible: the death of a launcher before the call goes unnoticed. The parent is then process 1,
+    which in a container may be the launcher itself.
     """
     if "RANK" not in os.environ or sys.platform != "linux":
         return

@@ -21,7 +21,7 @@ from fastdit.models.layers import Linear
 from fastdit.schema import Config, TrainingConfig
 
 RESERVED = 0.06  # of a GPU's memory: CUDA context, the allocator's fragments, workspaces
-ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them (its reduce_bucket_size)
+ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them (reduce_bucket_size by default)
 OPTIMIZER_BYTES = 40  # per parameter: norm, AdamW and EMA in one pass
 AVERAGE_BYTES = 12  # per parameter and further average: it and the weight are read, it is written
 CAST_BYTES = 12  # per parameter: its copy in bf16, its gradient to fp32, unless AdamW's pass writes and reads bf16
@@ -161,7 +161,9 @@ def memory_bytes(
     kept, whole = activation_bytes(model, policy, **width), activation_bytes(model, "none", **width)
     recomputed = (whole - kept) / len(model.blocks)  # by the backward pass, for one block at a time
     optimizer_over, gradients_over, weights_over = (world if zero_stage >= stage else 1 for stage in (1, 2, 3))
-    zero = {"ZeRO's copy and bucket": 4 * (count / world + ZERO_BUCKET)} if zero_stage else {}
+    # in bf16 DeepSpeed has two buckets: the gradients of nn.Linear are reduced in bf16, the others in fp32
+    bucket = ZERO_BUCKET * (4 if precision == "fp32" else 8 if zero_stage < 3 else 6)
+    zero = {"ZeRO's copy and buckets": 4 * count / world + bucket} if zero_stage else {}
     return {
         "weights": 4 * count / weights_over,
         "bf16 copies": 2 * count if precision == "bf16" else 0,  # autocast's, kept for the backward pass

@@ -88,6 +88,8 @@ def test_a_process_is_tied_to_its_launcher_before_it_imports_pytorch():
     """The import takes seconds, in which a launcher may die, and an orphan would wait for the others for 10 minutes."""
     code = "import sys; from fastdit import cli; cli.die_with_parent = lambda: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", f"{code}; cli.main(['train']); sys.exit(2)"]).returncode == 0
+    # a command of one process may outlive the shell that started it, as with nohup
+    assert subprocess.run([sys.executable, "-c", f"{code}; cli.main(['configs']); sys.exit(2)"]).returncode == 2
 
 
 def wait_for(holds, seconds=120):

@@ -83,8 +83,11 @@ def test_memory_by_kind_is_counted_per_process():
     assert alone["weights"] == alone["gradients"] == alone["EMA"] == 4 * count and alone["optimizer"] == 8 * count
     sharded = memory_bytes(model, 1, "none", world=8, zero_stage=2)
     assert sharded["optimizer"] == count and sharded["gradients"] == count / 2 and sharded["weights"] == 4 * count
-    # DeepSpeed's own fp32 copy of the weights that the process updates, and its bucket of 5e8 gradients
-    assert sharded["ZeRO's copy and bucket"] == count / 2 + 4 * 5e8 and len(alone) == len(sharded) - 1
+    # DeepSpeed's own fp32 copy of the weights that the process updates, and its buckets of 5e8 gradients
+    assert sharded["ZeRO's copy and buckets"] == count / 2 + 2 * 4 * 5e8 and len(alone) == len(sharded) - 1
+    third = memory_bytes(model, 1, "none", world=8, zero_stage=3), memory_bytes(model, 1, "none", world=8, zero_stage=3,
+                                                                                precision="fp32")  # fmt: skip
+    assert [m["ZeRO's copy and buckets"] - count / 2 for m in third] == [6 * 5e8, 4 * 5e8]
     assert memory_bytes(model, 2, "none")["activations"] == 2 * alone["activations"]
     assert activation_bytes(model, "none") - activation_bytes(model, "activation") == 28 * 256 * 1152 * 8
     # 28 layers, bf16 residual: the 297 MB an image of the analytic account, and the ends

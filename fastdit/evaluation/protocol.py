@@ -121,8 +121,7 @@ def title(key: str, result: dict[str, Any]) -> str:
 
 
 def number(key: str, values: dict[str, float]) -> str:
-    value = math.nan if values[key] is None else values[key]  # nan is null in JSON
-    return f"{value:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
+    return f"{values[key]:z.{6 if key.startswith('kid') else 4}f}"  # a KID is mostly below 0.1
 
 
 def shown(key: str, result: dict[str, Any]) -> str:
@@ -184,7 +183,7 @@ def find_result(
     wanted, weights = settings_of(stamp(images, reference, extractor, seed)), subject(images)["sha256"]
     for line in read_text(Path(path)).splitlines() if Path(path).is_file() else ():
         try:
-            result = json.loads(line)
+            result = _with_nan(json.loads(line))
             same = settings_of({k: v for k, v in result["protocol"].items() if k != "metrics"}) == wanted
             tried = result["protocol"]["metrics"].keys() | result["left_out"].keys()
             if same and result["subject"]["sha256"] == weights and set(metrics) <= tried:
@@ -192,6 +191,14 @@ def find_result(
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # a line of another kind
     return None
+
+
+def _with_nan(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with nan where its values, or those of the real images, are null, as `append_json` writes nan."""
+    for key in ("values", "real"):
+        if isinstance(result[key], dict):
+            result[key] = {name: math.nan if value is None else value for name, value in result[key].items()}
+    return result
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--compare: {path} is not a text file; give files of JSON lines that fastdit evaluate --out "
                          "wrote, not samples or a reference") from None  # fmt: skip
     try:
-        result = json.loads(lines[-1])
+        result = _with_nan(json.loads(lines[-1]))
         shapes = all(isinstance(result[key], dict) for key in ("protocol", "subject", "values"))
         if not (shapes and isinstance(result["protocol"]["metrics"], dict) and {"distance", "real"} <= result.keys()):
             raise ValueError

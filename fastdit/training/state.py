@@ -177,8 +177,8 @@ def resumed_weights(
     """The weights that `model` continues from; ValueError where its settings do not allow to continue `folder`."""
     meta = checkpoint.read_meta(folder)
     if not (folder / "progress.safetensors").is_file():
-        raise ValueError(f"{folder} has no optimizer state, as converted checkpoints have none; start a new run_dir "
-                         f"with training.init_from={folder}")  # fmt: skip
+        raise ValueError(f"{folder} has no optimizer state (those of fastdit convert and fastdit ema have none); start "
+                         f"a new run_dir with training.init_from={folder}")  # fmt: skip
     check_steps(folder, config.training)
     check_same_facts(folder, meta, config, manifest, features)
     check_same_settings(folder, config)
@@ -235,7 +235,7 @@ def expected_tensors(folder: Path, config: Config, model: DiT) -> dict[str, dict
 
 
 def expected_progress(folder: Path, model: DiT) -> dict[str, Tensor]:
-    """Likewise of progress.safetensors: all of the histories that it has a part of."""
+    """The tensors of progress.safetensors; if it has a part of a history, all parts are expected."""
     progress = {"updates": torch.tensor(0)}
     for name, stored in header(folder / "progress.safetensors").items():
         if name.startswith("window."):

@@ -48,6 +48,13 @@ def test_a_value_that_is_not_finite_is_compared_as_nan(trained, reference, tmp_p
     append_json(tmp_path / "b.jsonl", result)
     main(["evaluate", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
     assert re.search(r"^FD .*\d \+- .* nan \+- ", capsys.readouterr().out, re.M)
+    sweep = (trained, "--reference", reference, *FEW, "--sweep", "steps=4,5")
+    evaluate(*sweep, out=tmp_path / "s.jsonl")
+    first, second = map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())
+    first["values"]["frechet"] = None
+    (tmp_path / "s.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    evaluate(*sweep, out=tmp_path / "s.jsonl")  # it reads both
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2 and " nan" in capsys.readouterr().out
 
 
 def test_a_folder_of_samples_does_not_mix_two_objectives(trained, tmp_path):

@@ -160,7 +160,7 @@ def test_a_checkpoint_without_optimizer_state_is_sampled_but_not_resumed(world, 
         del meta["contents"]  # which converted ones do not have either
         checkpoint.write_meta(folder, meta)
     load_pipeline(copy)
-    with pytest.raises(ValueError, match="0004 has no optimizer state, .*; start a new run_dir with training.init_f"):
+    with pytest.raises(ValueError, match="0004 has no optimizer state .*; start a new run_dir with training.init_f"):
         run_in(world, copy, "training.steps=6", resume=True)
 
 
