@@ -111,7 +111,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_large(path: Path, most: int) -> np.ndarray:
-    """Like `read_bytes`, but returns an array (n,) uint8. NumPy asks for large pages, which halves the time."""
+    """Like `read_bytes`, but returns a read-only array (n,) uint8. NumPy uses large pages, so it takes half as long."""
     check_regular(path, most)
     data = np.fromfile(path, np.uint8)
     data.flags.writeable = False

@@ -193,7 +193,7 @@ def check_same_facts(
     latents_of(meta).check(manifest.latents, str(folder), "this run's shards", "precision")
     facts = describe(config, manifest.latents, manifest.classes_of(config.data.num_classes), features)
     for key in ("contents", *facts):
-        if key not in (*meta, *OF_SOME):
+        if key not in meta and key not in OF_SOME:
             raise ValueError(f"{folder / checkpoint.META} has no {key!r}; start a new run_dir with "
                              f"training.init_from={folder}")  # fmt: skip
     for key, value in facts.items():

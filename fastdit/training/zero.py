@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         before, optimizer = self.engine.skipped_steps, self.engine.optimizer
-        if bad:  # the gradients may be finite: FP8 saturates an infinity
+        if bad:  # the gradients may be finite: FP8, which ZeRO-3 refuses, saturates an infinity
             optimizer.scaled_global_norm = lambda *_: float("nan")
         self.engine.step()  # DeepSpeed skips a step whose gradients have no finite norm
         vars(optimizer).pop("scaled_global_norm", None)
