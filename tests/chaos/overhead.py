@@ -29,7 +29,7 @@ NOTHING, CHECKS, WAITING, SAVING, UNHASHED = VARIANTS = (
     "neither checks nor saves", "finite checks", "saves that the step waits for", "saves in the background",
     "the same without SHA-256",
 )  # fmt: skip
-XL_PARAMETERS, XL_STEP_S, LINK = 675_129_632, 0.3906, 50e9  # DiT-XL/2 on one H200 (README), PCIe 5 in bytes/s
+XL_PARAMETERS, XL_STEP_S, LINK = 675_129_632, 0.3691, 50e9  # DiT-XL/2 on one H200 (README), PCIe 5 in bytes/s
 
 
 class Bench:

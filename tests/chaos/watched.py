@@ -91,7 +91,8 @@ def confined(folder: Path, command: list[str]) -> None:
     torch.set_num_threads(1)
     script = str(ROOT / command[0])
     sys.argv = [script, *command[1:]]
-    sys.addaudithook(hook(events, (f"{folder}/out/", f"{folder}/tmp/", "/dev/null")))
+    peak = f"/proc/{os.getpid()}/clear_refs"  # a run writes there to reset its peak memory
+    sys.addaudithook(hook(events, (f"{folder}/out/", f"{folder}/tmp/", "/dev/null", peak)))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
         runpy.run_path(script, run_name="__main__")
