@@ -1,4 +1,4 @@
-"""A GPU that is not there, for tests of the code that only a GPU runs.
+"""A fake GPU, for tests of the code that only a GPU runs.
 
 `install` replaces PyTorch's factories, `Tensor.to`, `torch.Generator` and `torch.cuda` in this process. A tensor on
 "cuda" is then a CPU tensor that says so (`OnGpu`). What a GPU refuses is an error: operators on tensors of both

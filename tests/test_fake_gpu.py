@@ -1,4 +1,4 @@
-"""The code that only a GPU runs, on one that is not there (helpers/pretend_gpu.py)."""
+"""The code that only a GPU runs, on a fake one (helpers/fake_gpu.py)."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import pretend_gpu
+from helpers import fake_gpu
 from helpers.runs import FORKS, Forks, losses
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -63,15 +63,15 @@ def replayed(function, given: torch.Tensor) -> torch.Tensor:
     return outs[0]
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
-    with ProcessPoolExecutor(1, FORKS, initializer=pretend_gpu.install) as pool:
+def test_the_fake_gpu_refuses_what_a_gpu_refuses():
+    with ProcessPoolExecutor(1, FORKS, initializer=fake_gpu.install) as pool:
         got = dict(zip([*REFUSED, *RIGHT], pool.map(evaluated, [*REFUSED, *RIGHT]), strict=True))
     assert [expression for expression in REFUSED if not got[expression].startswith("refused: ")] == []
     assert {expression: got[expression] for expression in RIGHT} == RIGHT
 
 
 def run_on(place: str, script: str, *arguments: object, processes: int = 1) -> None:
-    before = pretend_gpu.install if place == "gpu" else None
+    before = fake_gpu.install if place == "gpu" else None
     with Forks(script, *map(str, arguments), processes=processes, before=before) as forks:
         codes, said = forks.wait(), forks.said()
     assert set(codes) == {0}, said
