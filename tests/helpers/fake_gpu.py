@@ -99,8 +99,11 @@ def is_gpu(place: Any) -> bool:
 
 def placed(out: Any, on_gpu: bool) -> Any:
     """The tensors in `out` as tensors of a device; nothing is copied."""
+
+    def other(tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, OnGpu) == on_gpu else tensor.as_subclass(OnGpu if on_gpu else Tensor)
+
     with PLAIN():
-        other = lambda x: x if isinstance(x, OnGpu) == on_gpu else x.as_subclass(OnGpu if on_gpu else Tensor)  # noqa: E731
         return tree_map_only(Tensor, other, out)
 
 
@@ -244,7 +247,6 @@ def ignored(*_: Any, **__: Any) -> None:
 def install() -> None:
     """Give this process a GPU, and have fastdit use eager PyTorch in place of its kernels there."""
     os.environ["FASTDIT_KERNELS"] = "eager"
-    os.environ.pop("DS_ACCELERATOR", None)
     properties = types.SimpleNamespace(name=NAME, total_memory=MEMORY, multi_processor_count=132)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device", "set_rng_state", "_lazy_init"):
         setattr(torch.cuda, name, ignored)
